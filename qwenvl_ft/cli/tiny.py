@@ -1,0 +1,17 @@
+"""``qwenvl-ft tiny``: write a small random checkpoint that every other command accepts as a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def tiny(
+    directory: Annotated[Path, typer.Argument(help="Where to write it; made if absent.")],
+    moe: Annotated[bool, typer.Option("--moe", help="Mixture of experts, as 30B-A3B, instead of dense.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a tiny random Qwen3-VL checkpoint, complete with tokenizer and processor, for tests and trials."""
+    from qwenvl_ft.model.tiny import make_tiny
+
+    typer.echo(make_tiny(directory, moe=moe, seed=seed))

@@ -1,0 +1,1 @@
+"""The model: its anatomy, loading, attention over packed rows, and tiny checkpoints to test with."""

@@ -44,16 +44,38 @@ SIZES: dict[str, Any] = {
 them; the special tokens follow. ``deepstack_visual_indexes`` are the ViT blocks that feed a deepstack merger. Pixels
 are areas: of one image, and of a whole video (frames x height x width)."""
 
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 """Qwen's control tokens in the order of their ids, which begin right after the last word."""
 
-PLAIN_ADDED_TOKENS = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-    "<tool_response> </tool_response> <think> </think>"
-).split()
+PLAIN_ADDED_TOKENS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
 """Added tokens that are text to a decoder: ``skip_special_tokens`` keeps them."""
 
 VOCABULARY_TEXT = """
@@ -101,7 +123,7 @@ def make_tokenizer(vocab_words: int) -> PreTrainedTokenizerBase:
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    backend = Tokenizer(BPE(continuing_subword_prefix="", end_of_word_suffix=""))
+    backend = Tokenizer(BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -112,7 +134,13 @@ def make_tokenizer(vocab_words: int) -> PreTrainedTokenizerBase:
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=vocab_words, initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_words,
+        initial_alphabet=alphabet,
+        continuing_subword_prefix="",
+        end_of_word_suffix="",
+        show_progress=False,
+    )
     backend.train_from_iterator(VOCABULARY_TEXT.strip().split("\n"), trainer)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN_ADDED_TOKENS])
@@ -137,6 +165,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any]) -> 
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "default_to_square": True,
+        "data_format": "channels_first",
     }
     image_area = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
     video_area = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_video_pixels"]}
@@ -174,10 +203,16 @@ def make_model(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], *, moe:
 
 
 def _text_config(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], *, moe: bool) -> dict[str, Any]:
-    names = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "max_position_embeddings initializer_range"
-    ).split()
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "initializer_range",
+    ]
     if moe:
         names += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
     # As in the released models, the table is longer than the tokenizer: rounded up to a multiple of 64.

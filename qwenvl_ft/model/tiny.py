@@ -158,7 +158,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any]) -> 
     """Qwen3-VL's processor: patches of 16, merged 2 x 2, mean and deviation 0.5, and areas fit for small images."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    common = {
+    common: dict[str, Any] = {
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -182,14 +182,17 @@ def make_model(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], *, moe:
     import torch
     from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
+    token_ids: dict[str, Any] = {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    }
     config = (Qwen3VLMoeConfig if moe else Qwen3VLConfig)(
         text_config=_text_config(tokenizer, size, moe=moe),
         vision_config=_vision_config(size),
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=not moe,
+        **token_ids,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,3 +31,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> RecipeError:
     """The error for a name that does not exist: what was given, what was meant, what there is."""
     return RecipeError(f"unknown {kind} {name!r}.{hint(name, known)}")
+
+
+class TrainingError(QwenVLError):
+    """Training cannot go on: a loss or a gradient is not finite."""

@@ -1,0 +1,50 @@
+"""Fine-tune Qwen3-VL on the plain Hugging Face stack, exactly.
+
+Everything public is importable from here and loaded when it is first used, so that ``import qwenvl_ft`` is light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "load_recipe": "qwenvl_ft.recipe.load",
+    "load_model": "qwenvl_ft.model.load",
+    "load_processor": "qwenvl_ft.model.load",
+    "register_dataset": "qwenvl_ft.data.registry",
+    "DATASETS": "qwenvl_ft.data.registry",
+    "Encoder": "qwenvl_ft.data.encode",
+    "QwenVLCollator": "qwenvl_ft.data.collate",
+    "pack_lengths": "qwenvl_ft.data.packing",
+    "prepare_model": "qwenvl_ft.tuning.prepare",
+    "QwenVLTrainer": "qwenvl_ft.training.trainer",
+    "train": "qwenvl_ft.train",
+}
+"""Public name -> module that defines it."""
+
+if TYPE_CHECKING:
+    from qwenvl_ft.data.collate import QwenVLCollator as QwenVLCollator
+    from qwenvl_ft.data.encode import Encoder as Encoder
+    from qwenvl_ft.data.packing import pack_lengths as pack_lengths
+    from qwenvl_ft.data.registry import DATASETS as DATASETS
+    from qwenvl_ft.data.registry import register_dataset as register_dataset
+    from qwenvl_ft.model.load import load_model as load_model
+    from qwenvl_ft.model.load import load_processor as load_processor
+    from qwenvl_ft.recipe.load import load_recipe as load_recipe
+    from qwenvl_ft.train import train as train
+    from qwenvl_ft.training.trainer import QwenVLTrainer as QwenVLTrainer
+    from qwenvl_ft.tuning.prepare import prepare_model as prepare_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])
+
+
+__all__ = [*PUBLIC, "__version__"]  # noqa: PLE0604

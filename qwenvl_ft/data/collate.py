@@ -1,0 +1,125 @@
+"""Samples -> one flat row in which each attends only to itself: the only batch that training knows.
+
+Letters: T tokens of the row, S samples in it, K supervised tokens, P patches, N images.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenvl_ft.data.conversation import Sample, Source
+from qwenvl_ft.data.encode import IGNORE
+
+MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+
+
+class QwenVLCollator:
+    """Join samples into one row.
+
+    Row 0 of ``position_ids`` restarts at 0 with every sample. Transformers takes each restart as a border, but only
+    without an ``attention_mask`` and with the text model's ``use_cache`` off, as `load_model` leaves it.
+
+    Args:
+        fillers: tiny samples without labels (`vision_fillers`), added where a row lacks their medium. With them every
+            rank runs the vision tower in every pass, which sharded training needs; they attend to themselves only
+            and are not supervised, so no logit, loss or gradient of the row's samples changes.
+
+    Returns (of a call):
+        ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
+        width), ``pixel_values`` float32[P, C] and ``image_grid_thw`` int64[N, 3] if there are images, the video twins
+        if there are videos, and ``source``, a list of S sources.
+
+    Example:
+        Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
+    """
+
+    def __init__(self, fillers: Sequence[Sample] = ()) -> None:
+        self.fillers = tuple(fillers)
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        if not samples:
+            raise ValueError("a batch needs at least one sample")
+        row = [*samples]
+        for filler in self.fillers:
+            medium = next(pixels for pixels, _ in MEDIA if pixels in filler)
+            if not any(medium in sample for sample in samples):
+                row.append(filler)
+        text = torch.cat([torch.arange(len(sample["input_ids"])) for sample in row])
+        axes = torch.cat([sample["position_ids"] for sample in row], dim=1)
+        batch: dict[str, Any] = {
+            "input_ids": torch.cat([sample["input_ids"] for sample in row])[None],
+            "labels": torch.cat([sample["labels"] for sample in row])[None],
+            "position_ids": torch.cat([text[None], axes])[:, None],
+        }
+        for keys in MEDIA:
+            for key in keys:
+                tensors = [sample[key] for sample in row if key in sample]  # type: ignore[literal-required]
+                if tensors:
+                    batch[key] = torch.cat(tensors)
+        batch["source"] = [sample["source"] for sample in samples]
+        return batch
+
+
+class PaddedCollator:
+    """Right-padded rows, one sample each, as most trainers make them: for comparison (``padding_free: false``).
+
+    Args:
+        pad_id: token that fills up a row.
+
+    Returns (of a call):
+        As `QwenVLCollator`, with S rows of the longest sample's length: ``input_ids``, ``labels`` and
+        ``attention_mask`` int64[S, T], ``position_ids`` int64[3, S, T].
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        def rows(tensors: list[Tensor], value: int) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+        positions = rows([sample["position_ids"].T for sample in samples], 0)  # [S, T, 3]
+        batch: dict[str, Any] = {
+            "input_ids": rows([sample["input_ids"] for sample in samples], self.pad_id),
+            "labels": rows([sample["labels"] for sample in samples], IGNORE),
+            "attention_mask": rows([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
+            "position_ids": positions.permute(2, 0, 1).contiguous(),
+        }
+        for keys in MEDIA:
+            for key in keys:
+                tensors = [sample[key] for sample in samples if key in sample]  # type: ignore[literal-required]
+                if tensors:
+                    batch[key] = torch.cat(tensors)
+        batch["source"] = [sample["source"] for sample in samples]
+        return batch
+
+
+def sample_lengths(batch: dict[str, Any]) -> Tensor:
+    """int64[S]: tokens of each sample of a flat row, fillers included, from the restarts of its text positions."""
+    text = batch["position_ids"][0, 0]
+    starts = torch.flatnonzero(text == 0)
+    return torch.diff(starts, append=torch.tensor([text.numel()]))
+
+
+def vision_fillers(processor: Any, kinds: Sequence[str] = ("image",)) -> list[Sample]:
+    """The smallest image (and video) as a sample without labels: one merged patch between its two border tokens."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    fillers: list[Sample] = []
+    for kind in kinds:
+        part = processor.image_processor if kind == "image" else processor.video_processor
+        pixels, grid = MEDIA[0] if kind == "image" else MEDIA[1]
+        side = part.merge_size
+        dim = 3 * part.temporal_patch_size * part.patch_size**2
+        tokens = torch.tensor(ids(["<|vision_start|>", f"<|{kind}_pad|>", "<|vision_end|>"]))
+        filler: dict[str, Any] = {
+            "input_ids": tokens,
+            "labels": torch.full_like(tokens, IGNORE),
+            "position_ids": torch.arange(3).expand(3, 3),
+            pixels: torch.zeros(side * side, dim),
+            grid: torch.tensor([[1, side, side]]),
+            "source": Source("filler", "filler"),
+        }
+        fillers.append(filler)  # type: ignore[arg-type]
+    return fillers

@@ -1,0 +1,97 @@
+"""Train what a recipe says: ``accelerate launch -m qwenvl_ft.train recipe=NAME section.key=value ...``."""
+
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qwenvl_ft.errors import QwenVLError
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind."""
+
+    output_dir: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    stopped_by: int | None = None
+    """Number of the signal that ended the run early."""
+
+
+def train(recipe: Any) -> TrainResult:
+    """Run a recipe from model and data to checkpoint and evaluation.
+
+    Raises:
+        QwenVLError: the recipe, the data or a checkpoint is wrong; nothing was written before that was known.
+    """
+    from qwenvl_ft.checkpoint import resolve_resume
+    from qwenvl_ft.training import setup
+    from qwenvl_ft.training.arguments import build_arguments
+    from qwenvl_ft.training.callbacks.progress import ProgressCallback
+    from qwenvl_ft.training.callbacks.signals import SignalCallback
+    from qwenvl_ft.training.trainer import QwenVLTrainer
+
+    args = build_arguments(recipe)
+    resume = resolve_resume(recipe.training.arguments.get("resume_from_checkpoint"), Path(args.output_dir))
+    processor = setup.build_processor(recipe)
+    train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
+    model = setup.build_model(recipe, args)
+    trainer = QwenVLTrainer(
+        model,
+        args,
+        processor=processor,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        max_length=recipe.template.max_length,
+        packing=recipe.training.packing,
+        padding_free=recipe.training.padding_free,
+        vit_lr=recipe.training.vit_lr,
+        aligner_lr=recipe.training.aligner_lr,
+        recipe=recipe,
+        callbacks=setup.early_stopping(recipe),
+    )
+    progress, signals = ProgressCallback(), SignalCallback()
+    trainer.add_callback(progress)
+    trainer.add_callback(signals)
+    setup.tell(trainer, progress, resume)
+    try:
+        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        signals.restore()
+    result = TrainResult(Path(args.output_dir), dict(output.metrics), output.global_step, signals.received)
+    if signals.received is None:
+        result.metrics |= setup.finish(trainer, recipe, progress)
+    elif trainer.is_world_process_zero():
+        name = signal.Signals(signals.received).name
+        progress.say(f"stopped by {name} at step {output.global_step}; to go on, add training.resume_from_checkpoint=true")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: exit code 0, 2 for a user's error (one line, nothing written), 128 + n for signal n."""
+    try:
+        from qwenvl_ft.recipe.dialects import recipe_from_argv
+
+        result = train(recipe_from_argv(sys.argv[1:] if argv is None else argv))
+    except QwenVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+class _Callable(ModuleType):
+    """``qwenvl_ft.train`` is this module and the public function of that name; calling the module runs it."""
+
+    def __call__(self, recipe: Any) -> TrainResult:
+        return train(recipe)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A recipe -> transformers' TrainingArguments: what Trainer needs, and the settings our loop relies on."""
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from qwenvl_ft.errors import RecipeError
+
+LEARNING_RATES = {"full": 1e-5}
+TUNER_LEARNING_RATE = 1e-4
+"""Where the recipe gives none: 1e-5 moves all weights, adapters start from nothing and take 1e-4."""
+
+RELIED_ON: dict[str, Any] = {
+    "remove_unused_columns": False,  # our batches are not columns
+    "label_names": ["labels"],
+    "logging_nan_inf_filter": False,  # would hide what TrainingError reports, and wait for the device each step
+    "average_tokens_across_devices": True,
+    "ddp_find_unused_parameters": False,  # every trained parameter is in every pass; see vision_fillers
+    "disable_tqdm": True,  # the console callback shows progress
+    "restore_callback_states_from_checkpoint": False,
+}
+
+
+def learning_rate(recipe: Any) -> float:
+    """The language model's learning rate: the recipe's, or the default of its ``train_type``."""
+    if recipe.training.learning_rate is not None:
+        return recipe.training.learning_rate
+    return LEARNING_RATES[recipe.tuner.train_type] if recipe.tuner.train_type in LEARNING_RATES else TUNER_LEARNING_RATE
+
+
+def build_arguments(recipe: Any) -> TrainingArguments:
+    """TrainingArguments of a recipe.
+
+    Mixed precision follows ``model.torch_dtype`` unless the recipe says otherwise: bf16 or fp16 where a CUDA device
+    is there, none on the CPU.
+
+    Raises:
+        RecipeError: transformers refuses a combination; its own words, on one line.
+    """
+    told: dict[str, Any] = dict(recipe.training.arguments)
+    clash = sorted(key for key in RELIED_ON if key in told and told[key] != RELIED_ON[key])
+    if clash:
+        raise RecipeError(f"training.{clash[0]}={told[clash[0]]!r} cannot be changed here: the loop relies on "
+                          f"{RELIED_ON[clash[0]]!r}. Remove the key.")
+    told |= RELIED_ON
+    told["learning_rate"] = learning_rate(recipe)
+    if "bf16" not in told and "fp16" not in told and torch.cuda.is_available():
+        told["bf16"] = recipe.model.torch_dtype == "bfloat16"
+        told["fp16"] = recipe.model.torch_dtype == "float16"
+    if recipe.deepspeed.enabled:
+        told["deepspeed"] = recipe.deepspeed.config
+    if told.get("activation_checkpointing") or told.get("gradient_checkpointing"):
+        told.setdefault("activation_checkpointing_kwargs", told.pop("gradient_checkpointing_kwargs", {"use_reentrant": False}))
+    if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
+        told.setdefault("metric_for_best_model", "eval_loss")
+    told.pop("resume_from_checkpoint", None)  # found and checked by checkpoint.py
+    try:
+        return TrainingArguments(**told)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from None

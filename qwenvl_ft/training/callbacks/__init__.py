@@ -1,0 +1,1 @@
+"""What happens around a step: files and console, signals, early stopping."""

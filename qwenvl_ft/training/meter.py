@@ -1,0 +1,98 @@
+"""How fast and how full the run is, read from the plan: no rank has to be asked and no device waited for."""
+
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import TrainerCallback
+
+from qwenvl_ft.data.dataset import PlanSampler, seen_samples
+
+
+class Meter(TrainerCallback):
+    """Tokens, samples and seconds between two log lines, over all ranks.
+
+    Every rank knows every rank's rows, because all make the same plan; only the number of supervised tokens comes from
+    the batches.
+
+    Args:
+        args: TrainingArguments of the run.
+        row_tokens: places in one process's batch, for the fill; meaningful for packed rows.
+    """
+
+    def __init__(self, args: Any, row_tokens: int) -> None:
+        self.args = args
+        self.row_tokens = row_tokens
+        self.sampler: PlanSampler | None = None
+        self._supervised: list[Tensor] = []
+        self._time = self._start = time.perf_counter()
+        self._first_step = 0
+        self._passes = self._tokens = 0
+        self._sums: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def follow(self, sampler: PlanSampler) -> None:
+        self.sampler = sampler
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The run starts, or goes on, at the state's step."""
+        self._first_step = state.global_step
+        self._passes, self._tokens, _ = self._up_to(state.global_step)
+        self._supervised = []
+        self._time = self._start = time.perf_counter()
+
+    def supervised(self, count: Tensor) -> None:
+        """Supervised tokens of one optimizer step, over all ranks; stays on its device until it is read."""
+        self._supervised.append(count)
+
+    def read(self, state: Any) -> dict[str, float]:
+        """What happened since the last reading, and starts the next."""
+        now = time.perf_counter()
+        seconds = max(now - self._time, 1e-9)
+        supervised = int(torch.stack(self._supervised).sum()) if self._supervised else 0
+        passes, tokens, samples = self._up_to(state.global_step)
+        fresh = tokens - self._tokens
+        places = (passes - self._passes) * self.row_tokens * self.args.world_size
+        done = state.global_step - self._first_step
+        told = {
+            "tokens_per_second": round(fresh / seconds, 1),
+            "supervised_tokens": supervised,
+            "row_fill": round(fresh / places, 4) if places else 0.0,
+            "samples_seen": samples,
+            "eta_seconds": round((now - self._start) / max(done, 1) * (state.max_steps - state.global_step), 1),
+        }
+        self._time, self._passes, self._tokens, self._supervised = now, passes, tokens, []
+        return told
+
+    def _up_to(self, step: int) -> tuple[int, int, int]:
+        """Passes, tokens and samples from the beginning of training to the end of a step."""
+        assert self.sampler is not None
+        per_epoch = len(self.sampler)
+        epochs, steps = divmod(step, -(-per_epoch // self.args.gradient_accumulation_steps))
+        passes = min(steps * self.args.gradient_accumulation_steps, per_epoch)
+        dataset = self.sampler.dataset
+        tokens, samples = epochs * int(dataset.lengths.sum()), epochs * len(dataset)
+        if passes:
+            running_tokens, running_samples = self._running(epochs)
+            tokens += int(running_tokens[passes - 1])
+            samples += int(running_samples[passes - 1])
+        return epochs * per_epoch + passes, tokens, samples
+
+    def _running(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Running sums of tokens and samples over the passes of an epoch."""
+        if epoch not in self._sums:
+            assert self.sampler is not None
+            lengths, plan = self.sampler.dataset.lengths, self.sampler.plan(epoch)
+            tokens = [sum(int(lengths[i]) for batch in ranks for i in batch if i >= 0) for ranks in plan]
+            self._sums = {epoch: (np.cumsum(tokens), np.cumsum([seen_samples(ranks) for ranks in plan]))}
+        return self._sums[epoch]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU's allocator, or of the process on the CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

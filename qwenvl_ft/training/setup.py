@@ -1,0 +1,173 @@
+"""A recipe's sections -> the objects of a run, and what is said and saved before and after it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.registry import register_dataset
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
+
+
+def build_processor(recipe: Any) -> Any:
+    return load_processor(
+        _model_path(recipe),
+        min_pixels=recipe.template.min_pixels,
+        max_pixels=recipe.template.max_pixels,
+        revision=recipe.model.model_revision,
+    )
+
+
+def build_encoder(recipe: Any, processor: Any) -> Encoder:
+    """The encoder of a recipe's template and media rules.
+
+    Raises:
+        RecipeError: ``template.tools_prompt`` is not a JSON list of function schemas.
+    """
+    template = recipe.template
+    tools = None
+    if template.tools_prompt:
+        try:
+            tools = json.loads(template.tools_prompt)
+        except ValueError:
+            tools = None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise RecipeError(
+                f"template.tools_prompt={template.tools_prompt!r} is not a JSON list of function schemas. "
+                'Example: \'[{"type": "function", "function": {"name": "measure", "parameters": {}}}]\'.'
+            )
+    return Encoder(
+        processor,
+        max_length=template.max_length,
+        truncation_strategy=template.truncation_strategy,
+        system_prompt=template.system_prompt,
+        tools=tools,
+        add_vision_id=template.add_vision_id,
+        policy=MediaPolicy(allow_urls=recipe.data.allow_urls, max_image_pixels=recipe.data.max_image_pixels),
+    )
+
+
+def build_datasets(recipe: Any, processor: Any, seed: int) -> tuple[SampleDataset, SampleDataset | None]:
+    """Training and, if the recipe names one, validation samples."""
+    data = recipe.data
+    if not data.train:
+        raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
+    for name, entry in data.datasets.items():
+        register_dataset(name, **entry)
+    encoder = build_encoder(recipe, processor)
+    sets = [
+        SampleDataset(
+            load_records(selection, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc),
+            encoder,
+            name=name,
+            num_proc=data.dataset_num_proc,
+        )
+        for name, selection in (("data.train", data.train), ("data.val", data.val))
+        if selection
+    ]
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def build_model(recipe: Any, args: TrainingArguments) -> nn.Module:
+    """The model, frozen and adapted, in the precision it trains in."""
+    told = recipe.model
+    model = load_model(
+        _model_path(recipe),
+        torch_dtype=told.torch_dtype,
+        attn_impl=told.attn_impl,
+        revision=told.model_revision,
+        device_map=told.device_map,
+        max_memory=told.max_memory,
+        rope_scaling=told.rope_scaling,
+        max_model_len=told.max_model_len,
+        patch_embed=told.patch_embed,
+        model_type=told.model_type,
+    )
+    model = prepare_model(model, recipe.tuner)
+    if (args.bf16 or args.fp16) and args.deepspeed is None:
+        keep_float32(model)
+    return model
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Hold every trained weight in float32; autocast computes in the lower precision.
+
+    AdamW at 1e-5 changes a bfloat16 weight by less than its last bit, so a model trained in plain bfloat16 loses most
+    of its updates. DeepSpeed keeps a float32 copy of its own and is left alone.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def early_stopping(recipe: Any) -> list[Any]:
+    """The callback behind ``training.early_stopping_patience``, in evaluations without a better metric."""
+    patience = recipe.training.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
+    """What is about to be trained, on what, from where: printed before the first step."""
+    if not trainer.is_world_process_zero():
+        return
+    progress.folder = Path(trainer.args.output_dir)
+    sampler = trainer.plan_sampler(trainer.train_dataset)
+    args = trainer.args
+    say = progress.say
+    say(f"transformers {transformers.__version__}, torch {torch.__version__}, {args.device}, {args.world_size} processes")
+    rates = {"llm": args.learning_rate, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}
+    table = trainable_table(trainer.model, {p: r if r is not None else args.learning_rate for p, r in rates.items()})
+    for line in table.splitlines():
+        say(line)
+    for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+        say(dataset.summary())
+    if trainer.packing:
+        say(f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full")
+    if resume is not None:
+        say(f"going on from {resume}")
+
+
+def finish(trainer: Any, recipe: Any, progress: Any) -> dict[str, float]:
+    """Save the trained model and the run's state into the output folder; evaluate by generation if asked to."""
+    trainer.save_model()
+    trainer.save_state()
+    told = recipe.evaluation
+    if not told.run_after_training:
+        return {}
+    from qwenvl_ft.evaluation.generate import evaluate_exact_match
+
+    selection = told.data or recipe.data.val
+    if not selection:
+        raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
+    start = time.perf_counter()
+    records = load_records(selection, seed=trainer.args.seed, media_root=recipe.data.media_root)
+    result = evaluate_exact_match(
+        trainer.accelerator.unwrap_model(trainer.model_wrapped),
+        trainer.processing_class,
+        records,
+        encoder=trainer.train_dataset.encoder,
+        batch_size=told.batch_size,
+        max_new_tokens=told.max_new_tokens,
+        limit=told.limit,
+    )
+    seconds = time.perf_counter() - start
+    if trainer.is_world_process_zero():
+        progress.say(f"exact match {result['exact_match']:.2%} of {result['count']} by generation, {seconds:.1f} s")
+    return {"exact_match": result["exact_match"], "exact_match_count": result["count"]}
+
+
+def _model_path(recipe: Any) -> str:
+    if not recipe.model.model:
+        raise RecipeError("model.model is not set. Give a directory or an id: model.model=Qwen/Qwen3-VL-4B-Instruct.")
+    return recipe.model.model

@@ -1,0 +1,304 @@
+"""Trainer with an exact loss over planned rows; transformers runs the loop.
+
+What is overridden, and nothing else: the loaders (a plan instead of a sampler), the loss (a sum over supervised tokens
+divided once by the global batch's), evaluation (the same sum), the optimizer's groups, and what is logged and saved.
+"""
+
+import math
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
+from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
+from qwenvl_ft.data.packing import RunShape
+from qwenvl_ft.errors import RecipeError, TrainingError
+from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.training.meter import Meter, peak_memory_gib
+from qwenvl_ft.tuning.optimizer import cosine_warmup_with_min_lr, param_groups
+
+MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+
+
+class QwenVLTrainer(Trainer):
+    """transformers' Trainer for packed Qwen-VL rows.
+
+    Args:
+        model: from `prepare_model`.
+        args: TrainingArguments; ``per_device_train_batch_size`` counts rows (packed) or samples (not packed).
+        processor: saved into every checkpoint.
+        train_dataset: a `SampleDataset`.
+        eval_dataset: one, or a dict of them by name.
+        max_length: tokens of a packed row.
+        packing: fill rows from the plan; without it a batch joins ``per_device_train_batch_size`` samples.
+        padding_free: False pads instead of joining, for comparison; excludes packing.
+        vit_lr: of the vision tower; None is ``args.learning_rate``.
+        aligner_lr: of all four mergers; None is ``args.learning_rate``.
+        recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
+
+    Raises:
+        TrainingError: a loss is NaN or infinite; names the records of its row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        processor: Any,
+        train_dataset: SampleDataset | None = None,
+        eval_dataset: SampleDataset | dict[str, SampleDataset] | None = None,
+        max_length: int = 8192,
+        packing: bool = True,
+        padding_free: bool = True,
+        vit_lr: float | None = None,
+        aligner_lr: float | None = None,
+        recipe: Any = None,
+        **more: Any,
+    ) -> None:
+        if packing and not padding_free:
+            raise RecipeError("training.padding_free=false pads one sample a row and excludes training.packing=true.")
+        self.max_length = max_length
+        self.packing = packing
+        self.padding_free = padding_free
+        self.vit_lr = vit_lr
+        self.aligner_lr = aligner_lr
+        self.recipe = recipe
+        self.part_rates: dict[str, float] = {}
+        self.fillers = vision_fillers(processor, _media_kinds(train_dataset, eval_dataset))
+        self._unchecked: list[tuple[Tensor, list[Any]]] = []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=cast(Dataset[Any], train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
+            processing_class=processor,
+            **more,
+        )
+        if args.n_gpu > 1:
+            raise RecipeError(f"one process sees {args.n_gpu} GPUs. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
+        self.loss_is_scaled_for_ga = True
+        self.meter = Meter(args, max_length * args.per_device_train_batch_size)
+        self.add_callback(self.meter)
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> EpochLoader:
+        sampler = self.plan_sampler(cast(SampleDataset, self.train_dataset))
+        self.meter.follow(sampler)
+        return self._loader(sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = cast(dict[str, Any], self.eval_dataset)[eval_dataset]
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        return self._loader(self.plan_sampler(cast(SampleDataset, dataset), training=False))
+
+    def plan_sampler(self, dataset: SampleDataset, *, training: bool = True) -> PlanSampler:
+        """This rank's plan over a data set: shuffled by epoch for training, in a fixed order for evaluation."""
+        args = self.args
+        rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        shape = RunShape(args.world_size, rows, args.gradient_accumulation_steps if training else 1)
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        return PlanSampler(
+            dataset,
+            shape,
+            rank=args.process_index,
+            packing=self.packing,
+            max_length=self.max_length,
+            seed=seed,
+            shuffle=training,
+        )
+
+    def _loader(self, sampler: PlanSampler) -> EpochLoader:
+        args = self.args
+        workers = args.dataloader_num_workers
+        collator = (
+            QwenVLCollator(self.fillers)
+            if self.padding_free
+            else PaddedCollator(cast(Any, self.processing_class).tokenizer.pad_token_id)
+        )
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and args.n_gpu > 0}
+        if workers:
+            options["persistent_workers"] = args.dataloader_persistent_workers
+            options["prefetch_factor"] = args.dataloader_prefetch_factor
+        return EpochLoader(sampler.dataset, sampler, collator, **options)
+
+    def num_examples(self, dataloader: Any) -> int:
+        return len(cast(Sized, dataloader.dataset))
+
+    # -- loss ------------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(split_labels(inputs))
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Supervised tokens of the global batch: all passes of the step, all ranks."""
+        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
+        count = torch.tensor(tokens, device=device, dtype=torch.int64)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count, reduction="sum")
+        self.meter.supervised(count)
+        return count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._unchecked.append((loss, inputs["source"]))
+        if loss.device.type == "cpu":
+            self.check_losses()
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """This rank's share of the mean over the global batch's supervised tokens.
+
+        The sum is divided once, by the tokens of all passes and ranks, and multiplied by the ranks because gradients
+        are averaged over them. Summed over passes and averaged over ranks it is the mean.
+        """
+        total = loss_sum(model, inputs, label_smoothing=self.args.label_smoothing_factor if model.training else 0.0)
+        loss = total * self.args.world_size / torch.clamp(num_items_in_batch, min=1)
+        return (loss, None) if return_outputs else loss
+
+    def check_losses(self) -> None:
+        """Raises TrainingError if a loss since the last check was not finite. Waits for the device once."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
+            return
+        finite = torch.isfinite(torch.stack([loss for loss, _ in unchecked])).tolist()
+        for (loss, sources), fine in zip(unchecked, finite, strict=True):
+            if not fine:
+                rows = ", ".join(str(source) for source in sources)
+                raise TrainingError(
+                    f"step {self.state.global_step + 1}: the loss is {loss.item()} in the row of {rows}. Look at these "
+                    "records; else lower training.learning_rate or training.max_grad_norm, or use "
+                    "model.torch_dtype=bfloat16 instead of float16."
+                )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # transformers' estimate counts neither images nor packing
+
+    # -- optimizer -------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            target = model if model is not None else self.model
+            groups = param_groups(
+                target,
+                learning_rate=self.args.learning_rate,
+                vit_lr=self.vit_lr,
+                aligner_lr=self.aligner_lr,
+                weight_decay=self.args.weight_decay,
+            )
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        kwargs = dict(cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}))
+        if self.lr_scheduler is None and self.args.lr_scheduler_type in MIN_LR_SCHEDULES and "min_lr" in kwargs:
+            self.lr_scheduler = cosine_warmup_with_min_lr(
+                optimizer or self.optimizer,
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                total_steps=num_training_steps,
+                min_lr=float(kwargs["min_lr"]),
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_learning_rate(self) -> float:
+        """The language model's rate (that of the first group, if it is frozen); keeps those of all parts for the log."""
+        groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
+        self.part_rates = {group["name"].split("/")[0]: float(group["lr"]) for group in groups}
+        return self.part_rates["llm"] if "llm" in self.part_rates else float(groups[0]["lr"])
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over all supervised tokens of the set and its perplexity, whatever the batches and processes."""
+        model = self._evaluation_model()
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        with torch.no_grad():
+            for inputs in cast(Iterable[dict[str, Any]], dataloader):
+                batch = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    total[0] += loss_sum(model, batch).double()
+                total[1] += batch["targets"].numel()
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        model.train(was_training)
+        loss, tokens = total.tolist()
+        mean = loss / max(tokens, 1)
+        metrics = {
+            f"{metric_key_prefix}_loss": mean,
+            f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700.0)),
+            f"{metric_key_prefix}_supervised_tokens": int(tokens),
+        }
+        count = len(cast(Sized, dataloader.dataset))
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=count)
+
+    def _evaluation_model(self) -> nn.Module:
+        """The model as training wraps it, or prepared for evaluation alone."""
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return cast(nn.Module, model)
+
+    # -- log and save ----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self.check_losses()
+            logs.update({f"lr/{part}": rate for part, rate in self.part_rates.items()})
+            logs.update(self.meter.read(self.state))
+            logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
+            if "grad_norm" in logs and not math.isfinite(logs["grad_norm"]):
+                raise TrainingError(
+                    f"step {self.state.global_step}: the gradient norm is {logs['grad_norm']} although the loss is "
+                    "finite. Lower training.learning_rate, or use model.torch_dtype=bfloat16 instead of float16."
+                )
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_losses()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights, processor and recipe; served checkpoints generate with a cache, so the config says so again."""
+        configs = [self.model.config, getattr(self.model.config, "text_config", None)]
+        for config in filter(None, configs):
+            config.use_cache = True
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            for config in filter(None, configs):
+                config.use_cache = False
+        if self.recipe is not None and self.args.should_save:
+            self.recipe.save(Path(output_dir or self.args.output_dir) / "recipe.yaml")
+
+
+def _media_kinds(*datasets: Any) -> tuple[str, ...]:
+    """The media that every rank must run: images always, videos if any data set has one."""
+    sets = [d for entry in datasets if entry is not None for d in (entry.values() if isinstance(entry, dict) else [entry])]
+    return ("image", "video") if any("video" in d.media_kinds for d in sets) else ("image",)
+
+

@@ -1,0 +1,128 @@
+"""Fixtures: the real Qwen3-VL classes at toy size, made once a session, and records that use every kind of input."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+
+torch.set_num_threads(1)
+
+SHARED = Path(os.environ.get("QWENVL_FT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the session's Arrow files and length caches out of the user's."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf_datasets")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Directories of the tiny checkpoints: ``checkpoints["dense"]``, ``checkpoints["moe"]``."""
+    from qwenvl_ft.model.tiny import make_tiny
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    with FileLock(root / "tiny.lock"):
+        folders = {kind: root / f"tiny-{kind}" for kind in ("dense", "moe")}
+        for kind, folder in folders.items():
+            if not (folder / "done").exists():
+                make_tiny(folder, moe=kind == "moe")
+                (folder / "done").touch()
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(checkpoints):
+    return checkpoints["dense"]
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_dir):
+    from qwenvl_ft.model.load import load_processor
+
+    return load_processor(str(tiny_dir))
+
+
+@pytest.fixture(scope="session")
+def encoder(processor):
+    from qwenvl_ft.data.encode import Encoder
+
+    return Encoder(processor)
+
+
+@pytest.fixture(params=["dense", "moe"])
+def any_model(request, checkpoints):
+    """A fresh float32 model of each architecture, in eval mode."""
+    from qwenvl_ft.model.load import load_model
+
+    return load_model(str(checkpoints[request.param]), torch_dtype="float32", attn_impl="sdpa").eval()
+
+
+@pytest.fixture
+def tiny_model(tiny_dir):
+    """A fresh float32 dense model, in eval mode."""
+    from qwenvl_ft.model.load import load_model
+
+    return load_model(str(tiny_dir), torch_dtype="float32", attn_impl="sdpa").eval()
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth noise, so that resizing keeps something to look at."""
+    rng = np.random.default_rng([width, height, seed])
+    small = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def mixed_records():
+    """One image, several images, a video, text alone, several turns, a system prompt: every kind of row neighbour."""
+    a, b, c = picture(96, 64), picture(64, 128, 1), picture(50, 70, 2)
+    frames = [picture(64, 64, seed) for seed in range(5)]
+    turn = lambda role, text: {"from": role, "value": text}  # noqa: E731
+    return [
+        {"image": [a], "conversations": [turn("human", "<image>\nWhat is it?"), turn("gpt", "A blur.")]},
+        {"conversations": [turn("human", "Say hello."), turn("gpt", "Hello, hello there.")]},
+        {
+            "image": [b, c],
+            "conversations": [
+                turn("human", "<image>\n<image>\nSame?"),
+                turn("gpt", "No."),
+                turn("human", "Why does the assistant think so?"),
+                turn("gpt", "Colours differ.\nSizes too."),
+            ],
+        },
+        {"video": [frames], "conversations": [turn("human", "<video>\nWhat moves?"), turn("gpt", "Everything.")]},
+        {
+            "image": c,
+            "video": [frames[:4]],
+            "conversations": [
+                turn("system", "Be brief."),
+                turn("human", "First <image> then <video> compare."),
+                turn("gpt", "ok"),
+            ],
+        },
+    ]
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Write records as a .jsonl file and return its path."""
+
+    def write(records, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        return path
+
+    return write

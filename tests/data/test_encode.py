@@ -1,0 +1,209 @@
+"""Samples against the official outputs and against hand-made expectations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, picture
+
+from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
+from qwenvl_ft.data.encode import Encoder, TooLong, Unsupervised
+from qwenvl_ft.errors import DataError, RecipeError
+from qwenvl_ft.model.load import load_processor
+
+CASES = SHARED / "parity" / "expected.json"
+
+
+@pytest.fixture(scope="module")
+def real_processors():
+    """The released processor, by (min_pixels, max_pixels)."""
+    if not CASES.exists():
+        pytest.skip("the official cases are not here")
+    made = {}
+
+    def get(low, high):
+        if (low, high) not in made:
+            made[low, high] = load_processor(str(SHARED / "qwen3vl_processor"), min_pixels=low, max_pixels=high)
+        return made[low, high]
+
+    return get
+
+
+def spans(labels):
+    """[begin, end) of each supervised stretch."""
+    on = np.concatenate([[0], (labels.numpy() != -100).astype(int), [0]])
+    edges = np.flatnonzero(np.diff(on))
+    return edges.reshape(-1, 2).tolist()
+
+
+@pytest.mark.parametrize("index", range(16))
+def test_official_cases_are_reproduced(real_processors, index):
+    case = json.loads(CASES.read_text())[index]
+    encoder = Encoder(real_processors(case["min_pixels"], case["max_pixels"]))
+    root = str(SHARED / "parity" / "images")
+    sample = encoder(case["record"], root)
+    assert sample["input_ids"].tolist() == case["input_ids"]
+    assert spans(sample["labels"]) == case["label_spans"]
+    assert sample["position_ids"].tolist() == case["position_ids"]
+    assert sample["image_grid_thw"].tolist() == case["image_grid_thw"]
+    assert list(sample["pixel_values"].shape) == case["pixel_values_shape"]
+    means = sample["pixel_values"].float().mean(dim=1).numpy()
+    np.testing.assert_allclose(means, case["pixel_values_row_mean"], atol=1e-3)
+    assert encoder.length(case["record"], root) == len(case["input_ids"])
+
+
+def test_labels_decode_to_the_answers(encoder, processor, mixed_records):
+    sample = encoder(mixed_records[2])
+    text = [
+        processor.tokenizer.decode(sample["labels"][begin:end].tolist()) for begin, end in spans(sample["labels"])
+    ]
+    assert text == ["No.<|im_end|>\n", "Colours differ.\nSizes too.<|im_end|>\n"]
+
+
+def test_a_user_who_writes_assistant_is_not_trained_on(encoder, processor):
+    record = {"conversations": [{"from": "human", "value": "assistant\nsay x"}, {"from": "gpt", "value": "x"}]}
+    sample = encoder(record)
+    assert processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0].tolist()) == "x<|im_end|>\n"
+
+
+@pytest.mark.parametrize("answer", ["\n\nfirst a gap", "", "   ", "é decomposed e\u0301", "<think>hm</think>\n\nyes", "日本語。"])
+def test_any_answer_is_supervised_whole(encoder, processor, answer):
+    """The supervised tokens and what stands before them render the whole conversation again."""
+    record = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": answer}]}
+    sample = encoder(record)
+    (span,) = spans(sample["labels"])
+    before = processor.tokenizer.decode(sample["input_ids"][: span[0]].tolist())
+    after = processor.tokenizer.decode(sample["input_ids"][span[0] :].tolist())
+    assert before.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
+    assert after.endswith("<|im_end|>\n") and span[1] == len(sample["input_ids"])
+    assert before + after == processor.tokenizer.decode(sample["input_ids"].tolist())
+
+
+def test_one_turn_can_be_left_unsupervised(encoder, processor):
+    messages = tuple(
+        Message(role, (Text(text),), loss=loss)
+        for role, text, loss in [("user", "a", None), ("assistant", "b", False), ("user", "c", None), ("assistant", "d", None)]
+    )
+    sample = encoder(Conversation(messages, Source("x", "x")))
+    assert processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0].tolist()) == "d<|im_end|>\n"
+
+
+def test_video_text_has_the_form_of_the_released_models(encoder, processor, mixed_records):
+    """A time before each frame pair and no outer border; three pairs from five frames at 2 frames a second."""
+    sample = encoder(mixed_records[3])
+    text = processor.tokenizer.decode(sample["input_ids"].tolist()).replace("<|video_pad|>", "")
+    frame = "<|vision_start|><|vision_end|>"
+    assert text.startswith(
+        f"<|im_start|>user\n<0.2 seconds>{frame}<1.2 seconds>{frame}<2.0 seconds>{frame}What moves?"
+    )
+
+
+def test_video_tokens_equal_the_processor_without_its_outer_borders(processor, encoder, mixed_records):
+    """Independent reference: the installed processor's own text, its outer pair removed."""
+    frames = mixed_records[3]["video"][0]
+    video = torch.stack([torch.from_numpy(np.asarray(frame)).permute(2, 0, 1) for frame in frames])
+    from transformers.video_utils import VideoMetadata
+
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False)
+    out = processor(
+        text=[text],
+        videos=[video],
+        video_metadata=[VideoMetadata(total_num_frames=5, fps=2.0, frames_indices=list(range(5)))],
+        do_sample_frames=False,
+        cap_pixels_per_frame=bool(processor.video_processor.cap_pixels_per_frame),
+        return_tensors="pt",
+    )
+    sample = encoder(mixed_records[3])
+    ids = out["input_ids"][0].tolist()
+    start, end = processor.vision_start_token_id, processor.vision_end_token_id
+    outer = ids.index(start)
+    last = len(ids) - 1 - ids[::-1].index(end)
+    ids = ids[:outer] + ids[outer + 1 : last] + ids[last + 1 :]
+    assert sample["input_ids"][: len(ids)].tolist() == ids
+    torch.testing.assert_close(sample["pixel_values_videos"], out["pixel_values_videos"])
+    assert sample["video_grid_thw"].tolist() == out["video_grid_thw"].tolist()
+
+
+def test_prompt_is_the_sample_up_to_the_answer(encoder, mixed_records):
+    sample, prompt = encoder(mixed_records[2]), encoder.prompt(mixed_records[2])
+    begin = spans(sample["labels"])[-1][0]
+    assert prompt["input_ids"].tolist() == sample["input_ids"][:begin].tolist()
+    assert (prompt["labels"] == -100).all()
+    torch.testing.assert_close(prompt["pixel_values"], sample["pixel_values"])
+
+
+def test_too_long_is_an_error_that_says_what_to_do(processor, mixed_records):
+    for strategy in ("raise", "delete"):
+        with pytest.raises(TooLong, match=r"tokens, .*template\.max_length is 20\. Raise it, lower template\.max_pixels"):
+            Encoder(processor, max_length=20, truncation_strategy=strategy)(mixed_records[0])
+
+
+@pytest.mark.parametrize("strategy", ["left", "right"])
+def test_cutting_never_goes_through_a_medium(processor, encoder, mixed_records, strategy):
+    """Every length limit: at most max_length tokens, media whole, and what stays is what stood there."""
+    whole = encoder(mixed_records[2])
+    ids = whole["input_ids"].tolist()
+    pad, merge = processor.image_token_id, processor.image_processor.merge_size**2
+    seen = set()
+    for limit in range(1, len(ids)):
+        try:
+            sample = Encoder(processor, max_length=limit, truncation_strategy=strategy)(mixed_records[2])
+        except Unsupervised:
+            seen.add("unsupervised")
+            continue
+        cut = sample["input_ids"].tolist()
+        assert len(cut) <= limit
+        assert cut == (ids[: len(cut)] if strategy == "right" else ids[-len(cut) :])
+        grids = sample["image_grid_thw"] if "image_grid_thw" in sample else torch.zeros(0, 3, dtype=torch.long)
+        assert cut.count(pad) == int(grids.prod(dim=1).sum()) // merge
+        assert cut.count(processor.vision_start_token_id) == cut.count(processor.vision_end_token_id) == len(grids)
+        seen.add(len(grids))
+    assert {0, 1, 2} & seen and len(seen) >= 2, "vacuous: no cut fell among the media"
+
+
+@pytest.mark.parametrize("strategy", ["left", "right"])
+def test_a_video_is_kept_whole_or_not_at_all(processor, encoder, mixed_records, strategy):
+    length = encoder.length(mixed_records[4])
+    for limit in range(1, length):
+        try:
+            sample = Encoder(processor, max_length=limit, truncation_strategy=strategy)(mixed_records[4])
+        except Unsupervised:
+            continue
+        frames = int((sample["input_ids"] == processor.vision_start_token_id).sum())
+        images = len(sample["image_grid_thw"]) if "image_grid_thw" in sample else 0
+        assert frames - images in (0, 2)
+
+
+def test_a_record_without_an_answer_is_an_error(encoder):
+    with pytest.raises(Unsupervised, match="no token is supervised"):
+        encoder({"messages": [{"role": "user", "content": "hello"}]})
+
+
+def test_control_tokens_in_text_are_an_error(encoder):
+    record = {"conversations": [{"from": "human", "value": "<|im_end|>\n<|im_start|>assistant\nx"}, {"from": "gpt", "value": "y"}]}
+    with pytest.raises(DataError, match=r"control token"):
+        encoder(record)
+
+
+def test_an_unknown_strategy_is_an_error(processor):
+    with pytest.raises(RecipeError, match="unknown template.truncation_strategy 'rigth'. Did you mean 'right'?"):
+        Encoder(processor, truncation_strategy="rigth")
+
+
+def test_the_default_system_prompt_does_not_replace_the_records_own(processor, mixed_records):
+    encoder = Encoder(processor, system_prompt="You see.")
+    decode = lambda record: processor.tokenizer.decode(encoder(record)["input_ids"].tolist())  # noqa: E731
+    assert decode(mixed_records[0]).startswith("<|im_start|>system\nYou see.<|im_end|>\n<|im_start|>user\n")
+    assert decode(mixed_records[4]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+
+
+@pytest.mark.parametrize(("low", "high"), [(784, 50_176), (392, 25_088), (1568, 100_352), (1, 1), (65_536, 65_536)])
+def test_any_pixel_budget_gives_whole_patches(tiny_dir, low, high):
+    """Also one below a single merged patch of 32 x 32."""
+    processor = load_processor(str(tiny_dir), min_pixels=low, max_pixels=high)
+    record = {"image": [picture(130, 70)], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}
+    sample = Encoder(processor)(record)
+    assert len(sample["input_ids"]) == Encoder(processor).length(record)
+    assert sample["pixel_values"].shape[0] == int(sample["image_grid_thw"].prod())

@@ -1,0 +1,89 @@
+"""The plan of an epoch: complete, full, seeded, balanced, the same for any number of processes."""
+
+import numpy as np
+import pytest
+
+from qwenvl_ft.data.packing import RunShape, assign, fill, pack_lengths
+from qwenvl_ft.errors import DataError
+
+
+def lognormal(count, max_length=8192, seed=0):
+    lengths = np.random.default_rng(seed).lognormal(6, 0.9, count).astype(int)
+    return np.clip(lengths, 1, max_length)
+
+
+def test_every_index_is_in_exactly_one_row_and_no_row_overflows():
+    lengths = lognormal(5_000)
+    rows = pack_lengths(lengths, max_length=8192, seed=3)
+    assert sorted(i for row in rows for i in row) == list(range(5_000))
+    assert max(lengths[row].sum() for row in rows) <= 8192
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [(6, 0.8), (5, 1.2), (7, 0.6), (7.5, 0.9)])
+def test_rows_are_at_least_98_percent_full(mu, sigma):
+    lengths = np.clip(np.random.default_rng(1).lognormal(mu, sigma, 50_000).astype(int), 1, 8192)
+    assert fill(pack_lengths(lengths, max_length=8192), lengths, 8192) >= 0.98
+    in_order = fill([[i] for i in range(len(lengths))], lengths, 8192)
+    assert in_order < 0.98, "vacuous: single samples fill rows too"
+
+
+def test_the_plan_is_a_function_of_seed_and_epoch():
+    lengths = lognormal(2_000)
+    plan = pack_lengths(lengths, max_length=8192, seed=1, epoch=2)
+    assert plan == pack_lengths(lengths, max_length=8192, seed=1, epoch=2)
+    assert plan != pack_lengths(lengths, max_length=8192, seed=1, epoch=3)
+    assert plan != pack_lengths(lengths, max_length=8192, seed=2, epoch=2)
+
+
+def test_every_epoch_has_the_same_number_of_rows_and_other_neighbours():
+    lengths = lognormal(3_000)
+    epochs = [pack_lengths(lengths, max_length=8192, epoch=epoch) for epoch in range(6)]
+    assert len({len(rows) for rows in epochs}) == 1
+    neighbours = [{frozenset((row[0], i)) for row in rows for i in row[1:]} for rows in epochs]
+    assert len(neighbours[0] & neighbours[1]) < 0.2 * len(neighbours[0])
+
+
+def test_lengths_that_no_row_takes_are_an_error():
+    with pytest.raises(DataError, match=r"sample 1 has 9 tokens, but a row takes 1 to 8\. Raise template\.max_length"):
+        pack_lengths([3, 9], max_length=8)
+    with pytest.raises(DataError, match="sample 0 has 0 tokens"):
+        pack_lengths([0, 3], max_length=8)
+    assert pack_lengths([], max_length=8) == []
+
+
+def test_exact_fits_are_found():
+    rows = pack_lengths([6, 3, 2, 5], max_length=8)
+    assert sorted(sorted(row) for row in rows) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("shape", [RunShape(1, 1, 4), RunShape(2, 1, 2), RunShape(4, 1, 1), RunShape(2, 2, 1)])
+def test_the_rows_of_a_step_do_not_depend_on_the_processes(shape):
+    lengths = lognormal(400)
+    rows = pack_lengths(lengths, max_length=8192)
+    plan = assign(rows, lengths, shape)
+    steps = [plan[i : i + shape.accumulation] for i in range(0, len(plan), shape.accumulation)]
+    told = [sorted(i for passes in step for batch in passes for i in batch if i >= 0) for step in steps]
+    assert told == [sorted(i for row in rows[k : k + 4] for i in row) for k in range(0, len(rows), 4)]
+
+
+def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
+    plan = assign([[0], [1], [2]], [5.0, 1.0, 9.0], RunShape(world_size=2))
+    assert [len(passes) for passes in plan] == [2, 2]
+    assert plan[-1] == [[2], [~2]]
+    real = [i for passes in plan for batch in passes for i in batch if i >= 0]
+    assert sorted(real) == [0, 1, 2]
+
+
+def test_ranks_get_rows_of_like_cost():
+    lengths = lognormal(20_000)
+    rows = pack_lengths(lengths, max_length=8192)
+    cost = lengths.astype(float) ** 2
+    shape = RunShape(world_size=4, accumulation=8)
+
+    def waiting(plan):
+        loads = np.array([[cost[batch].sum() for batch in passes] for passes in plan])
+        return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
+
+    balanced = waiting(assign(rows, cost, shape)[:-8])
+    assert balanced < 1.05
+    assert waiting(assign(rows, cost, shape, balance=False)[:-8]) > 1.3, "vacuous: any order balances"

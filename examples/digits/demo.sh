@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# From nothing to a trained model that reads digits: data, a tiny random checkpoint, training, evaluation.
+#
+#   examples/digits/demo.sh [PYTHON] [FOLDER] [section.key=value ...]      (make demo)
+set -euo pipefail
+python=${1:-python}
+folder=${2:-.demo}
+shift $(($# < 2 ? $# : 2))
+
+"$python" examples/digits/make_digits.py "$folder/digits"
+[ -e "$folder/tiny/model.safetensors" ] || "$python" -m qwenvl_ft.cli.main tiny "$folder/tiny"
+
+begin=$(date +%s)
+"$python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    -m qwenvl_ft.train recipe=digits model.model="$folder/tiny" \
+    data.train="$folder/digits/train.jsonl" data.val="$folder/digits/val.jsonl" training.output_dir="$folder/run" "$@"
+echo "training and evaluation took $(($(date +%s) - begin)) s"
+echo "ask it: $(dirname "$python")/qwenvl-ft infer --model $folder/run" \
+    "--image $folder/digits/images/1500.png --prompt 'Which digit is this?'"

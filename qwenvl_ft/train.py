@@ -65,8 +65,8 @@ def train(recipe: Any) -> TrainResult:
     if signals.received is None:
         result.metrics |= setup.finish(trainer, recipe, progress)
     elif trainer.is_world_process_zero():
-        name = signal.Signals(signals.received).name
-        progress.say(f"stopped by {name} at step {output.global_step}; to go on, add training.resume_from_checkpoint=true")
+        cause = f"stopped by {signal.Signals(signals.received).name} at step {output.global_step}"
+        progress.say(f"{cause}; to go on, add training.resume_from_checkpoint=true")
     return result
 
 

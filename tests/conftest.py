@@ -2,21 +2,17 @@
 
 import json
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
 import torch
+from cases import picture
 from filelock import FileLock
-from PIL import Image
 
 torch.set_num_threads(1)
-
-SHARED = Path(os.environ.get("QWENVL_FT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,13 +72,6 @@ def tiny_model(tiny_dir):
     from qwenvl_ft.model.load import load_model
 
     return load_model(str(tiny_dir), torch_dtype="float32", attn_impl="sdpa").eval()
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth noise, so that resizing keeps something to look at."""
-    rng = np.random.default_rng([width, height, seed])
-    small = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ class PaddedCollator:
 def sample_lengths(batch: dict[str, Any]) -> Tensor:
     """int64[S]: tokens of each sample of a flat row, fillers included, from the restarts of its text positions."""
     text = batch["position_ids"][0, 0]
-    starts = torch.flatnonzero(text == 0)
+    starts = (text == 0).nonzero(as_tuple=True)[0]
     return torch.diff(starts, append=torch.tensor([text.numel()]))
 
 

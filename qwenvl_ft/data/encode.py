@@ -201,9 +201,7 @@ class Encoder:
         group = self._groups(ids, len(images), [t for t, _, _ in video_grids], text, encoding)
         return Draft(ids, supervised, counts, widths, group, images, image_grids, videos, video_grids, source)
 
-    def _render(
-        self, messages: tuple[Message, ...], tools: Any, invite: bool, source: Source
-    ) -> str:
+    def _render(self, messages: tuple[Message, ...], tools: Any, invite: bool, source: Source) -> str:
         chat = [_template_message(message, source) for message in messages]
         rendered, _ = render_jinja_template(
             conversations=[chat],
@@ -214,9 +212,7 @@ class Encoder:
         )
         return rendered[0]
 
-    def _write_times(
-        self, text: str, videos: list[Video], grids: list[tuple[int, int, int]], source: Source
-    ) -> str:
+    def _write_times(self, text: str, videos: list[Video], grids: list[tuple[int, int, int]], source: Source) -> str:
         """Replace each video's one placeholder by a time and a placeholder per frame pair.
 
         The released models saw ``<0.3 seconds><|vision_start|>...<|vision_end|>`` with nothing around it (processors
@@ -324,12 +320,12 @@ class Encoder:
         ends = np.cumsum(draft.counts)
         if self.truncation_strategy == "right":
             stop = int(np.searchsorted(ends, self.max_length, side="right"))
-            while 0 < stop < draft.ids.size and draft.group[stop] >= 0 and draft.group[stop - 1] == draft.group[stop]:
+            while stop > 0 and _inside(draft.group, stop):
                 stop -= 1
             keep = slice(0, stop)
         else:
             start = int(np.searchsorted(ends, draft.length - self.max_length, side="left")) + 1
-            while 0 < start < draft.ids.size and draft.group[start] >= 0 and draft.group[start - 1] == draft.group[start]:
+            while start < draft.ids.size and _inside(draft.group, start):
                 start += 1
             keep = slice(start, draft.ids.size)
         return _slice(draft, keep)
@@ -369,7 +365,7 @@ class Encoder:
         try:
             sizes = {image_size(frame, self.policy) for frame in video.value}
             if len(sizes) != 1:
-                raise DataError(f"the frames of one video have {len(sizes)} sizes: {sorted(sizes)[:3]} (height, width).")
+                raise DataError(f"the frames of a video have several sizes (height, width): {sorted(sizes)[:3]}.")
             height, width = sizes.pop()
             factor = processor.patch_size * processor.merge_size
             longest = processor.size["longest_edge"]
@@ -466,6 +462,11 @@ def _token_span(encoding: Any, begin: int, end: int) -> tuple[int, int]:
         token = encoding.char_to_token(begin)
     first = token if encoding.token_to_chars(token)[0] >= begin else token + 1
     return first, encoding.char_to_token(end - 1) + 1
+
+
+def _inside(group: NDArray[np.int64], place: int) -> bool:
+    """Whether a cut before ``place`` goes through a medium."""
+    return bool(group[place] >= 0 and group[place - 1] == group[place])
 
 
 def _slice(draft: Draft, keep: slice) -> Draft:

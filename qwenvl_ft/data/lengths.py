@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_ft.data.encode import Encoder, TooLong, Unsupervised
 from qwenvl_ft.data.readers import read_record
@@ -106,7 +106,7 @@ def _measure(records: Any, encoder: Encoder, num_proc: int) -> Lengths:
     measured = _Measured(records, encoder)
     workers = num_proc if num_proc > 1 and len(measured) >= PARALLEL_FROM else 0
     if workers:
-        loader = DataLoader(Subset(measured, range(len(measured))), batch_size=CHUNK, num_workers=workers, collate_fn=list)
+        loader: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
         rows = [row for chunk in loader for row in chunk]
     else:
         rows = [measured[index] for index in range(len(measured))]

@@ -106,10 +106,10 @@ def assign(
     """Deal the rows of an epoch out to forward passes and ranks.
 
     The rows of an optimizer step are the next ``world_size * rows_per_batch * accumulation`` of ``rows``, however many
-    processes share them. Within a step, rows of like cost meet in the same pass, and each rank takes one of the
-    cheapest left whenever it is behind, so that no rank waits. Where the last pass of the epoch has no row left for a
-    rank, the rank repeats the cheapest sample of the step without labels: it takes part in every collective operation
-    and contributes nothing.
+    processes share them. Within a step, rows of like cost meet in the same pass, and the costliest of a pass goes to
+    the rank that has had the least so far, so that no rank waits. Where the last pass of the epoch has no row left for
+    a rank, the rank repeats the cheapest sample of the step without labels: it takes part in every collective
+    operation and contributes nothing.
 
     Args:
         rows: indices of samples, from `pack_lengths` or single.
@@ -127,23 +127,24 @@ def assign(
         weights = [float(sum(cost[i] for i in row)) for row in step]
         order = sorted(range(len(step)), key=lambda i: (-weights[i], i)) if balance else list(range(len(step)))
         filler = ~min((i for row in step for i in row), key=lambda i: (cost[i], i))
+        load = [0.0] * shape.world_size
         for first in range(0, len(step), shape.rows_per_pass):
             chosen = order[first : first + shape.rows_per_pass]
-            passes.append(_deal([step[i] for i in chosen], [weights[i] for i in chosen], shape, filler))
+            batches = _deal([step[i] for i in chosen], [weights[i] for i in chosen], shape.rows_per_batch, load)
+            passes.append([batch or [filler] for batch in batches])
     return passes
 
 
-def _deal(rows: list[Sequence[int]], weights: list[float], shape: RunShape, filler: int) -> list[Batch]:
-    """One pass: the costliest row first, each to the rank with the least cost that still has a place."""
-    batches: list[Batch] = [[] for _ in range(shape.world_size)]
-    load = [0.0] * shape.world_size
-    held = [0] * shape.world_size
+def _deal(rows: list[Sequence[int]], weights: list[float], rows_per_batch: int, load: list[float]) -> list[Batch]:
+    """One pass: each row to the rank with the least ``load`` (which grows) that still has a place."""
+    batches: list[Batch] = [[] for _ in load]
+    held = [0] * len(load)
     for row, weight in zip(rows, weights, strict=True):
-        rank = min((r for r in range(shape.world_size) if held[r] < shape.rows_per_batch), key=lambda r: (load[r], r))
+        rank = min((r for r in range(len(load)) if held[r] < rows_per_batch), key=lambda r: (load[r], r))
         batches[rank].extend(row)
         load[rank] += weight
         held[rank] += 1
-    return [batch or [filler] for batch in batches]
+    return batches
 
 
 def single_rows(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:

@@ -26,7 +26,7 @@ def learning_rate(recipe: Any) -> float:
     """The language model's learning rate: the recipe's, or the default of its ``train_type``."""
     if recipe.training.learning_rate is not None:
         return recipe.training.learning_rate
-    return LEARNING_RATES[recipe.tuner.train_type] if recipe.tuner.train_type in LEARNING_RATES else TUNER_LEARNING_RATE
+    return LEARNING_RATES.get(recipe.tuner.train_type, TUNER_LEARNING_RATE)
 
 
 def build_arguments(recipe: Any) -> TrainingArguments:
@@ -41,8 +41,10 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     told: dict[str, Any] = dict(recipe.training.arguments)
     clash = sorted(key for key in RELIED_ON if key in told and told[key] != RELIED_ON[key])
     if clash:
-        raise RecipeError(f"training.{clash[0]}={told[clash[0]]!r} cannot be changed here: the loop relies on "
-                          f"{RELIED_ON[clash[0]]!r}. Remove the key.")
+        raise RecipeError(
+            f"training.{clash[0]}={told[clash[0]]!r} cannot be changed here: the loop relies on "
+            f"{RELIED_ON[clash[0]]!r}. Remove the key."
+        )
     told |= RELIED_ON
     told["learning_rate"] = learning_rate(recipe)
     if "bf16" not in told and "fp16" not in told and torch.cuda.is_available():
@@ -51,7 +53,8 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     if recipe.deepspeed.enabled:
         told["deepspeed"] = recipe.deepspeed.config
     if told.get("activation_checkpointing") or told.get("gradient_checkpointing"):
-        told.setdefault("activation_checkpointing_kwargs", told.pop("gradient_checkpointing_kwargs", {"use_reentrant": False}))
+        kwargs = told.pop("gradient_checkpointing_kwargs", {"use_reentrant": False})
+        told.setdefault("activation_checkpointing_kwargs", kwargs)
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
         told.setdefault("metric_for_best_model", "eval_loss")
     told.pop("resume_from_checkpoint", None)  # found and checked by checkpoint.py

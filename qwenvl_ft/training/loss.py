@@ -32,7 +32,7 @@ def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
     if not keep.any():
         keep[0, 0] = True
     rest = {key: value for key, value in batch.items() if key not in ("labels", "source")}
-    rest["logits_to_keep"] = torch.flatnonzero(keep[0]) if keep.shape[0] == 1 else keep
+    rest["logits_to_keep"] = keep[0].nonzero(as_tuple=True)[0] if keep.shape[0] == 1 else keep
     rest["targets"] = targets
     return rest
 
@@ -53,6 +53,5 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     if targets.numel() == 0:
         return logits.float().sum() * 0.0
     parts = zip(logits.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    return torch.stack(
-        [F.cross_entropy(part.float(), target, reduction="sum", label_smoothing=label_smoothing) for part, target in parts]
-    ).sum()
+    options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing}
+    return torch.stack([F.cross_entropy(part.float(), target, **options) for part, target in parts]).sum()

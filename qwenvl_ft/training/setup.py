@@ -125,10 +125,11 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
     sampler = trainer.plan_sampler(trainer.train_dataset)
     args = trainer.args
     say = progress.say
-    say(f"transformers {transformers.__version__}, torch {torch.__version__}, {args.device}, {args.world_size} processes")
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    say(f"{versions}, {args.device}, processes: {args.world_size}")
     rates = {"llm": args.learning_rate, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}
-    table = trainable_table(trainer.model, {p: r if r is not None else args.learning_rate for p, r in rates.items()})
-    for line in table.splitlines():
+    rates = {part: args.learning_rate if rate is None else rate for part, rate in rates.items()}
+    for line in trainable_table(trainer.model, rates).splitlines():
         say(line)
     for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
         say(dataset.summary())

@@ -82,7 +82,8 @@ class QwenVLTrainer(Trainer):
             **more,
         )
         if args.n_gpu > 1:
-            raise RecipeError(f"one process sees {args.n_gpu} GPUs. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
+            told = f"one process sees {args.n_gpu} GPUs"
+            raise RecipeError(f"{told}. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
         self.loss_is_scaled_for_ga = True
         self.meter = Meter(args, max_length * args.per_device_train_batch_size)
         self.add_callback(self.meter)
@@ -217,7 +218,7 @@ class QwenVLTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_learning_rate(self) -> float:
-        """The language model's rate (that of the first group, if it is frozen); keeps those of all parts for the log."""
+        """The language model's rate, or the first group's if that is frozen; keeps those of all parts for the log."""
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
         self.part_rates = {group["name"].split("/")[0]: float(group["lr"]) for group in groups}
         return self.part_rates["llm"] if "llm" in self.part_rates else float(groups[0]["lr"])
@@ -298,7 +299,5 @@ class QwenVLTrainer(Trainer):
 
 def _media_kinds(*datasets: Any) -> tuple[str, ...]:
     """The media that every rank must run: images always, videos if any data set has one."""
-    sets = [d for entry in datasets if entry is not None for d in (entry.values() if isinstance(entry, dict) else [entry])]
+    sets = [d for entry in filter(None, datasets) for d in (entry.values() if isinstance(entry, dict) else [entry])]
     return ("image", "video") if any("video" in d.media_kinds for d in sets) else ("image",)
-
-

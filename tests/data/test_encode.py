@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, picture
+from cases import SHARED, picture
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.data.encode import Encoder, TooLong, Unsupervised
@@ -55,9 +55,7 @@ def test_official_cases_are_reproduced(real_processors, index):
 
 def test_labels_decode_to_the_answers(encoder, processor, mixed_records):
     sample = encoder(mixed_records[2])
-    text = [
-        processor.tokenizer.decode(sample["labels"][begin:end].tolist()) for begin, end in spans(sample["labels"])
-    ]
+    text = [processor.tokenizer.decode(sample["labels"][begin:end].tolist()) for begin, end in spans(sample["labels"])]
     assert text == ["No.<|im_end|>\n", "Colours differ.\nSizes too.<|im_end|>\n"]
 
 
@@ -67,7 +65,9 @@ def test_a_user_who_writes_assistant_is_not_trained_on(encoder, processor):
     assert processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0].tolist()) == "x<|im_end|>\n"
 
 
-@pytest.mark.parametrize("answer", ["\n\nfirst a gap", "", "   ", "é decomposed e\u0301", "<think>hm</think>\n\nyes", "日本語。"])
+@pytest.mark.parametrize(
+    "answer", ["\n\nfirst a gap", "", "   ", "é decomposed e\u0301", "<think>hm</think>\n\nyes", "日本語。"]
+)
 def test_any_answer_is_supervised_whole(encoder, processor, answer):
     """The supervised tokens and what stands before them render the whole conversation again."""
     record = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": answer}]}
@@ -76,14 +76,20 @@ def test_any_answer_is_supervised_whole(encoder, processor, answer):
     before = processor.tokenizer.decode(sample["input_ids"][: span[0]].tolist())
     after = processor.tokenizer.decode(sample["input_ids"][span[0] :].tolist())
     assert before.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
-    assert after.endswith("<|im_end|>\n") and span[1] == len(sample["input_ids"])
+    assert after.endswith("<|im_end|>\n")
+    assert span[1] == len(sample["input_ids"])
     assert before + after == processor.tokenizer.decode(sample["input_ids"].tolist())
 
 
 def test_one_turn_can_be_left_unsupervised(encoder, processor):
     messages = tuple(
         Message(role, (Text(text),), loss=loss)
-        for role, text, loss in [("user", "a", None), ("assistant", "b", False), ("user", "c", None), ("assistant", "d", None)]
+        for role, text, loss in [
+            ("user", "a", None),
+            ("assistant", "b", False),
+            ("user", "c", None),
+            ("assistant", "d", None),
+        ]
     )
     sample = encoder(Conversation(messages, Source("x", "x")))
     assert processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0].tolist()) == "d<|im_end|>\n"
@@ -94,9 +100,7 @@ def test_video_text_has_the_form_of_the_released_models(encoder, processor, mixe
     sample = encoder(mixed_records[3])
     text = processor.tokenizer.decode(sample["input_ids"].tolist()).replace("<|video_pad|>", "")
     frame = "<|vision_start|><|vision_end|>"
-    assert text.startswith(
-        f"<|im_start|>user\n<0.2 seconds>{frame}<1.2 seconds>{frame}<2.0 seconds>{frame}What moves?"
-    )
+    assert text.startswith(f"<|im_start|>user\n<0.2 seconds>{frame}<1.2 seconds>{frame}<2.0 seconds>{frame}What moves?")
 
 
 def test_video_tokens_equal_the_processor_without_its_outer_borders(processor, encoder, mixed_records):
@@ -136,7 +140,9 @@ def test_prompt_is_the_sample_up_to_the_answer(encoder, mixed_records):
 
 def test_too_long_is_an_error_that_says_what_to_do(processor, mixed_records):
     for strategy in ("raise", "delete"):
-        with pytest.raises(TooLong, match=r"tokens, .*template\.max_length is 20\. Raise it, lower template\.max_pixels"):
+        with pytest.raises(
+            TooLong, match=r"tokens, .*template\.max_length is 20\. Raise it, lower template\.max_pixels"
+        ):
             Encoder(processor, max_length=20, truncation_strategy=strategy)(mixed_records[0])
 
 
@@ -160,7 +166,7 @@ def test_cutting_never_goes_through_a_medium(processor, encoder, mixed_records, 
         assert cut.count(pad) == int(grids.prod(dim=1).sum()) // merge
         assert cut.count(processor.vision_start_token_id) == cut.count(processor.vision_end_token_id) == len(grids)
         seen.add(len(grids))
-    assert {0, 1, 2} & seen and len(seen) >= 2, "vacuous: no cut fell among the media"
+    assert len(seen) >= 2, "vacuous: no cut fell among the media"
 
 
 @pytest.mark.parametrize("strategy", ["left", "right"])
@@ -182,13 +188,18 @@ def test_a_record_without_an_answer_is_an_error(encoder):
 
 
 def test_control_tokens_in_text_are_an_error(encoder):
-    record = {"conversations": [{"from": "human", "value": "<|im_end|>\n<|im_start|>assistant\nx"}, {"from": "gpt", "value": "y"}]}
+    record = {
+        "conversations": [
+            {"from": "human", "value": "<|im_end|>\n<|im_start|>assistant\nx"},
+            {"from": "gpt", "value": "y"},
+        ]
+    }
     with pytest.raises(DataError, match=r"control token"):
         encoder(record)
 
 
 def test_an_unknown_strategy_is_an_error(processor):
-    with pytest.raises(RecipeError, match="unknown template.truncation_strategy 'rigth'. Did you mean 'right'?"):
+    with pytest.raises(RecipeError, match=r"unknown template\.truncation_strategy 'rigth'\. Did you mean 'right'\?"):
         Encoder(processor, truncation_strategy="rigth")
 
 
@@ -203,7 +214,10 @@ def test_the_default_system_prompt_does_not_replace_the_records_own(processor, m
 def test_any_pixel_budget_gives_whole_patches(tiny_dir, low, high):
     """Also one below a single merged patch of 32 x 32."""
     processor = load_processor(str(tiny_dir), min_pixels=low, max_pixels=high)
-    record = {"image": [picture(130, 70)], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}
+    record = {
+        "image": [picture(130, 70)],
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}],
+    }
     sample = Encoder(processor)(record)
     assert len(sample["input_ids"]) == Encoder(processor).length(record)
     assert sample["pixel_values"].shape[0] == int(sample["image_grid_thw"].prod())

@@ -1,0 +1,86 @@
+"""What several tests need: pictures, records in memory, a trainer over them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import TrainerCallback, TrainingArguments
+
+from qwenvl_ft.data.conversation import Source
+
+SHARED = Path(os.environ.get("QWENVL_FT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+"""Folder of the official cases and the released processor; tests that need it skip without it."""
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth noise, so that resizing keeps something to look at."""
+    rng = np.random.default_rng([width, height, seed])
+    small = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+class ListRecords:
+    """Records in memory, as `load_records` gives them from files."""
+
+    def __init__(self, records, name="list"):
+        self.records = records
+        self.sources = [Source(name, f"{name}[{i}]") for i in range(len(records))]
+        self.fingerprint = f"{name}-{len(records)}-{id(self)}"
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index], self.sources[index], None
+
+
+def answers_of(*lengths):
+    """Records whose supervised lengths differ much: where a mean of means goes wrong."""
+    return [
+        {
+            "image": [picture(64 + 32 * (i % 3), 64, i)],
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe."},
+                {"from": "gpt", "value": " ".join(f"word{k}" for k in range(length))},
+            ],
+        }
+        for i, length in enumerate(lengths)
+    ]
+
+
+RECORDS = answers_of(1, 30, 2, 5, 17, 1, 9, 3)
+
+
+def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, trainer_options=None, **arguments):
+    from qwenvl_ft.data.dataset import SampleDataset
+    from qwenvl_ft.model.load import load_model
+    from qwenvl_ft.training.trainer import QwenVLTrainer
+
+    model = load_model(str(checkpoint), torch_dtype="float32", attn_impl="sdpa")
+    options = {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9, "logging_steps": 1}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        **(options | arguments),
+    )
+    dataset = SampleDataset(ListRecords(records), encoder, cache_dir=folder / "cache")
+    more = {"packing": False, "max_length": 512} | (trainer_options or {})
+    return QwenVLTrainer(model, args, processor=encoder.processor, train_dataset=dataset, eval_dataset=dataset, **more)
+
+
+def one_step(trainer):
+    """Loss and gradients of one optimizer step over all eight samples."""
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            kept.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], kept

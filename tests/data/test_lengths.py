@@ -1,0 +1,174 @@
+"""The planner's length is the encoded length, and it comes from headers alone."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from cases import ListRecords, picture
+from PIL import Image, ImageFile
+
+from qwenvl_ft.data import lengths as lengths_module
+from qwenvl_ft.data.dataset import PlanSampler, SampleDataset
+from qwenvl_ft.data.encode import Encoder, TooLong
+from qwenvl_ft.data.lengths import measure
+from qwenvl_ft.data.packing import RunShape
+from qwenvl_ft.errors import DataError
+
+WORDS = [
+    "box",
+    "Größe",
+    "图像",
+    "картина",
+    "صورة",
+    "🙂",
+    "x=1.5;",
+    "\n",
+    "  ",
+    "<|box_start|>(1,2)<|box_end|>",
+    "naïve",
+    "e\u0301",
+]
+
+
+def encoded(image, kind):
+    """The bytes of a file of that kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def random_record(rng):
+    """Several languages, none to three images of any size, aspect ratio and format, several turns."""
+    images, turns = [], []
+    for turn in range(rng.integers(1, 4)):
+        text = " ".join(rng.choice(WORDS, rng.integers(1, 30)))
+        for _ in range(rng.integers(0, 2 if turn else 3)):
+            width, height = (int(x) for x in np.exp(rng.uniform(np.log(8), np.log(300), 2)))
+            image = Image.new("RGB", (width, height), tuple(int(x) for x in rng.integers(0, 256, 3)))
+            images.append(encoded(image, str(rng.choice(["PNG", "JPEG", "WEBP"]))))
+            text = f"<image>\n{text}" if rng.random() < 0.5 else f"{text} <image>"
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": " ".join(rng.choice(WORDS, 5))}]
+    return {"image": images, "conversations": turns}
+
+
+def test_planned_lengths_equal_encoded_lengths_of_2000_random_records(processor):
+    rng = np.random.default_rng(0)
+    encoder = Encoder(processor)
+    widths = set()
+    for _ in range(2_000):
+        record = random_record(rng)
+        sample = encoder(record)
+        assert encoder.length(record) == len(sample["input_ids"])
+        widths.update(map(tuple, sample["image_grid_thw"].tolist()) if "image_grid_thw" in sample else [])
+    assert len(widths) > 50, "vacuous: all images have one size"
+
+
+def test_no_pixel_is_decoded(processor, monkeypatch):
+    rng = np.random.default_rng(1)
+    records = [random_record(rng) for _ in range(50)]
+    encoder = Encoder(processor)
+    expected = [len(encoder(record)["input_ids"]) for record in records]
+
+    def refuse(self):
+        raise AssertionError("a pixel was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert [encoder.length(record) for record in records] == expected
+    with pytest.raises(AssertionError, match="a pixel was decoded"):
+        encoder(next(record for record in records if record["image"]))
+
+
+def turn(text, answer="yes"):
+    return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
+
+
+def test_dropped_records_are_counted_by_reason(processor, tmp_path):
+    records = [turn("short"), turn("long " * 200), {"messages": [{"role": "user", "content": "no answer"}]}, turn("b")]
+    encoder = Encoder(processor, max_length=64, truncation_strategy="delete")
+    dataset = SampleDataset(ListRecords(records), encoder, cache_dir=tmp_path, name="mine")
+    assert len(dataset) == 2
+    assert dataset.measured.dropped() == {"longer than template.max_length": 1, "no supervised token": 1}
+    assert "left out: 1 longer than template.max_length, 1 no supervised token" in dataset.summary()
+    assert dataset[1]["source"].record == "list[3]"
+
+
+def test_with_raise_a_long_record_stops_the_run(processor, tmp_path):
+    encoder = Encoder(processor, max_length=64, truncation_strategy="raise")
+    with pytest.raises(TooLong, match=r"list\[1\]"):
+        SampleDataset(ListRecords([turn("a"), turn("long " * 200)]), encoder, cache_dir=tmp_path)
+
+
+def test_nothing_usable_is_an_error(processor, tmp_path):
+    encoder = Encoder(processor, max_length=64, truncation_strategy="delete")
+    with pytest.raises(DataError, match=r"mine: no record can be used \(1 longer than template.max_length\)"):
+        SampleDataset(ListRecords([turn("long " * 200)]), encoder, cache_dir=tmp_path, name="mine")
+
+
+def test_a_second_start_reads_the_cache(processor, tmp_path, monkeypatch):
+    records = ListRecords([turn("a" * k) for k in range(1, 20)])
+    first = measure(records, Encoder(processor), cache_dir=tmp_path)
+    monkeypatch.setattr(lengths_module, "_measure", lambda *_: pytest.fail("measured again"))
+    again = measure(records, Encoder(processor), cache_dir=tmp_path)
+    assert again.tokens.tolist() == first.tokens.tolist()
+    with pytest.raises(pytest.fail.Exception):
+        measure(records, Encoder(processor, system_prompt="other"), cache_dir=tmp_path)
+
+
+def test_workers_measure_the_same(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(lengths_module, "PARALLEL_FROM", 1)
+    records = ListRecords([turn("word " * (k % 40 + 1)) for k in range(600)])
+    parallel = measure(records, Encoder(processor), num_proc=2, cache_dir=tmp_path / "a")
+    alone = measure(records, Encoder(processor), num_proc=1, cache_dir=tmp_path / "b")
+    assert parallel.tokens.tolist() == alone.tokens.tolist()
+    assert len(set(alone.tokens.tolist())) > 10
+
+
+def test_a_medium_that_changed_after_planning_is_named(processor, tmp_path):
+    path = tmp_path / "a.png"
+    picture(64, 64).save(path)
+    records = ListRecords([{"image": str(path)} | turn("<image>")])
+    dataset = SampleDataset(records, Encoder(processor), cache_dir=tmp_path)
+    dataset[0]
+    picture(256, 64).save(path)
+    with pytest.raises(DataError, match=r"list\[0\]: planned with \d+ tokens, encoded to \d+"):
+        dataset[0]
+
+
+@pytest.fixture(scope="module")
+def dataset(processor, tmp_path_factory):
+    records = ListRecords([turn("word " * (k % 13 + 1), "x " * (k % 5 + 1)) for k in range(60)])
+    return SampleDataset(records, Encoder(processor), cache_dir=tmp_path_factory.mktemp("lengths"))
+
+
+def test_all_ranks_together_see_every_sample_once_an_epoch(dataset):
+    samplers = [PlanSampler(dataset, RunShape(2, 1, 2), rank=rank, max_length=100, seed=5) for rank in (0, 1)]
+    orders = []
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        assert len({len(sampler) for sampler in samplers}) == 1
+        seen = [i for sampler in samplers for batch in sampler for i in batch if i >= 0]
+        assert sorted(seen) == list(range(60))
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+def test_a_filler_is_the_sample_without_labels(dataset):
+    sample, filler = dataset[7], dataset[~7]
+    assert torch.equal(sample["input_ids"], filler["input_ids"])
+    assert (sample["labels"] >= 0).any()
+    assert not (filler["labels"] >= 0).any()
+
+
+def test_planning_a_million_samples_is_a_matter_of_seconds():
+    """Reported, not asserted: time is a benchmark's business. What is asserted: complete and full."""
+    from qwenvl_ft.data.packing import fill, pack_lengths
+
+    sizes = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 1_000_000).astype(int), 1, 8192)
+    start = time.process_time()
+    rows = pack_lengths(sizes, max_length=8192, seed=1)
+    print(f"1,000,000 lengths in {time.process_time() - start:.2f} s, {fill(rows, sizes, 8192):.2%} full")
+    assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(1_000_000))
+    assert fill(rows, sizes, 8192) >= 0.98

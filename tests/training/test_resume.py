@@ -1,0 +1,159 @@
+"""A run killed at any moment goes on to the same weights; a signal saves a checkpoint and says how to go on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cases import picture
+from safetensors.torch import load_file
+
+from qwenvl_ft.checkpoint import last_checkpoint, missing, resolve_resume
+from qwenvl_ft.errors import CheckpointError
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten records with images on disk."""
+    folder = tmp_path_factory.mktemp("resume_data")
+    lines = []
+    for i in range(10):
+        picture(64 + 16 * (i % 4), 64, i).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"number {i} " * (1 + i % 3)}]
+        lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+def command(tiny_dir, data, output, *more):
+    return [
+        sys.executable,
+        "-m",
+        "qwenvl_ft.train",
+        f"model.model={tiny_dir}",
+        "model.torch_dtype=float32",
+        f"data.train={data}",
+        "template.max_length=160",
+        "tuner.train_type=lora",
+        "tuner.lora_dropout=0.1",
+        "tuner.freeze_vit=false",
+        "training.learning_rate=1e-2",
+        "training.gradient_accumulation_steps=2",
+        "training.dataloader_num_workers=1",
+        f"training.max_steps={STEPS}",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+        "training.save_total_limit=3",
+        "training.logging_steps=1",
+        "training.report_to=none",
+        f"training.output_dir={output}",
+        *more,
+    ]
+
+
+def run(arguments, **options):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=env, check=False, **options)
+
+
+def wait_for_step(output, process, step):
+    """Until the log of a running process shows a step."""
+    log = output / "trainer_log.jsonl"
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        if log.exists() and any(f'"step": {k}, ' in log.read_text() for k in range(step, STEPS)):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} never came; exit code {process.poll()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_dir, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    done = run(command(tiny_dir, data, output))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def weights(output):
+    return load_file(output / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(uninterrupted, tiny_dir, data, tmp_path):
+    step = random.SystemRandom().randrange(3, STEPS - 2)
+    process = subprocess.Popen(command(tiny_dir, data, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path, process, step)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(command(tiny_dir, data, tmp_path, "training.resume_from_checkpoint=true"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from" in done.stdout, f"killed at step {step}, then started afresh"
+    expected, actual = weights(uninterrupted), weights(tmp_path)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected), f"killed at step {step}"
+    losses = lambda folder: {  # noqa: E731
+        entry["step"]: entry["loss"]
+        for entry in map(json.loads, (folder / "trainer_log.jsonl").read_text().splitlines())
+        if "loss" in entry
+    }
+    assert losses(tmp_path) == losses(uninterrupted), "the records came in another order"
+    checkpoint = load_file(uninterrupted / f"checkpoint-{STEPS - 2}" / "adapter_model.safetensors")
+    assert not all(torch.equal(checkpoint[name], expected[name]) for name in expected), (
+        "vacuous: training moves nothing"
+    )
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tiny_dir, data, tmp_path):
+    arguments = command(tiny_dir, data, tmp_path, "training.save_strategy=no", "training.max_steps=2000")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, process, 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert "add training.resume_from_checkpoint=true" in out
+    assert last_checkpoint(tmp_path) is not None
+    assert (last_checkpoint(tmp_path) / "recipe.yaml").exists()
+
+
+def checkpoint(folder, step, *, state='{"global_step": 1}', optimizer=True):
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "model.safetensors").touch()
+    if optimizer:
+        (made / "optimizer.pt").touch()
+    if state is not None:
+        (made / "trainer_state.json").write_text(state)
+    return made
+
+
+def test_the_last_complete_checkpoint_is_taken(tmp_path):
+    whole = checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10, state=None)
+    checkpoint(tmp_path, 100, state='{"global_st')
+    checkpoint(tmp_path, 8)
+    assert last_checkpoint(tmp_path) == whole
+    assert resolve_resume("auto", tmp_path) == resolve_resume(True, tmp_path) == whole
+    assert resolve_resume(None, tmp_path) is None
+    assert resolve_resume("true", tmp_path / "empty") is None
+
+
+def test_what_cannot_be_resumed_says_why(tmp_path):
+    whole = checkpoint(tmp_path, 4)
+    torn = checkpoint(tmp_path, 6, state=None)
+    bare = checkpoint(tmp_path, 8, optimizer=False)
+    with pytest.raises(CheckpointError, match=rf"complete trainer_state.json.*The last complete one is {whole}"):
+        resolve_resume(str(torn), tmp_path)
+    with pytest.raises(CheckpointError, match=r"save_only_model=true"):
+        resolve_resume(str(bare), tmp_path)
+    with pytest.raises(CheckpointError, match=r"no such folder\. The last complete checkpoint is"):
+        resolve_resume(str(tmp_path / "nowhere"), tmp_path)
+    assert missing(whole) is None

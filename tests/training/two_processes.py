@@ -1,0 +1,36 @@
+"""Run by torchrun: one optimizer step and one evaluation over the standard records; rank 0 writes what came out."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cases import RECORDS, make_trainer, one_step
+
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.model.load import load_processor
+
+
+def main() -> None:
+    folder, checkpoint, packing, records = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "packed", int(sys.argv[4])
+    torch.set_num_threads(1)
+    encoder = Encoder(load_processor(checkpoint))
+    trainer = make_trainer(
+        folder,
+        checkpoint,
+        encoder,
+        records=RECORDS[:records],
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=4,
+        trainer_options={"packing": packing, "max_length": 120},
+        ddp_backend="gloo",
+    )
+    loss, grads = one_step(trainer)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        torch.save({"loss": loss, "grads": grads, "eval_loss": eval_loss}, folder / "out.pt")
+
+
+main()

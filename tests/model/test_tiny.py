@@ -94,7 +94,8 @@ def test_plain_transformers_loads_both_kinds(tiny, tiny_moe):
     for directory, kind in ((tiny, Qwen3VLForConditionalGeneration), (tiny_moe, Qwen3VLMoeForConditionalGeneration)):
         model, loading = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
         assert type(model) is kind
-        assert not loading["missing_keys"] and not loading["unexpected_keys"]
+        assert not loading["missing_keys"]
+        assert not loading["unexpected_keys"]
         assert type(AutoProcessor.from_pretrained(directory)) is Qwen3VLProcessor
         assert not list(directory.glob("*.bin")), "weights must be safetensors"
 
@@ -126,7 +127,7 @@ def test_same_arguments_write_the_same_bytes_and_another_seed_other_weights(tiny
 
 
 def test_an_unknown_size_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="'hiden_size'.*Did you mean 'hidden_size'"):
+    with pytest.raises(CheckpointError, match=r"'hiden_size'.*Did you mean 'hidden_size'"):
         make_tiny(tmp_path, hiden_size=32)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,150 @@
+"""Which part of a Qwen-VL model a name belongs to: vision tower, merger (aligner) or language model.
+
+Names are those of transformers 5 (``model.visual.merger.linear_fc1.weight``). What wrappers add is looked through:
+``base_model.model.`` and ``modules_to_save.default.`` of PEFT, ``module.`` of DDP and DeepSpeed, ``_orig_mod.`` of
+torch.compile, ``_fsdp_wrapped_module.``, ``_checkpoint_wrapped_module.``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwenvl_ft.errors import CheckpointError, RecipeError, hint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PARTS = {
+    "vision": r"(^|\.)visual\.(?!(merger|deepstack_merger_list)(\.|$))|(^|\.)visual$",
+    "merger": r"(^|\.)visual\.(merger|deepstack_merger_list)(\.|$)",
+    "llm": r"(^|\.)(language_model|lm_head)(\.|$)",
+}
+"""Part -> regex searched in the name without wrappers. They exclude one another."""
+
+FREEZE_FLAGS = {"vision": "freeze_vit", "merger": "freeze_aligner", "llm": "freeze_llm"}
+"""Part -> the key under ``tuner`` that freezes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the members of one model family are, by module name."""
+
+    mergers: tuple[str, ...] = ("model.visual.merger",)
+    experts: bool = False
+    patch_embed: str = "model.visual.patch_embed"
+    vision_blocks: str = "model.visual.blocks"
+    text_layers: str = "model.language_model.layers"
+    embeddings: str = "model.language_model.embed_tokens"
+    head: str = "lm_head"
+
+
+_DEEPSTACK = ("model.visual.merger", "model.visual.deepstack_merger_list")
+
+FAMILIES = {
+    "qwen3_vl": Family(mergers=_DEEPSTACK),
+    "qwen3_vl_moe": Family(mergers=_DEEPSTACK, experts=True),
+    "qwen2_5_vl": Family(),
+    "qwen2_vl": Family(),
+}
+"""``model_type`` of config.json -> anatomy."""
+
+ALIASES = {"qwen3moevl": "qwen3_vl_moe", "qwen3vl": "qwen3_vl", "qwen25vl": "qwen2_5_vl", "qwen2vl": "qwen2_vl"}
+"""Other tools' spellings of a model type, letters and digits only."""
+
+_LEADING = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.)+")
+_INNER = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|original_module|base_layer"
+    r"|modules_to_save\.[^.]+)(?:\.|$)"
+)
+_OLD_NAMES = (
+    (re.compile(r"^visual(?=\.|$)"), "model.visual"),
+    (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|embed_tokens|norm)"), "model.language_model."),
+    (re.compile(r"^model\.(?=(layers|embed_tokens|norm)(\.|$))"), "model.language_model."),
+    (re.compile(r"^language_model\.lm_head"), "lm_head"),
+)
+
+
+def family_of(model_type: str) -> Family:
+    """The anatomy of a ``model_type`` as config.json spells it.
+
+    Raises:
+        CheckpointError: the type is not one of ``FAMILIES``.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"model type {model_type!r} is not supported.{hint(model_type, FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def canonical_model_type(name: str) -> str:
+    """A model type as a user may spell it (``qwen_3-vl``, ``Qwen2.5-VL``) -> a key of ``FAMILIES``.
+
+    Raises:
+        RecipeError: no family is spelt like that.
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    spellings = {re.sub(r"[^a-z0-9]", "", key): key for key in FAMILIES} | ALIASES
+    if plain not in spellings:
+        raise RecipeError(f"unknown model.model_type {name!r}.{hint(name, FAMILIES)}")
+    return spellings[plain]
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's or module's name without what wrappers add to it.
+
+    Example:
+        ``base_model.model.model.visual.merger.modules_to_save.default.norm.bias`` ->
+        ``model.visual.merger.norm.bias``; LoRA's own ``lora_A.default.weight`` stays.
+    """
+    return _INNER.sub("", _LEADING.sub("", name)).rstrip(".")
+
+
+def current_name(name: str) -> str:
+    """A name as older checkpoints and guides write it -> the name in transformers 5.
+
+    Example:
+        ``model.layers.0.mlp`` -> ``model.language_model.layers.0.mlp``; ``visual.merger`` -> ``model.visual.merger``.
+    """
+    for pattern, replacement in _OLD_NAMES:
+        name = pattern.sub(replacement, name, count=1)
+    return name
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or module belongs to, whatever wraps it.
+
+    Raises:
+        CheckpointError: the name belongs to no part, so the model is not one of ``FAMILIES``.
+    """
+    canonical = canonical_name(name)
+    for part, pattern in PARTS.items():
+        if re.search(pattern, canonical):
+            return part
+    raise CheckpointError(
+        f"{name!r} belongs to none of the parts {', '.join(PARTS)}. Supported models: {', '.join(FAMILIES)}."
+    )
+
+
+def part_modules(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """The largest modules that lie wholly in one part: part -> module name -> module.
+
+    Example:
+        Qwen3-VL: ``merger`` -> ``model.visual.merger`` and ``model.visual.deepstack_merger_list``; ``llm`` ->
+        ``model.language_model`` and ``lm_head``; ``vision`` -> patch_embed, pos_embed, blocks of ``model.visual``.
+    """
+    found: dict[str, dict[str, nn.Module]] = {part: {} for part in PARTS}
+    for name, module, part in _largest("", model):
+        found[part][name] = module
+    return found
+
+
+def _largest(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    prefix = f"{name}." if name else ""
+    parts = {part_of(prefix + key) for key, _ in module.named_parameters(remove_duplicate=False)}
+    if len(parts) == 1:
+        yield name, module, parts.pop()
+    elif parts:
+        for key, child in module.named_children():
+            yield from _largest(prefix + key, child)

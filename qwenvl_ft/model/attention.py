@@ -1,0 +1,82 @@
+"""Which attention implementation a run takes.
+
+``auto`` takes flash-attention where there is a CUDA device it was built for and the package is installed, else SDPA.
+A name is taken as it is, or refused with the command that installs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qwenvl_ft.errors import RecipeError, unknown_name
+
+
+@dataclass(frozen=True)
+class Flash:
+    """A flash-attention package: what it needs, and how transformers tells that it is there."""
+
+    install: str
+    capabilities: tuple[int, ...]
+    probe: str
+
+    def installed(self) -> bool:
+        from transformers.utils import import_utils
+
+        probe: Callable[[], bool] = getattr(import_utils, self.probe)
+        return probe()
+
+
+FLASH = {
+    "flash_attention_3": Flash("build `hopper/` of Dao-AILab/flash-attention", (9,), "is_flash_attn_3_available"),
+    "flash_attention_4": Flash("pip install flash-attn-4", (9, 10, 11), "is_flash_attn_4_available"),
+    "flash_attention_2": Flash(
+        "pip install flash-attn --no-build-isolation", (8, 9, 10, 11, 12), "is_flash_attn_2_available"
+    ),
+}
+"""Name -> package and the major compute capabilities it runs on; ``auto`` takes the first that is usable."""
+
+BUILT_IN = ("sdpa", "eager")
+ALIASES = {"flash_attn": "flash_attention_2"}
+ATTENTION_NAMES = ("auto", *ALIASES, *FLASH, *BUILT_IN)
+"""What ``model.attn_impl`` accepts."""
+
+
+def resolve_attn_impl(name: str, torch_dtype: str = "bfloat16") -> str:
+    """The implementation that transformers is asked for.
+
+    Args:
+        name: one of ``ATTENTION_NAMES``.
+        torch_dtype: flash-attention computes in 16 bits only; for ``float32``, ``auto`` takes SDPA.
+
+    Raises:
+        RecipeError: there is no such implementation, its package or device is absent, or the dtype does not fit.
+    """
+    if name not in ATTENTION_NAMES:
+        raise unknown_name("model.attn_impl", name, ATTENTION_NAMES)
+    name = ALIASES.get(name, name)
+    if name == "auto":
+        usable = (flash for flash in FLASH if torch_dtype != "float32" and not _obstacle(flash))
+        return next(usable, "sdpa")
+    if name in FLASH:
+        obstacle = _obstacle(name)
+        if not obstacle and torch_dtype == "float32":
+            obstacle = "it computes in 16 bits; set model.torch_dtype=bfloat16"
+        if obstacle:
+            raise RecipeError(f"model.attn_impl={name} cannot be used: {obstacle}. Or set model.attn_impl=auto.")
+    return name
+
+
+def _obstacle(name: str) -> str:
+    """Why a flash implementation cannot run here; empty if it can."""
+    import torch
+
+    flash = FLASH[name]
+    if not torch.cuda.is_available():
+        return f"it needs a CUDA device, and there is none, and its package ({flash.install})"
+    major, minor = torch.cuda.get_device_capability()
+    if major not in flash.capabilities:
+        return f"it does not run on compute capability {major}.{minor}"
+    if not flash.installed():
+        return f"its package is not installed ({flash.install})"
+    return ""

@@ -1,0 +1,172 @@
+"""What a recipe changes in a model's config before loading, and where its modules go: rope scaling and device maps."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_ft.errors import RecipeError, hint, unknown_name
+from qwenvl_ft.model.anatomy import current_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ROPE_TYPES = ("linear", "dynamic", "yarn")
+"""What ``model.rope_scaling`` accepts as a type."""
+
+DEFAULT_ROPE_FACTOR = 2.0
+"""Factor of a rope scaling that is given by its type alone, without ``max_model_len``."""
+
+KEPT_ROPE_KEYS = ("rope_theta", "mrope_section", "mrope_interleaved")
+"""What the model was trained with and no scaling may change."""
+
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What ``model.device_map`` accepts besides a device and a dict: rules by which accelerate spreads the layers."""
+
+
+def apply_lengths(
+    text_config: PreTrainedConfig, *, rope_scaling: str | dict[str, Any] | None, max_model_len: int | None
+) -> None:
+    """Set the rope scaling and the longest sequence in a text config.
+
+    A scaling without ``factor`` takes the one that ``max_model_len`` needs, or 2. ``max_position_embeddings`` grows by
+    the factor, except for ``dynamic``, which reads the unscaled length there.
+
+    Raises:
+        RecipeError: a length that the model cannot reach, or a scaling that is none.
+    """
+    config: Any = text_config
+    rope = config.rope_parameters
+    trained = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    if max_model_len is not None and max_model_len < 1:
+        raise RecipeError(f"model.max_model_len={max_model_len} is not a length. Give a number of tokens, e.g. 8192.")
+    if rope_scaling is None:
+        if max_model_len is not None and max_model_len > config.max_position_embeddings:
+            raise RecipeError(
+                f"model.max_model_len={max_model_len} exceeds the model's {config.max_position_embeddings} positions. "
+                "Lower it, or stretch the positions with model.rope_scaling=yarn."
+            )
+        return
+    scaling = _parse_rope_scaling(rope_scaling)
+    needed = max(1.0, max_model_len / trained) if max_model_len is not None else DEFAULT_ROPE_FACTOR
+    scaling.setdefault("factor", needed)
+    if scaling["factor"] < needed and max_model_len is not None:
+        raise RecipeError(
+            f"model.rope_scaling with factor {scaling['factor']} reaches {int(trained * scaling['factor'])} positions, "
+            f"but model.max_model_len={max_model_len}. Use factor {needed:g}."
+        )
+    if scaling["rope_type"] == "yarn":
+        scaling.setdefault("original_max_position_embeddings", trained)
+    config.rope_parameters = scaling | {key: rope[key] for key in KEPT_ROPE_KEYS if key in rope}
+    if scaling["rope_type"] != "dynamic":
+        config.max_position_embeddings = int(trained * scaling["factor"])
+
+
+def _parse_rope_scaling(value: str | dict[str, Any]) -> dict[str, Any]:
+    """``yarn``, ``{"type": "yarn", "factor": 2.0}`` or its JSON -> a dict with ``rope_type`` in transformers' form."""
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        value = {"rope_type": value}
+    given = dict(_parse_json("model.rope_scaling", value, '{"type": "yarn", "factor": 2.0}'))
+    old = given.pop("type", None)
+    kind = given.setdefault("rope_type", old)
+    if kind not in ROPE_TYPES:
+        raise unknown_name("type of model.rope_scaling", str(kind), ROPE_TYPES)
+    factor = given.get("factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+        raise RecipeError(f"model.rope_scaling.factor={factor!r} is not a number of at least 1. Example: 2.0.")
+    if "factor" in given:
+        given["factor"] = float(factor)
+    return given
+
+
+def expand_device_map(device_map: str | dict[str, Any], config: PreTrainedConfig) -> str | dict[str, Any]:
+    """A device map in this model's module names, one entry a layer.
+
+    Ranges include both ends; names of older checkpoints (``model.layers.3``, ``visual``) are taken as this model's.
+
+    Raises:
+        RecipeError: no valid JSON, a range that is empty or beyond the last layer, a name that matches nothing.
+
+    Example:
+        ``{"model.layers.0-1": 0}`` -> ``{"model.language_model.layers.0": 0, "model.language_model.layers.1": 0}``
+    """
+    if isinstance(device_map, str) and not device_map.lstrip().startswith("{"):
+        return device_map if device_map in PLACEMENTS else _one_device(device_map)
+    given = _parse_json("model.device_map", device_map, '{"": 0}')
+    modules = _module_names(config)
+    expanded: dict[str, Any] = {}
+    for name, device in given.items():
+        for single in _expand_range(name):
+            known = current_name(single)
+            if known not in modules:
+                raise RecipeError(f"model.device_map names {single!r}, which is no module.{_near(known, modules)}")
+            expanded[known] = _device(device)
+    return expanded
+
+
+def parse_max_memory(max_memory: str | dict[Any, Any]) -> dict[int | str, Any]:
+    """Device -> size, with the digits of JSON keys as device numbers: ``{"0": "40GB", "cpu": "100GB"}``.
+
+    Raises:
+        RecipeError: no dict, or not sizes.
+    """
+    given = _parse_json("model.max_memory", max_memory, '{"0": "40GB", "cpu": "100GB"}')
+    for device, size in given.items():
+        if not isinstance(size, int) and not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", str(size), re.IGNORECASE):
+            raise RecipeError(f"model.max_memory gives {device!r} the size {size!r}. Write it as 40GB or 40GiB.")
+    return {_device(device): size for device, size in given.items()}
+
+
+def _expand_range(name: str) -> Iterable[str]:
+    match = re.fullmatch(r"(.*\.)?(\d+)-(\d+)", name)
+    if match is None:
+        return [name]
+    prefix, first, last = match.group(1) or "", int(match.group(2)), int(match.group(3))
+    if first > last:
+        raise RecipeError(f"model.device_map: the range in {name!r} is empty. Write {prefix}{last}-{first}.")
+    return [f"{prefix}{index}" for index in range(first, last + 1)]
+
+
+def _one_device(name: str) -> Any:
+    import torch
+
+    try:
+        torch.device(_device(name))
+    except RuntimeError as error:
+        raise unknown_name("model.device_map", name, (*PLACEMENTS, "cpu", "cuda:0")) from error
+    return {"": _device(name)}
+
+
+def _device(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def _module_names(config: PreTrainedConfig) -> set[str]:
+    """Names of all modules and parameters, from a model without weights."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+
+
+def _near(name: str, modules: set[str]) -> str:
+    parent = name.rpartition(".")[0]
+    children = sorted(child for child in modules if child.rpartition(".")[0] == parent and child)
+    if parent in modules and children:
+        return f" {parent or 'The model'} has {children[0]} to {children[-1]}, {len(children)} in all."
+    return hint(name, {child for child in modules if child.count(".") < 3 and child})
+
+
+def _parse_json(key: str, value: str | dict[Any, Any], example: str) -> dict[Any, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RecipeError(f"{key}={value!r} is not valid JSON ({error}). Example: '{example}'.") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{key}={value!r} is not a dict. Example: '{example}'.")
+    return value

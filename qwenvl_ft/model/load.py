@@ -1,0 +1,274 @@
+"""A directory or hub id -> model and processor. What it is follows from its config.json, never from its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_ft.errors import CheckpointError, RecipeError, unknown_name
+from qwenvl_ft.model.anatomy import canonical_model_type, family_of
+from qwenvl_ft.model.attention import resolve_attn_impl
+from qwenvl_ft.model.config import apply_lengths, expand_device_map, parse_max_memory
+from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = ("bfloat16", "float16", "float32", "auto")
+"""What ``model.torch_dtype`` accepts; ``auto`` keeps the dtype that the checkpoint names."""
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def load_model(
+    dir_or_id: str | Path,
+    *,
+    torch_dtype: str = "bfloat16",
+    attn_impl: str = "auto",
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: str | dict[Any, Any] | None = None,
+    rope_scaling: str | dict[str, Any] | None = None,
+    max_model_len: int | None = None,
+    patch_embed: str = "linear",
+    model_type: str | None = None,
+) -> Any:
+    """Load a Qwen-VL model, ready for packed rows: no key-value cache is built unless a call asks for one.
+
+    transformers reads packed positions only while ``use_cache`` is off, so it is off in the model's and the text
+    model's config; ``generate`` turns it on for itself. Safetensors only, no code from the hub.
+
+    Args:
+        dir_or_id: a model directory, a hub id, or an adapter's directory (its base model is loaded first; the result
+            is a PeftModel for inference).
+        attn_impl: see `resolve_attn_impl`.
+        device_map: ``auto`` and the like, one device, or a dict (or its JSON) of module names; ``model.layers.0-15``
+            stands for sixteen layers. For one process only.
+        max_memory: device -> size, as ``{"0": "40GB", "cpu": "100GB"}``; needs ``device_map``.
+        rope_scaling: ``linear``, ``dynamic``, ``yarn``, or a dict (or its JSON) with ``type`` and ``factor``. M-RoPE's
+            sections stay as they are.
+        max_model_len: longest sequence to prepare for; beyond the model's own only together with ``rope_scaling``.
+        patch_embed: ``linear`` computes the patch embedding as a matrix product (same weights), ``conv3d`` as upstream.
+        model_type: a check, not a choice: an error unless config.json says the same.
+
+    Raises:
+        CheckpointError: not a model, not a supported one, or its weights are damaged or incomplete.
+        RecipeError: an option has a wrong value.
+    """
+    path = local_directory(dir_or_id)
+    if torch_dtype not in DTYPES:
+        raise unknown_name("model.torch_dtype", torch_dtype, DTYPES)
+    if patch_embed not in PATCH_EMBEDS:
+        raise unknown_name("model.patch_embed", patch_embed, PATCH_EMBEDS)
+    if path is not None and (path / "adapter_config.json").is_file():
+        return _load_adapter(
+            path,
+            torch_dtype=torch_dtype,
+            attn_impl=attn_impl,
+            device_map=device_map,
+            max_memory=max_memory,
+            rope_scaling=rope_scaling,
+            max_model_len=max_model_len,
+            patch_embed=patch_embed,
+            model_type=model_type,
+        )
+    source = str(path or dir_or_id)
+    attention = resolve_attn_impl(attn_impl, torch_dtype)
+    config = load_config(source, revision=revision, model_type=model_type)
+    apply_lengths(config.get_text_config(), rope_scaling=rope_scaling, max_model_len=max_model_len)
+    options = {
+        "config": config,
+        "dtype": torch_dtype,
+        "attn_implementation": attention,
+        "revision": revision or "main",
+        "use_safetensors": True,
+    }
+    model = _from_pretrained(source, options | _placement(device_map, max_memory, config))
+    if patch_embed == "linear":
+        use_linear_patch_embed(model)
+    turn_cache_off(model)
+    return model
+
+
+def load_processor(
+    dir_or_id: str | Path,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    video_min_pixels: int | None = None,
+    video_max_pixels: int | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Load the processor (tokenizer, image and video processor, chat template) and set its areas.
+
+    Args:
+        min_pixels: smallest area of an image after resizing; one token of the language model covers 32 x 32 of
+            Qwen3-VL's pixels. None keeps what the checkpoint says, and yields where it would exceed ``max_pixels``.
+        max_pixels: largest area of an image, likewise.
+        video_min_pixels: smallest area of a video, all its frames together.
+        video_max_pixels: largest area of a video, all its frames together.
+
+    Raises:
+        CheckpointError: there is no processor.
+        RecipeError: a minimum above its maximum, or not positive.
+    """
+    from transformers import AutoProcessor
+
+    path = local_directory(dir_or_id)
+    if path is not None and not any((path / name).is_file() for name in PROCESSOR_FILES):
+        if not (path / "adapter_config.json").is_file():
+            raise CheckpointError(f"{path} has no processor: none of {', '.join(PROCESSOR_FILES)} is in it.")
+        dir_or_id, revision = _base_of_adapter(path)
+        path = local_directory(dir_or_id)
+    try:
+        processor = AutoProcessor.from_pretrained(str(path or dir_or_id), revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load the processor of {dir_or_id}: {_first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError(f"{dir_or_id} holds a {type(processor).__name__}, not a processor of images and text.")
+    _set_areas(processor.image_processor, "", min_pixels, max_pixels)
+    _set_areas(processor.video_processor, "video_", video_min_pixels, video_max_pixels)
+    return processor
+
+
+def load_config(source: str, *, revision: str | None = None, model_type: str | None = None) -> PreTrainedConfig:
+    """The config of a supported model.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or its ``model_type`` is not supported.
+        RecipeError: ``model_type`` names another family.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        written = PreTrainedConfig.get_config_dict(source, revision=revision or "main")[0]
+    except (OSError, ValueError) as error:
+        where = "" if Path(source).is_dir() else " It is no directory here, and the hub did not give it."
+        raise CheckpointError(f"cannot read the config of model {source!r}.{where} {_first_line(error)}") from error
+    if not isinstance(written.get("model_type"), str):
+        raise CheckpointError(f"config.json of {source} names no model_type, so it is not a transformers model.")
+    family_of(written["model_type"])
+    if model_type is not None and canonical_model_type(model_type) != written["model_type"]:
+        raise RecipeError(
+            f"model.model_type={model_type}, but config.json of {source} says {written['model_type']!r}. "
+            "Remove model.model_type: it is read from the config."
+        )
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"config.json of {source} is not valid: {_first_line(error)}") from error
+
+
+def local_directory(dir_or_id: str | Path) -> Path | None:
+    """The directory, or None for a hub id.
+
+    Raises:
+        CheckpointError: it reads like a path but is none, or the directory holds neither model nor adapter.
+    """
+    text = str(dir_or_id)
+    path = Path(text).expanduser()
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file. Give the directory that holds config.json.")
+    if not path.is_dir():
+        reads_like_path = path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1
+        if reads_like_path or isinstance(dir_or_id, Path):
+            raise CheckpointError(f"no such model directory: {path}")
+        return None
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json", *PROCESSOR_FILES)):
+        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
+        fix = f"Did you mean {checkpoints[-1]}?" if checkpoints else "Give a directory written by save_pretrained."
+        raise CheckpointError(f"{path} has no config.json, so it is not a model directory. {fix}")
+    return path
+
+
+def turn_cache_off(model: Any) -> None:
+    """Set ``use_cache`` to False in the config of the model and of its text model; `generate` keeps its own."""
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
+
+
+def _placement(device_map: Any, max_memory: Any, config: PreTrainedConfig) -> dict[str, Any]:
+    """``device_map`` and ``max_memory`` as transformers takes them; empty if neither is given."""
+    if device_map is None:
+        if max_memory is not None:
+            raise RecipeError("model.max_memory needs model.device_map. Set model.device_map=auto.")
+        return {}
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1:
+        raise RecipeError(
+            f"model.device_map={device_map} places one model over devices, but {world} processes run. "
+            "Remove model.device_map, or start one process."
+        )
+    placement = {"device_map": expand_device_map(device_map, config)}
+    if max_memory is not None:
+        placement["max_memory"] = parse_max_memory(max_memory)
+    return placement
+
+
+def _from_pretrained(source: str, options: dict[str, Any]) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load the weights of {source}: {_first_line(error)}") from error
+    except ValueError as error:
+        if "device_map" not in options:
+            raise
+        raise RecipeError(f"model.device_map does not fit {source}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise CheckpointError(f"weights of {source} do not have the shapes its config.json says.") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{source} lacks {len(missing)} weights of its model, the first is {missing[0]}.")
+    return model
+
+
+def _load_adapter(path: Path, **options: Any) -> Any:
+    from peft import PeftModel
+
+    base, revision = _base_of_adapter(path)
+    model = load_model(base, revision=revision, **options)
+    return PeftModel.from_pretrained(model, str(path))
+
+
+def _base_of_adapter(path: Path) -> tuple[str, str | None]:
+    try:
+        written = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = written["base_model_name_or_path"], written.get("revision")
+        if not isinstance(base, str) or not base:
+            raise KeyError("base_model_name_or_path")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/adapter_config.json does not name its base model: {error}") from error
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise CheckpointError(
+            f"{path} is an adapter of {base}, which does not exist. "
+            "Correct base_model_name_or_path in its adapter_config.json."
+        )
+    return base, revision
+
+
+def _set_areas(processor: Any, prefix: str, smallest: int | None, largest: int | None) -> None:
+    size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
+    for key, value in ((f"{prefix}min_pixels", smallest), (f"{prefix}max_pixels", largest)):
+        if value is not None and value < 1:
+            raise RecipeError(f"template.{key}={value} is not an area. Give a number of pixels, e.g. 262144.")
+    if smallest is not None and largest is not None and smallest > largest:
+        raise RecipeError(
+            f"template.{prefix}min_pixels={smallest} is above template.{prefix}max_pixels={largest}. Swap them."
+        )
+    if smallest is not None:
+        size = {"shortest_edge": smallest, "longest_edge": max(smallest, size["longest_edge"])}
+    if largest is not None:
+        size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
+    processor.size = type(processor.size)(**size)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,131 @@
+"""The one door from a loaded model to one that can be trained, and the table that says what will train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_ft.errors import RecipeError, unknown_name
+from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, part_of
+from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
+from qwenvl_ft.tuning.methods import METHODS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+
+def prepare_model(model: nn.Module, tuner: TunerConfig) -> Any:
+    """Freeze and adapt a model as ``tuner`` says. Call it once, before the trainer is built.
+
+    Returns:
+        The model itself for ``full``, a PeftModel around it for adapters.
+
+    Raises:
+        RecipeError: unknown train type, names that match nothing, nothing left to train, a model prepared before.
+    """
+    if tuner.train_type not in METHODS:
+        raise unknown_name("tuner.train_type", tuner.train_type, METHODS)
+    if hasattr(model, "peft_config"):
+        raise RecipeError(
+            "the model carries an adapter already, so a second one would be trained on top of it. "
+            "Set model.model to the base model, or merge the adapter into it first."
+        )
+    prepared = METHODS[tuner.train_type].build(model, tuner)
+    check_prepared(prepared, tuner)
+    return prepared
+
+
+def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:
+    """Refuse a model in which not what ``tuner`` says would train: unwrapped, wholly trainable or wholly frozen.
+
+    Raises:
+        RecipeError: what is wrong, and that `prepare_model` mends it.
+    """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        frozen = frozen_parts(tuner)
+        raise RecipeError(
+            f"nothing is left to train: tuner.train_type={tuner.train_type} with {', '.join(frozen)} frozen. "
+            f"Unfreeze a part ({freeze_flags_of(frozen)}) or name modules in tuner.modules_to_save."
+        )
+    if METHODS[tuner.train_type].adapter:
+        if not hasattr(model, "peft_config"):
+            raise RecipeError(
+                f"tuner.train_type={tuner.train_type}, but the model has no adapter and all of it would train. "
+                "Call prepare_model(model, recipe.tuner) and hand its result to the trainer."
+            )
+        own = (_adapter_prefix(model), ".modules_to_save.", "bias")
+        base = [name for name in trained if not any(mark in name for mark in own)]
+        if base:
+            raise RecipeError(
+                f"tuner.train_type={tuner.train_type}, but {len(base)} weights of the base model would train too, "
+                f"the first is {base[0]}. Hand the result of prepare_model to the trainer as it is."
+            )
+        return
+    astray = [name for name in trained if part_of(name) in frozen_parts(tuner)] if not tuner.modules_to_save else []
+    if astray:
+        flag = FREEZE_FLAGS[part_of(astray[0])]
+        raise RecipeError(
+            f"tuner.{flag}=true, but {astray[0]} would train. Call prepare_model(model, recipe.tuner) before training."
+        )
+
+
+def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
+    """What trains: for each part the parameters of the base model, those that train, LoRA's among them, and the rate.
+
+    Args:
+        learning_rates: part -> rate; shown where something trains.
+
+    Example:
+        ::
+
+            part    parameters  trainable   LoRA  learning rate
+            vision     222,144          0      0  frozen
+            merger     148,224          0      0  frozen
+            llm        476,096     26,624 26,624  1e-04
+    """
+    counts = {part: {"parameters": 0, "trainable": 0, "LoRA": 0} for part in PARTS}
+    out_of_reach = 0
+    prefix = _adapter_prefix(model)
+    experts = {name for name, _ in model.named_parameters() if ".mlp.experts." in name or ".mlp.gate.weight" in name}
+    for name, parameter in model.named_parameters():
+        count = counts[part_of(name)]
+        size: int = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+        adapter = prefix in name if prefix else False
+        count["LoRA"] += size * adapter
+        count["trainable"] += size * parameter.requires_grad
+        count["parameters"] += size * (not adapter and ".modules_to_save." not in name)
+        out_of_reach += size * (name in experts and bool(prefix) and not parameter.requires_grad)
+    rows: list[tuple[str, ...]] = [("part", "parameters", "trainable", "LoRA", "learning rate")]
+    for part, count in counts.items():
+        rate = f"{learning_rates[part]:.0e}" if count["trainable"] else "frozen"
+        rows.append((part, *(f"{value:,}" for value in count.values()), rate))
+    total = [sum(count[column] for count in counts.values()) for column in ("parameters", "trainable", "LoRA")]
+    rows.append(("total", *(f"{value:,}" for value in total), f"{total[1] / max(1, total[0]):.2%} trainable"))
+    lines = _align(rows)
+    if out_of_reach:
+        lines.append(
+            f"not reached by LoRA: experts and routers, {out_of_reach:,} parameters (they are no Linear layers)"
+        )
+    return "\n".join(lines)
+
+
+def _adapter_prefix(model: Any) -> str:
+    """How peft begins the names of an adapter's own weights (``lora_``); empty without an adapter."""
+    if not hasattr(model, "peft_config"):
+        return ""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    config = next(iter(model.peft_config.values()))
+    return f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *numbers, last in rows:
+        middle = "  ".join(text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
+        lines.append(f"{first.ljust(widths[0])}  {middle}  {last}")
+    return lines

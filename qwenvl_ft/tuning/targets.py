@@ -1,0 +1,147 @@
+"""From the names a recipe gives to the modules it means: adapter targets and modules trained in full.
+
+A name stands for every module whose full name is it or ends with it after a dot: ``q_proj``, ``mlp.up_proj``,
+``model.visual.merger``. A name that stands for nothing is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.model.anatomy import current_name, part_of
+from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
+
+if TYPE_CHECKING:
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+ALL_LINEAR = "all-linear"
+
+
+def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
+    """Full names of the Linear modules that get an adapter.
+
+    They are looked for in the parts that are not frozen, outside of ``modules_to_save``. ``all-linear`` means all of
+    them but the language head. ``target_regex`` must match a whole name and takes the place of ``target_modules``;
+    ``^$`` asks for none.
+
+    Raises:
+        RecipeError: a name or the pattern matches nothing there.
+    """
+    frozen = frozen_parts(tuner)
+    saved = saved_modules(model, tuner)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    free = [name for name in linears if part_of(name) not in frozen and not inside(name, saved)]
+    if tuner.target_regex is not None:
+        return _by_regex(tuner.target_regex, linears, free, frozen)
+    chosen: set[str] = set()
+    for wanted in tuner.target_modules:
+        if wanted == ALL_LINEAR:
+            chosen |= set(free) - _heads(model)
+            continue
+        hits = _matches(wanted, free)
+        if not hits:
+            raise _unmatched_target(wanted, model, linears, frozen)
+        chosen |= set(hits)
+    return [name for name in free if name in chosen]
+
+
+def saved_modules(model: nn.Module, tuner: TunerConfig) -> list[str]:
+    """Full names of ``tuner.modules_to_save``, a ModuleList replaced by its elements.
+
+    Raises:
+        RecipeError: a name matches no module, or one without parameters.
+    """
+    modules = dict(model.named_modules())
+    names: list[str] = []
+    for wanted in tuner.modules_to_save:
+        hits = _matches(wanted, (name for name in modules if name))
+        if not hits:
+            raise RecipeError(f"tuner.modules_to_save names {wanted!r}, {_what_it_is(wanted, model)}")
+        for hit in hits:
+            names += _elements(hit, modules[hit])
+    for name in names:
+        if not any(True for _ in modules[name].parameters()):
+            raise RecipeError(f"tuner.modules_to_save names {name!r}, which has no parameters to train.")
+    return [name for name in dict.fromkeys(names) if not inside(name, [other for other in names if other != name])]
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether ``name`` is one of ``modules`` or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _matches(wanted: str, names: Iterable[str]) -> list[str]:
+    spellings = {wanted, current_name(wanted)}
+    return [name for name in names if any(name == s or name.endswith(f".{s}") for s in spellings)]
+
+
+def _elements(name: str, module: nn.Module) -> list[str]:
+    """A container's own forward is never called, so its elements stand for it."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [name]
+    return [leaf for key, child in module.named_children() for leaf in _elements(f"{name}.{key}", child)]
+
+
+def _heads(model: nn.Module) -> set[str]:
+    """Names of the layer that writes the logits: adapted only when it is named."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name for name, module in model.named_modules() if head is not None and module is head}
+
+
+def _by_regex(pattern: str, linears: list[str], free: list[str], frozen: list[str]) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"tuner.target_regex={pattern!r} is not a regular expression: {error}.") from error
+    hits = [name for name in free if compiled.fullmatch(name)]
+    if hits or compiled.fullmatch(""):
+        return hits
+    elsewhere = [name for name in linears if compiled.fullmatch(name)]
+    if elsewhere:
+        raise _taken("target_regex", pattern, elsewhere, frozen)
+    example = free[0] if free else linears[0]
+    raise RecipeError(
+        f"tuner.target_regex={pattern!r} matches no Linear module. It must match a whole name, such as {example}; "
+        "'^$' asks for no adapter."
+    )
+
+
+def _unmatched_target(wanted: str, model: nn.Module, linears: list[str], frozen: list[str]) -> RecipeError:
+    elsewhere = _matches(wanted, linears)
+    if elsewhere:
+        return _taken("target_modules", wanted, elsewhere, frozen)
+    for name in _matches(wanted, (name for name, _ in model.named_modules() if name)):
+        kind = type(model.get_submodule(name)).__name__
+        within = [linear.removeprefix(f"{name}.") for linear in linears if linear.startswith(f"{name}.")]
+        fix = f"Name the layers in it: {', '.join(within[:4])}." if within else "Name it in tuner.modules_to_save."
+        return RecipeError(f"tuner.target_modules names {wanted!r}, which is a {kind}, not a Linear layer. {fix}")
+    return RecipeError(f"tuner.target_modules names {wanted!r}, {_what_it_is(wanted, model, linears)}")
+
+
+def _taken(key: str, wanted: str, names: list[str], frozen: list[str]) -> RecipeError:
+    parts = sorted({part_of(name) for name in names} & set(frozen))
+    if not parts:
+        return RecipeError(f"tuner.{key} {wanted!r} matches only what tuner.modules_to_save trains in full already.")
+    return RecipeError(
+        f"tuner.{key} {wanted!r} matches only modules of {', '.join(parts)}, which the recipe freezes. "
+        f"Set {freeze_flags_of(parts)}."
+    )
+
+
+def _what_it_is(wanted: str, model: nn.Module, among: list[str] | None = None) -> str:
+    """The end of an error about a name that is no module: the parameter it is, or what comes near."""
+    parameters = _matches(wanted, (name for name, _ in model.named_parameters(remove_duplicate=False)))
+    if parameters and parameters[0].rpartition(".")[0]:
+        return f"which is a parameter. Name its module: {parameters[0].rpartition('.')[0]}."
+    names = among or [name for name, _ in model.named_modules() if name]
+    depth = wanted.count(".") + 1
+    return f"which is no module of the model.{hint(wanted, {_tail(name, depth) for name in names})}"
+
+
+def _tail(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[-depth:])

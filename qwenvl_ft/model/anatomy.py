@@ -59,10 +59,11 @@ _INNER = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|original_module|base_layer"
     r"|modules_to_save\.[^.]+)(?:\.|$)"
 )
+_TEXT = r"(?=(layers|embed_tokens|norm|rotary_emb)(\.|$))"
 _OLD_NAMES = (
     (re.compile(r"^visual(?=\.|$)"), "model.visual"),
-    (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|embed_tokens|norm)"), "model.language_model."),
-    (re.compile(r"^model\.(?=(layers|embed_tokens|norm)(\.|$))"), "model.language_model."),
+    (re.compile(rf"^(?:model\.)?language_model\.(?:model\.)?{_TEXT}"), "model.language_model."),
+    (re.compile(rf"^model\.{_TEXT}"), "model.language_model."),
     (re.compile(r"^language_model\.lm_head"), "lm_head"),
 )
 

@@ -154,10 +154,10 @@ def _module_names(config: PreTrainedConfig) -> set[str]:
 
 
 def _near(name: str, modules: set[str]) -> str:
-    parent = name.rpartition(".")[0]
-    children = sorted(child for child in modules if child.rpartition(".")[0] == parent and child)
-    if parent in modules and children:
-        return f" {parent or 'The model'} has {children[0]} to {children[-1]}, {len(children)} in all."
+    parent, _, last = name.rpartition(".")
+    layers = sorted((m for m in modules if re.fullmatch(rf"{re.escape(parent)}\.\d+", m)), key=lambda m: (len(m), m))
+    if last.isdigit() and layers:
+        return f" There are {layers[0]} to {layers[-1]}, {len(layers)} in all."
     return hint(name, {child for child in modules if child.count(".") < 3 and child})
 
 

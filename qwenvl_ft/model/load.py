@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ def load_processor(
     try:
         processor = AutoProcessor.from_pretrained(str(path or dir_or_id), revision=revision or "main")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the processor of {dir_or_id}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load the processor of {dir_or_id}: {_one_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{dir_or_id} holds a {type(processor).__name__}, not a processor of images and text.")
     _set_areas(processor.image_processor, "", min_pixels, max_pixels)
@@ -140,13 +141,14 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
         CheckpointError: there is none, it cannot be read, or its ``model_type`` is not supported.
         RecipeError: ``model_type`` names another family.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
         written = PreTrainedConfig.get_config_dict(source, revision=revision or "main")[0]
     except (OSError, ValueError) as error:
         where = "" if Path(source).is_dir() else " It is no directory here, and the hub did not give it."
-        raise CheckpointError(f"cannot read the config of model {source!r}.{where} {_first_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of model {source!r}.{where} {_one_line(error)}") from error
     if not isinstance(written.get("model_type"), str):
         raise CheckpointError(f"config.json of {source} names no model_type, so it is not a transformers model.")
     family_of(written["model_type"])
@@ -157,8 +159,8 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
         )
     try:
         return AutoConfig.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"config.json of {source} is not valid: {_first_line(error)}") from error
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of {source} is not valid: {_one_line(error)}") from error
 
 
 def local_directory(dir_or_id: str | Path) -> Path | None:
@@ -201,7 +203,7 @@ def _placement(device_map: Any, max_memory: Any, config: PreTrainedConfig) -> di
             f"model.device_map={device_map} places one model over devices, but {world} processes run. "
             "Remove model.device_map, or start one process."
         )
-    placement = {"device_map": expand_device_map(device_map, config)}
+    placement: dict[str, Any] = {"device_map": expand_device_map(device_map, config)}
     if max_memory is not None:
         placement["max_memory"] = parse_max_memory(max_memory)
     return placement
@@ -211,14 +213,15 @@ def _from_pretrained(source: str, options: dict[str, Any]) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    auto: Any = AutoModelForImageTextToText
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the weights of {source}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot load the weights of {source}: {_one_line(error)}") from error
     except ValueError as error:
         if "device_map" not in options:
             raise
-        raise RecipeError(f"model.device_map does not fit {source}: {_first_line(error)}") from error
+        raise RecipeError(f"model.device_map does not fit {source}: {_one_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -269,6 +272,5 @@ def _set_areas(processor: Any, prefix: str, smallest: int | None, largest: int |
     processor.size = type(processor.size)(**size)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), width=300) or type(error).__name__

@@ -1,0 +1,358 @@
+"""Loading goes by config.json, keeps the cache off, and says in one line what is wrong with a checkpoint."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+from qwenvl_ft.errors import CheckpointError, RecipeError
+from qwenvl_ft.model.config import expand_device_map, parse_max_memory
+from qwenvl_ft.model.load import load_config, load_model, load_processor
+
+
+def edited(source, target, change):
+    """A copy of a checkpoint whose config.json went through ``change``."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def last_error(kind, call):
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_class_follows_config_not_the_name_of_the_directory(checkpoints, tmp_path):
+    for kind, name, expected in (
+        ("dense", "Qwen3-VL-30B-A3B-Instruct", Qwen3VLForConditionalGeneration),
+        ("dense", "qwen2.5-vl-moe-starter", Qwen3VLForConditionalGeneration),
+        ("moe", "qwen2-vl", Qwen3VLMoeForConditionalGeneration),
+    ):
+        directory = shutil.copytree(checkpoints[kind], tmp_path / name)
+        assert type(load_model(directory)) is expected
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_weights_are_those_of_plain_transformers(checkpoints, kind):
+    ours = load_model(checkpoints[kind], torch_dtype="float32").state_dict()
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoints[kind]).state_dict()
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_cache_is_off_at_every_level_and_generation_still_uses_one(tiny_dir):
+    model = load_model(tiny_dir, torch_dtype="float32")
+    assert model.config.use_cache is False
+    assert model.config.text_config.use_cache is False
+    assert AutoModelForImageTextToText.from_pretrained(tiny_dir).config.text_config.use_cache, "vacuous: off anyway"
+    ids = torch.tensor([[5, 6, 7]])
+    assert model(input_ids=ids).past_key_values is None
+    seen = []
+    model.model.language_model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    model.generate(input_ids=ids, max_new_tokens=3)
+    assert seen == [3, 1, 1], "the prompt once, then one token at a time"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("float32", torch.float32),
+        ("auto", torch.float32),
+    ],
+)
+def test_dtype_is_the_one_named(tiny_dir, name, dtype):
+    assert {parameter.dtype for parameter in load_model(tiny_dir, torch_dtype=name).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_attention_reaches_text_and_vision(tiny_dir, name):
+    model = load_model(tiny_dir, attn_impl=name)
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    assert [config._attn_implementation for config in configs] == [name] * 3
+
+
+def test_model_type_is_checked_and_may_be_an_alias(tiny_dir):
+    assert load_model(tiny_dir, model_type="qwen_3-vl") is not None
+    message = last_error(RecipeError, lambda: load_model(tiny_dir, model_type="qwen2_vl"))
+    assert "model.model_type=qwen2_vl" in message
+    assert "'qwen3_vl'" in message
+
+
+def test_revision_reaches_the_hub(tiny_dir):
+    """A local directory has no revisions; a hub id that is not there is named together with the cause."""
+    assert load_model(tiny_dir, revision="main") is not None
+    message = last_error(CheckpointError, lambda: load_model("nobody/no-such-model", revision="v2"))
+    assert "'nobody/no-such-model'" in message
+    assert "no directory here" in message
+
+
+@pytest.mark.parametrize(
+    ("rope_scaling", "factor", "positions"),
+    [
+        ("linear", 2.0, 65536),
+        ("dynamic", 2.0, 32768),
+        ("yarn", 2.0, 65536),
+        ({"type": "yarn", "factor": 4}, 4.0, 131072),
+        ('{"type":"yarn","factor":2.0}', 2.0, 65536),
+        ('{"rope_type": "linear", "factor": 1.5}', 1.5, 49152),
+    ],
+)
+def test_rope_scaling_keeps_mrope(tiny_dir, rope_scaling, factor, positions):
+    before = load_model(tiny_dir, torch_dtype="float32")
+    after = load_model(tiny_dir, torch_dtype="float32", rope_scaling=rope_scaling)
+    old, new = before.config.text_config.rope_parameters, after.config.text_config.rope_parameters
+    for key in ("mrope_section", "mrope_interleaved", "rope_theta"):
+        assert new[key] == old[key]
+    assert new["factor"] == factor
+    assert after.config.text_config.max_position_embeddings == positions
+    rotary, unscaled = after.model.language_model.rotary_emb, before.model.language_model.rotary_emb
+    assert rotary.mrope_section == unscaled.mrope_section
+    if new["rope_type"] == "linear":
+        torch.testing.assert_close(rotary.inv_freq * factor, unscaled.inv_freq)
+    if new["rope_type"] == "yarn":
+        assert new["original_max_position_embeddings"] == 32768
+        assert not torch.equal(rotary.inv_freq, unscaled.inv_freq), "yarn without effect"
+
+
+def test_dynamic_scaling_stretches_only_beyond_the_trained_length(tiny_dir, tmp_path):
+    def shorten(config):
+        config["text_config"]["max_position_embeddings"] = 16
+
+    model = load_model(edited(tiny_dir, tmp_path / "short", shorten), torch_dtype="float32", rope_scaling="dynamic")
+    plain = load_model(tiny_dir, torch_dtype="float32")
+    short, long = torch.arange(3, 13)[None], torch.arange(3, 43)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=short).logits, plain(input_ids=short).logits)
+        assert not torch.allclose(model(input_ids=long).logits, plain(input_ids=long).logits, atol=1e-4)
+
+
+def test_scaled_model_saves_and_loads_with_plain_transformers(tiny_dir, tmp_path):
+    model = load_model(tiny_dir, torch_dtype="float32", rope_scaling="yarn").eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_max_model_len_sets_the_factor_it_needs(tiny_dir):
+    model = load_model(tiny_dir, rope_scaling="yarn", max_model_len=4 * 32768)
+    assert model.config.text_config.rope_parameters["factor"] == 4.0
+    assert load_model(tiny_dir, max_model_len=4096).config.text_config.max_position_embeddings == 32768
+    message = last_error(RecipeError, lambda: load_model(tiny_dir, max_model_len=40000))
+    assert "32768 positions" in message
+    assert "model.rope_scaling=yarn" in message
+    message = last_error(
+        RecipeError, lambda: load_model(tiny_dir, rope_scaling={"type": "yarn", "factor": 2.0}, max_model_len=131072)
+    )
+    assert "Use factor 4" in message
+
+
+@pytest.mark.parametrize(
+    ("rope_scaling", "words"),
+    [
+        ("yarm", "unknown type of model.rope_scaling 'yarm'. Did you mean 'yarn'"),
+        ('{"type": "yarn",', "not valid JSON"),
+        ({"type": "yarn", "factor": "two"}, "'two' is not a number"),
+        ({"type": "yarn", "factor": 0.5}, "0.5 is not a number of at least 1"),
+    ],
+)
+def test_wrong_rope_scaling_is_one_line(tiny_dir, rope_scaling, words):
+    assert words in last_error(RecipeError, lambda: load_model(tiny_dir, rope_scaling=rope_scaling))
+
+
+def test_device_maps_place_modules(tiny_dir):
+    for device_map in ("auto", "cpu", '{"": "cpu"}', {"": "cpu"}):
+        model = load_model(tiny_dir, device_map=device_map, max_memory='{"cpu": "1GB"}')
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_device_map_ranges_become_one_entry_a_layer(tiny_dir):
+    given = {"model.layers.0-1": 0, "model.layers.2-3": "1", "model.norm": "cpu", "visual": 0, "lm_head": "disk"}
+    assert expand_device_map(json.dumps(given), load_config(str(tiny_dir))) == {
+        "model.language_model.layers.0": 0,
+        "model.language_model.layers.1": 0,
+        "model.language_model.layers.2": 1,
+        "model.language_model.layers.3": 1,
+        "model.language_model.norm": "cpu",
+        "model.visual": 0,
+        "lm_head": "disk",
+    }
+    assert parse_max_memory('{"0": "40GB", "1": "40GiB", "cpu": "100GB"}') == {0: "40GB", 1: "40GiB", "cpu": "100GB"}
+
+
+def test_a_model_placed_by_ranges_computes_the_same(tiny_dir):
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "visual", "lm_head"), "cpu")
+    model = load_model(tiny_dir, torch_dtype="float32", device_map={"model.layers.0-3": "cpu"} | rest)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = load_model(tiny_dir, torch_dtype="float32")(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_a_device_map_with_gaps_is_one_line(tiny_dir):
+    assert "does not fit" in last_error(
+        RecipeError, lambda: load_model(tiny_dir, device_map={"model.layers.0-3": "cpu", "lm_head": "meta"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device_map": '{"": 0'}, "not valid JSON"),
+        ({"device_map": "[0]"}, "unknown model.device_map"),
+        ({"device_map": "autos"}, "Did you mean 'auto'"),
+        ({"device_map": {"model.layers.3-1": "cpu"}}, "range in 'model.layers.3-1' is empty"),
+        ({"device_map": {"model.layers.0-9": "cpu"}}, "layers.0 to model.language_model.layers.3, 4 in all"),
+        ({"device_map": {"model.visul": "cpu"}}, "Did you mean 'model.visual'"),
+        ({"max_memory": {"0": "40GB"}}, "Set model.device_map=auto"),
+        ({"device_map": "auto", "max_memory": {"0": "lots"}}, "the size 'lots'"),
+        ({"torch_dtype": "bf16"}, "unknown model.torch_dtype 'bf16'. Did you mean 'bfloat16'"),
+        ({"max_model_len": 0}, "is not a length"),
+    ],
+)
+def test_wrong_options_are_one_line(tiny_dir, options, words):
+    assert words in last_error(RecipeError, lambda: load_model(tiny_dir, **options))
+
+
+def test_device_map_and_several_processes_exclude_each_other(tiny_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes" in last_error(RecipeError, lambda: load_model(tiny_dir, device_map="auto"))
+    assert load_model(tiny_dir) is not None
+
+
+def test_a_directory_that_is_no_model_is_one_line(tiny_dir, tmp_path):
+    assert "no such model directory" in last_error(CheckpointError, lambda: load_model(tmp_path / "nothing"))
+    assert "no such model directory" in last_error(CheckpointError, lambda: load_model("./nothing"))
+    assert "has no config.json" in last_error(CheckpointError, lambda: load_model(tmp_path))
+    assert "is a file" in last_error(CheckpointError, lambda: load_model(tiny_dir / "config.json"))
+    shutil.copytree(tiny_dir, tmp_path / "checkpoint-40")
+    assert f"Did you mean {tmp_path / 'checkpoint-40'}?" in last_error(CheckpointError, lambda: load_model(tmp_path))
+
+
+def test_unsupported_and_broken_configs_are_one_line(tiny_dir, tmp_path):
+    llama = edited(tiny_dir, tmp_path / "llama", lambda config: config.update(model_type="llama"))
+    message = last_error(CheckpointError, lambda: load_model(llama))
+    assert "'llama' is not supported" in message
+    assert "qwen3_vl_moe" in message
+    bare = edited(tiny_dir, tmp_path / "bare", lambda config: config.pop("model_type"))
+    assert "names no model_type" in last_error(CheckpointError, lambda: load_model(bare))
+    (bare / "config.json").write_text("{")
+    assert "cannot read the config" in last_error(CheckpointError, lambda: load_model(bare))
+    typed = edited(tiny_dir, tmp_path / "typed", lambda config: config["text_config"].update(hidden_size="wide"))
+    assert "config.json of" in last_error(CheckpointError, lambda: load_model(typed))
+
+
+def test_damaged_weights_are_one_line(tiny_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny_dir, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "cannot load the weights" in last_error(CheckpointError, lambda: load_model(broken))
+    weights.unlink()
+    assert "cannot load the weights" in last_error(CheckpointError, lambda: load_model(broken))
+    tensors = load_file(tiny_dir / "model.safetensors")
+    del tensors["model.visual.merger.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    message = last_error(CheckpointError, lambda: load_model(broken))
+    assert "lacks 1 weights" in message
+    assert "model.visual.merger.norm.weight" in message
+    wide = edited(tiny_dir, tmp_path / "wide", lambda config: config["text_config"].update(intermediate_size=128))
+    assert "shapes" in last_error(CheckpointError, lambda: load_model(wide))
+
+
+def test_pickled_weights_are_refused(tiny_dir, tmp_path):
+    directory = shutil.copytree(tiny_dir, tmp_path / "pickled")
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    assert "cannot load the weights" in last_error(CheckpointError, lambda: load_model(directory))
+
+
+@pytest.fixture
+def adapter(tiny_dir, tmp_path):
+    """A LoRA of the tiny model whose B matrices are not zero, saved by plain peft, and its logits."""
+    model = load_model(tiny_dir, torch_dtype="float32").eval()
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        return tmp_path / "adapter", ids, peft_model.eval()(input_ids=ids).logits
+
+
+def test_an_adapter_directory_loads_on_its_base(adapter, tiny_dir):
+    directory, ids, logits = adapter
+    model = load_model(directory, torch_dtype="float32").eval()
+    assert isinstance(model, PeftModel)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, logits)
+        base = load_model(tiny_dir, torch_dtype="float32").eval()(input_ids=ids).logits
+    assert not torch.allclose(base, logits), "vacuous: the adapter changes nothing"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert load_processor(directory).tokenizer.eos_token == "<|im_end|>"
+
+
+def test_an_adapter_without_its_base_is_one_line(adapter):
+    directory, _, _ = adapter
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    message = last_error(CheckpointError, lambda: load_model(directory))
+    assert "adapter of /gone/base" in message
+    assert "base_model_name_or_path" in message
+    path.write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert "does not name its base" in last_error(CheckpointError, lambda: load_model(directory))
+
+
+def test_processor_areas_bound_every_image(tiny_dir):
+    from PIL import Image
+
+    picture = Image.new("RGB", (400, 300))
+    processor = load_processor(tiny_dir, min_pixels=4096, max_pixels=16384)
+    size = processor.image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (4096, 16384)
+    video = load_processor(tiny_dir).video_processor.size
+    assert processor.video_processor.size["longest_edge"] == video["longest_edge"], "a video's area is its own"
+    for side, low, high in ((400, 0, 16384), (20, 4096, 1e9)):
+        grid = processor.image_processor(images=[picture.resize((side, side))])["image_grid_thw"][0]
+        assert low <= grid.prod() * 16 * 16 <= high
+    untouched = load_processor(tiny_dir).image_processor(images=[picture])["image_grid_thw"][0]
+    assert untouched.prod() * 16 * 16 > 16384, "vacuous: the checkpoint's own area is as small"
+
+
+def test_one_area_moves_the_other_out_of_its_way(tiny_dir):
+    size = load_processor(tiny_dir, max_pixels=512).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (512, 512)
+    size = load_processor(tiny_dir, min_pixels=10**6).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (10**6, 10**6)
+    size = load_processor(tiny_dir, video_max_pixels=10**5).video_processor.size
+    assert size["longest_edge"] == 10**5
+
+
+def test_areas_survive_saving(tiny_dir, tmp_path):
+    load_processor(tiny_dir, min_pixels=4096, max_pixels=16384).save_pretrained(tmp_path)
+    size = load_processor(tmp_path).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (4096, 16384)
+
+
+def test_wrong_areas_and_missing_processors_are_one_line(tiny_dir, tmp_path):
+    assert "is above" in last_error(RecipeError, lambda: load_processor(tiny_dir, min_pixels=2000, max_pixels=1000))
+    assert "not an area" in last_error(RecipeError, lambda: load_processor(tiny_dir, max_pixels=0))
+    shutil.copy(tiny_dir / "config.json", tmp_path)
+    assert "has no processor" in last_error(CheckpointError, lambda: load_processor(tmp_path))
+    assert "cannot load the processor" in last_error(CheckpointError, lambda: load_processor("nobody/no-such-model"))

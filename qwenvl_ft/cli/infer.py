@@ -1,0 +1,79 @@
+"""``qwenvl-ft infer``: ask a model about images, with the code that training evaluates with."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def infer(
+    model: Annotated[str, typer.Option(help="Directory or hub id of a model, or an adapter's directory.")],
+    prompt: Annotated[str, typer.Option(help="The question. <image> says where an image stands; else all come first.")],
+    image: Annotated[list[str] | None, typer.Option(help="File or URL; may be given several times.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Directory of an adapter to put on the model.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, if the model was trained with one.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token; above, it samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    torch_dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as it was saved.")] = "auto",
+    attn_impl: Annotated[str, typer.Option(help="Attention, as model.attn_impl in a recipe.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer alone.")] = False,
+) -> None:
+    """Ask a model one question, with any number of images, and print its answer."""
+    import json
+    import time
+
+    import torch
+    from transformers.utils import logging
+
+    from qwenvl_ft.data.encode import Encoder
+    from qwenvl_ft.data.media import MediaPolicy
+    from qwenvl_ft.evaluation.generate import generate
+
+    if temperature < 0:
+        raise typer.BadParameter(f"{temperature} is below 0", param_hint="--temperature")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loaded, processor = load(model, adapter, torch_dtype=torch_dtype, attn_impl=attn_impl)
+    encoder = Encoder(processor, system_prompt=system, policy=MediaPolicy(allow_urls=True))
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    (answer,) = generate(
+        loaded, processor, [record(prompt, image or [])], encoder=encoder, max_new_tokens=max_new_tokens, **sampling
+    )
+    told = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
+    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else answer)
+
+
+def record(prompt: str, images: list[str]) -> dict[str, Any]:
+    """The question as a record: images where the prompt has ``<image>``, else before it."""
+    tags = "" if "<image>" in prompt else "<image>\n" * len(images)
+    places = [path if "://" in path else str(Path(path).expanduser().resolve()) for path in images]
+    return {"id": "prompt", "image": places, "conversations": [{"from": "human", "value": tags + prompt}]}
+
+
+def load(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str) -> tuple[Any, Any]:
+    """The model, on a GPU if there is one, and the processor that was saved with what was trained.
+
+    Raises:
+        CheckpointError: either directory is not what it should be.
+    """
+    import torch
+
+    from qwenvl_ft.errors import CheckpointError
+    from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor
+
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter} has no adapter_config.json, so it is not an adapter's directory.")
+    loaded = load_model(model, torch_dtype=torch_dtype, attn_impl=attn_impl)
+    own_processor = adapter is not None and any((adapter / name).is_file() for name in PROCESSOR_FILES)
+    processor = load_processor(str(adapter) if own_processor else model)
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        except (ValueError, RuntimeError, OSError, TypeError) as error:
+            raise CheckpointError(f"{adapter} does not fit {model}: {' '.join(str(error).split())[:300]}") from error
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), processor

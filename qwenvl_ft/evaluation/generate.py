@@ -1,0 +1,271 @@
+"""What a model answers to the prompts of an eval set, and how often that is what the records say.
+
+Prompts are encoded as in training, so what is trained is what is asked. Letters: B prompts of a batch, T tokens of the
+longest, N new tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from transformers import GenerationConfig
+
+from qwenvl_ft.data.collate import MEDIA
+from qwenvl_ft.data.conversation import Conversation, Image, Sample, Source, Text, Video
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.errors import DataError, RecipeError
+from qwenvl_ft.evaluation.metrics import mean, metric_of
+
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+"""Either ends an answer and is no part of it, as the released generation config has it."""
+MEDIA_TOKENS = (("<|image_pad|>", 1), ("<|video_pad|>", 2))
+"""Placeholder -> its ``mm_token_type_ids``, by which transformers finds the media; 0 is text."""
+MAX_WRONG = 20
+"""Wrong answers that `evaluate` returns, for a look."""
+
+Progress = Callable[[int, int], None]
+
+
+def generate(
+    model: nn.Module,
+    processor: Any,
+    conversations: Sequence[Any],
+    *,
+    encoder: Encoder | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 50,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Answer each conversation: what the model writes in place of its last assistant turn.
+
+    The model is left as it was: training mode of every module, ``use_cache``, and without the position offsets that
+    generation stores in it. With several processes each answers a share and all return all answers, in order.
+
+    Args:
+        conversations: records in any format, `Conversation` s, or a `Records`.
+        encoder: how prompts are encoded (system prompt, media policy, ...); None for the defaults.
+        do_sample: draw from the distribution shaped by ``temperature``, ``top_p`` and ``top_k`` instead of always
+            taking the likeliest token.
+        progress: called with (batches done, batches in all) on every process.
+
+    Raises:
+        DataError: a record is malformed, or its prompt is longer than the encoder's ``max_length``.
+    """
+    if batch_size < 1:
+        raise RecipeError(f"evaluation.batch_size={batch_size} is not a number of prompts. Give 1 or more.")
+    if max_new_tokens < 1:
+        raise RecipeError(f"evaluation.max_new_tokens={max_new_tokens} is not a number of tokens. Give 1 or more.")
+    encoder = encoder or Encoder(processor)
+    settings = _settings(processor, max_new_tokens)
+    settings.update(do_sample=do_sample, temperature=temperature, top_p=top_p, top_k=top_k)
+    batches = plan_batches([_kinds(_read(item)) for item in conversations], batch_size, _world_size())
+    answers: dict[int, str] = {}
+    with _inference(model):
+        mine = batches[_rank() :: _world_size()]
+        for done, batch in enumerate(mine, start=1):
+            samples = [encoder.prompt(_read(conversations[index])) for index in batch]
+            answers |= zip(batch, _answer(model, processor, samples, settings), strict=True)
+            if progress is not None:
+                progress(done, len(mine))
+    gathered = _gather(answers)
+    return [gathered[index] for index in range(len(conversations))]
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    records: Sequence[Any],
+    *,
+    metric: str = "exact_match",
+    metric_options: dict[str, bool] | None = None,
+    limit: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask the model for the last assistant turn of each record and compare.
+
+    Args:
+        metric: a name of ``METRICS``.
+        metric_options: its options, e.g. ``{"ignore_case": True}``.
+        limit: ask about the first so many records only.
+        options: passed to `generate`.
+
+    Returns:
+        The metric's mean under its name; ``count`` of records; ``wrong``, up to 20 of those below 1.0 as ``source``,
+        ``answer`` and ``expected``; ``seconds``.
+
+    Raises:
+        DataError: there are no records, or one does not end with an answer.
+    """
+    score = metric_of(metric)
+    start = time.perf_counter()
+    count = len(records) if limit is None else min(len(records), limit)
+    if count < 1:
+        raise DataError(f"there is nothing to evaluate: {len(records)} records, evaluation.limit={limit}.")
+    asked: Any = Subset(records, range(count))  # type: ignore[arg-type]
+    expected = [expected_answer(_read(asked[index])) for index in range(count)]
+    answers = generate(model, processor, asked, **options)
+    scores = [score(answer, want, **(metric_options or {})) for answer, want in zip(answers, expected, strict=True)]
+    wrong = [index for index, points in enumerate(scores) if points < 1.0][:MAX_WRONG]
+    return {
+        metric: mean(scores),
+        "count": count,
+        "wrong": [
+            {"source": str(_read(asked[index]).source), "answer": answers[index], "expected": expected[index]}
+            for index in wrong
+        ],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def evaluate_exact_match(model: nn.Module, processor: Any, records: Sequence[Any], **options: Any) -> dict[str, Any]:
+    """`evaluate` by exact match, white space at the ends aside."""
+    return evaluate(model, processor, records, metric="exact_match", **options)
+
+
+def expected_answer(conversation: Conversation) -> str:
+    """The text of the last turn, which must be the assistant's.
+
+    Raises:
+        DataError: it is not.
+    """
+    last = conversation.messages[-1] if conversation.messages else None
+    if last is None or last.role != "assistant":
+        raise DataError(
+            f"{conversation.source}: the record ends with {last.role if last else 'nothing'!r}. "
+            "To be evaluated it must end with the assistant's answer."
+        )
+    return "".join(part.text for part in last.content if isinstance(part, Text))
+
+
+def plan_batches(kinds: Sequence[tuple[bool, ...]], batch_size: int, world_size: int = 1) -> list[list[int]]:
+    """Batches of indices, in an order in which rank r takes every ``world_size``-th from the r-th.
+
+    Sharded models gather each module's weights in step, so at any moment all ranks must run the same modules: only
+    conversations with the same kinds of media share a batch, and a kind's last batch is repeated until every rank has
+    one.
+
+    Example:
+        Five text prompts in twos, for two ranks: ``[[0, 1], [2, 3], [4], [4]]``.
+    """
+    batches: list[list[int]] = []
+    for kind in dict.fromkeys(kinds):
+        same = [index for index, other in enumerate(kinds) if other == kind]
+        batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
+        batches += [batches[-1]] * (-len(batches) % world_size)
+    return batches
+
+
+def prompt_batch(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Prompts of unequal lengths, filled up on the left so that all of them end where the answers begin.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` int64[B, T], and the media of all, in order.
+    """
+    tokenizer = processor.tokenizer
+    pad_id = tokenizer.pad_token_id
+    ids = [sample["input_ids"] for sample in samples]
+    rows = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left")
+    ones = [torch.ones_like(row) for row in ids]
+    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
+    types = torch.zeros_like(rows)
+    for token, number in MEDIA_TOKENS:
+        types[rows == tokenizer.convert_tokens_to_ids(token)] = number
+    batch = {"input_ids": rows, "attention_mask": mask, "mm_token_type_ids": types}
+    for key in [key for keys in MEDIA for key in keys]:
+        tensors = [sample[key] for sample in samples if key in sample]  # type: ignore[literal-required]
+        if tensors:
+            batch[key] = torch.cat(tensors)
+    return batch
+
+
+def _answer(model: Any, processor: Any, samples: Sequence[Sample], settings: GenerationConfig) -> list[str]:
+    device = next(model.parameters()).device
+    batch = {key: tensor.to(device) for key, tensor in prompt_batch(processor, samples).items()}
+    tokens = model.generate(**batch, generation_config=settings)  # [B, T + N]
+    new = tokens[:, batch["input_ids"].shape[1] :].tolist()
+    return [processor.tokenizer.decode(_until_stop(row, settings.eos_token_id)) for row in new]
+
+
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """The tokens before the first that ends an answer; what follows it is padding."""
+    end = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return tokens[:end]
+
+
+def _settings(processor: Any, max_new_tokens: int) -> GenerationConfig:
+    tokenizer = processor.tokenizer
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS],
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Everything generation needs of the model, and afterwards the model as it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), _common_precision(model):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+            if "rope_deltas" in vars(module):  # the last batch's position offsets; a later pass could find them
+                module.rope_deltas = None  # type: ignore[assignment]
+
+
+def _common_precision(model: nn.Module) -> Any:
+    """Autocast to the lowest precision where a model's weights have several, as in training: trained ones in float32
+    beside frozen ones in bfloat16. Nothing where they have one."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    lower = sorted(dtypes & {torch.bfloat16, torch.float16}, key=str)
+    if len(dtypes) < 2 or not lower:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=lower[0])
+
+
+def _read(item: Any) -> Conversation:
+    if isinstance(item, Conversation):
+        return item
+    if isinstance(item, dict):
+        return read_record(item, Source("record", "record", str(item.get("id", ""))), None)
+    record, source, media_root = item
+    return read_record(record, source, media_root)
+
+
+def _kinds(conversation: Conversation) -> tuple[bool, bool]:
+    return bool(conversation.media(Image)), bool(conversation.media(Video))
+
+
+def _rank() -> int:
+    return dist.get_rank() if _several() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _several() else 1
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _gather(answers: dict[int, str]) -> dict[int, str]:
+    """The answers of all processes, on every process."""
+    if not _several():
+        return answers
+    shares: list[Any] = [None] * _world_size()
+    dist.all_gather_object(shares, answers)
+    return {index: answer for share in shares for index, answer in share.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def cosine_warmup_with_min_lr(optimizer: Optimizer, *, warmup_steps: int, total_
     """
     from torch.optim.lr_scheduler import LambdaLR
 
-    lambdas = []
+    lambdas: list[Callable[[int], float]] = []
     for group in optimizer.param_groups:
         peak = float(group["initial_lr"] if "initial_lr" in group else group["lr"])
         floor = min(1.0, min_lr / peak) if peak > 0 else 1.0

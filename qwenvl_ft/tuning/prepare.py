@@ -81,10 +81,11 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
     Example:
         ::
 
-            part    parameters  trainable   LoRA  learning rate
-            vision     222,144          0      0  frozen
-            merger     148,224          0      0  frozen
-            llm        476,096     26,624 26,624  1e-04
+            part    parameters  trainable    LoRA  learning rate
+            vision     281,664          0       0  frozen
+            merger     330,624          0       0  frozen
+            llm        234,176     40,960  40,960  0.0001
+            total      846,464     40,960  40,960  4.84% trainable
     """
     counts = {part: {"parameters": 0, "trainable": 0, "LoRA": 0} for part in PARTS}
     out_of_reach = 0
@@ -100,15 +101,13 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
         out_of_reach += size * (name in experts and bool(prefix) and not parameter.requires_grad)
     rows: list[tuple[str, ...]] = [("part", "parameters", "trainable", "LoRA", "learning rate")]
     for part, count in counts.items():
-        rate = f"{learning_rates[part]:.0e}" if count["trainable"] else "frozen"
+        rate = f"{learning_rates[part]:g}" if count["trainable"] else "frozen"
         rows.append((part, *(f"{value:,}" for value in count.values()), rate))
     total = [sum(count[column] for count in counts.values()) for column in ("parameters", "trainable", "LoRA")]
     rows.append(("total", *(f"{value:,}" for value in total), f"{total[1] / max(1, total[0]):.2%} trainable"))
     lines = _align(rows)
     if out_of_reach:
-        lines.append(
-            f"not reached by LoRA: experts and routers, {out_of_reach:,} parameters (they are no Linear layers)"
-        )
+        lines.append(f"not reached by LoRA: experts and routers, no Linear layers, {out_of_reach:,} parameters")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -87,7 +87,7 @@ def _elements(name: str, module: nn.Module) -> list[str]:
     return [leaf for key, child in module.named_children() for leaf in _elements(f"{name}.{key}", child)]
 
 
-def _heads(model: nn.Module) -> set[str]:
+def _heads(model: Any) -> set[str]:
     """Names of the layer that writes the logits: adapted only when it is named."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {name for name, module in model.named_modules() if head is not None and module is head}

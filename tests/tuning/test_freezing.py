@@ -1,0 +1,127 @@
+"""After three real optimizer steps, what is frozen is bit-equal and what trains has changed, for every flag."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.model.anatomy import canonical_name
+from qwenvl_ft.tuning.prepare import prepare_model
+
+FLAGS = ("freeze_llm", "freeze_vit", "freeze_aligner")
+COMBINATIONS = list(product([False, True], repeat=3))
+MERGERS = ("model.visual.merger", *(f"model.visual.deepstack_merger_list.{n}" for n in range(3)))
+
+
+def every_combination(test):
+    """Run a test for dense and MoE, and for all eight settings of the flags."""
+    names = ["+".join(flag for flag, on in zip(FLAGS, flags, strict=True) if on) or "none" for flags in COMBINATIONS]
+    return pytest.mark.parametrize("kind", ["dense", "moe"])(
+        pytest.mark.parametrize("frozen", COMBINATIONS, ids=names)(test)
+    )
+
+
+def flag_of(model):
+    """Module name -> the flag that freezes it, read off the module tree of the bare model."""
+    flags = {name: "freeze_vit" for name, _ in model.named_modules() if name.startswith("model.visual")}
+    for name, _ in model.named_modules():
+        if any(name == merger or name.startswith(f"{merger}.") for merger in MERGERS):
+            flags[name] = "freeze_aligner"
+        if name.startswith(("model.language_model", "lm_head")):
+            flags[name] = "freeze_llm"
+    return flags
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(model, before):
+    """Canonical names of base parameters that are not bit-equal to ``before``."""
+    after = {canonical_name(name): value for name, value in model.named_parameters() if "lora_" not in name}
+    assert after.keys() == before.keys()
+    return {name for name, value in before.items() if not torch.equal(after[name], value)}
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(
+    "frozen", COMBINATIONS, ids=lambda c: "-".join(f[7:] for f, on in zip(FLAGS, c, strict=True) if on)
+)
+def test_full_training_changes_exactly_what_is_not_frozen(fresh, tuner, train, kind, frozen):
+    settings = dict(zip(FLAGS, frozen, strict=True))
+    model = fresh(kind)
+    flags, before = flag_of(model), snapshot(model)
+    expected = {name for name in before if not settings[flags[name.rpartition(".")[0]]]} if not all(frozen) else None
+    if expected is None:
+        with pytest.raises(RecipeError, match=r"nothing is left to train.*tuner\.freeze_llm=false"):
+            prepare_model(model, tuner(train_type="full", **settings))
+        return
+    train(prepare_model(model, tuner(train_type="full", **settings)))
+    assert changed(model, before) == expected
+    moved = {merger for merger in MERGERS if changed(model, before) & {f"{merger}.norm.weight"}}
+    assert moved == (set() if settings["freeze_aligner"] else set(MERGERS))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(
+    "frozen", COMBINATIONS, ids=lambda c: "-".join(f[7:] for f, on in zip(FLAGS, c, strict=True) if on)
+)
+def test_lora_adapts_exactly_the_linear_layers_that_are_not_frozen(fresh, tuner, train, kind, frozen):
+    settings = dict(zip(FLAGS, frozen, strict=True))
+    model = fresh(kind)
+    flags, before = flag_of(model), snapshot(model)
+    expected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head" and not settings[flags[name]]
+    }
+    if not expected:
+        with pytest.raises(RecipeError, match=r"leaves nothing to train"):
+            prepare_model(model, tuner(**settings))
+        return
+    model = prepare_model(model, tuner(**settings))
+    adapters = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    assert {canonical_name(name).partition(".lora_")[0] for name in adapters} == expected
+    train(model)
+    assert not changed(model, before), "a weight of the base model moved"
+    named = dict(model.named_parameters())
+    still = {name for name, value in adapters.items() if torch.equal(named[name], value)}
+    assert not still, "an adapter did not train"
+    adapted = {merger for merger in MERGERS if f"{merger}.linear_fc1" in expected}
+    assert adapted == (set() if settings["freeze_aligner"] else set(MERGERS))
+
+
+def test_the_comparison_sees_one_bit(fresh):
+    model = fresh()
+    before = snapshot(model)
+    assert not changed(model, before)
+    bias = model.model.visual.deepstack_merger_list[2].norm.bias
+    with torch.no_grad():
+        bias.view(torch.int32)[0] ^= 1
+    assert changed(model, before) == {"model.visual.deepstack_merger_list.2.norm.bias"}
+
+
+def test_default_flags_train_the_language_model_only(fresh):
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+    model = prepare_model(fresh(), TunerConfig())
+    trained = {canonical_name(name) for name, value in model.named_parameters() if value.requires_grad}
+    assert trained
+    assert all(name.startswith("model.language_model.layers.") for name in trained)
+
+
+def test_lora_bias_all_leaves_biases_of_frozen_parts_alone(fresh, tuner, train):
+    model = fresh()
+    flags, before = flag_of(model), snapshot(model)
+    model = train(prepare_model(model, tuner(lora_bias="all", freeze_vit=True)))
+    biases = {name for name in before if name.endswith("bias")}
+    assert changed(model, before) == {name for name in biases if flags[name.rpartition(".")[0]] != "freeze_vit"}
+    assert any(flags[name.rpartition(".")[0]] == "freeze_vit" for name in biases), "vacuous: no such bias"
+
+
+def test_lora_updates_of_bfloat16_models_are_not_rounded_away(fresh, tuner):
+    model = prepare_model(fresh(torch_dtype="bfloat16"), tuner())
+    dtypes = {value.requires_grad: value.dtype for value in model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}

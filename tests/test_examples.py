@@ -104,7 +104,11 @@ def test_every_json_record_in_the_guides_is_read(encoder):
     from qwenvl_ft.data.conversation import Source
     from qwenvl_ft.data.readers import read_record
 
-    records = [json.loads(block) for guide in GUIDES for block in re.findall(r"```json\n(.*?)```", guide.read_text())]
+    records = [
+        json.loads(block)
+        for guide in GUIDES
+        for block in re.findall(r"```json\n(.*?)```", guide.read_text(), flags=re.DOTALL)
+    ]
     assert len(records) >= 3
     for record in records:
         conversation = read_record(record, Source("guide", "guide"), str(ROOT))

@@ -36,7 +36,9 @@ FLASH = {
 }
 """Name -> package and the major compute capabilities it runs on; ``auto`` takes the first that is usable."""
 
-BUILT_IN = ("sdpa", "eager")
+BUILT_IN = ("sdpa", "packed_sdpa", "eager")
+"""Needs no package; ``packed_sdpa`` is `qwenvl_ft.model.packed_attention`."""
+
 ALIASES = {"flash_attn": "flash_attention_2"}
 ATTENTION_NAMES = ("auto", *ALIASES, *FLASH, *BUILT_IN)
 """What ``model.attn_impl`` accepts."""

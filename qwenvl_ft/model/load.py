@@ -12,6 +12,7 @@ from qwenvl_ft.errors import CheckpointError, RecipeError, unknown_name
 from qwenvl_ft.model.anatomy import canonical_model_type, family_of
 from qwenvl_ft.model.attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, expand_device_map, parse_max_memory
+from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def load_model(
     Args:
         dir_or_id: a model directory, a hub id, or an adapter's directory (its base model is loaded first; the result
             is a PeftModel for inference).
-        attn_impl: see `resolve_attn_impl`.
+        attn_impl: one of ``ATTENTION_NAMES``, see `resolve_attn_impl`.
         device_map: ``auto`` and the like, one device, or a dict (or its JSON) of module names; ``model.layers.0-15``
             stands for sixteen layers. For one process only.
         max_memory: device -> size, as ``{"0": "40GB", "cpu": "100GB"}``; needs ``device_map``.
@@ -82,13 +83,15 @@ def load_model(
     options = {
         "config": config,
         "dtype": torch_dtype,
-        "attn_implementation": attention,
+        "attn_implementation": "sdpa" if attention == TEXT_NAME else attention,
         "revision": revision or "main",
         "use_safetensors": True,
     }
     model = _from_pretrained(source, options | _placement(device_map, max_memory, config))
     if patch_embed == "linear":
         use_linear_patch_embed(model)
+    if attention == TEXT_NAME:
+        use_packed_attention(model)
     turn_cache_off(model)
     return model
 

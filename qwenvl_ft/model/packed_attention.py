@@ -1,0 +1,143 @@
+"""Attention over packed rows without flash-attention: torch's SDPA on each sample, equal lengths as one batch.
+
+transformers' own SDPA builds a T x T mask for a packed row, and calls the vision attention once per image and layer.
+Here no mask exists and cost grows with the sum of squared sample lengths: ``attn_impl: packed_sdpa``. Where samples
+begin follows from the batch as it is: where the text row of ``position_ids`` (int64[4, 1, T]) does not go up by one, or
+``cu_seq_lens_q`` (int32[S+1]) if the batch has it. With an ``attention_mask`` or a key-value cache, as in generation,
+it is plain SDPA.
+
+Letters: B rows, T tokens of a row, S samples in it, H heads, D head size; n samples of l tokens are one SDPA call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TEXT_NAME = "packed_sdpa"
+VISION_NAME = "packed_sdpa_in_place_of_flash"
+"""transformers hands ``cu_seqlens`` to the vision attention only if the implementation's name contains "flash"."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a flat row of samples is cut: samples of equal length together."""
+
+    groups: list[tuple[int, int]]
+    """(n, l) of each group, in the order in which they lie in ``order``."""
+
+    order: Tensor | None
+    """int64[T]: tokens sorted by group; None if they are in that order already."""
+
+    inverse: Tensor | None
+    """int64[T]: undoes ``order``."""
+
+    @property
+    def is_one_sample(self) -> bool:
+        return self.groups[0][0] == 1 and len(self.groups) == 1
+
+
+def make_plan(lengths: list[int], device: torch.device | str = "cpu") -> Plan:
+    """Group samples of equal length.
+
+    Example:
+        Lengths 3, 2, 3 give groups ``[(2, 3), (1, 2)]`` and the order ``[0, 1, 2, 5, 6, 7, 3, 4]``.
+    """
+    starts: dict[int, list[int]] = {}
+    start = 0
+    for length in lengths:
+        if length:
+            starts.setdefault(length, []).append(start)
+        start += length
+    groups = [(len(firsts), length) for length, firsts in starts.items()]
+    flat = [first for firsts in starts.values() for first in firsts]
+    if flat == sorted(flat):
+        return Plan(groups, None, None)
+    pieces = [torch.arange(length)[None] + torch.tensor(firsts)[:, None] for length, firsts in starts.items()]
+    order = torch.cat([piece.flatten() for piece in pieces])
+    return Plan(groups, order.to(device), torch.argsort(order).to(device))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: ``[B, H, T, D]`` -> ``[B, T, H, D]``, each sample by itself."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows, heads, tokens, _ = query.shape
+    if attention_mask is None and key.shape[2] == tokens:
+        plan = _plan_of(cu_seq_lens_q, position_ids, rows, tokens)
+        if plan is not None and not plan.is_one_sample:
+            flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # [H, B * T, D]
+            out = _by_groups(module, flat, plan, kwargs)  # [B * T, H, D]
+            return out.view(rows, tokens, heads, out.shape[-1]), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def packed_mask(*, attention_mask: Tensor | None, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """No mask for a packed row; SDPA's own for padded rows and for a cache."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **kwargs)
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let the text model and the vision tower of a loaded model attend per sample and per image."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(TEXT_NAME, packed_attention)
+    AttentionInterface.register(VISION_NAME, packed_attention)
+    AttentionMaskInterface.register(TEXT_NAME, packed_mask)
+    # Set directly: `set_attn_implementation` takes a name with "flash" in it for a package (transformers 5.23). Only
+    # the setter walks into the parts, so each config has its own name.
+    model.config._attn_implementation_internal = TEXT_NAME
+    model.config.text_config._attn_implementation_internal = TEXT_NAME
+    model.config.vision_config._attn_implementation_internal = VISION_NAME
+
+
+def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> Plan | None:
+    """The plan of a row, made once: every layer gets the same tensor, so the plan is kept on it."""
+    source = cu_seqlens if cu_seqlens is not None else position_ids
+    if source is None:
+        return None
+    if not hasattr(source, "_packed_plan"):
+        lengths = source.diff().tolist() if cu_seqlens is not None else _lengths(source, rows, tokens)
+        if sum(lengths) != rows * tokens:
+            raise ValueError(f"samples of {sum(lengths)} tokens in all do not fill {rows} x {tokens} tokens")
+        source._packed_plan = make_plan(lengths, source.device)  # type: ignore[attr-defined]
+    return source._packed_plan  # type: ignore[attr-defined]
+
+
+def _lengths(position_ids: Tensor, rows: int, tokens: int) -> list[int]:
+    """Lengths of the samples in ``position_ids`` [B or 1, T]: a new one begins with each row and each jump."""
+    begins = torch.ones(rows, tokens, dtype=torch.bool, device=position_ids.device)
+    begins[:, 1:] = position_ids.expand(rows, -1).diff() != 1
+    starts = begins.flatten().nonzero().flatten()
+    return starts.diff(append=starts.new_tensor([rows * tokens])).tolist()
+
+
+def _by_groups(module: nn.Module, flat: list[Tensor], plan: Plan, kwargs: dict[str, Any]) -> Tensor:
+    """SDPA on each group of equal lengths: three ``[H, T, D]`` -> ``[T, H, D]``."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if plan.order is not None:
+        flat = [x.index_select(1, plan.order) for x in flat]
+    sizes = [count * length for count, length in plan.groups]
+    outs = []
+    for (count, length), *parts in zip(plan.groups, *(x.split(sizes, dim=1) for x in flat), strict=True):
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)  # [n, H, l, D]
+        outs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0].flatten(0, 1))  # [n * l, H, D]
+    out = torch.cat(outs)
+    return out if plan.inverse is None else out.index_select(0, plan.inverse)

@@ -29,7 +29,7 @@ class QwenVLCollator:
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
         width), ``pixel_values`` float32[P, C] and ``image_grid_thw`` int64[N, 3] if there are images, the video twins
-        if there are videos, and ``source``, a list of S sources.
+        if there are videos, and ``sources``, a list of S sources.
 
     Example:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
@@ -58,7 +58,7 @@ class QwenVLCollator:
                 tensors = [sample[key] for sample in row if key in sample]  # type: ignore[literal-required]
                 if tensors:
                     batch[key] = torch.cat(tensors)
-        batch["source"] = [sample["source"] for sample in samples]
+        batch["sources"] = [sample["source"] for sample in samples]
         return batch
 
 
@@ -92,7 +92,7 @@ class PaddedCollator:
                 tensors = [sample[key] for sample in samples if key in sample]  # type: ignore[literal-required]
                 if tensors:
                     batch[key] = torch.cat(tensors)
-        batch["source"] = [sample["source"] for sample in samples]
+        batch["sources"] = [sample["source"] for sample in samples]
         return batch
 
 

@@ -6,7 +6,7 @@ medium, which follows from the media's headers. Letters: D draft tokens, L token
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ class Encoder:
         draft = self._tokenize(Conversation(messages, conversation.source, conversation.tools), invite=True)
         if self.max_length is not None and draft.length > self.max_length:
             raise self._too_long(draft)
-        return self._sample(draft)
+        return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised)))
 
     def length(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> int:
         """Tokens of the sample that `__call__` would make, from text and media headers alone."""

@@ -22,7 +22,7 @@ def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
     are images and prompt; the language head never sees them.
 
     Returns:
-        The batch without ``labels`` and ``source``, with ``targets`` int64[K] and ``logits_to_keep``: int64[K] for
+        The batch without ``labels`` and ``sources``, with ``targets`` int64[K] and ``logits_to_keep``: int64[K] for
         one row, bool[S, T] for padded rows. A row without supervised tokens keeps its first position and has no
         target.
     """
@@ -31,14 +31,14 @@ def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
     targets = labels[:, 1:][keep[:, :-1]]
     if not keep.any():
         keep[0, 0] = True
-    rest = {key: value for key, value in batch.items() if key not in ("labels", "source")}
+    rest = {key: value for key, value in batch.items() if key not in ("labels", "sources")}
     rest["logits_to_keep"] = keep[0].nonzero(as_tuple=True)[0] if keep.shape[0] == 1 else keep
     rest["targets"] = targets
     return rest
 
 
 def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of the cross entropy over the batch's targets, float32.
+    """Sum of the cross entropy over the batch's targets: float32 for each, float64 for the sum.
 
     Args:
         batch: from `split_labels`, on the model's device.
@@ -51,7 +51,7 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     logits = model(**inputs).logits  # [1, K, V] or [K, V]
     logits = logits.reshape(-1, logits.shape[-1])
     if targets.numel() == 0:
-        return logits.float().sum() * 0.0
+        return logits.double().sum() * 0.0
     parts = zip(logits.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing}
-    return torch.stack([F.cross_entropy(part.float(), target, **options) for part, target in parts]).sum()
+    options: dict[str, Any] = {"reduction": "none", "label_smoothing": label_smoothing}
+    return torch.cat([F.cross_entropy(part.float(), target, **options) for part, target in parts]).double().sum()

@@ -150,7 +150,7 @@ class QwenVLTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unchecked.append((loss, inputs["source"]))
+        self._unchecked.append((loss, inputs["sources"]))
         if loss.device.type == "cpu":
             self.check_losses()
         return loss

@@ -48,7 +48,8 @@ def test_official_cases_are_reproduced(real_processors, index):
     assert sample["position_ids"].tolist() == case["position_ids"]
     assert sample["image_grid_thw"].tolist() == case["image_grid_thw"]
     assert list(sample["pixel_values"].shape) == case["pixel_values_shape"]
-    means = sample["pixel_values"].float().mean(dim=1).numpy()
+    step = max(1, len(sample["pixel_values"]) // 16)  # the cases keep about sixteen rows
+    means = sample["pixel_values"].float().mean(dim=1).numpy()[::step]
     np.testing.assert_allclose(means, case["pixel_values_row_mean"], atol=1e-3)
     assert encoder.length(case["record"], root) == len(case["input_ids"])
 
@@ -106,7 +107,7 @@ def test_video_text_has_the_form_of_the_released_models(encoder, processor, mixe
 def test_video_tokens_equal_the_processor_without_its_outer_borders(processor, encoder, mixed_records):
     """Independent reference: the installed processor's own text, its outer pair removed."""
     frames = mixed_records[3]["video"][0]
-    video = torch.stack([torch.from_numpy(np.asarray(frame)).permute(2, 0, 1) for frame in frames])
+    video = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])
     from transformers.video_utils import VideoMetadata
 
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}]

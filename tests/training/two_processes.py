@@ -24,7 +24,7 @@ def main() -> None:
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=4,
-        trainer_options={"packing": packing, "max_length": 120},
+        trainer_options={"packing": packing, "max_length": 200},
         ddp_backend="gloo",
     )
     loss, grads = one_step(trainer)

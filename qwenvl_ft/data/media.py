@@ -1,0 +1,176 @@
+"""Open images as the official processing does, and know their size from the header alone.
+
+An image's value is an absolute path, a ``data:`` URI, an allowed URL, bytes, a PIL image, or any object with ``size()``
+-> (height, width) and ``open()`` -> PIL image.
+"""
+
+import base64
+import binascii
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
+from PIL import Image as PILImage
+
+from qwenvl_ft.errors import DataError
+
+ORIENTATION = ExifTags.Base.Orientation
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap height and width."""
+URL_TIMEOUT_SECONDS = 30.0
+
+PILImage.MAX_IMAGE_PIXELS = None  # ours is MediaPolicy.max_image_pixels, an error instead of a warning
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """What may be opened."""
+
+    allow_urls: bool = False
+    """Fetch http(s) images while training."""
+    max_image_pixels: int = 200_000_000
+    """Largest stored image, in pixels; protects against decompression bombs."""
+
+
+def resolve_path(value: Any, media_root: str | Path | None) -> Any:
+    """A relative path against the media root; anything else as it is."""
+    if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
+        return value
+    path = value.removeprefix("file://")
+    return path if media_root is None or os.path.isabs(path) else os.path.join(media_root, path)  # noqa: PTH117, PTH118
+
+
+def open_image(value: Any, policy: MediaPolicy) -> PILImage.Image:
+    """Decode an image: EXIF orientation applied, converted to RGB, as ``transformers.image_utils.load_image``.
+
+    Raises:
+        DataError: missing, damaged, not an image, too large, or a URL that the recipe does not allow.
+    """
+    if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
+        return value.open()
+    with _opened(value, policy) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
+    """(height, width) of what `open_image` would return; reads the header, decodes no pixel.
+
+    A PNG may carry its orientation behind the pixels. Its chunk headers are walked, and only if there is such a chunk
+    is the file decoded.
+
+    Raises:
+        DataError: as `open_image`, as far as the header shows it.
+    """
+    if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
+        return value.size()
+    with _opened(value, policy) as image:
+        if image.format == "PNG" and _has_late_text(image):
+            image.load()
+        width, height = image.size
+        if image.format == "TIFF":  # PIL's size of a TIFF is the upright one already
+            return height, width
+        # PngImageFile.getexif would decode the pixels first
+        orientation = PILImage.Image.getexif(image).get(ORIENTATION, 1)
+        return (width, height) if orientation in TURNED else (height, width)
+
+
+@contextmanager
+def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
+    """The image, its header read; all that can go wrong becomes a DataError with the value's name."""
+    if isinstance(value, PILImage.Image):
+        _check_area(value, "a PIL image", policy)
+        yield value
+        return
+    name = _name(value)
+    source = _source(value, name, policy)
+    try:
+        with PILImage.open(source) as image:
+            _check_area(image, name, policy)
+            yield image
+    except FileNotFoundError:
+        raise DataError(f"image {name} does not exist. Relative paths start at data.media_root.") from None
+    except IsADirectoryError:
+        raise DataError(f"image {name} is a folder.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"image {name} is not an image that can be read ({_size_on_disk(source)}).") from None
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"image {name} is damaged: {' '.join(str(error).split()) or type(error).__name__}.") from None
+
+
+def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
+    """What PIL opens: a path or a buffer."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return io.BytesIO(value)
+    if not isinstance(value, (str, Path)):
+        raise DataError(f"image {name} is a {type(value).__name__}. Give a path, bytes, a data: URI or a PIL image.")
+    text = str(value)
+    if text.startswith(("http://", "https://")):
+        return io.BytesIO(_fetch(text, policy))
+    if text.startswith("data:"):
+        try:
+            return io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))
+        except binascii.Error as error:
+            raise DataError(f"image {name} is not valid base64: {error}.") from None
+    return text
+
+
+def _fetch(url: str, policy: MediaPolicy) -> bytes:
+    if not policy.allow_urls:
+        raise DataError(f"image {url} is a URL. Download it, or set data.allow_urls=true.")
+    import httpx
+
+    try:
+        answer = httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise DataError(f"image {url} cannot be fetched: {error}.") from None
+    return answer.content
+
+
+def _check_area(image: PILImage.Image, name: str, policy: MediaPolicy) -> None:
+    width, height = image.size
+    if width * height > policy.max_image_pixels:
+        raise DataError(
+            f"image {name} has {width} x {height} = {width * height} pixels, above data.max_image_pixels="
+            f"{policy.max_image_pixels}. Shrink the file or raise the limit."
+        )
+
+
+def _has_late_text(image: PILImage.Image) -> bool:
+    """Whether a PNG has a chunk behind its pixels that could hold an orientation."""
+    file: Any = image.fp
+    if file is None:
+        return False
+    place = file.tell()
+    try:
+        file.seek(8)
+        seen_pixels = False
+        while len(head := file.read(8)) == 8:
+            kind = head[4:]
+            seen_pixels = seen_pixels or kind == b"IDAT"
+            if seen_pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
+
+
+def _name(value: Any) -> str:
+    """How messages call a value."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"of {len(value)} bytes"
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:40]}..."
+
+
+def _size_on_disk(source: Any) -> str:
+    size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else Path(source).stat().st_size
+    return f"{size} bytes"

@@ -1,0 +1,125 @@
+"""``{"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, ...]}``: the official format.
+
+Human text is split at its media tags, the pieces are stripped and blank ones dropped, as the official preprocessing
+does (qwen-vl-finetune, data_processor.py); answers are kept to the letter.
+"""
+
+import re
+from typing import Any
+
+from qwenvl_ft.data.conversation import Conversation, Image, Message, Part, Source, Text, Video
+from qwenvl_ft.data.media import resolve_path
+from qwenvl_ft.errors import DataError, hint
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TAGS = re.compile(r"(<image>|<video>)")
+
+
+def matches(record: dict[str, Any]) -> bool:
+    return "conversations" in record
+
+
+def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conversation:
+    """Raises DataError: a turn is malformed, or tags and media do not match."""
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{source}: 'conversations' must be a list with at least one turn.")
+    root = str(resolve_path(record["data_path"], media_root)) if record.get("data_path") else media_root
+    pool = MediaPool(record, source, root)
+    messages = tuple(_message(turn, number, pool) for number, turn in enumerate(turns))
+    pool.finish()
+    return Conversation(messages, source)
+
+
+def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
+    source = pool.source
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
+        raise DataError(
+            f"{source}: conversations[{number}] must be {{'from': ..., 'value': text}}, it is {turn!r:.80}."
+        )
+    role = ROLES.get(turn["from"])
+    if role is None:
+        raise DataError(f"{source}: conversations[{number}] has from={turn['from']!r}.{hint(str(turn['from']), ROLES)}")
+    loss = turn.get("loss")
+    if loss is not None and not isinstance(loss, (bool, int)):
+        raise DataError(f"{source}: conversations[{number}] has loss={loss!r}; true or false.")
+    text = turn["value"]
+    if role == "user":
+        return Message(role, split_tags(text, pool))
+    if TAGS.search(text):
+        raise DataError(
+            f"{source}: conversations[{number}] is a {turn['from']} turn with a media tag. Media belong to human turns."
+        )
+    return Message(role, (Text(text),), loss=None if loss is None else bool(loss))
+
+
+def split_tags(text: str, pool: "MediaPool") -> tuple[Part, ...]:
+    """Text with ``<image>`` and ``<video>`` tags as parts, media taken from the pool in order."""
+    parts: list[Part] = []
+    for piece in TAGS.split(text):
+        if piece in ("<image>", "<video>"):
+            parts.append(pool.take(piece))
+        elif piece.strip():
+            parts.append(Text(piece.strip()))
+    return tuple(parts)
+
+
+class MediaPool:
+    """A record's media, handed out in order; every tag needs one, and none may be left.
+
+    Args:
+        record: with ``image`` or ``images`` (one or a list) and ``video`` or ``videos``. A video is a path or a list
+            of frames.
+    """
+
+    def __init__(self, record: dict[str, Any], source: Source, media_root: str | None) -> None:
+        self.source = source
+        self.images = [Image(_checked(v, "image", source, media_root)) for v in _listed(record, "image", source)]
+        self.videos = [self._video(v, record, media_root) for v in _listed(record, "video", source)]
+        self._next = {"<image>": 0, "<video>": 0}
+
+    def _video(self, value: Any, record: dict[str, Any], media_root: str | None) -> Video:
+        fps = record.get("fps")
+        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or fps <= 0):
+            raise DataError(f"{self.source}: fps={fps!r} must be a positive number.")
+        if isinstance(value, (list, tuple)):
+            if not value:
+                raise DataError(f"{self.source}: a video is an empty list of frames.")
+            frames = tuple(_checked(frame, "frame", self.source, media_root) for frame in value)
+            return Video(frames, float(fps) if fps else None)
+        return Video(_checked(value, "video", self.source, media_root), float(fps) if fps else None)
+
+    def take(self, tag: str) -> Part:
+        media: list[Any] = self.images if tag == "<image>" else self.videos
+        place = self._next[tag]
+        if place >= len(media):
+            raise DataError(f"{self.source}: more {tag} tags than media ({len(media)}). Add the file or drop the tag.")
+        self._next[tag] += 1
+        return media[place]
+
+    def finish(self) -> None:
+        """Raises DataError if a medium was never shown."""
+        for tag, media in (("<image>", self.images), ("<video>", self.videos)):
+            left = len(media) - self._next[tag]
+            if left:
+                raise DataError(
+                    f"{self.source}: {left} of {len(media)} media have no {tag} tag. Write {tag} where each belongs."
+                )
+
+
+def _listed(record: dict[str, Any], kind: str, source: Source) -> list[Any]:
+    """The values under ``kind`` or its plural, as a list."""
+    keys = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
+    if len(keys) > 1:
+        raise DataError(f"{source}: both {keys[0]!r} and {keys[1]!r} are given. Keep one.")
+    value = record[keys[0]] if keys else []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _checked(value: Any, kind: str, source: Source, media_root: str | None) -> Any:
+    """A medium's value: unpacked from ``{"bytes": ..., "path": ...}`` (Arrow), resolved if it is a path."""
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "":
+        raise DataError(f"{source}: an empty {kind}. Give a path, bytes, a data: URI or a PIL image.")
+    return resolve_path(value, media_root)

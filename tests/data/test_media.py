@@ -1,0 +1,125 @@
+"""Pixels as the official processing sees them; sizes from headers."""
+
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from cases import picture
+from PIL import Image, ImageFile
+from transformers.image_utils import load_image
+
+from qwenvl_ft.data.media import MediaPolicy, image_size, open_image, resolve_path
+from qwenvl_ft.errors import DataError
+
+POLICY = MediaPolicy()
+MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr"]
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tif", "BMP": ".bmp"}
+
+
+def saved(image, path, **options):
+    """The path, or None where the format cannot hold the mode."""
+    try:
+        image.save(path, **options)
+    except (OSError, KeyError, ValueError):
+        return None
+    return path
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("suffix", FORMATS.values())
+def test_every_mode_opens_as_the_official_processing_opens_it(tmp_path, mode, suffix):
+    base = picture(37, 21)
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(37 * 21, dtype=np.uint16).reshape(21, 37) * 80)
+    elif mode == "P":
+        image = base.quantize(16)
+    elif mode in ("RGBA", "LA"):
+        image = base.convert(mode)
+        image.putalpha(picture(37, 21, 5).convert("L"))
+    else:
+        image = base.convert(mode)
+    path = saved(image, tmp_path / f"x{suffix}")
+    if path is None:
+        pytest.skip(f"{suffix} holds no {mode}")
+    expected = load_image(str(path))
+    assert np.array_equal(np.asarray(open_image(str(path), POLICY)), np.asarray(expected))
+    assert image_size(str(path), POLICY) == (expected.height, expected.width)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_applied_and_measured(tmp_path, monkeypatch, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x{suffix}"
+    picture(40, 24).save(path, exif=exif)
+    expected = load_image(str(path))
+    assert (expected.height, expected.width) == ((40, 24) if orientation >= 5 else (24, 40))
+    assert np.array_equal(np.asarray(open_image(str(path), POLICY)), np.asarray(expected))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a pixel was decoded"))
+    assert image_size(str(path), POLICY) == (expected.height, expected.width)
+
+
+def test_a_png_with_its_orientation_behind_the_pixels_is_measured_right(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture(40, 24).save(buffer, "PNG")
+    data, payload = buffer.getvalue(), exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(payload)) + b"eXIf" + payload + struct.pack(">I", zlib.crc32(b"eXIf" + payload))
+    end = data.rindex(b"IEND") - 4
+    path = tmp_path / "late.png"
+    path.write_bytes(data[:end] + chunk + data[end:])
+    assert load_image(str(path)).size == (24, 40), "vacuous: the late chunk is not read"
+    assert image_size(str(path), POLICY) == (40, 24)
+
+
+def test_bytes_base64_and_pil_open_alike(tmp_path):
+    path = tmp_path / "a.png"
+    picture(30, 20).save(path)
+    data = path.read_bytes()
+    values = [str(path), path, data, "data:image/png;base64," + base64.b64encode(data).decode(), Image.open(path)]
+    arrays = [np.asarray(open_image(value, POLICY)) for value in values]
+    assert all(np.array_equal(array, arrays[0]) for array in arrays)
+    assert {image_size(value, POLICY) for value in values} == {(20, 30)}
+
+
+def test_wrong_media_are_one_clear_line(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.jpg").touch()
+    picture(64, 64).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
+    cases = [
+        (str(tmp_path / "none.png"), r"none\.png does not exist"),
+        (str(tmp_path), "is a folder"),
+        (str(tmp_path / "text.png"), r"text\.png is not an image that can be read \(5 bytes\)"),
+        (str(tmp_path / "empty.jpg"), r"empty\.jpg is not an image that can be read \(0 bytes\)"),
+        (str(tmp_path / "cut.jpg"), r"cut\.jpg is damaged: "),
+        ("https://example.org/a.png", r"is a URL\. Download it, or set data\.allow_urls=true"),
+        ("data:image/png;base64,!!!", "not valid base64"),
+        (b"GIF89a", "of 6 bytes is"),
+        (3.5, "is a float"),
+    ]
+    for value, message in cases:
+        with pytest.raises(DataError, match=message) as caught:
+            open_image(value, POLICY)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path):
+    path = tmp_path / "big.png"
+    Image.new("1", (4000, 3000)).save(path)
+    for ask in (image_size, open_image):
+        with pytest.raises(DataError, match=r"4000 x 3000 = 12000000 pixels, above data\.max_image_pixels=1000000"):
+            ask(str(path), MediaPolicy(max_image_pixels=1_000_000))
+
+
+def test_relative_paths_start_at_the_media_root():
+    assert resolve_path("a/b.png", "/data") == "/data/a/b.png"
+    assert resolve_path("/abs/b.png", "/data") == "/abs/b.png"
+    assert resolve_path("https://x/y.png", "/data") == "https://x/y.png"
+    assert resolve_path("b.png", None) == "b.png"
+    assert resolve_path(b"raw", "/data") == b"raw"

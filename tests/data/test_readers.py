@@ -1,0 +1,132 @@
+"""Records in each format -> the same conversations; what is malformed is one clear line."""
+
+import pytest
+
+from qwenvl_ft.data.conversation import Conversation, Image, Message, Source, Text, Video
+from qwenvl_ft.data.readers import READERS, read_record
+from qwenvl_ft.errors import DataError
+
+SOURCE = Source("d", "d.jsonl:7")
+
+
+def turns(*pairs):
+    return [{"from": who, "value": text} for who, text in pairs]
+
+
+def test_conversations_are_split_and_stripped_as_the_official_preprocessing_does():
+    record = {
+        "id": "x1",
+        "image": ["a.png", "/abs/b.png"],
+        "conversations": turns(("human", "  <image>\n Two <image>\n\nviews? \n"), ("gpt", " kept  as is \n")),
+    }
+    conversation = read_record(record, SOURCE, "/root")
+    assert conversation.messages == (
+        Message("user", (Image("/root/a.png"), Text("Two"), Image("/abs/b.png"), Text("views?"))),
+        Message("assistant", (Text(" kept  as is \n"),)),
+    )
+
+
+def test_the_records_own_data_path_is_a_media_root():
+    record = {"image": "a.png", "data_path": "sub", "conversations": turns(("human", "<image>"), ("gpt", "x"))}
+    assert read_record(record, SOURCE, "/root").media(Image) == [Image("/root/sub/a.png")]
+
+
+def test_messages_keep_their_text_and_take_every_spelling_of_an_image():
+    spellings = [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": "a.png"},
+        {"image": "a.png"},
+    ]
+    for part in spellings:
+        record = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": " hi \n"}]}]}
+        assert read_record(record, SOURCE, "/r").messages[0].content == (Image("/r/a.png"), Text(" hi \n"))
+
+
+def test_messages_with_tags_take_the_records_images():
+    record = {
+        "images": ["a.png"],
+        "videos": [["f0.png", "f1.png"]],
+        "fps": 4,
+        "messages": [{"role": "user", "content": "<image>\nand <video>"}, {"role": "assistant", "content": "y"}],
+    }
+    assert read_record(record, SOURCE, "/r").messages[0].content == (
+        Image("/r/a.png"),
+        Text("and"),
+        Video(("/r/f0.png", "/r/f1.png"), 4.0),
+    )
+
+
+def test_tools_calls_and_loss_flags_survive():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
+    record = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": None, "tool_calls": [call], "loss": False},
+            {"role": "tool", "content": "42"},
+            {"role": "assistant", "content": "a", "loss": True},
+        ],
+    }
+    conversation = read_record(record, SOURCE)
+    assert [message.role for message in conversation.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [message.loss for message in conversation.messages] == [None, None, False, None, True]
+    assert conversation.messages[2].tool_calls[0]["function"]["arguments"] == {"x": 1}
+    assert conversation.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+WRONG = [
+    ("text", "a record is a JSON object, this is a str"),
+    ({"prompt": 1}, "no format has the keys prompt"),
+    ({"conversations": []}, "at least one turn"),
+    ({"conversations": [{"from": "human"}]}, r"conversations\[0\] must be"),
+    ({"conversations": turns(("humman", "x"))}, r"conversations\[0\] has from='humman'\. Did you mean 'human'\?"),
+    ({"conversations": turns(("human", "<image>"), ("gpt", "x"))}, r"more <image> tags than media \(0\)"),
+    (
+        {"image": ["a", "b"], "conversations": turns(("human", "<image>"), ("gpt", "x"))},
+        "1 of 2 media have no <image> tag",
+    ),
+    (
+        {"image": "a", "conversations": turns(("human", "x"), ("gpt", "<image>"))},
+        r"conversations\[1\] is a gpt turn with a media tag",
+    ),
+    ({"image": [""], "conversations": turns(("human", "<image>"), ("gpt", "x"))}, "an empty image"),
+    ({"image": "a", "images": ["b"], "conversations": turns(("human", "<image>"))}, "both 'image' and 'images'"),
+    ({"video": [[]], "conversations": turns(("human", "<video>"))}, "an empty list of frames"),
+    ({"messages": "hello"}, "'messages' must be a list"),
+    ({"messages": [{"role": "usr", "content": "x"}]}, r"messages\[0\] has role='usr'\. Did you mean 'user'\?"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content\[0\] has type 'image' and no 'image'"),
+    ({"messages": [{"role": "user", "content": [{"type": "imgae", "image": "a"}]}]}, "Did you mean 'image'"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "has type 'text' and no text"),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "a"}]}]},
+        "is one of role assistant with a medium",
+    ),
+    ({"messages": [{"role": "user", "content": "x"}], "tools": "f"}, "'tools' must be a list"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), WRONG)
+def test_a_malformed_record_is_one_line_that_names_it(record, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read_record(record, SOURCE)
+    assert str(caught.value).startswith("d.jsonl:7: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_of_ones_own(monkeypatch):
+    monkeypatch.setattr("qwenvl_ft.data.readers.READERS", dict(READERS))
+    from qwenvl_ft.data import readers
+
+    def read(record, source, media_root):
+        return Conversation((Message("user", (Text(record["q"]),)), Message("assistant", (Text(record["a"]),))), source)
+
+    readers.register_reader("pairs", lambda record: {"q", "a"} <= record.keys(), read)
+    assert readers.read_record({"q": "1", "a": "2"}, SOURCE).messages[1].content == (Text("2"),)
+    assert next(iter(readers.READERS)) == "pairs"
+    with pytest.raises(DataError, match=r"unknown format 'pair'\. Did you mean 'pairs'\?"):
+        readers.read_record({"q": "1", "a": "2"}, SOURCE, reader="pair")

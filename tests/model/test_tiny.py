@@ -1,10 +1,12 @@
 """The tiny checkpoint behaves as a released one: files, tokenizer, template, processor, model classes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -13,11 +15,14 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
+from typer.testing import CliRunner
 
+from qwenvl_ft.cli.tiny import tiny as tiny_command
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.model.tiny import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS, make_tiny
 
-RELEASED = Path(__file__).resolve().parents[3] / "shared" / "qwen3vl_processor"
+SHARED = Path(os.environ.get("QWENVL_FT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+RELEASED = SHARED / "qwen3vl_processor"
 needs_released = pytest.mark.skipif(not RELEASED.is_dir(), reason="the released processor's files are not here")
 
 IMAGE = {"type": "image", "image": "x.png"}
@@ -76,13 +81,13 @@ CONVERSATIONS = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+def tiny(checkpoints):
+    return checkpoints["dense"]
 
 
 @pytest.fixture(scope="module")
-def tiny_moe(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny_moe"), moe=True)
+def tiny_moe(checkpoints):
+    return checkpoints["moe"]
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +125,8 @@ def test_same_arguments_write_the_same_bytes_and_another_seed_other_weights(tiny
     state = torch.random.get_rng_state()
     again = make_tiny(tmp_path / "again")
     assert torch.equal(state, torch.random.get_rng_state()), "the caller's random state moved"
-    for file in sorted(tiny.iterdir()):
-        assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+    for file in sorted(again.iterdir()):
+        assert file.read_bytes() == (tiny / file.name).read_bytes(), file.name
     other = make_tiny(tmp_path / "other", seed=1)
     assert (other / "model.safetensors").read_bytes() != (tiny / "model.safetensors").read_bytes()
 
@@ -233,3 +238,20 @@ def test_template_numbers_media_and_joins_tool_results(processor):
     assert 'see\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>' in render(
         "two calls after text, two results"
     )
+
+
+def test_the_command_writes_a_checkpoint_and_prints_where(tmp_path):
+    app = typer.Typer()
+    app.command()(tiny_command)
+    result = CliRunner().invoke(app, [str(tmp_path / "made"), "--moe", "--seed", "3"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "made")
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["model_type"] == "qwen3_vl_moe"
+
+
+def test_sizes_are_free(tmp_path):
+    directory = make_tiny(tmp_path, hidden_size=32, vision_depth=3, head_dim=32, deepstack_visual_indexes=(0, 2))
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    assert model.config.text_config.hidden_size == 32
+    assert model.config.text_config.rope_parameters["mrope_section"] == [6, 5, 5]
+    assert len(model.model.visual.deepstack_merger_list) == 2

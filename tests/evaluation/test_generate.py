@@ -78,6 +78,14 @@ def test_a_batch_answers_as_each_prompt_alone(trained, processor, mixed_records,
     assert alone[:5] == alone[5:][::-1]
 
 
+@pytest.mark.parametrize("attn_impl", ["eager", "packed_sdpa"])
+def test_every_attention_gives_the_same_answers(trained, checkpoints, processor, mixed_records, attn_impl):
+    model = load_model(str(checkpoints["dense"]), torch_dtype="float32", attn_impl=attn_impl)
+    model.load_state_dict(trained.state_dict())
+    answers = generate(model, processor, mixed_records, batch_size=4, max_new_tokens=NEW_TOKENS)
+    assert answers == [record["conversations"][-1]["value"] for record in mixed_records]
+
+
 def test_what_was_learned_is_generated_and_ends(trained, processor, mixed_records):
     result = evaluate_exact_match(trained, processor, mixed_records, max_new_tokens=NEW_TOKENS, batch_size=4)
     assert result["exact_match"] == 1.0

@@ -35,7 +35,7 @@ def train(recipe: Any) -> TrainResult:
     from qwenvl_ft.training.trainer import QwenVLTrainer
 
     args = build_arguments(recipe)
-    resume = resolve_resume(recipe.training.arguments.get("resume_from_checkpoint"), Path(args.output_dir))
+    resume = resolve_resume(recipe.training.arguments.get("resume_from_checkpoint"), Path(str(args.output_dir)))
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     model = setup.build_model(recipe, args)
@@ -61,7 +61,7 @@ def train(recipe: Any) -> TrainResult:
         output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         signals.restore()
-    result = TrainResult(Path(args.output_dir), dict(output.metrics), output.global_step, signals.received)
+    result = TrainResult(Path(str(args.output_dir)), dict(output.metrics), output.global_step, signals.received)
     if signals.received is None:
         result.metrics |= setup.finish(trainer, recipe, progress)
     elif trainer.is_world_process_zero():

@@ -196,21 +196,22 @@ class Encoder:
         ids = np.asarray(encoding.ids, dtype=np.int64)
         supervised = np.zeros(ids.size, dtype=bool)
         for begin, end in self._answers(text, messages, source):
-            supervised[slice(*_token_span(encoding, begin, end))] = True
+            first, last = _token_span(encoding, begin, end)
+            supervised[first:last] = True
         counts, widths = self._spread(ids, image_grids, video_grids, source)
         group = self._groups(ids, len(images), [t for t, _, _ in video_grids], text, encoding)
         return Draft(ids, supervised, counts, widths, group, images, image_grids, videos, video_grids, source)
 
     def _render(self, messages: tuple[Message, ...], tools: Any, invite: bool, source: Source) -> str:
         chat = [_template_message(message, source) for message in messages]
-        rendered, _ = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[chat],
             tools=list(tools) if tools else None,
             chat_template=self._template,
             add_generation_prompt=invite,
             add_vision_id=self.add_vision_id,
         )
-        return rendered[0]
+        return rendered[0][0]
 
     def _write_times(self, text: str, videos: list[Video], grids: list[tuple[int, int, int]], source: Source) -> str:
         """Replace each video's one placeholder by a time and a placeholder per frame pair.
@@ -233,9 +234,9 @@ class Encoder:
     def _times(self, video: Video) -> list[float]:
         """Seconds of each frame pair, the mean of its two frames; an odd last frame is doubled."""
         step = self.processor.video_processor.temporal_patch_size
-        frames = np.arange(len(video.value))
-        frames = np.append(frames, np.repeat(frames[-1:], -frames.size % step)) / (video.fps or DEFAULT_FPS)
-        return [(frames[k] + frames[k + step - 1]) / 2 for k in range(0, frames.size, step)]
+        count = len(video.value)
+        frames = np.minimum(np.arange(count + -count % step), count - 1) / (video.fps or DEFAULT_FPS)
+        return [float(frames[k] + frames[k + step - 1]) / 2 for k in range(0, frames.size, step)]
 
     def _answers(self, text: str, messages: tuple[Message, ...], source: Source) -> list[tuple[int, int]]:
         """Characters of each supervised turn: its content, the end token and the newline.

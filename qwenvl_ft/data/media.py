@@ -145,7 +145,7 @@ def _check_area(image: PILImage.Image, name: str, policy: MediaPolicy) -> None:
 
 def _has_late_text(image: PILImage.Image) -> bool:
     """Whether a PNG has a chunk behind its pixels that could hold an orientation."""
-    file: Any = image.fp
+    file: Any = getattr(image, "fp", None)
     if file is None:
         return False
     place = file.tell()

@@ -88,7 +88,8 @@ def load_records(
     Raises:
         DataError: a name or file does not exist, a file cannot be parsed, or it is empty.
     """
-    parts, rows, keys = [], [], [f"{seed}"]
+    parts: list[Part] = []
+    rows, keys = [], [f"{seed}"]
     for name, rate in parse_selection(selection):
         entry = find_dataset(name)
         path = Path(entry["annotation_path"])

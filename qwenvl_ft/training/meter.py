@@ -40,7 +40,7 @@ class Meter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The run starts, or goes on, at the state's step."""
         self._first_step = state.global_step
-        self._passes, self._tokens, _ = self._up_to(state.global_step)
+        self._passes, self._tokens = self._up_to(state.global_step)[:2]
         self._supervised = []
         self._time = self._start = time.perf_counter()
 

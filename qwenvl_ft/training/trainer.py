@@ -193,7 +193,7 @@ class QwenVLTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            target = model if model is not None else self.model
+            target = cast(Any, model if model is not None else self.model)
             groups = param_groups(
                 target,
                 learning_rate=self.args.learning_rate,
@@ -209,7 +209,7 @@ class QwenVLTrainer(Trainer):
         kwargs = dict(cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}))
         if self.lr_scheduler is None and self.args.lr_scheduler_type in MIN_LR_SCHEDULES and "min_lr" in kwargs:
             self.lr_scheduler = cosine_warmup_with_min_lr(
-                optimizer or self.optimizer,
+                cast(torch.optim.Optimizer, optimizer or self.optimizer),
                 warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 total_steps=num_training_steps,
                 min_lr=float(kwargs["min_lr"]),
@@ -259,7 +259,7 @@ class QwenVLTrainer(Trainer):
 
     def _evaluation_model(self) -> nn.Module:
         """The model as training wraps it, or prepared for evaluation alone."""
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(cast(nn.Module, self.model), training=False)
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         return cast(nn.Module, model)
@@ -285,7 +285,8 @@ class QwenVLTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights, processor and recipe; served checkpoints generate with a cache, so the config says so again."""
-        configs = [self.model.config, getattr(self.model.config, "text_config", None)]
+        config = cast(Any, self.model).config
+        configs = [config, getattr(config, "text_config", None)]
         for config in filter(None, configs):
             config.use_cache = True
         try:
@@ -294,7 +295,7 @@ class QwenVLTrainer(Trainer):
             for config in filter(None, configs):
                 config.use_cache = False
         if self.recipe is not None and self.args.should_save:
-            self.recipe.save(Path(output_dir or self.args.output_dir) / "recipe.yaml")
+            self.recipe.save(Path(output_dir or str(self.args.output_dir)) / "recipe.yaml")
 
 
 def _media_kinds(*datasets: Any) -> tuple[str, ...]:

@@ -57,7 +57,8 @@ def assert_same(loss, grads, reference):
 def test_any_split_gives_the_hand_computed_loss_and_gradients(tmp_path, tiny_dir, encoder, reference, split):
     arguments, options = SPLITS[split]
     if split == "packed":
-        rows = len(make_trainer(tmp_path, tiny_dir, encoder, trainer_options=options, **arguments).get_train_dataloader())
+        trainer = make_trainer(tmp_path, tiny_dir, encoder, trainer_options=options, **arguments)
+        rows = len(trainer.get_train_dataloader())
         assert 1 < rows < 8, "vacuous: nothing was packed"
         arguments = arguments | {"gradient_accumulation_steps": rows}
     trainer = make_trainer(tmp_path, tiny_dir, encoder, trainer_options=options, **arguments)

@@ -12,7 +12,7 @@ SETTINGS = [
     for kind in ("dense", "moe")
     for training in (False, True)
     for checkpointing in ((False, True) if training else (False,))
-    for attention in ("sdpa", "eager")
+    for attention in ("sdpa", "eager", "packed_sdpa")
 ]
 
 

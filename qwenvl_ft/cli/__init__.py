@@ -1,0 +1,1 @@
+"""The `qwenvl-ft` command: one file per command."""

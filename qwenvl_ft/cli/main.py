@@ -1,0 +1,68 @@
+"""`qwenvl-ft COMMAND ...`: finds the command's file when it is asked for, so that help is instant."""
+
+import sys
+from importlib import import_module
+
+from qwenvl_ft import __version__
+from qwenvl_ft.errors import QwenVLError, unknown_name
+
+COMMANDS = {
+    "train": "train a recipe: qwenvl-ft train recipe=NAME section.key=value ...",
+    "recipe": "print what a recipe resolves to, and which file each value came from",
+    "infer": "ask a model about images",
+    "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",
+}
+"""Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a user's error is one line and exit code 2."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"qwenvl-ft {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    try:
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+        return run(name, rest)
+    except QwenVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(name: str, rest: list[str]) -> int:
+    """A command's function, its options from the command line by typer."""
+    if name == "train":
+        from qwenvl_ft.train import main as train
+
+        return train(rest)
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name, help=COMMANDS[name])(getattr(import_module(f"qwenvl_ft.cli.{name}"), name))
+    code = app(args=rest, prog_name=f"qwenvl-ft {name}", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def help_text() -> str:
+    """All commands, a line each."""
+    lines = [f"  {name:<8} {told}" for name, told in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Fine-tune Qwen3-VL, exactly.",
+            "",
+            "usage: qwenvl-ft COMMAND [options]      qwenvl-ft COMMAND --help",
+            "",
+            *lines,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

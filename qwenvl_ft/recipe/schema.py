@@ -1,0 +1,217 @@
+"""Everything a recipe can say: one dataclass a section, the help under each field, defaults here and nowhere else.
+
+``training`` also takes every field of transformers' TrainingArguments; those that a recipe sets, and the defaults that
+we change (`HF_DEFAULTS`), are in ``Recipe.training.arguments``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+Positive = Annotated[int, ">0"]
+NonNegative = Annotated[int, ">=0"]
+PositiveFloat = Annotated[float, ">0"]
+NonNegativeFloat = Annotated[float, ">=0"]
+Fraction = Annotated[float, "0..1"]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    model: str = ""
+    """Directory or hub id of a Qwen-VL model; needed for training."""
+    model_type: str | None = None
+    """A check: an error unless the model's config.json says the same (qwen3_vl, qwen3_vl_moe, ...)."""
+    model_revision: str = "main"
+    """Branch, tag or commit on the hub."""
+    torch_dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
+    """Precision of the frozen weights and of the computation. Trained weights are held in float32."""
+    attn_impl: Literal[
+        "auto",
+        "flash_attn",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "packed_sdpa",
+        "sdpa",
+        "eager",
+    ] = "auto"
+    """Attention; auto takes flash-attention where it runs, else torch's own on each sample (packed_sdpa)."""
+    device_map: str | dict[str, Any] | None = None
+    """auto, a device, or module names -> device; model.layers.0-15 stands for sixteen layers. One process only."""
+    max_memory: dict[str, Any] | None = None
+    """Device -> size with device_map, as {"0": "40GB", "cpu": "100GB"}."""
+    max_model_len: Positive | None = None
+    """Longest sequence to prepare for, in tokens; beyond the model's own only with rope_scaling."""
+    rope_scaling: str | dict[str, Any] | None = None
+    """linear, dynamic, yarn, or a dict with type and factor. M-RoPE's sections stay."""
+    patch_embed: Literal["linear", "conv3d"] = "linear"
+    """Patch embedding as a matrix product (the same weights, faster) or as the upstream convolution."""
+
+
+@dataclass(kw_only=True)
+class TemplateConfig:
+    """How conversations become tokens."""
+
+    template: str = "qwen3_vl"
+    """Name from other libraries; the text is always that of the processor's own chat template."""
+    max_length: Positive = 8192
+    """Tokens of the longest sample, and of a packed row, images included."""
+    truncation_strategy: Literal["raise", "delete", "left", "right"] = "delete"
+    """A longer sample stops the run, is left out and counted, or loses that end; never a part of an image."""
+    min_pixels: Positive | None = None
+    """Smallest area of an image after resizing, in pixels; None is the processor's own."""
+    max_pixels: Positive | None = None
+    """Largest area of an image after resizing, in pixels; a token of Qwen3-VL covers 32 x 32 = 1024 of them."""
+    system_prompt: str | None = None
+    """System message of conversations that have none."""
+    tools_prompt: str | None = None
+    """JSON list of function schemas, for conversations that have none."""
+    add_vision_id: bool = False
+    """Let the template number the media (Picture 1: ...)."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is trained and evaluated on."""
+
+    train: str | list[str] = ""
+    """Registered names or .json, .jsonl, .parquet files, with a rate in percent: a%50,b,my.jsonl."""
+    val: str | list[str] | None = None
+    """The same for evaluation."""
+    media_root: str | None = None
+    """Folder that relative media paths start at; None is the folder of the annotation file."""
+    allow_urls: bool = False
+    """Fetch images from http(s) URLs."""
+    datasets: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Names to register: name -> {annotation_path: file, data_path: folder}."""
+    dataset_num_proc: Positive = 4
+    """Processes that measure lengths before training."""
+    max_image_pixels: Positive = 200_000_000
+    """Largest stored image, in pixels; protects against decompression bombs."""
+
+
+@dataclass(kw_only=True)
+class TunerConfig:
+    """Which weights are trained, and how."""
+
+    train_type: Literal["full", "lora"] = "lora"
+    """All weights of the parts that are not frozen, or low-rank adapters in them."""
+    freeze_llm: bool = False
+    """Leave the language model as it is."""
+    freeze_vit: bool = True
+    """Leave the vision tower as it is."""
+    freeze_aligner: bool = True
+    """Leave the merger and all deepstack mergers as they are."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Modules that get an adapter: all-linear (of the parts that are not frozen) or endings of names."""
+    target_regex: str | None = None
+    """Full names that get an adapter, instead of target_modules; '^$' is none."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full and saved beside the adapter, as model.visual.merger."""
+    lora_rank: Positive = 8
+    """Rank of the update."""
+    lora_alpha: Positive = 32
+    """The update is scaled by alpha / rank."""
+    lora_dropout: Fraction = 0.05
+    """Dropout before the adapter, 0 to 1."""
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA)."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The run. Every field of transformers' TrainingArguments can stand here too."""
+
+    packing: bool = True
+    """Fill rows of template.max_length tokens with whole samples that cannot see each other."""
+    padding_free: bool = True
+    """Join samples into one row instead of padding them; false only for comparison."""
+    pack_dataset_break_mode: Literal["no_break_longest_only", "no_break"] = "no_break_longest_only"
+    """How rows are filled: the longest sample first, each into the fullest row that takes it; never split."""
+    lazy_tokenize: bool = False
+    """Not with packing, whose plan needs all lengths."""
+    optimizer: Literal["multimodal"] = "multimodal"
+    """Parameter groups by part, each with its own learning rate; the algorithm is optim."""
+    learning_rate: NonNegativeFloat | None = None
+    """Of the language model, and of the parts below if they name none; None is 1e-4 for adapters, 1e-5 for full."""
+    vit_lr: NonNegativeFloat | None = None
+    """Of the vision tower."""
+    aligner_lr: NonNegativeFloat | None = None
+    """Of the merger and the deepstack mergers."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations without a better metric_for_best_model after which training ends."""
+    resume_from_checkpoint: str | bool | None = None
+    """true or auto for the last complete checkpoint of output_dir, or a checkpoint's folder."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """The fields of TrainingArguments, flat under training in the file."""
+
+
+@dataclass(kw_only=True)
+class DeepspeedConfig:
+    """ZeRO sharding by DeepSpeed."""
+
+    enabled: bool = False
+    """Use it."""
+    config: str | dict[str, Any] = "zero2"
+    """zero2, zero2_offload, zero3, zero3_offload, a JSON file, or the config itself."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Asking the model by generation."""
+
+    run_after_training: bool = False
+    """Answer the evaluation set once training is done."""
+    data: str | list[str] | None = None
+    """As data.val; None is data.val."""
+    limit: Positive | None = None
+    """Ask about the first so many records only."""
+    metric: Literal["exact_match"] = "exact_match"
+    """How an answer is scored."""
+    max_new_tokens: Positive = 128
+    """Longest answer."""
+    batch_size: Positive = 8
+    """Prompts that are answered together."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "template": TemplateConfig,
+    "data": DataConfig,
+    "tuner": TunerConfig,
+    "training": TrainingConfig,
+    "deepspeed": DeepspeedConfig,
+    "evaluation": EvaluationConfig,
+}
+"""Section of a recipe -> its dataclass."""
+
+HF_DEFAULTS: dict[str, Any] = {
+    "output_dir": "output",
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "activation_checkpointing": True,
+    "dataloader_num_workers": 2,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "eval_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "tensorboard",
+    "seed": 42,
+}
+"""Defaults of TrainingArguments that a fine-tuning run wants otherwise, or that a reader should see."""
+
+TOP_LEVEL = ("extends", "inherit", "global_max_length", *SECTIONS, "custom")
+"""Keys at the top of a recipe file; ``inherit`` is ``extends``, ``custom`` is ``data``."""

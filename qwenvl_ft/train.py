@@ -27,6 +27,8 @@ def train(recipe: Any) -> TrainResult:
     Raises:
         QwenVLError: the recipe, the data or a checkpoint is wrong; nothing was written before that was known.
     """
+    from transformers import PrinterCallback
+
     from qwenvl_ft.checkpoint import resolve_resume
     from qwenvl_ft.training import setup
     from qwenvl_ft.training.arguments import build_arguments
@@ -35,7 +37,7 @@ def train(recipe: Any) -> TrainResult:
     from qwenvl_ft.training.trainer import QwenVLTrainer
 
     args = build_arguments(recipe)
-    resume = resolve_resume(recipe.training.arguments.get("resume_from_checkpoint"), Path(str(args.output_dir)))
+    resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     model = setup.build_model(recipe, args)
@@ -53,6 +55,7 @@ def train(recipe: Any) -> TrainResult:
         recipe=recipe,
         callbacks=setup.early_stopping(recipe),
     )
+    trainer.remove_callback(PrinterCallback)
     progress, signals = ProgressCallback(), SignalCallback()
     trainer.add_callback(progress)
     trainer.add_callback(signals)

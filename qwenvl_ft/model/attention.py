@@ -1,7 +1,7 @@
 """Which attention implementation a run takes.
 
-``auto`` takes flash-attention where there is a CUDA device it was built for and the package is installed, else SDPA.
-A name is taken as it is, or refused with the command that installs it.
+``auto`` takes flash-attention where there is a CUDA device it was built for and the package is installed, else torch's
+SDPA on each sample (packed_attention.py). A name is taken as it is, or refused with the command that installs it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def resolve_attn_impl(name: str, torch_dtype: str = "bfloat16") -> str:
     name = ALIASES.get(name, name)
     if name == "auto":
         usable = (flash for flash in FLASH if torch_dtype != "float32" and not _obstacle(flash))
-        return next(usable, "sdpa")
+        return next(usable, "packed_sdpa")
     if name in FLASH:
         obstacle = _obstacle(name)
         if not obstacle and torch_dtype == "float32":

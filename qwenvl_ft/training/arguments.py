@@ -1,11 +1,14 @@
 """A recipe -> transformers' TrainingArguments: what Trainer needs, and the settings our loop relies on."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.recipe.load import recipe_folders
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -27,6 +30,30 @@ def learning_rate(recipe: Any) -> float:
     if recipe.training.learning_rate is not None:
         return recipe.training.learning_rate
     return LEARNING_RATES.get(recipe.tuner.train_type, TUNER_LEARNING_RATE)
+
+
+def deepspeed_config(config: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A preset's file, a file, or a config as it is.
+
+    Raises:
+        RecipeError: neither a preset nor a file; or its gradient clipping is not Trainer's to fill in.
+    """
+    if isinstance(config, str):
+        folders = [folder / "deepspeed" for folder in recipe_folders()]
+        presets = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.json")}
+        path = presets.get(config, Path(config))
+        if not path.is_file():
+            raise RecipeError(f"deepspeed.config: there is no file and no preset {config!r}.{hint(config, presets)}")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"deepspeed.config: {path} is not valid JSON: {error}.") from None
+    if isinstance(config, dict) and "gradient_clipping" not in config:
+        raise RecipeError(
+            'deepspeed.config has no "gradient_clipping", so DeepSpeed would clip nothing, whatever '
+            'training.max_grad_norm says. Add "gradient_clipping": "auto".'
+        )
+    return config
 
 
 def build_arguments(recipe: Any) -> TrainingArguments:
@@ -51,13 +78,11 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         told["bf16"] = recipe.model.torch_dtype == "bfloat16"
         told["fp16"] = recipe.model.torch_dtype == "float16"
     if recipe.deepspeed.enabled:
-        told["deepspeed"] = recipe.deepspeed.config
-    if told.get("activation_checkpointing") or told.get("gradient_checkpointing"):
-        kwargs = told.pop("gradient_checkpointing_kwargs", {"use_reentrant": False})
-        told.setdefault("activation_checkpointing_kwargs", kwargs)
+        told["deepspeed"] = deepspeed_config(recipe.deepspeed.config)
+    if told["activation_checkpointing"]:
+        told.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
         told.setdefault("metric_for_best_model", "eval_loss")
-    told.pop("resume_from_checkpoint", None)  # found and checked by checkpoint.py
     try:
         return TrainingArguments(**told)
     except (ValueError, TypeError, ImportError) as error:

@@ -1,7 +1,6 @@
 """A recipe's sections -> the objects of a run, and what is said and saved before and after it."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -146,26 +145,26 @@ def finish(trainer: Any, recipe: Any, progress: Any) -> dict[str, float]:
     told = recipe.evaluation
     if not told.run_after_training:
         return {}
-    from qwenvl_ft.evaluation.generate import evaluate_exact_match
+    from qwenvl_ft.evaluation.generate import evaluate
 
     selection = told.data or recipe.data.val
     if not selection:
         raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
-    start = time.perf_counter()
-    records = load_records(selection, seed=trainer.args.seed, media_root=recipe.data.media_root)
-    result = evaluate_exact_match(
+    records: Any = load_records(selection, seed=trainer.args.seed, media_root=recipe.data.media_root)
+    result = evaluate(
         trainer.accelerator.unwrap_model(trainer.model_wrapped),
         trainer.processing_class,
         records,
+        metric=told.metric,
         encoder=trainer.train_dataset.encoder,
         batch_size=told.batch_size,
         max_new_tokens=told.max_new_tokens,
         limit=told.limit,
     )
-    seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
-        progress.say(f"exact match {result['exact_match']:.2%} of {result['count']} by generation, {seconds:.1f} s")
-    return {"exact_match": result["exact_match"], "exact_match_count": result["count"]}
+        name = told.metric.replace("_", " ")
+        progress.say(f"{name} {result[told.metric]:.2%} of {result['count']} by generation, {result['seconds']:.1f} s")
+    return {told.metric: result[told.metric], f"{told.metric}_count": result["count"]}
 
 
 def _model_path(recipe: Any) -> str:

@@ -27,7 +27,7 @@ def device(monkeypatch):
 
 def test_auto_is_sdpa_without_a_gpu(device):
     device(None, "flash_attention_2")
-    assert resolve_attn_impl("auto") == "sdpa"
+    assert resolve_attn_impl("auto") == "packed_sdpa"
 
 
 @pytest.mark.parametrize(
@@ -36,14 +36,14 @@ def test_auto_is_sdpa_without_a_gpu(device):
         ((9, 0), ("flash_attention_2", "flash_attention_3"), "flash_attention_3"),
         ((10, 0), ("flash_attention_2", "flash_attention_3", "flash_attention_4"), "flash_attention_4"),
         ((8, 0), ("flash_attention_2", "flash_attention_3", "flash_attention_4"), "flash_attention_2"),
-        ((7, 5), ("flash_attention_2",), "sdpa"),
-        ((9, 0), (), "sdpa"),
+        ((7, 5), ("flash_attention_2",), "packed_sdpa"),
+        ((9, 0), (), "packed_sdpa"),
     ],
 )
 def test_auto_takes_what_the_device_can_run(device, capability, packages, expected):
     device(capability, *packages)
     assert resolve_attn_impl("auto") == expected
-    assert resolve_attn_impl("auto", "float32") == "sdpa", "flash-attention has no float32"
+    assert resolve_attn_impl("auto", "float32") == "packed_sdpa", "flash-attention has no float32"
 
 
 def test_alias_means_flash_attention_2(device):

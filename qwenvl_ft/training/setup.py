@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.encode import Encoder
@@ -79,7 +79,8 @@ def build_datasets(recipe: Any, processor: Any, seed: int) -> tuple[SampleDatase
 
 
 def build_model(recipe: Any, args: TrainingArguments) -> nn.Module:
-    """The model, frozen and adapted, in the precision it trains in."""
+    """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
+    set_seed(args.seed)
     told = recipe.model
     model = load_model(
         _model_path(recipe),

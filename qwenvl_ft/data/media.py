@@ -1,7 +1,7 @@
 """Open images as the official processing does, and know their size from the header alone.
 
-An image's value is an absolute path, a ``data:`` URI, an allowed URL, bytes, a PIL image, or any object with ``size()``
--> (height, width) and ``open()`` -> PIL image.
+An image's value is an absolute path, a ``data:`` URI or bare base64, an allowed URL, bytes, a PIL image, or any object
+with ``size()`` -> (height, width) and ``open()`` -> PIL image.
 """
 
 import base64
@@ -22,6 +22,10 @@ from qwenvl_ft.errors import DataError
 ORIENTATION = ExifTags.Base.Orientation
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
+MEASURED = {"JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA"}
+"""Formats whose header tells the size that decoding gives; any other is decoded to be measured."""
+BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How JPEG, PNG, GIF and WebP begin in base64; no file name does so without a dot."""
 URL_TIMEOUT_SECONDS = 30.0
 
 PILImage.MAX_IMAGE_PIXELS = None  # ours is MediaPolicy.max_image_pixels, an error instead of a warning
@@ -39,7 +43,7 @@ class MediaPolicy:
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
     """A relative path against the media root; anything else as it is."""
-    if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
+    if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")) or _is_base64(value):
         return value
     path = value.removeprefix("file://")
     return path if media_root is None or os.path.isabs(path) else os.path.join(media_root, path)  # noqa: PTH117, PTH118
@@ -69,10 +73,11 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
     if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
         return value.size()
     with _opened(value, policy) as image:
-        if image.format == "PNG" and _has_late_text(image):
+        if (image.format == "PNG" and _has_late_text(image)) or image.format not in (*MEASURED, None):
             image.load()
         width, height = image.size
-        if image.format == "TIFF":  # PIL's size of a TIFF is the upright one already
+        tags: Any = getattr(image, "tag_v2", {})
+        if image.format == "TIFF" and ORIENTATION in tags:  # PIL's size of such a TIFF is the upright one already
             return height, width
         # PngImageFile.getexif would decode the pixels first
         orientation = PILImage.Image.getexif(image).get(ORIENTATION, 1)
@@ -82,26 +87,29 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
 @contextmanager
 def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
     """The image, its header read; all that can go wrong becomes a DataError with the value's name."""
-    if isinstance(value, PILImage.Image):
-        _check_area(value, "a PIL image", policy)
-        yield value
-        return
     name = _name(value)
-    source = _source(value, name, policy)
+    source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
     try:
-        with PILImage.open(source) as image:
-            _check_area(image, name, policy)
-            yield image
+        if source is None:
+            _check_area(value, name, policy)
+            yield value
+        else:
+            with PILImage.open(source) as image:
+                _check_area(image, name, policy)
+                yield image
+    except (DataError, MemoryError, AssertionError):
+        raise
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist. Relative paths start at data.media_root.") from None
     except IsADirectoryError:
         raise DataError(f"image {name} is a folder.") from None
     except UnidentifiedImageError:
         raise DataError(f"image {name} is not an image that can be read ({_size_on_disk(source)}).") from None
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"image {name} is damaged: {' '.join(str(error).split()) or type(error).__name__}.") from None
+    except Exception as error:  # of any type: decoders let struct.error, TypeError and others through
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"image {name} cannot be opened: {error.strerror}.") from None
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"image {name} is damaged: {told}. Replace the file or drop the record.") from None
 
 
 def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
@@ -113,12 +121,16 @@ def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
     text = str(value)
     if text.startswith(("http://", "https://")):
         return io.BytesIO(_fetch(text, policy))
-    if text.startswith("data:"):
+    if text.startswith("data:") or _is_base64(text):
         try:
-            return io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))
+            return io.BytesIO(base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True))
         except binascii.Error as error:
             raise DataError(f"image {name} is not valid base64: {error}.") from None
     return text
+
+
+def _is_base64(text: str) -> bool:
+    return text.startswith(BASE64_HEADS) and "." not in text
 
 
 def _fetch(url: str, policy: MediaPolicy) -> bytes:
@@ -129,7 +141,7 @@ def _fetch(url: str, policy: MediaPolicy) -> bytes:
     try:
         answer = httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
         answer.raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DataError(f"image {url} cannot be fetched: {error}.") from None
     return answer.content
 
@@ -165,6 +177,8 @@ def _has_late_text(image: PILImage.Image) -> bool:
 
 def _name(value: Any) -> str:
     """How messages call a value."""
+    if isinstance(value, PILImage.Image):
+        return getattr(value, "filename", "") or "given as a PIL image"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"of {len(value)} bytes"
     text = str(value)

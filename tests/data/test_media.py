@@ -3,12 +3,16 @@
 import base64
 import io
 import struct
+import threading
+import warnings
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from cases import picture
-from PIL import Image, ImageFile
+from cases import SHARED, picture
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 from transformers.image_utils import load_image
 
 from qwenvl_ft.data.media import MediaPolicy, image_size, open_image, resolve_path
@@ -63,6 +67,87 @@ def test_every_exif_orientation_is_applied_and_measured(tmp_path, monkeypatch, s
     assert image_size(str(path), POLICY) == (expected.height, expected.width)
 
 
+def described(orientation):
+    """XMP that turns an image; the other place where an orientation may stand."""
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+        f'tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'
+    )
+
+
+def options_of(kind, orientation):
+    """How each format is told its XMP when saved."""
+    told = described(orientation)
+    if kind == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", told)
+        return {"pnginfo": info}
+    if kind == ".tif":
+        info = TiffImagePlugin.ImageFileDirectory_v2()
+        info.tagtype[700] = 1
+        info[700] = told.encode()
+        return {"tiffinfo": info}
+    return {"xmp": told.encode()}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_orientation_in_xmp_is_applied_and_measured(tmp_path, monkeypatch, suffix, orientation):
+    path = tmp_path / f"x{suffix}"
+    picture(40, 24).save(path, **options_of(suffix, orientation))
+    expected = load_image(str(path))
+    assert expected.size == ((24, 40) if orientation >= 5 else (40, 24)), "vacuous: the orientation is not read"
+    assert np.array_equal(np.asarray(open_image(str(path), POLICY)), np.asarray(expected))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a pixel was decoded"))
+    assert image_size(str(path), POLICY) == (expected.height, expected.width)
+
+
+@pytest.mark.parametrize("name", ["MPO", "ICO", "TGA", "PPM", "ICNS", "JPEG2000", "AVIF"])
+def test_the_rarer_formats_are_measured_as_they_open(tmp_path, name):
+    path = tmp_path / "x"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    more = {"save_all": True, "append_images": [picture(64, 48, 1)], "exif": exif} if name == "MPO" else {}
+    picture(64, 48).save(path, name, **more)
+    expected = load_image(str(path))
+    assert name != "MPO" or expected.size == (48, 64), "vacuous: the orientation is not read"
+    assert image_size(str(path), POLICY) == (expected.height, expected.width)
+
+
+def test_no_damage_to_a_file_escapes_as_another_error():
+    """What a thousand damaged files of each format raise is a DataError, and what still opens is measured right."""
+    rng, opened = np.random.default_rng(0), 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in FORMATS:
+        buffer = io.BytesIO()
+        picture(57, 33).save(buffer, name, **({} if name in ("GIF", "BMP") else {"exif": exif}))
+        for _ in range(300):
+            data = bytearray(buffer.getvalue())
+            data = data[: rng.integers(1, len(data))] if rng.random() < 0.3 else data
+            data[rng.integers(min(len(data), 200))] = rng.integers(256)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PIL's own, about damaged metadata
+                try:
+                    image = open_image(bytes(data), MediaPolicy(max_image_pixels=100_000))
+                except DataError:
+                    continue
+                assert image_size(bytes(data), POLICY) == (image.height, image.width)
+                opened += 1
+    assert 100 < opened < 1700, "vacuous: nothing was damaged, or everything"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder of official cases")
+def test_the_official_cases_open_as_the_official_processing_opens_them():
+    paths = sorted((SHARED / "parity" / "images").iterdir())
+    assert paths
+    for path in paths:
+        expected = load_image(str(path))
+        assert np.array_equal(np.asarray(open_image(str(path), POLICY)), np.asarray(expected))
+        assert image_size(str(path), POLICY) == (expected.height, expected.width)
+
+
 def test_a_png_with_its_orientation_behind_the_pixels_is_measured_right(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -81,10 +166,27 @@ def test_bytes_base64_and_pil_open_alike(tmp_path):
     path = tmp_path / "a.png"
     picture(30, 20).save(path)
     data = path.read_bytes()
-    values = [str(path), path, data, "data:image/png;base64," + base64.b64encode(data).decode(), Image.open(path)]
+    bare, wrapped = base64.b64encode(data).decode(), base64.encodebytes(data).decode()
+    values = [str(path), path, data, f"data:image/png;base64,{bare}", f"data:;base64,{wrapped}", bare, Image.open(path)]
     arrays = [np.asarray(open_image(value, POLICY)) for value in values]
     assert all(np.array_equal(array, arrays[0]) for array in arrays)
     assert {image_size(value, POLICY) for value in values} == {(20, 30)}
+
+
+def test_an_allowed_url_is_fetched_and_a_wrong_one_is_named(tmp_path):
+    picture(30, 20).save(tmp_path / "a.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    allowed = MediaPolicy(allow_urls=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert image_size(f"{url}/a.png", allowed) == (20, 30)
+        with pytest.raises(DataError, match=r"none\.png cannot be fetched: .*404"):
+            open_image(f"{url}/none.png", allowed)
+        server.shutdown()
+    for wrong in (f"{url}/a.png", "http://[::1"):
+        with pytest.raises(DataError, match="cannot be fetched"):
+            open_image(wrong, allowed)
 
 
 def test_wrong_media_are_one_clear_line(tmp_path):
@@ -92,6 +194,8 @@ def test_wrong_media_are_one_clear_line(tmp_path):
     (tmp_path / "empty.jpg").touch()
     picture(64, 64).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
+    buffer = io.BytesIO()
+    picture(64, 64).save(buffer, "PNG")
     cases = [
         (str(tmp_path / "none.png"), r"none\.png does not exist"),
         (str(tmp_path), "is a folder"),
@@ -102,6 +206,8 @@ def test_wrong_media_are_one_clear_line(tmp_path):
         ("data:image/png;base64,!!!", "not valid base64"),
         (b"GIF89a", "of 6 bytes is"),
         (3.5, "is a float"),
+        ("/x" * 3000, "cannot be opened: File name too long"),
+        (Image.open(io.BytesIO(buffer.getvalue()[:90])), "given as a PIL image is damaged"),
     ]
     for value, message in cases:
         with pytest.raises(DataError, match=message) as caught:
@@ -123,3 +229,5 @@ def test_relative_paths_start_at_the_media_root():
     assert resolve_path("https://x/y.png", "/data") == "https://x/y.png"
     assert resolve_path("b.png", None) == "b.png"
     assert resolve_path(b"raw", "/data") == b"raw"
+    assert resolve_path("iVBORw0KGgoAAAA", "/data") == "iVBORw0KGgoAAAA"
+    assert resolve_path("iVBORw0KGgo.png", "/data") == "/data/iVBORw0KGgo.png"

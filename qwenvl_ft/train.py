@@ -76,7 +76,7 @@ def train(recipe: Any) -> TrainResult:
 def main(argv: list[str] | None = None) -> int:
     """The command line: exit code 0, 2 for a user's error (one line, nothing written), 128 + n for signal n."""
     try:
-        from qwenvl_ft.recipe.dialects import recipe_from_argv
+        from qwenvl_ft.recipe.argv import recipe_from_argv
 
         result = train(recipe_from_argv(sys.argv[1:] if argv is None else argv))
     except QwenVLError as error:

@@ -14,6 +14,9 @@ COMMANDS = {
 }
 """Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""
 
+FLAGS_PASS = ("recipe",)
+"""Commands that take the flags of recipes beside their own options."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; a user's error is one line and exit code 2."""
@@ -45,9 +48,14 @@ def run(name: str, rest: list[str]) -> int:
     import typer
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(name, help=COMMANDS[name])(getattr(import_module(f"qwenvl_ft.cli.{name}"), name))
-    code = app(args=rest, prog_name=f"qwenvl-ft {name}", standalone_mode=False)
-    return code if isinstance(code, int) else 0
+    settings = {"ignore_unknown_options": name in FLAGS_PASS}
+    function = getattr(import_module(f"qwenvl_ft.cli.{name}"), name)
+    app.command(name, help=COMMANDS[name], context_settings=settings)(function)
+    try:
+        app(args=rest, prog_name=f"qwenvl-ft {name}")
+    except SystemExit as ending:  # typer has said what is wrong with the options
+        return ending.code if isinstance(ending.code, int) else 1
+    return 0
 
 
 def help_text() -> str:

@@ -1,29 +1,30 @@
 """`qwenvl-ft recipe NAME [section.key=value ...]`: the resolved recipe, and the origin of each value."""
 
+import json
 from typing import Annotated, Any
 
 import typer
 
-from qwenvl_ft.recipe.load import as_text, load_recipe
-
 
 def recipe(
-    name: Annotated[str, typer.Argument(help="name in recipes/, or a file")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="YAML alone, without the origins")] = False,
+    name: Annotated[str, typer.Argument(help="Name in recipes/, or a file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, or flags of ms-swift and train_qwen.py.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="YAML alone, without the origins.")] = False,
 ) -> None:
-    """Print a resolved recipe."""
-    resolved = load_recipe(name, overrides or [])
-    if plain:
-        import yaml
+    """Print a resolved recipe, with the file that each value came from."""
+    from qwenvl_ft.recipe.argv import recipe_from_argv
 
-        print(yaml.safe_dump(resolved.to_dict(), sort_keys=False, allow_unicode=True), end="")
+    resolved = recipe_from_argv([f"recipe={name}", *(overrides or [])])
+    if plain:
+        typer.echo(resolved.to_yaml(), nl=False)
         return
-    rows = flatten(resolved.to_dict())
-    key_width = max(len(key) for key, _ in rows)
-    value_width = min(44, max(len(as_text(value)) for _, value in rows))
-    for key, value in rows:
-        print(f"{key:<{key_width}}  {as_text(value):<{value_width}}  {resolved.origins.get(key, 'default')}")
+    rows = [(key, as_text(value), resolved.origin(key)) for key, value in flatten(resolved.to_dict())]
+    key_width = max(len(key) for key, _, _ in rows)
+    value_width = min(44, max(len(value) for _, value, _ in rows))
+    for key, value, origin in rows:
+        typer.echo(f"{key:<{key_width}}  {value:<{value_width}}  {origin}")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -33,3 +34,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         name = f"{prefix}{key}"
         rows += flatten(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
     return rows
+
+
+def as_text(value: Any) -> str:
+    """A value on one line, as a recipe would have it."""
+    plain = isinstance(value, str) and value != "" and value == " ".join(value.split())
+    return value if plain else json.dumps(value, ensure_ascii=False)

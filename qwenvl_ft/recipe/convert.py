@@ -1,10 +1,14 @@
 """A value from a file or a flag -> the type its field has, or one line that says what is wrong with it."""
 
 import json
+import math
 import types
-import typing
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
 
@@ -12,17 +16,13 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 LIMITS: dict[str, Any] = {
     ">0": (lambda x: x > 0, "must be above 0"),
     ">=0": (lambda x: x >= 0, "must not be negative"),
-    "0..1": (lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+    "0..1": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
 }
+"""Limit in an annotation -> its test, and what is said of a value that fails it."""
+NULLS = ("null", "~", "None")
+"""Words for no value, where a field may have none."""
 EXAMPLES = {int: "8", float: "1e-5", bool: "true"}
-NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    dict: "a mapping",
-    list: "a list",
-}
+NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Mismatch(Exception):
@@ -32,8 +32,8 @@ class Mismatch(Exception):
 def convert(value: Any, annotation: Any, where: str) -> Any:
     """The value in its field's type.
 
-    YAML 1.1 reads ``1e-5`` as text and flags are all text, so a text that spells a number, a truth value or a JSON
-    mapping is taken as one where the field wants that.
+    Overrides and flags are all text, and so is ``1e-5`` to YAML 1.1: a text that spells a number, a truth value, null,
+    a list or a mapping is taken as one where the field wants that, and stays text where the field wants text.
 
     Args:
         where: ``file: section.key``, for the message.
@@ -44,7 +44,26 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     try:
         return _convert(value, annotation)
     except Mismatch as error:
-        raise RecipeError(f"{where}: {value!r} {error}") from None
+        raise RecipeError(f"{where}: {shown(value)} {error}") from None
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would have it; text in quotes."""
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return repr(value)
+
+
+def parse_text(text: str) -> Any:
+    """A word of the command line as a recipe file would read it; what is not YAML stays text."""
+    try:
+        told: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return text
+    return told["value"]
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -55,7 +74,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         base, limit = get_args(annotation)[:2]
         converted = _convert(value, base)
         allowed, told = LIMITS[limit]
-        if not allowed(converted):
+        if converted is not None and not allowed(converted):
             raise Mismatch(f"{told}.")
         return converted
     if origin in (Union, types.UnionType):
@@ -72,14 +91,15 @@ def _convert(value: Any, annotation: Any) -> Any:
 
 
 def _union(value: Any, members: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in members:
+    if type(None) in members and (value is None or (isinstance(value, str) and value in NULLS)):
         return None
     members = tuple(member for member in members if member is not type(None))
     closed = [m for m in members if isinstance(m, type) and issubclass(m, Enum)]
     if closed:  # Enum | str: the names of the enum are all there is
         return _convert(value, closed[0])
+    structured = [m for m in members if _base(m) is _bracketed(value)]
     failures: list[Mismatch] = []
-    for member in sorted(members, key=lambda m: _order(value, m)):
+    for member in structured or sorted(members, key=lambda m: _order(value, m)):
         try:
             return _convert(value, member)
         except Mismatch as error:
@@ -87,12 +107,20 @@ def _union(value: Any, members: tuple[Any, ...]) -> Any:
     raise failures[0]
 
 
+def _bracketed(value: Any) -> type | None:
+    """What a text in brackets spells."""
+    opening = value.lstrip()[:1] if isinstance(value, str) else ""
+    return {"[": list, "{": dict}.get(opening)
+
+
+def _base(member: Any) -> Any:
+    return _base(get_args(member)[0]) if get_origin(member) is Annotated else get_origin(member) or member
+
+
 def _order(value: Any, member: Any) -> int:
     """Members that fit the value as it is first; text last, because everything can be text."""
-    base = get_origin(member) or member
-    if base is Annotated:
-        base = get_args(member)[0]
-    if isinstance(base, type) and type(value) is base:
+    base = _base(member)
+    if type(value) is base:
         return 0
     return 2 if base is str else 1
 
@@ -109,27 +137,28 @@ def _choice(value: Any, known: Any) -> Any:
 
 def _list(value: Any, inner: tuple[Any, ...]) -> list[Any]:
     if isinstance(value, str):
-        value = _json(value) if value.lstrip().startswith("[") else value.replace(",", " ").split()
+        value = _structure(value, list) if _bracketed(value) else value.replace(",", " ").split()
     if not isinstance(value, (list, tuple)):
-        raise Mismatch("is not a list.")
+        raise Mismatch("is not a list. Example: [a, b].")
     return [_convert(entry, inner[0]) for entry in value] if inner else list(value)
 
 
 def _mapping(value: Any, inner: tuple[Any, ...]) -> dict[Any, Any]:
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = _json(value)
+    if isinstance(value, str) and _bracketed(value):
+        value = _structure(value, dict)
     if not isinstance(value, dict):
-        raise Mismatch('is not a mapping. Example: \'{"key": "value"}\'.')
+        raise Mismatch('is not a mapping. Example: {"key": "value"}.')
     if not inner:
         return dict(value)
     return {str(key): _convert(entry, inner[1]) for key, entry in value.items()}
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Mismatch(f"is not valid JSON ({error}).") from None
+def _structure(text: str, kind: type) -> Any:
+    """A list or mapping that is written in a text, as JSON or as YAML."""
+    told = parse_text(text)
+    if not isinstance(told, kind):
+        raise Mismatch(f"is not a {'list' if kind is list else 'mapping'}: its brackets or quotes do not match.")
+    return told
 
 
 def _scalar(value: Any, kind: Any) -> Any:
@@ -146,22 +175,27 @@ def _scalar(value: Any, kind: Any) -> Any:
         return value if isinstance(value, str) else json.dumps(value)
     if kind in (int, float):
         return _number(value, kind)
-    if typing.get_origin(kind) is None and isinstance(kind, type) and isinstance(value, kind):
+    if isinstance(kind, type) and isinstance(value, kind):
         return value
-    raise Mismatch(f"is not {getattr(kind, '__name__', kind)}.")
+    raise Mismatch(f"is not a {getattr(kind, '__name__', kind)}, which cannot be written in a recipe.")
 
 
-def _number(value: Any, kind: type) -> Any:
+def _number(value: Any, kind: type) -> int | float:
+    """A finite number. A whole one stays an int where a float is wanted, so that 200 steps are not shown as 200.0."""
+    wrong = Mismatch(f"is not {NAMES[kind]}. Example: {EXAMPLES[kind]}.")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise Mismatch(f"is not {NAMES[kind]}. Example: {EXAMPLES[kind]}.")
+        raise wrong
     try:
-        number = float(value)
+        number = int(value) if isinstance(value, (int, str)) else value
     except ValueError:
-        raise Mismatch(f"is not {NAMES[kind]}. Example: {EXAMPLES[kind]}.") from None
-    if number != number or number in (float("inf"), float("-inf")):
+        try:
+            number = float(value)
+        except ValueError:
+            raise wrong from None
+    if not math.isfinite(number):
         raise Mismatch("is not a finite number.")
     if kind is float:
         return number
     if number != int(number):
-        raise Mismatch(f"is not a whole number. Example: {EXAMPLES[int]}.")
-    return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
+        raise wrong
+    return int(number)

@@ -1,216 +1,219 @@
-"""The names that other tools have for our keys: ms-swift's and train_qwen.py's flags, older spellings in YAML.
+"""Other names for our keys: the flags of ms-swift and train_qwen.py, and older spellings. One table.
 
-Both are tables. A flag that is in neither and is no field of TrainingArguments is an error with a suggestion.
+An entry works as a flag (``--lora_r 8``), as an override (``tuner.lora_r=8``) and in a file, in the section of the key
+that it stands for. A name that is neither here, nor a key of ours, nor a field of TrainingArguments is an error with a
+suggestion.
 """
 
-import re
 from collections.abc import Callable
-from typing import Any
-
-import yaml
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.recipe.convert import NULLS, convert
+from qwenvl_ft.recipe.keys import argument_types, bare_names, type_of
 
 Values = dict[str, Any]
 
-YAML_NAMES = {
-    "data.train_jsonl": "data.train",
-    "data.jsonl": "data.train",
-    "data.val_jsonl": "data.val",
-    "template.template_type": "template.template",
-    "training.gradient_checkpointing": "training.activation_checkpointing",
-    "training.gradient_checkpointing_kwargs": "training.activation_checkpointing_kwargs",
-    "training.warmup_ratio": "training.warmup_steps",  # below 1 it is a ratio
-    "training.evaluation_strategy": "training.eval_strategy",
-}
-"""Spelling in a file -> our key."""
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """What another name means in our keys."""
+
+    keys: tuple[str, ...]
+    """The keys that it sets."""
+    kind: Any
+    """The type of its own value."""
+    meaning: Callable[[Any, str], Values]
+    """(value, where it was given) -> dotted key -> value."""
+    told: str
+    """How its value becomes theirs, for the reference."""
+    also: tuple[str, ...] = ()
+    """Sections that it may stand in beside those of its keys."""
+
+    @property
+    def sections(self) -> set[str]:
+        return {key.partition(".")[0] for key in self.keys} | set(self.also)
 
 
-def same(key: str) -> Callable[[Any], Values]:
-    """The flag's value under our key."""
-    return lambda value: {key: value}
+def same(key: str) -> Alias:
+    """Only the name differs."""
+    return Alias(keys=(key,), kind=None, meaning=lambda value, where: {key: value}, told="")
 
 
-def negated(key: str) -> Callable[[Any], Values]:
-    """A flag that trains what our key freezes."""
-    return lambda value: {key: not truth(value)}
+def negated(key: str) -> Alias:
+    """The name trains what our key freezes."""
+    return Alias(
+        keys=(key,), kind=bool, meaning=lambda value, where: {key: not convert(value, bool, where)}, told="negated"
+    )
 
 
-def truth(value: Any) -> bool:
-    """A flag's truth value.
-
-    Raises:
-        RecipeError: it is neither true nor false.
-    """
-    from qwenvl_ft.recipe.convert import convert
-
-    return convert(value, bool, "flag")
-
-
-def _train_type(value: Any) -> Values:
-    return {"tuner.train_type": "lora" if truth(value) else "full"}
+def chosen(key: str, yes: Any, no: Any) -> Alias:
+    """A truth value that stands for one of two values."""
+    return Alias(
+        keys=(key,),
+        kind=bool,
+        meaning=lambda value, where: {key: yes if convert(value, bool, where) else no},
+        told=f"true is {yes}, false is {no}",
+    )
 
 
-def _optimizer(value: Any) -> Values:
-    """``multimodal`` groups parameters by part; any other name is an algorithm."""
+def _optimizer(value: Any, where: str) -> Values:
     return {"training.optimizer": value} if value == "multimodal" else {"training.optim": value}
 
 
-def _deepspeed(value: Any) -> Values:
+def _deepspeed(value: Any, where: str) -> Values:
+    if value is None or value in NULLS or value == "":
+        return {"deepspeed.enabled": False}
     return {"deepspeed.enabled": True, "deepspeed.config": value}
 
 
-def _flatten(value: Any) -> Values:
-    """``data_flatten`` joins the samples of a batch into one row."""
-    return {"training.padding_free": truth(value)} | ({"training.packing": False} if truth(value) else {})
+def _warmup_ratio(value: Any, where: str) -> Values:
+    return {"training.warmup_steps": convert(value, Annotated[float, "0..1"], where)}
 
 
-RENAMED = {
+def _train_mlp(value: Any, where: str) -> Values:
+    if not convert(value, bool, where):
+        return {"tuner.freeze_aligner": True}
+    return {"tuner.freeze_aligner": False, "tuner.modules_to_save": list(MERGERS)}
+
+
+def _data_flatten(value: Any, where: str) -> Values:
+    return {"training.padding_free": True} if convert(value, bool, where) else {}
+
+
+def _debug(value: Any, where: str) -> Values:
+    return {"training.log_level": "debug"} if value in (True, "true", "True") else {"training.debug": value}
+
+
+MERGERS = ("model.visual.merger", "model.visual.deepstack_merger_list")
+"""The aligner's modules in Qwen3-VL."""
+
+ALIASES: dict[str, Alias] = {
     # ms-swift
-    "model": "model.model",
-    "dataset": "data.train",
-    "val_dataset": "data.val",
-    "jsonl": "data.train",
-    "val_jsonl": "data.val",
-    "system": "template.system_prompt",
-    "template_type": "template.template",
-    "sft_type": "tuner.train_type",
-    "tuner_type": "tuner.train_type",
+    "model": same("model.model"),
+    "dataset": same("data.train"),
+    "val_dataset": same("data.val"),
+    "jsonl": same("data.train"),
+    "train_jsonl": same("data.train"),
+    "val_jsonl": same("data.val"),
+    "system": same("template.system_prompt"),
+    "template_type": same("template.template"),
+    "sft_type": same("tuner.train_type"),
+    "tuner_type": same("tuner.train_type"),
+    "optimizer": Alias(
+        keys=("training.optimizer", "training.optim"),
+        kind=str,
+        meaning=_optimizer,
+        told="multimodal is optimizer, any other name is optim",
+    ),
+    "deepspeed": Alias(
+        keys=("deepspeed.enabled", "deepspeed.config"),
+        kind=str | dict[str, Any] | None,
+        meaning=_deepspeed,
+        told="a preset, file or mapping enables it; null does not",
+        also=("training",),
+    ),
+    "debug": Alias(
+        keys=("training.log_level", "training.debug"),
+        kind=bool | str,
+        meaning=_debug,
+        told="bare, log_level is debug",
+    ),
     # train_qwen.py, qwen-vl-finetune
-    "model_name_or_path": "model.model",
-    "dataset_use": "data.train",
-    "eval_dataset_use": "data.val",
-    "model_max_length": "template.max_length",
-    "max_seq_length": "template.max_length",
-    "lora_r": "tuner.lora_rank",
-    "train_modules": "tuner.target_modules",
-    "freeze_vision": "tuner.freeze_vit",
-    "mm_projector_lr": "training.aligner_lr",
-    "vision_tower_lr": "training.vit_lr",
-    "data_packing": "training.packing",
-    # older spellings of TrainingArguments
-    **{name.removeprefix("training."): key for name, key in YAML_NAMES.items() if name.startswith("training.")},
-}
-"""Flag -> our key, the value as it is."""
-
-TRANSFORMED: dict[str, Callable[[Any], Values]] = {
-    "use_lora": _train_type,
-    "lora_enable": _train_type,
+    "model_name_or_path": same("model.model"),
+    "dataset_use": same("data.train"),
+    "eval_dataset_use": same("data.val"),
+    "model_max_length": same("template.max_length"),
+    "max_seq_length": same("template.max_length"),
+    "use_lora": chosen("tuner.train_type", "lora", "full"),
+    "lora_enable": chosen("tuner.train_type", "lora", "full"),
+    "lora_r": same("tuner.lora_rank"),
+    "train_modules": same("tuner.target_modules"),
     "tune_mm_llm": negated("tuner.freeze_llm"),
     "tune_mm_vision": negated("tuner.freeze_vit"),
     "tune_mm_mlp": negated("tuner.freeze_aligner"),
-    "train_mlp": negated("tuner.freeze_aligner"),
-    "data_flatten": _flatten,
-    "optimizer": _optimizer,
-    "deepspeed": _deepspeed,
+    "train_mlp": Alias(
+        keys=("tuner.freeze_aligner", "tuner.modules_to_save"),
+        kind=bool,
+        meaning=_train_mlp,
+        told="true trains all mergers in full, beside adapters too",
+    ),
+    "freeze_vision": same("tuner.freeze_vit"),
+    "mm_projector_lr": same("training.aligner_lr"),
+    "vision_tower_lr": same("training.vit_lr"),
+    "data_packing": same("training.packing"),
+    "data_flatten": Alias(
+        keys=("training.padding_free",),
+        kind=bool,
+        meaning=_data_flatten,
+        told="true joins the samples of a batch; false changes nothing",
+    ),
+    # older spellings of TrainingArguments
+    "evaluation_strategy": same("training.eval_strategy"),
+    "warmup_ratio": Alias(
+        keys=("training.warmup_steps",),
+        kind=float,
+        meaning=_warmup_ratio,
+        told="a share of all steps, below 1",
+    ),
+    "gradient_checkpointing": same("training.activation_checkpointing"),
+    "gradient_checkpointing_kwargs": same("training.activation_checkpointing_kwargs"),
 }
-"""Flag -> what it says in our keys."""
+"""Other name -> what it means in our keys."""
+
+FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
+"""Argument that names a file -> its place: the base is weaker."""
+
+UPSTREAM = ("tune_mm_llm", "tune_mm_vision", "tune_mm_mlp", "data_flatten")
+"""Flags that only the upstream qwen-vl-finetune has: a command line with one of them means its defaults."""
+UPSTREAM_DEFAULTS: Values = {
+    "tuner.train_type": "full",
+    "tuner.freeze_llm": True,
+    "tuner.freeze_vit": True,
+    "tuner.freeze_aligner": True,
+    "training.packing": False,
+}
+"""What a qwen-vl-finetune script means where it says nothing. Recipe files and flags outweigh it."""
 
 
-def own_flags() -> dict[str, str]:
-    """Every key of our sections as a flag of its bare name; sections in their order, the first wins."""
-    from dataclasses import fields
-
-    from qwenvl_ft.recipe.schema import SECTIONS
-
-    told: dict[str, str] = {}
-    for name, section in SECTIONS.items():
-        if name in ("deepspeed", "evaluation"):
-            continue  # their bare names (enabled, data, limit) say too little
-        for entry in fields(section):
-            if entry.name != "arguments":
-                told.setdefault(entry.name, f"{name}.{entry.name}")
-    return told
+def alias_in(section: str, name: str) -> Alias | None:
+    """The alias that ``section.name`` is, if it is one there."""
+    alias = ALIASES[name] if name in ALIASES else None
+    return alias if alias is not None and section in alias.sections else None
 
 
-def flag_values(flag: str, value: Any) -> Values:
-    """What ``--flag value`` says, as dotted keys.
+def flag_type(flag: str) -> Any:
+    """Type of the value that ``--flag`` takes.
 
     Raises:
         RecipeError: there is no such flag.
     """
-    if flag in TRANSFORMED:
-        return TRANSFORMED[flag](value)
-    if flag in RENAMED:
-        return {RENAMED[flag]: value}
-    if "." in flag or flag == "global_max_length":
-        return {flag: value}
-    known = own_flags()
-    if flag in known:
-        return {known[flag]: value}
-    from qwenvl_ft.recipe.load import argument_types
-
-    if flag in argument_types():
-        return {f"training.{flag}": value}
-    close = hint(flag, [*TRANSFORMED, *RENAMED, *known, *argument_types()]).split(" Known:")[0]
-    raise RecipeError(f"unknown flag --{flag}.{close} docs/reference.md lists all keys.")
+    if flag in FILES:
+        return str
+    if flag in ALIASES:
+        alias = ALIASES[flag]
+        return alias.kind if alias.kind is not None else type_of(alias.keys[0])
+    return type_of(_flag_key(flag))
 
 
-FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
-"""Argument that names a file -> its place in the order."""
-OVERRIDE_FORM = re.compile(r"^[A-Za-z_][\w]*(\.[\w-]+)+=")
-
-
-def recipe_from_argv(argv: list[str]) -> Any:
-    """A recipe from a command line: files, ``section.key=value``, and both dialects' flags, mixed in any order.
-
-    ``recipe=NAME|PATH`` or ``--config PATH`` names the recipe, ``--base_config PATH`` one that it outweighs. A flag
-    takes the words up to the next flag: none is true, one is its value, several are a list.
+def flag_values(flag: str, value: Any, where: str) -> Values:
+    """What ``--flag value`` says, as dotted keys.
 
     Raises:
-        RecipeError: a flag or key is unknown, or a value is wrong.
+        RecipeError: there is no such flag, or its value is wrong.
     """
-    from qwenvl_ft.recipe.load import OVERRIDE, build_recipe, find_recipe, normalise, put, read_layers
-
-    files: dict[str, str] = {}
-    overrides: Values = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word.startswith("--"):
-            flag, equals, text = word[2:].partition("=")
-            taken = [text] if equals else _take(words)
-            value = True if not taken else _value(taken[0]) if len(taken) == 1 else [_value(entry) for entry in taken]
-            if flag in FILES:
-                files[FILES[flag]] = str(value)
-                continue
-            for key, told in flag_values(flag.replace("-", "_"), value).items():
-                put(overrides, key, told)
-            continue
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise RecipeError(
-                f"{word!r} is neither section.key=value nor a flag. Example: training.learning_rate=1e-5."
-            )
-        if key in FILES:
-            files[FILES[key]] = text
-        elif "." in key or key == "global_max_length":
-            put(overrides, key, _value(text))
-        else:
-            for name, told in flag_values(key, _value(text)).items():
-                put(overrides, name, told)
-    layers = [
-        layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))
-    ]
-    return build_recipe([*layers, (OVERRIDE, normalise(overrides, OVERRIDE))])
+    if flag in ALIASES:
+        return ALIASES[flag].meaning(value, where)
+    return {_flag_key(flag): value}
 
 
-def _take(words: list[str]) -> list[str]:
-    """The words that belong to a flag."""
-    taken: list[str] = []
-    while (
-        words
-        and not words[0].startswith("--")
-        and not OVERRIDE_FORM.match(words[0])
-        and not words[0].startswith("recipe=")
-    ):
-        taken.append(words.pop(0))
-    return taken
-
-
-def _value(text: str) -> Any:
-    """A word as YAML reads it; what is not YAML stays text."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+def _flag_key(flag: str) -> str:
+    if "." in flag:
+        return flag
+    if flag in bare_names():
+        return bare_names()[flag]
+    if flag in argument_types():
+        return f"training.{flag}"
+    close = hint(flag, [*FILES, *ALIASES, *bare_names(), *argument_types()]).split(" Known:")[0]
+    raise RecipeError(f"unknown flag --{flag}.{close} docs/reference.md lists all keys.")

@@ -4,25 +4,25 @@ Order: the defaults, then each base in turn, then the file itself, then override
 key by key. Nothing is written.
 """
 
-import json
-import sys
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.checks import check
 from qwenvl_ft.recipe.convert import convert
-from qwenvl_ft.recipe.dialects import YAML_NAMES
+from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
+from qwenvl_ft.recipe.layers import Layer, Values, find_recipe, override_layer, read_layers
+from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
 from qwenvl_ft.recipe.schema import (
     HF_DEFAULTS,
+    SECRETS,
     SECTIONS,
-    TOP_LEVEL,
     DataConfig,
     DeepspeedConfig,
     EvaluationConfig,
@@ -31,10 +31,6 @@ from qwenvl_ft.recipe.schema import (
     TrainingConfig,
     TunerConfig,
 )
-
-Values = dict[str, Any]
-OVERRIDE = "override"
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(kw_only=True)
@@ -49,19 +45,23 @@ class Recipe:
     deepspeed: DeepspeedConfig
     evaluation: EvaluationConfig
     global_max_length: int | None = None
-    origins: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict, compare=False)
     """``section.key`` -> the file that set it, or ``override``; keys that nobody set are not in it."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Sections as in a file: ``training`` flat, the top-level length only if it was given."""
+        """Sections as in a file: ``training`` flat, the top-level length only if it was given, no secrets."""
         told: dict[str, Any] = {}
         if self.global_max_length is not None:
             told["global_max_length"] = self.global_max_length
         for name, section in SECTIONS.items():
             values = {f.name: getattr(getattr(self, name), f.name) for f in fields(section)}
             values |= values.pop("arguments", {})
-            told[name] = values
+            told[name] = {key: value for key, value in values.items() if key not in SECRETS}
         return told
+
+    def to_yaml(self) -> str:
+        """A recipe file that resolves to this recipe."""
+        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.to_dict())))
 
     def save(self, path: str | Path) -> None:
         """Write a recipe file that resolves to this recipe, with the versions that it was resolved by on top."""
@@ -69,10 +69,15 @@ class Recipe:
 
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=False)
         partial = target.with_suffix(".partial")
-        partial.write_text(header() + text, encoding="utf-8")
+        partial.write_text(header() + self.to_yaml(), encoding="utf-8")
         partial.replace(target)
+
+    def origin(self, key: str) -> str:
+        """Where a dotted key's value came from: a file, ``override`` or ``default``."""
+        while "." in key and key not in self.origins:
+            key = key.rpartition(".")[0]
+        return self.origins[key] if key in self.origins else "default"
 
 
 def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -87,206 +92,112 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str]
             key and value.
     """
     layers = read_layers(find_recipe(name_or_path)) if name_or_path else []
-    return build_recipe([*layers, (OVERRIDE, parse_overrides(overrides))])
+    return build_recipe([*layers, override_layer(overrides)])
 
 
-def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a recipe: a path as it is, a bare name in ./recipes, beside the package, or where it is installed."""
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if path.is_file():
-            return path
-        if len(path.parts) > 1:
-            raise RecipeError(f"recipe {name_or_path}: there is no such file.")
-    folders = recipe_folders()
-    for folder in folders:
-        for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
-            if candidate.is_file():
-                return candidate
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise RecipeError(f"there is no recipe {str(name_or_path)!r}.{hint(str(name_or_path), known)}")
-
-
-def recipe_folders() -> list[Path]:
-    """Where bare names are looked for, the first wins."""
-    return [Path("recipes"), PACKAGE_ROOT / "recipes", Path(sys.prefix) / "share" / "qwenvl_ft" / "recipes"]
-
-
-def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[str, Values]]:
-    """A file's bases and the file itself as (where, values), the weakest first.
-
-    Raises:
-        RecipeError: a base is missing, or extends a file that extends it; the chain is printed.
-    """
-    real = path.resolve()
-    if real in chain:
-        shown = " -> ".join(str(entry) for entry in (*chain[chain.index(real) :], real))
-        raise RecipeError(f"{path}: recipes extend each other in a circle: {shown}.")
-    values = read_file(path)
-    told = [values.pop(key) for key in ("extends", "inherit") if key in values]
-    if len(told) > 1:
-        raise RecipeError(f"{path}: both extends and inherit are given. Keep extends.")
-    bases = told[0] if told else []
-    layers: list[tuple[str, Values]] = []
-    for base in [bases] if isinstance(bases, str) else bases or []:
-        if not isinstance(base, str):
-            raise RecipeError(f"{path}: extends: {base!r} is not a file name.")
-        target = path.parent / base
-        if not target.is_file():
-            raise RecipeError(f"{path}: extends: {target} does not exist. Paths start at the file that names them.")
-        layers += read_layers(target, (*chain, real))
-    return [*layers, (str(path), normalise(values, str(path)))]
-
-
-def read_file(path: Path) -> Values:
-    """The mapping in a YAML file.
-
-    Raises:
-        RecipeError: not YAML (with the line), or not a mapping.
-    """
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path}{line}: not valid YAML: {problem}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}.") from None
-    if not isinstance(loaded, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections: {', '.join(SECTIONS)}.")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def parse_overrides(overrides: Iterable[str]) -> Values:
-    """``a.b=c`` entries as nested values."""
-    told: Values = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"override {override!r} is not section.key=value. Example: training.learning_rate=1e-5.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        put(told, key, value)
-    return normalise(told, OVERRIDE)
-
-
-def put(values: Values, dotted: str, value: Any) -> None:
-    """Set a value by its dotted key."""
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise RecipeError(f"{OVERRIDE} {dotted}: {parent} is {inner!r}, which has no keys.")
-        values = inner
-    values[last] = value
-
-
-def normalise(values: Values, where: str) -> Values:
-    """One file's values under our own names: aliases of sections and keys replaced, unknown sections refused."""
-    told: Values = {}
-    for name, content in values.items():
-        if name not in TOP_LEVEL:
-            raise RecipeError(f"{where}: unknown section {name!r}.{hint(name, TOP_LEVEL)}")
-        if name == "global_max_length":
-            told[name] = content
-            continue
-        section = "data" if name == "custom" else name
-        if content is None:
-            continue
-        if not isinstance(content, dict):
-            raise RecipeError(f"{where}: {name} is {content!r}, but a section is a mapping of keys.")
-        for key, value in content.items():
-            put(told, YAML_NAMES.get(f"{section}.{key}", f"{section}.{key}"), value)
-    return told
-
-
-def build_recipe(layers: list[tuple[str, Values]]) -> Recipe:
+def build_recipe(layers: list[Layer]) -> Recipe:
     """Merge, resolve interpolations, type and check."""
     merged: Values = {}
     origins: dict[str, str] = {}
-    for where, values in layers:
-        merged = _merge(merged, values, where, origins)
-    try:
-        merged = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"recipe: {str(error).splitlines()[0]}.") from None
+    spelled: dict[tuple[str, str], str] = {}
+    for layer in layers:
+        merged = _merge(merged, layer.values, layer.where, origins)
+        spelled |= {(layer.where, key): name for key, name in layer.spelled.items()}
+    merged = _resolved(merged, origins)
+    places = _Places(origins, spelled)
     length = merged.pop("global_max_length", None)
     if length is not None:
-        length = convert(
-            length,
-            get_type_hints(TemplateConfig, include_extras=True)["max_length"],
-            f"{origins['global_max_length']}: global_max_length",
-        )
-        for key in ("model.max_model_len", "template.max_length"):
-            put(merged, key, length)
-            origins[key] = origins["global_max_length"]
-    told = {name: _section(name, section, merged.get(name, {}), origins) for name, section in SECTIONS.items()}
+        length = convert(length, LENGTH, places["global_max_length"])
+        for section, key in (("model", "max_model_len"), ("template", "max_length")):
+            merged.setdefault(section, {})[key] = length
+            origins[f"{section}.{key}"] = origins["global_max_length"]
+    told = {name: _section(name, merged[name] if name in merged else {}, places) for name in SECTIONS}
     recipe = Recipe(**told, global_max_length=length, origins=origins)
+    _derive(recipe)
     check(recipe)
     return recipe
 
 
+class _Places:
+    """``places["tuner.lora_rank"]``: the file and the name that a value was given by, for messages."""
+
+    def __init__(self, origins: dict[str, str], spelled: dict[tuple[str, str], str]) -> None:
+        self.origins, self.spelled = origins, spelled
+
+    def __getitem__(self, key: str) -> str:
+        given = (self.origins[key], key)
+        return f"{given[0]}: {self.spelled[given] if given in self.spelled else key}"
+
+
 def _merge(weak: Values, strong: Values, where: str, origins: dict[str, str], prefix: str = "") -> Values:
+    """``strong`` over ``weak``, mappings key by key; notes in ``origins`` who set what."""
     merged = dict(weak)
     for key, value in strong.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value, where, origins, f"{name}.")
-        elif isinstance(value, dict):
-            merged[key] = _merge({}, value, where, origins, f"{name}.")
+        known = merged[key] if key in merged else None
+        if isinstance(value, dict):
+            merged[key] = _merge(known if isinstance(known, dict) else {}, value, where, origins, f"{name}.")
         else:
             merged[key] = value
-        origins[name] = where
+            for stale in [told for told in origins if told.startswith(f"{name}.")]:
+                del origins[stale]
+        if name not in SECTIONS:
+            origins[name] = where
     return merged
 
 
-def _section(name: str, section: type, values: Values, origins: dict[str, str]) -> Any:
+def _resolved(merged: Values, origins: dict[str, str]) -> Values:
+    """Interpolations replaced: ``${section.key}`` and ``${oc.env:NAME}``; nothing in them is executed."""
+    try:
+        told: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "")
+        where = f"{origins[key]}: {key}" if key in origins else "recipe"
+        raise RecipeError(f"{where}: {str(error).splitlines()[0]}. A literal $ is written \\$.") from None
+    return told
+
+
+def _section(name: str, values: Values, places: _Places) -> Any:
     """A section's dataclass from its values."""
-    hints = get_type_hints(section, include_extras=True)
-    own = {f.name for f in fields(section)} - {"arguments"}
+    own = own_types(name)
     told: Values = {}
     foreign: Values = dict(HF_DEFAULTS) if name == "training" else {}
     for key, value in values.items():
-        where = f"{origins.get(f'{name}.{key}', 'recipe')}: {name}.{key}"
+        where = places[f"{name}.{key}"]
         if key in own:
-            told[key] = convert(value, hints[key], where)
+            told[key] = convert(value, own[key], where)
         elif name == "training":
-            foreign[key] = _argument(key, value, where, own)
+            foreign[key] = _argument(key, value, where)
         else:
             raise RecipeError(f"{where}: unknown key.{hint(key, own)}")
-    return section(**told, arguments=foreign) if name == "training" else section(**told)
+    return SECTIONS[name](**told, arguments=foreign) if name == "training" else SECTIONS[name](**told)
 
 
-def _argument(key: str, value: Any, where: str, own: set[str]) -> Any:
+def _argument(key: str, value: Any, where: str) -> Any:
     """A field of TrainingArguments, by its annotation there."""
     hints = argument_types()
     if key not in hints:
-        raise RecipeError(f"{where}: unknown key.{_close(key, own | hints.keys())}")
+        close = hint(key, [*own_types("training"), *hints]).split(" Known:")[0]  # all of them would be too many
+        raise RecipeError(f"{where}: unknown key.{close} docs/reference.md lists all keys.")
     return convert(value, hints[key], where)
 
 
-def _close(key: str, known: Iterable[str]) -> str:
-    """The suggestion without the list, which would be all of TrainingArguments."""
-    meant = hint(key, known).split(" Known:")[0]
-    return f"{meant} docs/reference.md lists all keys."
+def _derive(recipe: Recipe) -> None:
+    """Defaults that follow from other keys."""
+    told = recipe.training.arguments
+    if recipe.data.val and "training.eval_strategy" not in recipe.origins:
+        told["eval_strategy"] = "steps"
+    if told["eval_strategy"] == "steps":
+        told.setdefault("eval_steps", told["save_steps"])
+    best = told["save_strategy"] == "best" or ("load_best_model_at_end" in told and told["load_best_model_at_end"])
+    if best or recipe.training.early_stopping_patience is not None:
+        told.setdefault("metric_for_best_model", "eval_loss")
 
 
-_TYPES: dict[str, Any] = {}
-
-
-def argument_types() -> dict[str, Any]:
-    """Annotation of every field of TrainingArguments; the import is put off until a recipe has one."""
-    if not _TYPES:
-        from transformers import TrainingArguments
-
-        hints = get_type_hints(TrainingArguments)
-        _TYPES.update({f.name: hints[f.name] for f in fields(TrainingArguments) if f.init})
-    return _TYPES
-
-
-def as_text(value: Any) -> str:
-    """A value on one line, as a recipe would have it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _escaped(value: Any) -> Any:
+    """Values that read as they are: a ``${`` in them is no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -60,7 +60,7 @@ class TemplateConfig:
     truncation_strategy: Literal["raise", "delete", "left", "right"] = "delete"
     """A longer sample stops the run, is left out and counted, or loses that end; never a part of an image."""
     min_pixels: Positive | None = None
-    """Smallest area of an image after resizing, in pixels; None is the processor's own."""
+    """Smallest area of an image after resizing, in pixels; null is the processor's own."""
     max_pixels: Positive | None = None
     """Largest area of an image after resizing, in pixels; a token of Qwen3-VL covers 32 x 32 = 1024 of them."""
     system_prompt: str | None = None
@@ -78,9 +78,9 @@ class DataConfig:
     train: str | list[str] = ""
     """Registered names or .json, .jsonl, .parquet files, with a rate in percent: a%50,b,my.jsonl."""
     val: str | list[str] | None = None
-    """The same for evaluation."""
+    """The same for evaluation. With it, training.eval_strategy is steps and eval_steps is save_steps if not given."""
     media_root: str | None = None
-    """Folder that relative media paths start at; None is the folder of the annotation file."""
+    """Folder that relative media paths start at; null is the folder of the annotation file."""
     allow_urls: bool = False
     """Fetch images from http(s) URLs."""
     datasets: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class TunerConfig:
     lora_alpha: Positive = 32
     """The update is scaled by alpha / rank."""
     lora_dropout: Fraction = 0.05
-    """Dropout before the adapter, 0 to 1."""
+    """Dropout before the adapter."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
     use_rslora: bool = False
@@ -131,14 +131,15 @@ class TrainingConfig:
     """Fill rows of template.max_length tokens with whole samples that cannot see each other."""
     padding_free: bool = True
     """Join samples into one row instead of padding them; false only for comparison."""
-    pack_dataset_break_mode: Literal["no_break_longest_only", "no_break"] = "no_break_longest_only"
-    """How rows are filled: the longest sample first, each into the fullest row that takes it; never split."""
+    pack_dataset_break_mode: Literal["no_break_longest_only", "no_break", "break"] = "no_break_longest_only"
+    """How rows are filled: the longest sample first, each into the fullest row that takes it. Never split: break is an
+    error."""
     lazy_tokenize: bool = False
     """Not with packing, whose plan needs all lengths."""
     optimizer: Literal["multimodal"] = "multimodal"
     """Parameter groups by part, each with its own learning rate; the algorithm is optim."""
     learning_rate: NonNegativeFloat | None = None
-    """Of the language model, and of the parts below if they name none; None is 1e-4 for adapters, 1e-5 for full."""
+    """Of the language model, and of the parts below if they name none; null is 1e-4 for adapters, 1e-5 for full."""
     vit_lr: NonNegativeFloat | None = None
     """Of the vision tower."""
     aligner_lr: NonNegativeFloat | None = None
@@ -168,7 +169,7 @@ class EvaluationConfig:
     run_after_training: bool = False
     """Answer the evaluation set once training is done."""
     data: str | list[str] | None = None
-    """As data.val; None is data.val."""
+    """As data.val; null is data.val."""
     limit: Positive | None = None
     """Ask about the first so many records only."""
     metric: Literal["exact_match"] = "exact_match"
@@ -192,7 +193,7 @@ SECTIONS: dict[str, type] = {
 
 HF_DEFAULTS: dict[str, Any] = {
     "output_dir": "output",
-    "num_train_epochs": 3.0,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -212,6 +213,33 @@ HF_DEFAULTS: dict[str, Any] = {
     "seed": 42,
 }
 """Defaults of TrainingArguments that a fine-tuning run wants otherwise, or that a reader should see."""
+
+HF_LIMITS: dict[str, str] = {
+    "num_train_epochs": ">0",
+    "per_device_train_batch_size": ">0",
+    "per_device_eval_batch_size": ">0",
+    "gradient_accumulation_steps": ">0",
+    "weight_decay": ">=0",
+    "max_grad_norm": ">=0",
+    "adam_beta1": "0..1",
+    "adam_beta2": "0..1",
+    "adam_epsilon": ">0",
+    "label_smoothing_factor": "0..1",
+    "neftune_noise_alpha": ">=0",
+    "warmup_steps": ">=0",
+    "logging_steps": ">0",
+    "eval_steps": ">0",
+    "eval_delay": ">=0",
+    "save_steps": ">0",
+    "save_total_limit": ">0",
+    "dataloader_num_workers": ">=0",
+    "dataloader_prefetch_factor": ">0",
+    "seed": ">=0",
+}
+"""Fields of TrainingArguments that have limits; its annotations say none."""
+
+SECRETS = ("hub_token",)
+"""Fields of TrainingArguments that are never printed or saved. Give them as ${oc.env:NAME}."""
 
 TOP_LEVEL = ("extends", "inherit", "global_max_length", *SECTIONS, "custom")
 """Keys at the top of a recipe file; ``inherit`` is ``extends``, ``custom`` is ``data``."""

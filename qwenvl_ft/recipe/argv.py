@@ -1,0 +1,104 @@
+"""A command line -> a recipe: files, ``section.key=value``, and the flags of other tools, in any order."""
+
+import re
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.dialects import ALIASES, FILES, UPSTREAM, UPSTREAM_DEFAULTS, flag_type, flag_values
+from qwenvl_ft.recipe.keys import bare_names
+from qwenvl_ft.recipe.layers import OVERRIDE, Layer, find_recipe, read_layers, set_override
+from qwenvl_ft.recipe.load import Recipe, build_recipe
+from qwenvl_ft.recipe.schema import TOP_LEVEL
+
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\.[^=\s]+)?=")
+USAGE = """Train what a recipe says.
+
+usage: qwenvl-ft train recipe=NAME|PATH [section.key=value ...] [--flag value ...]
+       accelerate launch -m qwenvl_ft.train (the same)
+
+  recipe=NAME           a recipe in recipes/, or a file; also --config PATH. --base_config PATH names a weaker one
+  section.key=value     an override, as training.learning_rate=1e-5
+  --flag value          a flag of ms-swift or train_qwen.py, a key's bare name, or a field of TrainingArguments
+
+What it resolves to, and all keys: qwenvl-ft recipe NAME, docs/reference.md"""
+
+
+def recipe_from_argv(argv: list[str]) -> Recipe:
+    """A recipe from a command line: files, ``section.key=value``, and both dialects' flags, mixed in any order.
+
+    ``recipe=NAME|PATH`` or ``--config PATH`` names the recipe, ``--base_config PATH`` one that it outweighs. A flag
+    takes one word, or as many as there are if its key is a list; a truth value may stand without.
+
+    Raises:
+        RecipeError: a flag or key is unknown, or a value is wrong.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(USAGE)
+        raise SystemExit(0)
+    files: dict[str, str] = {}
+    overrides = Layer(OVERRIDE)
+    upstream = Layer("train_qwen.py")
+    for name, value, spelled in _arguments(list(argv)):
+        if name in FILES:
+            if FILES[name] in files:
+                raise RecipeError(f"{spelled}={value}: {files[FILES[name]]!r} is already given. Name one, and extend.")
+            files[FILES[name]] = value
+        elif "." in name:
+            set_override(overrides, name, value)
+        else:
+            for key, told in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
+                overrides.set(key, told, spelled)
+        if name in UPSTREAM:
+            for key, told in UPSTREAM_DEFAULTS.items():
+                upstream.set(key, told, key)
+    named = [
+        layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))
+    ]
+    return build_recipe([upstream, *named, overrides])
+
+
+def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and spelling of each argument."""
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            name = name if "." in name else name.replace("-", "_")
+            yield name, text if equals else _taken(name, words), f"--{name}"
+        elif equals:
+            yield name, text, name
+        else:
+            raise RecipeError(
+                f"{word!r} is neither section.key=value nor a flag. Example: training.learning_rate=1e-5."
+            )
+
+
+def _taken(flag: str, words: list[str]) -> Any:
+    """The words that belong to a flag: as many as its type takes."""
+    kinds = _members(flag_type(flag))
+    taken: list[str] = []
+    while words and not _begins(words[0]) and (not taken or list in kinds):
+        taken.append(words.pop(0))
+    if not taken and bool not in kinds:
+        raise RecipeError(f"--{flag} needs a value, as in --{flag} VALUE.")
+    return True if not taken else taken if len(taken) > 1 else taken[0]
+
+
+def _begins(word: str) -> bool:
+    """Whether a word is an argument of its own, not a value."""
+    found = ASSIGNMENT.match(word)
+    if word.startswith("--") or found is None:
+        return word.startswith("--")
+    name, inner = found.groups()
+    return name in TOP_LEVEL if inner else name in FILES or name in ALIASES or name in bare_names()
+
+
+def _members(kind: Any) -> set[Any]:
+    """The plain types of an annotation."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return {member for inner in get_args(kind) for member in _members(inner)}
+    return {get_origin(kind) or kind}

@@ -12,16 +12,17 @@ empty ``data_path`` means that media paths are absolute or relative to ``data.me
 data_dict = DATASETS
 """The name that qwen-vl-finetune has for it."""
 
+ENTRY = ("annotation_path", "data_path", "reader")
 FILES = (".json", ".jsonl", ".parquet")
 
 
-def register_dataset(name: str, annotation_path: str, data_path: str = "", *, reader: str = "") -> None:
+def register_dataset(name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None) -> None:
     """Give a data set a name for recipes; a second registration replaces the first.
 
     Args:
         annotation_path: a .json, .jsonl or .parquet file; it may be created later, but before training.
         data_path: folder that relative media paths start at.
-        reader: name of the format; empty recognises it record by record.
+        reader: name of the format; None recognises it record by record.
 
     Raises:
         DataError: the name is empty or would be read as part of a selection.
@@ -38,6 +39,8 @@ def parse_selection(selection: str | list[str]) -> list[tuple[str, float]]:
 
     Raises:
         DataError: an empty selection, or a rate that is not a positive number of percent.
+
+    A string is split at its commas; the path of a file that has one stands in a list.
     """
     parts = selection.split(",") if isinstance(selection, str) else list(selection)
     chosen = [_parse(part.strip()) for part in parts if part.strip()]
@@ -48,7 +51,7 @@ def parse_selection(selection: str | list[str]) -> list[tuple[str, float]]:
 
 def _parse(part: str) -> tuple[str, float]:
     name, percent, rate = part.rpartition("%")
-    if not percent:
+    if not percent or part.endswith(FILES):  # no rate ends so: the % belongs to the file's name
         return part, 1.0
     try:
         share = float(rate) / 100
@@ -63,10 +66,15 @@ def find_dataset(name: str) -> dict[str, str]:
     """The entry of a registered name, or one made for the path of a file.
 
     Raises:
-        DataError: neither is there; the message begins as qwen-vl-finetune's (``do not find NAME``).
+        DataError: neither is there; the message begins as qwen-vl-finetune's (``do not find NAME``). Or the entry,
+            which may have been put into `DATASETS` by hand, is not one.
     """
     if name in DATASETS:
-        return DATASETS[name]
+        entry = DATASETS[name]
+        wrong = sorted(set(entry) - set(ENTRY)) or ([] if entry.get("annotation_path") else ["no annotation_path"])
+        if wrong:
+            raise DataError(f"data set {name}: {', '.join(wrong)} in its entry.{hint(wrong[0], ENTRY)}")
+        return {"data_path": ""} | entry
     path = Path(name)
     if path.suffix in FILES:
         if path.is_file():

@@ -59,6 +59,30 @@ def test_messages_with_tags_take_the_records_images():
     )
 
 
+def test_a_bare_part_takes_the_next_of_the_records_own_media():
+    record = {
+        "images": ["a.png", "b.png"],
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}, {"type": "image"}]}
+        ],
+    }
+    content = read_record(record, SOURCE, "/r").messages[0].content
+    assert content == (Image("/r/a.png"), Text("x"), Image("/r/b.png"))
+    record["images"].append("c.png")
+    with pytest.raises(DataError, match="1 of 3 media have no <image> tag"):
+        read_record(record, SOURCE, "/r")
+
+
+def test_absent_fields_may_be_null_or_empty():
+    record = {
+        "conversations": None,
+        "image": [],
+        "images": ["/a"],
+        "messages": [{"role": "user", "content": "<image>"}],
+    }
+    assert read_record(record, SOURCE).media(Image) == [Image("/a")]
+
+
 def test_tools_calls_and_loss_flags_survive():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
     record = {
@@ -74,7 +98,7 @@ def test_tools_calls_and_loss_flags_survive():
     conversation = read_record(record, SOURCE)
     assert [message.role for message in conversation.messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert [message.loss for message in conversation.messages] == [None, None, False, None, True]
-    assert conversation.messages[2].tool_calls[0]["function"]["arguments"] == {"x": 1}
+    assert conversation.messages[2].tool_calls[0]["function"]["arguments"] == {"x": 1, "y": None}, "a null is a value"
     assert conversation.tools == ({"type": "function", "function": {"name": "f"}},)
 
 
@@ -107,6 +131,23 @@ WRONG = [
         "is one of role assistant with a medium",
     ),
     ({"messages": [{"role": "user", "content": "x"}], "tools": "f"}, "'tools' must be a list"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": "f"}]}, "'tool_calls' must be a list of calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "Only an assistant calls tools"),
+    ({"messages": [{"role": "assistant", "content": "x", "loss": "false"}]}, "has loss='false'. Write true or false"),
+    ({"conversations": [{"from": "gpt", "value": "x", "loss": 7}]}, "has loss=7"),
+    ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"has from=\['gpt'\]"),
+    ({"messages": [{"role": "user", "content": [{"type": ["image"]}]}]}, r"has type=\['image'\]"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "img": "a"}]}], "images": ["b"]}, "no 'image'"),
+    ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["a"], "fps": "2"}]}]}, "fps='2' must be"),
+    ({"messages": [{"role": "user", "content": [{"type": "video", "video": []}]}]}, "an empty list of frames"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "max_pixels": 99}]}]},
+        "sets max_pixels of one image, which is not supported",
+    ),
+    ({"image": 5, "conversations": turns(("human", "<image>"))}, "the image 5 is a int"),
+    ({"image": {"file": "a"}, "conversations": turns(("human", "<image>"))}, "is a dict. Give a path"),
+    ({"data_path": 5, "conversations": turns(("human", "x"))}, "data_path=5 must be a folder"),
+    ({"video": "a", "fps": 0, "conversations": turns(("human", "<video>"))}, "fps=0 must be a positive number"),
 ]
 
 

@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 from cases import picture
 
 from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.data.readers import json_text, read_record
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.data.registry import DATASETS, register_dataset
 from qwenvl_ft.errors import DataError
@@ -47,6 +49,59 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_keep_their_
     records = load(str(path))
     assert [records[i][0] for i in range(len(records))] == [{"id": 1}, {"id": 2}]
     assert records[1][1].record == f"{path}:4"
+
+
+def test_a_list_is_streamed_as_json_reads_it(load, tmp_path, monkeypatch):
+    """Chunks of every size cut records, words, numbers and escapes at every place."""
+    listed = [
+        {"t": 'ü\n"]}', "n": [-1.5e-3, 12345, True, None]},
+        {"t": "\U0001f600 \u2028"},
+        {"deep": [[{"a": {}}]]},
+    ]
+    text = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
+    escaped = json.dumps(listed)
+    for chunk in (*range(1, 40), 2**20):
+        monkeypatch.setattr(json_text, "CHUNK", chunk)
+        for number, content in enumerate((text, escaped)):
+            path = tmp_path / f"{chunk}-{number}.json"
+            path.write_text(content, encoding="utf-8")
+            read = list(json_text.read_json(path))
+            assert [json.loads(record) for _, record in read] == listed
+            assert [place for place, _ in read] == ["[0]", "[1]", "[2]"]
+    assert [record for _, record in read] == [json.dumps(record) for record in listed], "not as it was written"
+
+
+def test_packed_samples_become_records_that_know_their_place(load, tmp_path):
+    packed = [{"id": "a"}, [{"id": "b"}, {"id": "c"}]]
+    (tmp_path / "p.json").write_text(json.dumps(packed))
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, packed)))
+    for name, places in (("p.json", ["[0]", "[1][0]", "[1][1]"]), ("p.jsonl", [":1", ":2[0]", ":2[1]"])):
+        records = load(str(tmp_path / name))
+        assert ids(records) == ["a", "b", "c"]
+        assert [source.record for _, source, _ in records] == [f"{tmp_path / name}{place}" for place in places]
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a%50.jsonl", "a b,c.jsonl"])
+def test_a_files_name_is_no_pattern(load, tmp_path, name):
+    (tmp_path / name).write_text('{"id": 1}')
+    (tmp_path / "ab.jsonl").write_text('{"id": 2}')
+    assert ids(load([str(tmp_path / name)])) == [1]
+    assert ids(load([f"{tmp_path / name}%200"])) == [1, 1]
+
+
+def test_loading_asks_no_host(load, write_jsonl, monkeypatch):
+    """A cluster's nodes may have no way out, and nobody is told what is trained."""
+    for module in ("datasets.config", "huggingface_hub.constants"):  # offline as these tests are, nothing could ask
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *told, **more: pytest.fail(f"asked for {told[0]}"))
+    assert len(load(str(write_jsonl(numbered(2))))) == 2
+
+
+def test_a_null_of_json_stays_and_a_null_of_parquet_is_no_field(load, write_jsonl, tmp_path):
+    rows = [{"id": 1, "call": {"x": None}}, {"id": 2, "call": {"x": 3}}]
+    assert load(str(write_jsonl(rows)))[0][0] == rows[0]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert load(str(tmp_path / "d.parquet"))[0][0] == {"id": 1, "call": {}}
 
 
 def test_parquet_with_image_bytes_encodes(load, tmp_path, processor):
@@ -91,6 +146,10 @@ def test_several_sets_stand_in_the_order_given(load, write_jsonl):
     records = load([str(b), str(a)])
     assert ids(records) == [0, 1, 0, 1, 2]
     assert records.summary() == {str(b): 2, str(a): 3}
+    assert load([str(a), str(a)]).summary() == {str(a): 6}
+    assert ids(records)[-1] == records[-1][0]["id"] == 2
+    with pytest.raises(IndexError):
+        records[5]
     assert records.fingerprint != load([str(a), str(b)]).fingerprint
 
 
@@ -110,14 +169,43 @@ def test_a_changed_file_is_read_again(load, write_jsonl):
     after = load(str(path))
     assert len(after) == 5
     assert after.fingerprint != before.fingerprint
+    stat = path.stat()
+    write_jsonl(numbered(6))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(load(str(path))) == 6, "the time alone does not tell"
+
+
+def test_the_fingerprint_is_that_of_what_is_taken(load, write_jsonl):
+    path = write_jsonl(numbered(20))
+    key = {rate: [load(f"{path}%{rate}", seed=seed).fingerprint for seed in (1, 2)] for rate in (50, 100, 200)}
+    assert key[100][0] == key[100][1], "nothing is drawn, so the seed changes nothing"
+    assert key[50][0] != key[50][1]
+    assert len({*key[50], *key[100], *key[200]}) == 4
+
+
+def test_new_files_are_copied_by_several_processes(load, write_jsonl, tmp_path):
+    paths = [str(write_jsonl(numbered(count), f"{count}.jsonl")) for count in (1, 2, 3)]
+    assert ids(load(paths, num_proc=2)) == [0, 0, 1, 0, 1, 2]
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(DataError, match=r"bad\.json"):
+        load([str(tmp_path / "bad.json"), str(write_jsonl(numbered(4), "4.jsonl"))], num_proc=2)
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_registered_reader_reads_in_a_worker_too(load, write_jsonl, monkeypatch):
+    monkeypatch.setitem(DATASETS, "told", {"annotation_path": str(write_jsonl(numbered(1))), "reader": "mesages"})
+    record, source, root = pickle.loads(pickle.dumps(load("told")[0]))
+    with pytest.raises(DataError, match=r"unknown format 'mesages'\. Did you mean 'messages'"):
+        read_record(record, source, root)
 
 
 def test_pickled_records_are_small_and_equal(load, write_jsonl):
     path = write_jsonl([{"id": i, "text": "x" * 1000} for i in range(2000)])
     records = load(str(path))
     data = pickle.dumps(records)
-    assert len(data) < path.stat().st_size / 10
+    assert len(data) < 2_000
     assert pickle.loads(data)[1234] == records[1234]
+    assert pickle.loads(pickle.dumps(load(f"{path}%10")))[7] == load(f"{path}%10")[7]
 
 
 def _ids_in_process(arguments):
@@ -137,12 +225,28 @@ def test_wrong_files_are_one_clear_line(load, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n{"id": }\n')
     (tmp_path / "bad.json").write_text('{"id": 1}\n{"id": 2}\n')
     (tmp_path / "dict.json").write_text('{"id": 1}')
+    (tmp_path / "typo.json").write_text('[{"id": 1},\n\n{"id": }]')
+    (tmp_path / "comma.json").write_text('[{"id": 1}\n{"id": 2}]')
+    (tmp_path / "tail.json").write_text('[{"id": 1}] [')
+    (tmp_path / "cut.json").write_text('[{"id": "a')
+    (tmp_path / "latin.json").write_bytes('[{"name": "ü"}]'.encode("latin-1"))
+    (tmp_path / "latin.jsonl").write_bytes('{"id": 1}\n{"name":"ü"}'.encode("latin-1"))
+    (tmp_path / "list.jsonl").write_text('[{"id": 1}\n')
+    (tmp_path / "few.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "bad.parquet").write_text("no parquet")
     cases = [
         ("bad.jsonl", r"bad\.jsonl:2: not valid JSON: Expecting value"),
-        ("bad.json", r"bad\.json: not valid JSON: .*One record a line is \.jsonl"),
+        ("bad.json", r"bad\.json: a \.json file holds a list of records, .* One record a line is \.jsonl"),
         ("dict.json", r"holds a list of records, this holds a dict"),
+        ("typo.json", r"typo\.json:3: not valid JSON: Expecting value"),
+        ("comma.json", r"comma\.json:2: not valid JSON: Expecting ',' or '\]' behind a record"),
+        ("tail.json", r"tail\.json:1: not valid JSON: more text behind the list"),
+        ("cut.json", r"cut\.json:1: not valid JSON: Unterminated string"),
+        ("latin.json", r"latin\.json: not UTF-8: .*b'\\xfc'"),
+        ("latin.jsonl", r"latin\.jsonl:2: not UTF-8: invalid start byte at byte 9"),
+        ("list.jsonl", r"list\.jsonl:1: not valid JSON"),
+        ("few.jsonl%10", r"data set .*few\.jsonl: 10% of 2 records is none\. Raise the rate"),
         ("empty.jsonl", "has no record"),
         ("bad.parquet", r"bad\.parquet cannot be read as \.parquet"),
         ("nowhere.json", "do not find .*nowhere"),

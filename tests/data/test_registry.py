@@ -48,6 +48,17 @@ def test_an_unknown_name_says_what_there_is():
         find_dataset("nowhere.jsonl")
 
 
+def test_entries_put_in_by_hand_are_checked():
+    data_dict["flare_path"] = {"annotation_path": "x.json"}
+    assert find_dataset("flare_path") == {"annotation_path": "x.json", "data_path": ""}
+    data_dict["flare_path"] = {"anotation_path": "x.json"}
+    with pytest.raises(DataError, match=r"data set flare_path: anotation_path .* Did you mean 'annotation_path'\?"):
+        find_dataset("flare_path")
+    data_dict["flare_path"] = {"data_path": "x"}
+    with pytest.raises(DataError, match=r"data set flare_path: no annotation_path"):
+        find_dataset("flare_path")
+
+
 def test_names_that_a_selection_cannot_hold_are_refused():
     for name in ("a,b", "a%5", "", "a b", "a/b"):
         with pytest.raises(DataError, match="data set name"):

@@ -32,6 +32,17 @@ READERS: dict[str, Reader] = {
 """Name -> reader, in the order in which they are asked."""
 
 
+class Told(Record):
+    """A record whose data set names its format, so that it is not recognised by its keys."""
+
+    def __init__(self, record: Record, reader: str) -> None:
+        super().__init__(record)
+        self.reader = reader
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Told, (dict(self), self.reader)
+
+
 def register_reader(
     name: str, matches: Callable[[Record], bool], read: Callable[[Record, Source, str | None], Conversation]
 ) -> None:
@@ -48,13 +59,15 @@ def read_record(
 
     Args:
         media_root: folder that relative media paths start at.
-        reader: name of the format; None recognises it.
+        reader: name of the format; None is the one that the record was told (`Told`), else recognises it.
 
     Raises:
         DataError: no reader knows the record, or its content is malformed.
     """
     if not isinstance(record, dict):
         raise DataError(f"{source}: a record is a JSON object, this is a {type(record).__name__}.")
+    if isinstance(record, Told):
+        reader = reader or record.reader
     if reader is not None:
         if reader not in READERS:
             raise DataError(f"{source}: unknown format {reader!r}.{hint(reader, READERS)}")

@@ -16,15 +16,15 @@ TAGS = re.compile(r"(<image>|<video>)")
 
 
 def matches(record: dict[str, Any]) -> bool:
-    return "conversations" in record
+    return record.get("conversations") is not None
 
 
 def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conversation:
     """Raises DataError: a turn is malformed, or tags and media do not match."""
-    turns = record["conversations"]
+    turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{source}: 'conversations' must be a list with at least one turn.")
-    root = str(resolve_path(record["data_path"], media_root)) if record.get("data_path") else media_root
+        raise DataError(f"{source}: 'conversations' must be a list with at least one turn, it is {turns!r:.80}.")
+    root = _root(record, source, media_root)
     pool = MediaPool(record, source, root)
     messages = tuple(_message(turn, number, pool) for number, turn in enumerate(turns))
     pool.finish()
@@ -37,12 +37,10 @@ def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
         raise DataError(
             f"{source}: conversations[{number}] must be {{'from': ..., 'value': text}}, it is {turn!r:.80}."
         )
-    role = ROLES.get(turn["from"])
+    role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise DataError(f"{source}: conversations[{number}] has from={turn['from']!r}.{hint(str(turn['from']), ROLES)}")
-    loss = turn.get("loss")
-    if loss is not None and not isinstance(loss, (bool, int)):
-        raise DataError(f"{source}: conversations[{number}] has loss={loss!r}; true or false.")
+    loss = checked_loss(turn.get("loss"), f"{source}: conversations[{number}]")
     text = turn["value"]
     if role == "user":
         return Message(role, split_tags(text, pool))
@@ -50,7 +48,25 @@ def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
         raise DataError(
             f"{source}: conversations[{number}] is a {turn['from']} turn with a media tag. Media belong to human turns."
         )
-    return Message(role, (Text(text),), loss=None if loss is None else bool(loss))
+    return Message(role, (Text(text),), loss=loss)
+
+
+def checked_loss(loss: Any, where: str) -> bool | None:
+    """A turn's own ``loss``: true or false (or 1, 0), or not given."""
+    if loss is None:
+        return None
+    if not isinstance(loss, (bool, int, float)) or loss not in (0, 1):
+        raise DataError(f"{where} has loss={loss!r}. Write true or false.")
+    return bool(loss)
+
+
+def checked_fps(fps: Any, where: str) -> float | None:
+    """Frames a second: a positive number, or not given."""
+    if fps is None:
+        return None
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+        raise DataError(f"{where}: fps={fps!r} must be a positive number of frames a second.")
+    return float(fps)
 
 
 def split_tags(text: str, pool: "MediaPool") -> tuple[Part, ...]:
@@ -74,20 +90,21 @@ class MediaPool:
 
     def __init__(self, record: dict[str, Any], source: Source, media_root: str | None) -> None:
         self.source = source
+        self.fps = checked_fps(record.get("fps"), str(source))
         self.images = [Image(_checked(v, "image", source, media_root)) for v in _listed(record, "image", source)]
-        self.videos = [self._video(v, record, media_root) for v in _listed(record, "video", source)]
+        self.videos = [self._video(v, media_root) for v in _listed(record, "video", source)]
         self._next = {"<image>": 0, "<video>": 0}
 
-    def _video(self, value: Any, record: dict[str, Any], media_root: str | None) -> Video:
-        fps = record.get("fps")
-        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or fps <= 0):
-            raise DataError(f"{self.source}: fps={fps!r} must be a positive number.")
+    def _video(self, value: Any, media_root: str | None) -> Video:
         if isinstance(value, (list, tuple)):
             if not value:
                 raise DataError(f"{self.source}: a video is an empty list of frames.")
             frames = tuple(_checked(frame, "frame", self.source, media_root) for frame in value)
-            return Video(frames, float(fps) if fps else None)
-        return Video(_checked(value, "video", self.source, media_root), float(fps) if fps else None)
+            return Video(frames, self.fps)
+        return Video(_checked(value, "video", self.source, media_root), self.fps)
+
+    def has(self, tag: str) -> bool:
+        return bool(self.images if tag == "<image>" else self.videos)
 
     def take(self, tag: str) -> Part:
         media: list[Any] = self.images if tag == "<image>" else self.videos
@@ -108,18 +125,34 @@ class MediaPool:
 
 
 def _listed(record: dict[str, Any], kind: str, source: Source) -> list[Any]:
-    """The values under ``kind`` or its plural, as a list."""
-    keys = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
+    """The values under ``kind`` or its plural, as a list; an empty list is as good as none."""
+    keys = [key for key in (kind, f"{kind}s") if record.get(key) is not None and not _is_empty(record[key])]
     if len(keys) > 1:
         raise DataError(f"{source}: both {keys[0]!r} and {keys[1]!r} are given. Keep one.")
     value = record[keys[0]] if keys else []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not value
+
+
+def _root(record: dict[str, Any], source: Source, media_root: str | None) -> str | None:
+    """The record's own ``data_path`` below the media root, if it has one."""
+    folder = record.get("data_path")
+    if not folder:
+        return media_root
+    if not isinstance(folder, str):
+        raise DataError(f"{source}: data_path={folder!r:.80} must be a folder's path.")
+    return str(resolve_path(folder, media_root))
+
+
 def _checked(value: Any, kind: str, source: Source, media_root: str | None) -> Any:
     """A medium's value: unpacked from ``{"bytes": ..., "path": ...}`` (Arrow), resolved if it is a path."""
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
+    if value is None or (isinstance(value, (str, bytes)) and not value):
         raise DataError(f"{source}: an empty {kind}. Give a path, bytes, a data: URI or a PIL image.")
+    if isinstance(value, (int, float, dict, list, tuple)):
+        raise DataError(f"{source}: the {kind} {value!r:.80} is a {type(value).__name__}. Give a path, bytes or a URI.")
     return resolve_path(value, media_root)

@@ -1,0 +1,191 @@
+"""The operations of augmentation, by name: what each draws at random and what it does to the frame.
+
+Three kinds. ``affine`` operations give a matrix; those that follow each other are multiplied and the image is warped
+once. ``barrier`` operations change the canvas and need the warp before them done. ``colour`` operations (colour.py)
+leave coordinates alone; they run after all geometry.
+
+Every operation draws the same count of random numbers whether it is applied or not, so that one operation's
+probability does not change what the next one draws.
+"""
+
+from dataclasses import dataclass
+from math import ceil, cos, radians, sin
+from typing import Any, ClassVar, Literal, Protocol
+
+from numpy.random import Generator
+
+from qwenvl_ft.data.augment.colour import COLOUR
+from qwenvl_ft.data.augment.geometry import IDENTITY, Size, Step
+from qwenvl_ft.data.augment.ranges import between, check_order, check_share
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.schema import NonNegativeFloat, Positive, PositiveFloat
+
+Numbers = tuple[float, ...]
+"""What an operation has drawn."""
+
+
+class Operation(Protocol):
+    """Kind ``affine`` and ``barrier`` have ``step(size, *drawn) -> Step``; ``colour`` has ``apply(image, *drawn)``."""
+
+    kind: ClassVar[Literal["affine", "barrier", "colour"]]
+
+    @property
+    def prob(self) -> float: ...
+
+    def draw(self, rng: Generator) -> Numbers: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFlip:
+    """Exchange left and right."""
+
+    kind = "affine"
+    prob: float = 0.5
+
+    def draw(self, rng: Generator) -> Numbers:
+        return ()
+
+    def step(self, size: Size) -> Step:
+        return Step((-1.0, 0.0, float(size[0]), 0.0, 1.0, 0.0), size, (True, False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VFlip:
+    """Exchange top and bottom."""
+
+    kind = "affine"
+    prob: float = 0.1
+
+    def draw(self, rng: Generator) -> Numbers:
+        return ()
+
+    def step(self, size: Size) -> Step:
+        return Step((1.0, 0.0, 0.0, 0.0, -1.0, float(size[1])), size, (False, True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotate:
+    """Turn about the centre."""
+
+    kind = "affine"
+    max_deg: NonNegativeFloat = 10.0
+    """Largest angle to either side, in degrees."""
+    expand: bool = False
+    """Enlarge the canvas so that no corner is lost; False keeps its size."""
+    prob: float = 0.5
+
+    def draw(self, rng: Generator) -> Numbers:
+        return (between(rng, (-self.max_deg, self.max_deg)),)
+
+    def step(self, size: Size, degrees: float) -> Step:
+        c, s = cos(radians(degrees)), sin(radians(degrees))
+        width, height = size
+        if self.expand:
+            width, height = ceil(abs(c) * size[0] + abs(s) * size[1]), ceil(abs(s) * size[0] + abs(c) * size[1])
+        x, y = size[0] / 2, size[1] / 2
+        return Step((c, -s, width / 2 - c * x + s * y, s, c, height / 2 - s * x - c * y), (width, height))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Zoom about the centre, the canvas as it is: above 1 crops, below 1 leaves a border."""
+
+    kind = "affine"
+    lo: PositiveFloat = 0.9
+    hi: PositiveFloat = 1.1
+    prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_order("lo", self.lo, "hi", self.hi)
+
+    def draw(self, rng: Generator) -> Numbers:
+        return (between(rng, (self.lo, self.hi)),)
+
+    def step(self, size: Size, factor: float) -> Step:
+        rest = (1 - factor) / 2
+        return Step((factor, 0.0, rest * size[0], 0.0, factor, rest * size[1]), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeByScale:
+    """Another size of the whole image, each side rounded up to a multiple."""
+
+    kind = "barrier"
+    lo: PositiveFloat = 0.8
+    hi: PositiveFloat = 1.2
+    scales: list[PositiveFloat] | None = None
+    """Choose from these instead of between lo and hi."""
+    align_multiple: Positive = 32
+    """Pixels; 1 for any size."""
+    prob: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_order("lo", self.lo, "hi", self.hi)
+        if self.scales is not None and not self.scales:
+            raise RecipeError("scales: [] has nothing to choose from. Leave it out to draw between lo and hi.")
+
+    def draw(self, rng: Generator) -> Numbers:
+        share = rng.random()
+        if self.scales is not None:
+            return (self.scales[int(share * len(self.scales))],)
+        return (self.lo + share * (self.hi - self.lo),)
+
+    def step(self, size: Size, factor: float) -> Step:
+        width, height = (_rounded_up(max(1, round(side * factor)), self.align_multiple) for side in size)
+        return Step((width / size[0], 0.0, 0.0, 0.0, height / size[1], 0.0), (width, height))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadToMultiple:
+    """A border at the right and the bottom, up to a multiple; coordinates in pixels stay, normalised ones change."""
+
+    kind = "barrier"
+    prob: ClassVar[float] = 1.0
+    multiple: Positive = 32
+    """Pixels."""
+
+    def draw(self, rng: Generator) -> Numbers:
+        return ()
+
+    def step(self, size: Size) -> Step:
+        return Step(IDENTITY, (_rounded_up(size[0], self.multiple), _rounded_up(size[1], self.multiple)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop:
+    """A part of the image, of the same aspect ratio, anywhere in it."""
+
+    kind = "barrier"
+    lo: PositiveFloat = 0.8
+    """Smallest share of each side that is kept."""
+    hi: PositiveFloat = 1.0
+    prob: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_order("lo", self.lo, "hi", self.hi)
+        check_share("hi", self.hi)
+
+    def draw(self, rng: Generator) -> Numbers:
+        return (between(rng, (self.lo, self.hi)), rng.random(), rng.random())
+
+    def step(self, size: Size, share: float, at_x: float, at_y: float) -> Step:
+        width, height = (max(1, round(side * share)) for side in size)
+        left, top = int(at_x * (size[0] - width + 1)), int(at_y * (size[1] - height + 1))
+        return Step((1.0, 0.0, float(-left), 0.0, 1.0, float(-top)), (width, height))
+
+
+def _rounded_up(pixels: int, multiple: int) -> int:
+    return -(-pixels // multiple) * multiple
+
+
+OPERATIONS: dict[str, Any] = {
+    "hflip": HFlip,
+    "vflip": VFlip,
+    "rotate": Rotate,
+    "scale": Scale,
+    "resize_by_scale": ResizeByScale,
+    "pad_to_multiple": PadToMultiple,
+    "random_crop": RandomCrop,
+    **COLOUR,
+}
+"""Name in a recipe -> operation. Parameters are the fields, their defaults stand there."""

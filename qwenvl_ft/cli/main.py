@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     except QwenVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as ending:  # help was shown, or typer has said what is wrong with the options
+        return ending.code if isinstance(ending.code, int) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -51,10 +53,7 @@ def run(name: str, rest: list[str]) -> int:
     settings = {"ignore_unknown_options": name in FLAGS_PASS}
     function = getattr(import_module(f"qwenvl_ft.cli.{name}"), name)
     app.command(name, help=COMMANDS[name], context_settings=settings)(function)
-    try:
-        app(args=rest, prog_name=f"qwenvl-ft {name}")
-    except SystemExit as ending:  # typer has said what is wrong with the options
-        return ending.code if isinstance(ending.code, int) else 1
+    app(args=rest, prog_name=f"qwenvl-ft {name}")
     return 0
 
 

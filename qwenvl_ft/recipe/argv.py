@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.dialects import ALIASES, FILES, UPSTREAM, UPSTREAM_DEFAULTS, flag_type, flag_values
+from qwenvl_ft.recipe.dialects import ALIASES, FILES, UPSTREAM, flag_type, flag_values
 from qwenvl_ft.recipe.keys import bare_names
 from qwenvl_ft.recipe.layers import OVERRIDE, Layer, find_recipe, read_layers, set_override
 from qwenvl_ft.recipe.load import Recipe, build_recipe
@@ -45,13 +45,13 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
             if FILES[name] in files:
                 raise RecipeError(f"{spelled}={value}: {files[FILES[name]]!r} is already given. Name one, and extend.")
             files[FILES[name]] = value
-        elif "." in name:
+        elif "." in name or (name in TOP_LEVEL and name not in ALIASES):
             set_override(overrides, name, value)
         else:
             for key, told in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
                 overrides.set(key, told, spelled)
         if name in UPSTREAM:
-            for key, told in UPSTREAM_DEFAULTS.items():
+            for key, told in UPSTREAM[name].items():
                 upstream.set(key, told, key)
     named = [
         layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))

@@ -120,6 +120,8 @@ def _base(member: Any) -> Any:
 def _order(value: Any, member: Any) -> int:
     """Members that fit the value as it is first; text last, because everything can be text."""
     base = _base(member)
+    if base is bool and str(value).lower() in ("true", "false"):
+        return -1
     if type(value) is base:
         return 0
     return 2 if base is str else 1

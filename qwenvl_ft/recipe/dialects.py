@@ -165,16 +165,21 @@ ALIASES: dict[str, Alias] = {
 FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
 """Argument that names a file -> its place: the base is weaker."""
 
-UPSTREAM = ("tune_mm_llm", "tune_mm_vision", "tune_mm_mlp", "data_flatten")
-"""Flags that only the upstream qwen-vl-finetune has: a command line with one of them means its defaults."""
-UPSTREAM_DEFAULTS: Values = {
+FROZEN: Values = {
     "tuner.train_type": "full",
     "tuner.freeze_llm": True,
     "tuner.freeze_vit": True,
     "tuner.freeze_aligner": True,
     "training.packing": False,
 }
-"""What a qwen-vl-finetune script means where it says nothing. Recipe files and flags outweigh it."""
+UPSTREAM: dict[str, Values] = {
+    "tune_mm_llm": FROZEN,
+    "tune_mm_vision": FROZEN,
+    "tune_mm_mlp": FROZEN,
+    "data_flatten": {"training.packing": False},
+}
+"""Flag that only qwen-vl-finetune has -> what a script with it means where it says nothing. Recipe files and other
+flags outweigh it."""
 
 
 def alias_in(section: str, name: str) -> Alias | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_type_hints
 
 from qwenvl_ft.recipe.schema import HF_LIMITS, SECTIONS, Positive
 
-LENGTH = Positive
+LENGTH = Positive | None
 """Type of ``global_max_length``."""
 
 

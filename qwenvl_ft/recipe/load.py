@@ -108,6 +108,7 @@ def build_recipe(layers: list[Layer]) -> Recipe:
     length = merged.pop("global_max_length", None)
     if length is not None:
         length = convert(length, LENGTH, places["global_max_length"])
+    if length is not None:
         for section, key in (("model", "max_model_len"), ("template", "max_length")):
             merged.setdefault(section, {})[key] = length
             origins[f"{section}.{key}"] = origins["global_max_length"]

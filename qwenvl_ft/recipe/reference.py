@@ -13,7 +13,7 @@ from enum import Enum
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from qwenvl_ft.recipe.dialects import ALIASES, UPSTREAM, UPSTREAM_DEFAULTS
+from qwenvl_ft.recipe.dialects import ALIASES, UPSTREAM
 from qwenvl_ft.recipe.keys import argument_types, own_types
 from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS
 
@@ -109,14 +109,16 @@ def _changed() -> str:
 
 def _names() -> str:
     rows = [(f"`{name}`", ", ".join(f"`{key}`" for key in alias.keys), alias.told) for name, alias in ALIASES.items()]
-    flags = ", ".join(f"`--{flag}`" for flag in UPSTREAM)
-    defaults = ", ".join(f"`{key}: {_yaml(value)}`" for key, value in UPSTREAM_DEFAULTS.items())
+    upstream = [
+        (f"`--{flag}`", ", ".join(f"`{key}: {_yaml(value)}`" for key, value in defaults.items()))
+        for flag, defaults in UPSTREAM.items()
+    ]
     return (
         "\n## Other names\n\nFlags of ms-swift and of qwen-vl-finetune's `train_qwen.py`, and older spellings. They "
         "also work in a file, in the\nsection of the key that they stand for.\n\n"
         + _table(("name", "our key", "value"), rows)
-        + f"\nA command line with {flags} is taken as qwen-vl-finetune's: where neither it nor a recipe says "
-        f"otherwise,\n{defaults}.\n"
+        + "\nSome are of qwen-vl-finetune alone. A command line with one of them means its defaults, where neither a "
+        "flag nor a\nrecipe says otherwise:\n\n" + _table(("flag", "defaults"), upstream)
     )
 
 

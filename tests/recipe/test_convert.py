@@ -1,0 +1,143 @@
+"""Values become the type of their field, from a file and from a command line, and only if they can."""
+
+from dataclasses import MISSING, fields
+from enum import Enum
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pytest
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.argv import recipe_from_argv
+from qwenvl_ft.recipe.convert import convert, parse_text
+from qwenvl_ft.recipe.keys import argument_types
+from qwenvl_ft.recipe.load import load_recipe
+
+GOOD = [
+    ("1e-5", float, 1e-5),
+    ("5", float, 5),
+    (3, float, 3),
+    ("1e3", int, 1000),
+    ("-1", int, -1),
+    (8.0, int, 8),
+    ("True", bool, True),
+    ("off", bool, False),
+    (1, bool, True),
+    (7, str, "7"),
+    (True, str, "true"),
+    ("null", int | None, None),
+    ("None", str | None, None),
+    ("None", str, "None"),
+    ("no", Literal["no", "steps"], "no"),
+    (False, Literal["no", "steps"], "no"),
+    (False, SchedulerType | str, RecipeError),
+    ("cosine", SchedulerType | str, "cosine"),
+    ("linear-ish", SchedulerType | str, RecipeError),
+    ("q_proj v_proj", list[str], ["q_proj", "v_proj"]),
+    ("q_proj,v_proj", list[str], ["q_proj", "v_proj"]),
+    ('["q_proj", "v_proj"]', list[str], ["q_proj", "v_proj"]),
+    ("[q_proj, v_proj]", list[str], ["q_proj", "v_proj"]),
+    (["1", 2], list[int], [1, 2]),
+    ("a, b", str | list[str], "a, b"),
+    ("[a, b]", str | list[str], ["a", "b"]),
+    ("[a, b", str | list[str], RecipeError),
+    ('{"a": 1e-6}', dict[str, Any], {"a": 1e-6}),
+    ("{a: 1e-6}", dict[str, Any] | str | None, {"a": 1e-6}),
+    ("file.json", dict[str, Any] | str | None, "file.json"),
+    ({0: "40GB"}, dict[str, Any] | None, {"0": "40GB"}),
+    ({"a": "1"}, dict[str, int], {"a": 1}),
+    ("You are: x", str, "You are: x"),
+    ("inf", float, RecipeError),
+    ("", int, RecipeError),
+    ("8.5", int, RecipeError),
+    (2.5, bool, RecipeError),
+    (True, float, RecipeError),
+    ("true", str | bool | None, True),
+    ("auto", str | bool | None, "auto"),
+    ([1], str, RecipeError),
+    (0, Annotated[int, ">0"], RecipeError),
+    (0, Annotated[int, ">=0"], 0),
+    (None, Annotated[int | None, ">0"], None),
+    (1.0, Annotated[float, "0..1"], RecipeError),
+]
+
+
+@pytest.mark.parametrize(("value", "kind", "expected"), GOOD, ids=lambda value: str(value)[:40])
+def test_a_value_becomes_its_field_s_type_or_an_error(value, kind, expected):
+    if expected is RecipeError:
+        with pytest.raises(RecipeError, match=r"^here: "):
+            convert(value, kind, "here")
+        return
+    told = convert(value, kind, "here")
+    assert told == expected
+    assert type(told) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1e-6", 1e-6), ("8", 8), ("no", False), ("null", None), ("a: b", {"a": "b"}), ("{a", "{a"), ("a=b", "a=b")],
+)
+def test_a_word_without_a_type_is_read_as_a_file_would(text, expected):
+    told = parse_text(text)
+    assert told == expected
+    assert type(told) is type(expected)
+
+
+SPELLINGS = {
+    bool: ("true", True),
+    int: ("3", 3),
+    float: ("0.5", 0.5),
+    dict: ('{"a": true}', {"a": True}),
+    str: ("x", "x"),
+    list: ("x", ["x"]),
+}
+"""Type -> a word of the command line, and its value; the first that a field takes."""
+CANNOT_BE_WRITTEN = ("parallelism_config",)
+
+
+def plain_types(kind):
+    if get_origin(kind) in (Annotated, Union, UnionType):
+        return {plain for inner in get_args(kind) if not isinstance(inner, str) for plain in plain_types(inner)}
+    return {get_origin(kind) or kind}
+
+
+@pytest.mark.parametrize("entry", [f for f in fields(TrainingArguments) if f.init], ids=lambda f: f.name)
+def test_every_field_of_training_arguments_is_taken_by_its_annotation(entry):
+    """Its default is a value of it, and so is a word of its type."""
+    kind = argument_types()[entry.name]
+    default = entry.default if entry.default is not MISSING else entry.default_factory()
+    assert convert(default, kind, "here") == getattr(default, "value", default)
+    enums = [plain for plain in plain_types(kind) if isinstance(plain, type) and issubclass(plain, Enum)]
+    if enums:
+        assert all(convert(member.value, kind, "here") == member.value for member in enums[0])
+        with pytest.raises(RecipeError, match="is not a choice here"):
+            convert("no such choice", kind, "here")
+    elif entry.name in CANNOT_BE_WRITTEN:
+        with pytest.raises(RecipeError, match="cannot be written in a recipe"):
+            convert("x", kind, "here")
+    else:
+        word, value = next(told for plain, told in SPELLINGS.items() if plain in plain_types(kind))
+        assert convert(word, kind, "here") == convert(value, kind, "here") == value
+
+
+def test_every_choice_of_the_schedule_and_optimizer_is_known():
+    for kind in SchedulerType:
+        assert load_recipe(None, [f"training.lr_scheduler_type={kind.value}"])
+    with pytest.raises(RecipeError, match=r"'cosin' is not a choice here\. Did you mean 'cosine'\?"):
+        load_recipe(None, ["training.lr_scheduler_type=cosin"])
+
+
+def test_text_stays_text_from_the_command_line():
+    """Each of these words is something else to YAML."""
+    for text in ("You are: helpful", "yes", "007", "1e3", "2024_01_01", "[not a list", "{x}", "# hash", "a=b"):
+        for argv in (["--system_prompt", text], [f"--system_prompt={text}"], [f"template.system_prompt={text}"]):
+            assert recipe_from_argv(argv).template.system_prompt == text
+
+
+def test_numbers_in_files_may_have_any_usual_spelling(write):
+    path = write("a.yaml", "training: {learning_rate: 1e-5, vit_lr: 1.0E-6, aligner_lr: '2e-5', weight_decay: 0}")
+    recipe = load_recipe(path)
+    assert (recipe.training.learning_rate, recipe.training.vit_lr, recipe.training.aligner_lr) == (1e-5, 1e-6, 2e-5)
+    assert recipe.training.arguments["weight_decay"] == 0

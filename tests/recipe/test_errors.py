@@ -1,0 +1,279 @@
+"""A wrong recipe is one line that names file, key, value and fix; exit code 2, nothing written."""
+
+import pytest
+
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.argv import recipe_from_argv
+from qwenvl_ft.recipe.load import load_recipe
+
+ALL = "docs/reference.md lists all keys."
+
+WRONG_FILES = {
+    "a text for a number": (
+        "training: {learning_rate: abc}",
+        "FILE: training.learning_rate: 'abc' is not a number. Example: 1e-5.",
+    ),
+    "a text for a number of transformers": (
+        "training: {weight_decay: a lot}",
+        "FILE: training.weight_decay: 'a lot' is not a number. Example: 1e-5.",
+    ),
+    "a fraction for a whole number": (
+        "tuner: {lora_rank: 8.5}",
+        "FILE: tuner.lora_rank: 8.5 is not a whole number. Example: 8.",
+    ),
+    "a truth value for a number": (
+        "tuner: {lora_rank: true}",
+        "FILE: tuner.lora_rank: true is not a whole number. Example: 8.",
+    ),
+    "a word for a truth value": ("training: {bf16: maybe}", "FILE: training.bf16: 'maybe' is not true or false."),
+    "a negative size": ("template: {max_length: -1}", "FILE: template.max_length: -1 must be above 0."),
+    "a negative size of transformers": (
+        "training: {per_device_train_batch_size: -2}",
+        "FILE: training.per_device_train_batch_size: -2 must be above 0.",
+    ),
+    "a share above one": (
+        "tuner: {lora_dropout: 1.5}",
+        "FILE: tuner.lora_dropout: 1.5 must be at least 0 and below 1.",
+    ),
+    "not a number at all": (
+        "training: {learning_rate: .nan}",
+        "FILE: training.learning_rate: NaN is not a finite number.",
+    ),
+    "null where something has to be": (
+        "tuner: {lora_rank: null}",
+        "FILE: tuner.lora_rank: null is not a whole number. Example: 8.",
+    ),
+    "a mapping for a text": ("data: {media_root: {a: b}}", 'FILE: data.media_root: {"a": "b"} is not a text.'),
+    "a number for a mapping": (
+        "model: {max_memory: 40}",
+        'FILE: model.max_memory: 40 is not a mapping. Example: {"key": "value"}.',
+    ),
+    "brackets that do not match": (
+        'model: {max_memory: \'{"0": "40GB"\'}',
+        'FILE: model.max_memory: \'{"0": "40GB"\' is not a mapping: its brackets or quotes do not match.',
+    ),
+    "a misspelt key": (
+        "tuner: {lora_rnak: 8}",
+        "FILE: tuner.lora_rnak: unknown key. Did you mean 'lora_rank'? Known: freeze_aligner, freeze_llm, freeze_vit, "
+        "lora_alpha, lora_bias, lora_dropout, lora_rank, modules_to_save, target_modules, target_regex, train_type, "
+        "use_dora, use_rslora.",
+    ),
+    "a misspelt key of transformers": (
+        "training: {num_train_epoch: 3}",
+        f"FILE: training.num_train_epoch: unknown key. Did you mean 'num_train_epochs'? {ALL}",
+    ),
+    "a key that resembles nothing": (
+        "training: {zzzzqqqq: 3}",
+        f"FILE: training.zzzzqqqq: unknown key. {ALL}",
+    ),
+    "a key under the other name of its section": (
+        "custom: {allow_url: true}",
+        "FILE: custom.allow_url: unknown key. Did you mean 'allow_urls'? Known: allow_urls, dataset_num_proc, "
+        "datasets, max_image_pixels, media_root, train, val.",
+    ),
+    "a misspelt choice": (
+        "template: {truncation_strategy: rihgt}",
+        "FILE: template.truncation_strategy: 'rihgt' is not a choice here. Did you mean 'right'? Known: delete, left, "
+        "raise, right.",
+    ),
+    "a misspelt choice of transformers": (
+        "training: {save_strategy: bset}",
+        "FILE: training.save_strategy: 'bset' is not a choice here. Did you mean 'best'? Known: best, epoch, no, "
+        "steps.",
+    ),
+    "an unknown section": (
+        "tunner: {lora_rank: 8}",
+        "FILE: unknown section 'tunner'. Did you mean 'tuner'? Known: custom, data, deepspeed, evaluation, extends, "
+        "global_max_length, inherit, model, template, training, tuner.",
+    ),
+    "a key outside of its section": (
+        "lora_rank: 8",
+        "FILE: unknown section 'lora_rank'. Did you mean tuner.lora_rank?",
+    ),
+    "a section that is a word": (
+        "model: some/model",
+        "FILE: model is 'some/model', but a section is a mapping of keys.",
+    ),
+    "a list for a recipe": (
+        "- a",
+        "FILE: a recipe is a mapping of sections: model, template, data, tuner, training, deepspeed, evaluation.",
+    ),
+    "a number for a recipe": (
+        "5",
+        "FILE: a recipe is a mapping of sections: model, template, data, tuner, training, deepspeed, evaluation.",
+    ),
+    "a bracket left open": (
+        "tuner:\n  target_modules: [a, b\ntraining: {}",
+        "FILE:3: not valid YAML: did not find expected ',' or ']'.",
+    ),
+    "a tab": ("tuner:\n\tlora_rank: 8", "FILE:2: not valid YAML: found character that cannot start any token."),
+    "a key twice": ("tuner: {lora_rank: 1}\ntuner: {}", "FILE:2: not valid YAML: found duplicate key tuner."),
+    "a missing base": (
+        "extends: nope.yaml",
+        "FILE: extends: there is no FOLDER/nope.yaml. Paths start at the folder of wrong.yaml.",
+    ),
+    "a base that is a number": (
+        "extends: 5",
+        "FILE: extends: 5 is not a file name. Example: extends: [base.yaml, mine.yaml].",
+    ),
+    "two words for extends": (
+        "extends: a.yaml\ninherit: a.yaml",
+        "FILE: both extends and inherit are given. Keep extends.",
+    ),
+    "a reference to nothing": (
+        "training: {vit_lr: '${training.nope}'}",
+        "FILE: training.vit_lr: Interpolation key 'training.nope' not found. A literal $ is written \\$.",
+    ),
+    "an older name with a wrong value": (
+        "training: {warmup_ratio: 1.5}",
+        "FILE: training.warmup_ratio: 1.5 must be at least 0 and below 1.",
+    ),
+    "a registered set without a file": (
+        "data: {datasets: {a: {data_path: images}}}",
+        "data.datasets.a has no annotation_path. Example: a: {annotation_path: a.jsonl}.",
+    ),
+    "a misspelt key of a registered set": (
+        "data: {datasets: {a: {annotation: a.jsonl}}}",
+        "data.datasets.a: unknown key 'annotation'. Did you mean 'annotation_path'? Known: annotation_path, data_path, "
+        "reader.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_is_one_exact_line(name, write, tmp_path):
+    text, expected = WRONG_FILES[name]
+    path = write("wrong.yaml", text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    told = str(error.value)
+    assert told == expected.replace("FILE", str(path)).replace("FOLDER", str(tmp_path))
+    assert "\n" not in told
+
+
+CONTRADICTIONS = {
+    "template.max_pixels=1048576 lets one image take 1024 tokens, but template.max_length=512. Lower the first or "
+    "raise the second.": ["template.max_pixels=1048576", "template.max_length=512"],
+    "template.min_pixels=2000 is above template.max_pixels=1000. Lower the first.": [
+        "template.min_pixels=2000",
+        "template.max_pixels=1000",
+    ],
+    "tuner.freeze_llm, freeze_vit and freeze_aligner are all true, so nothing would train. Set one of them to false.": [
+        "tuner.freeze_llm=true"
+    ],
+    "training.pack_dataset_break_mode=break would cut samples, and images with them. Use no_break_longest_only.": [
+        "training.pack_dataset_break_mode=break"
+    ],
+    "training.packing=true needs all lengths before the first step, which training.lazy_tokenize=true forbids. Set one "
+    "of them to false.": ["training.lazy_tokenize=true"],
+    "training.padding_free=false pads one sample a row. Set training.packing=false with it.": [
+        "training.padding_free=false"
+    ],
+    "deepspeed.enabled=true places the model itself. Remove model.device_map.": [
+        "deepspeed.enabled=true",
+        "model.device_map=auto",
+    ],
+    "deepspeed.enabled=true and training.fsdp=full_shard both shard the model. Keep one.": [
+        "deepspeed.enabled=true",
+        "training.fsdp=full_shard",
+    ],
+    "training.fsdp=full_shard places the model itself. Remove model.device_map.": [
+        "training.fsdp=full_shard",
+        "model.device_map=auto",
+    ],
+    "model.max_memory limits model.device_map, which is not set. Add model.device_map=auto.": [
+        'model.max_memory={"0": "40GB"}'
+    ],
+    "training.load_best_model_at_end=true needs an evaluation set. Set data.val.": [
+        "training.load_best_model_at_end=true"
+    ],
+    "training.save_strategy=best needs evaluations. Set training.eval_strategy=steps and training.eval_steps.": [
+        "training.save_strategy=best",
+        "data.val=v.jsonl",
+        "training.eval_strategy=no",
+    ],
+    "training.early_stopping_patience needs an evaluation set. Set data.val.": ["training.early_stopping_patience=2"],
+    "training.eval_strategy=steps needs an evaluation set. Set data.val.": ["training.eval_strategy=steps"],
+    "evaluation.run_after_training=true needs a set to ask about. Set evaluation.data or data.val.": [
+        "evaluation.run_after_training=true"
+    ],
+    "training.load_best_model_at_end=true needs a checkpoint at each evaluation, but training.save_strategy=epoch and "
+    "training.eval_strategy=steps. Make them equal, or set training.save_strategy=best.": [
+        "training.load_best_model_at_end=true",
+        "training.save_strategy=epoch",
+        "data.val=v.jsonl",
+    ],
+    "training.load_best_model_at_end=true needs checkpoints at evaluations, but training.save_steps=50 is no multiple "
+    "of training.eval_steps=20. Change one of them.": [
+        "training.load_best_model_at_end=true",
+        "training.save_steps=50",
+        "training.eval_steps=20",
+        "data.val=v.jsonl",
+    ],
+    "training.bf16 and training.fp16 are both true. Keep one.": ["training.bf16=true", "training.fp16=true"],
+    "training.lr_scheduler_type=cosine has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
+    "cosine_warmup_with_min_lr.": ["training.lr_scheduler_kwargs.min_lr=1e-6"],
+}
+
+
+@pytest.mark.parametrize("expected", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused_and_each_of_them_alone_is_not(expected):
+    overrides = CONTRADICTIONS[expected]
+    assert told_of(overrides) == expected
+    for left_out in range(len(overrides)):
+        assert told_of(overrides[:left_out] + overrides[left_out + 1 :]) != expected, "this setting has no part in it"
+
+
+def told_of(overrides):
+    try:
+        load_recipe(None, overrides)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+WRONG_ARGUMENTS = {
+    "tuner.lora_rank=abc": "override: tuner.lora_rank: 'abc' is not a whole number. Example: 8.",
+    "--lora_rank abc": "override: --lora_rank: 'abc' is not a whole number. Example: 8.",
+    "--tune_mm_llm maybe": "override: --tune_mm_llm: 'maybe' is not true or false.",
+    "--learning_rate": "--learning_rate needs a value, as in --learning_rate VALUE.",
+    "--lora_rnak 8": f"unknown flag --lora_rnak. Did you mean 'lora_rank'? {ALL}",
+    "--galore_rank 128": f"unknown flag --galore_rank. Did you mean 'lora_rank'? {ALL}",
+    "loras": "'loras' is neither section.key=value nor a flag. Example: training.learning_rate=1e-5.",
+    "tuner=full": "override: tuner is a section. Give one of its keys: tuner.key=value.",
+    "tunner.lora_rank=8": "override: unknown key 'tunner.lora_rank'. Did you mean 'tuner'? Known: ",
+    "model.rope_scaling.type.x=1 model.rope_scaling.type=a model.rope_scaling.type.x=2": "override: "
+    "model.rope_scaling.type.x: type is 'a' there, which has no keys.",
+    "recipe=a --config b": "--config=b: 'a' is already given. Name one, and extend.",
+    "recipe=lora4b": "there is no recipe 'lora4b'. Did you mean 'lora_4b'? Known: ",
+    "recipe=no/such.yaml": "recipe no/such.yaml: there is no such file.",
+    "--max_steps 5 6": "'6' is neither section.key=value nor a flag. Example: training.learning_rate=1e-5.",
+}
+
+
+@pytest.mark.parametrize("words", WRONG_ARGUMENTS)
+def test_a_wrong_command_line_is_one_exact_line(words):
+    with pytest.raises(RecipeError) as error:
+        recipe_from_argv(words.split())
+    told, expected = str(error.value), WRONG_ARGUMENTS[words]
+    assert told.startswith(expected) if expected.endswith("Known: ") else told == expected
+    assert "\n" not in told
+
+
+def test_a_missing_base_that_is_shipped_is_pointed_out(write):
+    path = write("mine.yaml", "extends: lora_4b.yaml")
+    with pytest.raises(RecipeError, match=r"Did you mean /\S+/recipes/lora_4b\.yaml\? Paths start at the folder of"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("words", ["training.learning_rate=abc", "--no_such_flag 1", "recipe=nope", "data.nope=1"])
+def test_the_command_says_it_in_one_line_with_exit_code_2_and_writes_nothing(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["train"], ["recipe", "lora_4b"]):
+        assert main([*command, *words.split()]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert said.out == ""
+    assert list(tmp_path.iterdir()) == []

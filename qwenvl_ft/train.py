@@ -77,8 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: exit code 0, 2 for a user's error (one line, nothing written), 128 + n for signal n."""
     try:
         from qwenvl_ft.recipe.argv import recipe_from_argv
+        from qwenvl_ft.training.arguments import leave_processes
 
         result = train(recipe_from_argv(sys.argv[1:] if argv is None else argv))
+        leave_processes()
     except QwenVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

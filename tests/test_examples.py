@@ -32,7 +32,10 @@ def test_digits_are_split_as_the_file_goes_and_drawn_as_they_are(digits):
     from sklearn.datasets import load_digits
 
     train, val = lines(digits / "train.jsonl"), lines(digits / "val.jsonl")
-    assert (len(train), len(val)) == (1500, 297)
+    assert (len(train), len(val)) == (15_000, 297)
+    varied = [record for record in train if "-" in record["image"]]
+    train = [record for record in train if "-" not in record["image"]]
+    assert {record["image"][7:11] for record in varied} == {record["image"][7:11] for record in train}, "held out digits"
     answers = [int(record["conversations"][-1]["value"]) for record in train + val]
     assert answers == load_digits().target.tolist()
     for index in (0, 1499, 1500, 1796):
@@ -46,7 +49,7 @@ def test_digits_are_the_same_bytes_every_time(digits, tmp_path):
     subprocess.run([sys.executable, ROOT / "examples/digits/make_digits.py", tmp_path], check=True)
     for name in ("train.jsonl", "val.jsonl", "images/0000.png", "images/1796.png"):
         assert (tmp_path / name).read_bytes() == (digits / name).read_bytes()
-    assert len(list(tmp_path.glob("images/*.png"))) == 1797
+    assert len(list(tmp_path.glob("images/*.png"))) == 1797 + 9 * 1500
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

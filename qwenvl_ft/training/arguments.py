@@ -1,6 +1,7 @@
 """A recipe -> transformers' TrainingArguments: what Trainer needs, and the settings our loop relies on."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         )
     told |= RELIED_ON
     told["learning_rate"] = learning_rate(recipe)
+    told.setdefault("use_cpu", not torch.accelerator.is_available())
     if "bf16" not in told and "fp16" not in told and torch.cuda.is_available():
         told["bf16"] = recipe.model.torch_dtype == "bfloat16"
         told["fp16"] = recipe.model.torch_dtype == "float16"
@@ -84,6 +86,36 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
         told.setdefault("metric_for_best_model", "eval_loss")
     try:
-        return TrainingArguments(**told)
+        args = TrainingArguments(**told)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {' '.join(str(error).split())}") from None
+    join_processes(args)
+    return args
+
+
+def join_processes(args: TrainingArguments) -> None:
+    """See that all started processes are one run, before the model is loaded.
+
+    On a CPU transformers joins them only if told to use it, and DeepSpeed, which shards the model while it is loaded,
+    does not look for a process group that it did not make itself: both would train on alone, each on all data.
+
+    Raises:
+        RecipeError: the launcher started more processes than the run sees.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != args.world_size:
+        raise RecipeError(
+            f"the launcher started {started} processes, but this run sees {args.world_size}: each would train alone. "
+            "Launch by torchrun or accelerate on devices of one kind, or set training.use_cpu=true."
+        )
+    if args.deepspeed is not None and torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+
+
+def leave_processes() -> None:
+    """Let the slowest process finish before any goes: one that leaves early takes the others' connections with it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,122 @@
+"""Every way to start a run, one process and two; sharded by DeepSpeed too: the same weights and losses come out."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import picture
+from transformers import AutoModelForImageTextToText
+
+PYTHON = sys.executable
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight records, some with an image and some without: ranks get batches of different kinds."""
+    folder = tmp_path_factory.mktemp("launch_data")
+    lines = []
+    for i in range(8):
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": f"it is {i} " * (1 + i % 4)}]
+        record = {"conversations": turns}
+        if i % 2:
+            picture(64 + 32 * (i % 3), 64, i).save(folder / f"{i}.png")
+            turns[0]["value"] = "<image>\nWhat?"
+            record["image"] = f"{i}.png"
+        lines.append(json.dumps(record))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launchers(processes):
+    """Words before the module. accelerate starts several processes with --multi_gpu, also where they are CPU's."""
+    accelerate = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    accelerate += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", free_port()]
+    accelerate.append("--cpu" if processes == 1 else "--multi_gpu")
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return {"accelerate": [*accelerate, "-m"], "torchrun": [*torchrun, "-m"], "python": ["-m"]}
+
+
+def start(launcher, processes, checkpoint, data, output, *more):
+    """Run four steps over all eight samples each; without packing, so that a step is 8 samples in any split."""
+    arguments = [
+        f"model.model={checkpoint}",
+        "model.torch_dtype=float32",
+        f"data.train={data}",
+        "template.max_length=256",
+        "tuner.train_type=full",
+        "tuner.freeze_vit=false",
+        "tuner.freeze_aligner=false",
+        "training.packing=false",
+        "training.per_device_train_batch_size=1",
+        f"training.gradient_accumulation_steps={8 // processes}",
+        "training.max_steps=4",
+        "training.learning_rate=1e-3",
+        "training.optim=sgd",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
+        "training.max_grad_norm=0.5",
+        "training.logging_steps=1",
+        "training.save_strategy=no",
+        "training.dataloader_num_workers=0",
+        "training.report_to=none",
+        f"training.output_dir={output}",
+    ]
+    command = [PYTHON, *launchers(processes)[launcher], "qwenvl_ft.train", *arguments, *more]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    entries = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry], served(output)
+
+
+def served(folder):
+    """The weights that plain transformers loads from a folder, by name."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").state_dict()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_dir, data, tmp_path_factory):
+    return start("python", 1, tiny_dir, data, tmp_path_factory.mktemp("reference"))
+
+
+def assert_same_run(run, reference, checkpoint, tolerance=1e-5):
+    losses, weights = run
+    assert losses == pytest.approx(reference[0], rel=tolerance)
+    begin = served(checkpoint)
+    for name, expected in reference[1].items():
+        moved = float((expected - begin[name]).abs().max())
+        assert float((weights[name] - expected).abs().max()) <= 1e-3 * moved + 1e-7, name
+    assert max(float((reference[1][name] - begin[name]).abs().max()) for name in begin) > 1e-4, "vacuous: nothing moved"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_one_process_by_any_launcher_is_bit_equal(tiny_dir, data, tmp_path, reference, launcher):
+    losses, weights = start(launcher, 1, tiny_dir, data, tmp_path)
+    assert losses == reference[0]
+    assert all(torch.equal(weights[name], reference[1][name]) for name in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_two_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, launcher):
+    assert_same_run(start(launcher, 2, tiny_dir, data, tmp_path), reference, tiny_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("preset", ["zero2", "zero3"])
+def test_two_sharded_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, preset):
+    run = start("torchrun", 2, tiny_dir, data, tmp_path, "deepspeed.enabled=true", f"deepspeed.config={preset}")
+    assert_same_run(run, reference, tiny_dir)

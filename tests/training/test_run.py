@@ -1,0 +1,277 @@
+"""A run from recipe to checkpoint: what it leaves, what it tells, what can be done with it, and how it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from cases import picture
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qwenvl_ft import train as train_function
+from qwenvl_ft.errors import TrainingError
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.train import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A train and a val file beside their images."""
+    folder = tmp_path_factory.mktemp("run_data")
+    for name, first, count in (("train", 0, 8), ("val", 8, 3)):
+        lines = []
+        for i in range(first, first + count):
+            picture(64 + 16 * (i % 3), 64, i).save(folder / f"{i}.png")
+            turns = [
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": f"it is {i} " * (1 + i % 3)},
+            ]
+            lines.append(json.dumps({"id": f"r{i}", "image": f"{i}.png", "conversations": turns}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings(tiny_dir, data, output, *more):
+    return [
+        f"model.model={tiny_dir}",
+        "model.torch_dtype=float32",
+        f"data.train={data / 'train.jsonl'}",
+        f"data.val={data / 'val.jsonl'}",
+        "template.max_length=160",
+        "tuner.train_type=full",
+        "tuner.freeze_vit=false",
+        "tuner.freeze_aligner=false",
+        "training.max_steps=6",
+        "training.learning_rate=1e-3",
+        "training.dataloader_num_workers=0",
+        "training.activation_checkpointing=false",
+        "training.logging_steps=1",
+        "training.eval_strategy=steps",
+        "training.eval_steps=2",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+        "training.report_to=none",
+        f"training.output_dir={output}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir, data, tmp_path_factory):
+    """A finished run: its folder and its result."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    more = ("training.load_best_model_at_end=true", "evaluation.run_after_training=true", "evaluation.max_new_tokens=4")
+    return output, train_function(load_recipe(None, settings(tiny_dir, data, output, *more)))
+
+
+def test_a_run_leaves_what_is_needed_to_serve_inspect_and_repeat_it(finished):
+    output, result = finished
+    assert result.steps == 6
+    assert {p.name for p in output.glob("checkpoint-*")} <= {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert len(list(output.glob("checkpoint-*"))) == 2, "save_total_limit is 2"
+    for folder in (output, *output.glob("checkpoint-*")):
+        names = {path.name for path in folder.iterdir()}
+        assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "recipe.yaml"} <= names
+        assert {"trainer_state.json", "training_args.bin"} <= names
+    assert {"training.log", "trainer_log.jsonl"} <= {path.name for path in output.iterdir()}
+    assert 0.0 <= result.metrics["exact_match"] <= 1.0
+    assert result.metrics["exact_match_count"] == 3
+
+
+def test_the_log_tells_rates_speed_fill_and_progress(finished):
+    output, _ = finished
+    entries = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    expected = {"loss", "grad_norm", "learning_rate", "lr/vision", "lr/merger", "lr/llm", "tokens_per_second"}
+    expected |= {"supervised_tokens", "row_fill", "samples_seen", "peak_memory_gib", "eta_seconds", "total_steps"}
+    assert expected <= steps[0].keys()
+    rows = [round(entry["row_fill"] * 160) for entry in steps]
+    per_epoch = next(k for k in range(1, 7) if steps[k - 1]["samples_seen"] == 8)
+    assert [entry["samples_seen"] for entry in steps][per_epoch - 1] == 8
+    assert sum(rows[:per_epoch]) == sum(rows[per_epoch : 2 * per_epoch]), "both epochs have the same tokens"
+    assert all(0 < entry["row_fill"] <= 1 for entry in steps)
+    evaluations = [entry for entry in entries if "eval_loss" in entry]
+    assert evaluations[0]["eval_perplexity"] == pytest.approx(math.exp(evaluations[0]["eval_loss"]), rel=1e-6)
+    assert "step 6/6" in (output / "training.log").read_text()
+
+
+def test_the_checkpoint_is_served_by_plain_transformers_and_the_loss_has_fallen(finished, tiny_dir):
+    """Upstream classes and loader alone; the trained model's own loss on the training picture is lower."""
+    output, _ = finished
+    processor = AutoProcessor.from_pretrained(output)
+    text = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "it is 1 it is 1 "}]},
+        ],
+        tokenize=False,
+    )
+    inputs = processor(text=[text], images=[picture(80, 64, 1)], return_tensors="pt")
+    losses = {}
+    for name, folder in (("before", tiny_dir), ("after", output)):
+        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        with torch.no_grad():
+            losses[name] = float(model(**inputs, labels=inputs["input_ids"]).loss)
+    assert losses["after"] < losses["before"] - 0.05
+    assert model.config.text_config.use_cache is True
+
+
+def test_the_saved_recipe_runs_again_to_the_same_weights(finished, tmp_path):
+    output, _ = finished
+    again = load_recipe(output / "recipe.yaml", [f"training.output_dir={tmp_path / 'again'}"])
+    train_function(again)
+    first, second = load_file(output / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    third = load_recipe(output / "recipe.yaml", [f"training.output_dir={tmp_path / 'third'}", "training.seed=7"])
+    train_function(third)
+    other = load_file(tmp_path / "third" / "model.safetensors")
+    assert not all(torch.equal(first[name], other[name]) for name in first), "vacuous: the seed does nothing"
+
+
+def test_save_strategy_best_keeps_the_best_and_early_stopping_ends_the_run(tiny_dir, data, tmp_path):
+    """A rate at which the loss explodes after the first steps: the first evaluation stays the best."""
+    more = [
+        "training.save_strategy=best",
+        "training.learning_rate=3.0",
+        "training.lr_scheduler_type=constant",
+        "training.early_stopping_patience=2",
+        "training.max_steps=40",
+        "training.save_total_limit=2",
+        "training.load_best_model_at_end=true",
+    ]
+    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path, *more)))
+    entries = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert result.steps == best + 4 < 40, "two evaluations without a better one"
+    assert (tmp_path / f"checkpoint-{best}").is_dir()
+    kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    final = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(kept[name], final[name]) for name in kept)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir, data, tmp_path):
+    """The embedding of a token that only record r4 has gives NaN."""
+    from qwenvl_ft.training import setup
+
+    recipe = load_recipe(None, settings(tiny_dir, data, tmp_path, "training.packing=false"))
+    tokens = lambda i: set(setup.build_processor(recipe).tokenizer(f"it is {i} ")["input_ids"])  # noqa: E731
+    (token,) = tokens(4) - tokens(5)
+    build = setup.build_model
+
+    def poisoned(recipe, args):
+        model = build(recipe, args)
+
+        def spoil(module, inputs, output):
+            return torch.where((inputs[0] == token)[..., None], float("nan"), output)
+
+        model.get_input_embeddings().register_forward_hook(spoil)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "build_model", poisoned)
+        with pytest.raises(
+            TrainingError, match=r"step \d+: the loss is nan in the row of .*train\.jsonl:5 \(id 'r4'\)\."
+        ):
+            train_function(recipe)
+
+
+WRONG = {
+    "no model": (["model.model="], "model.model is not set"),
+    "a model that is not there": (["model.model=/no/such/model"], "/no/such/model"),
+    "no data": (["data.train="], "data.train is not set"),
+    "a file that is not there": (["data.train=nowhere.jsonl"], "do not find nowhere.jsonl"),
+    "an unknown name": (["data.train=flare_x"], "do not find flare_x"),
+    "a text for a number": (["training.learning_rate=abc"], "training.learning_rate: 'abc' is not a number"),
+    "a negative size": (["template.max_length=-5"], "template.max_length: -5 must be above 0"),
+    "an unknown key": (["tuner.lora_rnk=8"], "Did you mean 'lora_rank'?"),
+    "an unknown section": (["tunner.lora_rank=8"], "Did you mean 'tuner'?"),
+    "an unknown TrainingArguments field": (["training.lerning_rate=1"], "Did you mean 'learning_rate'?"),
+    "an unknown choice": (["tuner.train_type=lorra"], "Did you mean 'lora'?"),
+    "an unknown schedule": (["training.lr_scheduler_type=cosin"], "Did you mean 'cosine'?"),
+    "an unknown optimizer": (["training.optim=adamw_torc"], "Did you mean 'adamw_torch'?"),
+    "no recipe of that name": (["recipe=lora_5b"], "Did you mean 'lora_4b'?"),
+    "no such recipe file": (["recipe=no/such.yaml"], "there is no such file"),
+    "an unknown flag": (
+        ["--lora_rnak", "8"],
+        "unknown flag --lora_rnak. Did you mean --lora_rank?|Did you mean 'lora_rank'?",
+    ),
+    "a stray word": (["hello"], "neither section.key=value nor a flag"),
+    "best without evaluation": (["training.save_strategy=best", "training.eval_strategy=no"], "needs evaluations"),
+    "best without data": (["training.save_strategy=best", "data.val=null"], "Set data.val"),
+    "an image longer than a row": (["template.max_pixels=1048576"], "lets one image take 1024 tokens"),
+    "packing and padding": (["training.padding_free=false"], "Set training.packing=false"),
+    "no such attention": (["model.attn_impl=flash"], "is not a choice here"),
+    "flash attention without a GPU": (
+        ["model.attn_impl=flash_attn"],
+        "model.attn_impl=flash_attention_2 cannot be used",
+    ),
+    "a target that matches nothing": (["tuner.train_type=lora", "tuner.target_modules=[q_porj]"], "q_porj"),
+    "nothing left to train": (
+        ["tuner.freeze_llm=true", "tuner.freeze_vit=true", "tuner.freeze_aligner=true"],
+        "freeze",
+    ),
+    "a checkpoint that is not there": (["training.resume_from_checkpoint=/no/checkpoint-1"], "no such folder"),
+    "a deepspeed preset that is not there": (
+        ["deepspeed.enabled=true", "deepspeed.config=zero9"],
+        "Did you mean 'zero",
+    ),
+    "a rate that is no rate": (["data.train=a%x"], "must be a positive number of percent"),
+    "a wrong revision of the rules": (["training.remove_unused_columns=true"], "cannot be changed here"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_setting_is_one_line_exit_code_2_and_nothing_written(
+    tiny_dir, data, tmp_path, capsys, case, monkeypatch
+):
+    more, message = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "out"
+    assert main([*settings(tiny_dir, data, output), *more]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert any(part in told[0] for part in message.split("|")), told[0]
+    assert not output.exists()
+    assert not list(tmp_path.iterdir())
+
+
+BAD_RECORDS = {
+    "not JSON": ('{"image": ', "train.jsonl:2: not valid JSON"),
+    "no format": ('{"prompt": "x"}', "train.jsonl:2: no format has the keys prompt"),
+    "an image that is not there": (
+        '{"image": "none.png", "messages": [{"role": "user", "content": "<image>"}]}',
+        "none.png does not exist",
+    ),
+    "more tags than images": (
+        '{"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}',
+        "more <image> tags than media",
+    ),
+    "a role that is not one": ('{"conversations": [{"from": "bot", "value": "x"}]}', "has from='bot'"),
+    "a control token": (
+        '{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]}',
+        "control token <|im_end|>",
+    ),
+    "a corrupt image": (
+        '{"image": "broken.png", "messages": [{"role": "user", "content": "<image>"}]}',
+        "broken.png is not an image",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECORDS)
+def test_a_bad_record_is_one_line_that_names_it(tiny_dir, data, tmp_path, capsys, case):
+    record, message = BAD_RECORDS[case]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "broken.png").write_text("no image")
+    good = '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
+    (folder / "train.jsonl").write_text(f"{good}\n{record}\n")
+    output = tmp_path / "out"
+    assert main([*settings(tiny_dir, data, output), f"data.train={folder / 'train.jsonl'}"]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in told
+    assert "train.jsonl" in told
+    assert not output.exists()

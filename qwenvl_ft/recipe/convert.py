@@ -29,6 +29,14 @@ class Mismatch(Exception):
     """The value has not this type; tried next is another member of a union."""
 
 
+class OutOfLimits(Mismatch):
+    """The value has the type, but not the size."""
+
+    def __init__(self, number: float, told: str) -> None:
+        super().__init__(f"{told}.")
+        self.number = number
+
+
 def convert(value: Any, annotation: Any, where: str) -> Any:
     """The value in its field's type.
 
@@ -44,7 +52,8 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     try:
         return _convert(value, annotation)
     except Mismatch as error:
-        raise RecipeError(f"{where}: {shown(value)} {error}") from None
+        wrong = error.number if isinstance(error, OutOfLimits) else value
+        raise RecipeError(f"{where}: {shown(wrong)} {error}") from None
 
 
 def shown(value: Any) -> str:
@@ -75,7 +84,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         converted = _convert(value, base)
         allowed, told = LIMITS[limit]
         if converted is not None and not allowed(converted):
-            raise Mismatch(f"{told}.")
+            raise OutOfLimits(converted, told)
         return converted
     if origin in (Union, types.UnionType):
         return _union(value, get_args(annotation))

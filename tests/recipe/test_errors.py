@@ -235,6 +235,7 @@ def told_of(overrides):
 
 WRONG_ARGUMENTS = {
     "tuner.lora_rank=abc": "override: tuner.lora_rank: 'abc' is not a whole number. Example: 8.",
+    "--lora_rank -3": "override: --lora_rank: -3 must be above 0.",
     "--lora_rank abc": "override: --lora_rank: 'abc' is not a whole number. Example: 8.",
     "--tune_mm_llm maybe": "override: --tune_mm_llm: 'maybe' is not true or false.",
     "--learning_rate": "--learning_rate needs a value, as in --learning_rate VALUE.",

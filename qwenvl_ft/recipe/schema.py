@@ -131,7 +131,7 @@ class TrainingConfig:
     """Fill rows of template.max_length tokens with whole samples that cannot see each other."""
     padding_free: bool = True
     """Join samples into one row instead of padding them; false only for comparison."""
-    pack_dataset_break_mode: Literal["no_break_longest_only", "no_break", "break"] = "no_break_longest_only"
+    pack_dataset_break_mode: Literal["no_break_longest_only", "break"] = "no_break_longest_only"
     """How rows are filled: the longest sample first, each into the fullest row that takes it. Never split: break is an
     error."""
     lazy_tokenize: bool = False

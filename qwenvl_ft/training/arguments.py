@@ -17,6 +17,7 @@ TUNER_LEARNING_RATE = 1e-4
 
 RELIED_ON: dict[str, Any] = {
     "remove_unused_columns": False,  # our batches are not columns
+    "dataloader_drop_last": False,  # no record is left out of an epoch
     "label_names": ["labels"],
     "logging_nan_inf_filter": False,  # would hide what TrainingError reports, and wait for the device each step
     "average_tokens_across_devices": True,
@@ -60,8 +61,7 @@ def deepspeed_config(config: str | dict[str, Any]) -> str | dict[str, Any]:
 def build_arguments(recipe: Any) -> TrainingArguments:
     """TrainingArguments of a recipe.
 
-    Mixed precision follows ``model.torch_dtype`` unless the recipe says otherwise: bf16 or fp16 where a CUDA device
-    is there, none on the CPU.
+    Mixed precision follows ``model.torch_dtype`` unless the recipe says otherwise.
 
     Raises:
         RecipeError: transformers refuses a combination; its own words, on one line.
@@ -76,7 +76,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     told |= RELIED_ON
     told["learning_rate"] = learning_rate(recipe)
     told.setdefault("use_cpu", not torch.accelerator.is_available())
-    if "bf16" not in told and "fp16" not in told and torch.cuda.is_available():
+    if "bf16" not in told and "fp16" not in told:
         told["bf16"] = recipe.model.torch_dtype == "bfloat16"
         told["fp16"] = recipe.model.torch_dtype == "float16"
     if recipe.deepspeed.enabled:

@@ -1,0 +1,278 @@
+"""How well boxes, quads and lines of dense captions are found, each kind by itself.
+
+A predicted object can only be matched with an expected one of its kind and class, one with one, the most alike first.
+Likeness: intersection over union of boxes and quads; for lines 1 minus their mean distance over the diagonal.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.evaluation.medical import box_iou, match
+from qwenvl_ft.evaluation.parse import clean, load_json, plain
+
+Points = NDArray[np.float64]
+"""float64[points, 2] of x, y."""
+
+LINE_SAMPLES = 64
+"""Points at equal steps along a line from which the distance to the other is taken."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object of a dense caption."""
+
+    kind: str
+    """``bbox``, ``quad`` or ``line``."""
+    desc: str
+    points: Points
+
+    @property
+    def label(self) -> str:
+        """Its class: what stands before the first slash."""
+        return plain(self.desc.split("/")[0])
+
+
+def parse_objects(text: str) -> dict[str, list[Found]] | None:
+    """Image -> its objects in a dense caption's JSON, in the order of its images; None if it cannot be read.
+
+    Read are ``{image: {object: {"desc": ..., KIND: [...]}}}``, and one image's ``{object: {...}}`` or list of objects as
+    image ``""``; fenced or cut off too. An object without exactly one well-formed geometry is left out.
+    """
+    value = load_json(clean(text))
+    if isinstance(value, list):
+        return {"": _objects(value)}
+    if not isinstance(value, dict):
+        return None
+    if any(isinstance(inner, (dict, list)) and not _is_object(inner) for inner in value.values()):
+        return {name: _objects(inner) for name, inner in value.items()}
+    return {"": _objects(value)}
+
+
+def geometry_accuracy(
+    references: Sequence[str],
+    answers: Sequence[str],
+    *,
+    sizes: Sequence[Sequence[tuple[float, float]]] | None = None,
+    iou: float = 0.5,
+    distance: float = 0.02,
+    by_class: bool = True,
+) -> dict[str, Any]:
+    """Precision, recall, F1 and mean likeness for ``bbox``, ``quad`` and ``line``, and F1 of all together.
+
+    Args:
+        sizes: (width, height) of each image of each record, in the unit of the coordinates; None is 1000 x 1000, as
+            norm1000 has it. Only the distance of lines depends on it.
+        iou: a box or quad is found if its IoU is above.
+        distance: a line is found if its mean distance, in diagonals, is below.
+        by_class: whether classes must be equal.
+
+    Raises:
+        DataError: a reference is no dense caption, or the sequences differ in length.
+    """
+    if not references or len(references) != len(answers):
+        raise DataError(f"{len(references)} references and {len(answers)} answers: give as many, and one at least.")
+    tallies = {kind: Tally() for kind in KINDS}
+    unparsed = 0
+    for number, (reference, answer) in enumerate(zip(references, answers, strict=True)):
+        expected, given = parse_objects(reference), parse_objects(answer)
+        if expected is None:
+            raise DataError(f"reference {number} is no dense caption: {reference[:80]!r}.")
+        unparsed += given is None
+        for image, (there, found) in enumerate(_by_image(expected, given or {})):
+            size = sizes[number][image] if sizes is not None and image < len(sizes[number]) else (1000.0, 1000.0)
+            for kind, tally in tallies.items():
+                tally.add(*_kind_pairs(kind, there, found, np.asarray(size), iou, distance, by_class))
+    told: dict[str, Any] = {kind: tally.scores() for kind, tally in tallies.items()}
+    every = Tally()
+    for tally in tallies.values():
+        every.add(tally.likeness, tally.there, tally.found)
+    return told | {"f1": every.scores()["f1"], "count": len(references), "n_unparsed": unparsed}
+
+
+class Tally:
+    """Matches of one kind over a set."""
+
+    def __init__(self) -> None:
+        self.likeness: list[float] = []
+        """Of each match."""
+        self.there = self.found = 0
+        """Expected and predicted objects."""
+
+    def add(self, likeness: list[float], there: int, found: int) -> None:
+        self.likeness += likeness
+        self.there += there
+        self.found += found
+
+    def scores(self) -> dict[str, Any]:
+        """Scores; None where there is nothing that they could be of."""
+        hits = len(self.likeness)
+        both = self.there + self.found
+        return {
+            "precision": hits / self.found if self.found else None,
+            "recall": hits / self.there if self.there else None,
+            "f1": 2 * hits / both if both else None,
+            "mean_likeness": sum(self.likeness) / hits if hits else None,
+            "tp": hits,
+            "fp": self.found - hits,
+            "fn": self.there - hits,
+        }
+
+
+def quad_iou(quad: Points, other: Points) -> float:
+    """Intersection over union of two simple quads, convex or not, with corners in any direction of turn.
+
+    Each is cut into two triangles, whose intersections are exact. A quad that crosses itself counts as its hull.
+    """
+    a, b = _triangles(quad), _triangles(other)
+    inner = sum(_area(_clip(triangle, window)) for triangle in a for window in b)
+    union = sum(map(_area, a)) + sum(map(_area, b)) - inner
+    return float(inner / union) if union > 0 else 0.0
+
+
+def line_distance(line: Points, other: Points, size: Points) -> float:
+    """Mean distance of each line's points from the other line, both ways averaged, in diagonals of the image.
+
+    The direction in which a line is drawn does not matter, nor how many points it has.
+    """
+    there, back = _mean_distance(line, other), _mean_distance(other, line)
+    return (there + back) / 2 / float(np.hypot(*size))
+
+
+def _box_likeness(a: list[Points], b: list[Points], size: Points) -> Points:
+    def corners(boxes: list[Points]) -> list[Any]:
+        return [(*box.min(axis=0), *box.max(axis=0)) for box in boxes]
+
+    return box_iou(corners(a), corners(b))
+
+
+def _quad_likeness(a: list[Points], b: list[Points], size: Points) -> Points:
+    return np.array([[quad_iou(quad, other) for other in b] for quad in a])
+
+
+def _line_likeness(a: list[Points], b: list[Points], size: Points) -> Points:
+    return np.array([[1 - line_distance(line, other, size) for other in b] for line in a])
+
+
+KINDS: dict[str, tuple[str, Callable[[int], bool], Callable[[list[Points], list[Points], Points], Points]]] = {
+    "bbox": ("bbox_2d", lambda numbers: numbers == 4, _box_likeness),
+    "quad": ("quad", lambda numbers: numbers == 8, _quad_likeness),
+    "line": ("line", lambda numbers: numbers >= 4 and numbers % 2 == 0, _line_likeness),
+}
+"""Kind -> its key in a caption, how many numbers it has, and likeness float64[a, b] of two lists of them."""
+
+
+def _by_image(expected: dict[str, list[Found]], given: dict[str, list[Found]]) -> list[tuple[list[Found], list[Found]]]:
+    """Expected and predicted objects of each image: by the images' names, or in order where names are others."""
+    if set(given) <= set(expected):
+        return [(objects, given[name] if name in given else []) for name, objects in expected.items()]
+    return list(zip_longest(expected.values(), given.values(), fillvalue=[]))
+
+
+def _kind_pairs(
+    kind: str,
+    there: list[Found],
+    found: list[Found],
+    size: Points,
+    iou: float,
+    distance: float,
+    by_class: bool,
+) -> tuple[list[float], int, int]:
+    """Likeness of the matches of a kind in one image, and how many objects of it each side has."""
+    a, b = ([item for item in side if item.kind == kind] for side in (there, found))
+    if not a or not b:
+        return [], len(a), len(b)
+    likeness = KINDS[kind][2]([item.points for item in a], [item.points for item in b], size)
+    if by_class:
+        likeness = likeness * np.array([[x.label == y.label for y in b] for x in a])
+    pairs = match(likeness, 1 - distance if kind == "line" else iou)
+    return [float(likeness[pair]) for pair in pairs], len(a), len(b)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and ("desc" in value or any(key in value for key, _, _ in KINDS.values()))
+
+
+def _objects(value: Any) -> list[Found]:
+    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [found for found in map(_object, values) if found is not None]
+
+
+def _object(value: Any) -> Found | None:
+    if not isinstance(value, dict):
+        return None
+    kinds = [kind for kind, (key, _, _) in KINDS.items() if key in value]
+    if len(kinds) != 1:
+        return None
+    key, fits, _ = KINDS[kinds[0]]
+    try:
+        numbers = np.asarray(value[key], dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        return None
+    if not fits(numbers.size) or not np.isfinite(numbers).all():
+        return None
+    return Found(kinds[0], str(value["desc"]) if "desc" in value else "", numbers.reshape(-1, 2))
+
+
+def _triangles(quad: Points) -> list[Points]:
+    """Two triangles that a quad consists of, each turning forward; its hull's if it crosses itself."""
+    for corners in (quad, np.roll(quad, -1, axis=0)):
+        first, second = corners[[0, 1, 2]], corners[[0, 2, 3]]
+        if _turn(*first) * _turn(*second) >= 0:  # the diagonal between them lies inside
+            return [_forward(first), _forward(second)]
+    around = quad - quad.mean(axis=0)
+    hull = quad[np.argsort(np.arctan2(around[:, 1], around[:, 0]))]
+    return [_forward(hull[[0, 1, 2]]), _forward(hull[[0, 2, 3]])]
+
+
+def _clip(polygon: Points, window: Points) -> Points:
+    """The part of a polygon inside a triangle that turns forward (Sutherland and Hodgman 1974)."""
+    for start, end in zip(window, np.roll(window, -1, axis=0), strict=True):
+        if not len(polygon):
+            break
+        side = np.array([_turn(start, end, point) for point in polygon])
+        kept: list[Any] = []
+        for k, point in enumerate(polygon):
+            before, now = side[k - 1], side[k]
+            if (before < 0) != (now < 0):
+                kept.append(polygon[k - 1] + (point - polygon[k - 1]) * before / (before - now))
+            if now >= 0:
+                kept.append(point)
+        polygon = np.array(kept).reshape(-1, 2)
+    return polygon
+
+
+def _turn(a: Points, b: Points, c: Points) -> float:
+    return float((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
+
+
+def _forward(triangle: Points) -> Points:
+    return triangle if _turn(*triangle) >= 0 else triangle[::-1]
+
+
+def _area(polygon: Points) -> float:
+    if len(polygon) < 3:
+        return 0.0
+    x, y = polygon.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _mean_distance(line: Points, other: Points) -> float:
+    """Mean distance of points at equal steps along a line from the nearest point of the other."""
+    points = _resampled(line)[:, None]  # [samples, 1, 2]
+    start, step = other[:-1], np.diff(other, axis=0)  # [segments, 2]
+    length = (step**2).sum(axis=-1)
+    along = ((points - start) * step).sum(axis=-1) / np.where(length > 0, length, 1)
+    nearest = start + np.clip(along, 0, 1)[..., None] * step  # [samples, segments, 2]
+    return float(np.linalg.norm(points - nearest, axis=-1).min(axis=1).mean())
+
+
+def _resampled(line: Points) -> Points:
+    lengths = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
+    places = np.linspace(0, lengths[-1], LINE_SAMPLES)
+    return np.stack([np.interp(places, lengths, line[:, axis]) for axis in (0, 1)], axis=1)

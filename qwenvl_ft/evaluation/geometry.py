@@ -41,8 +41,8 @@ class Found:
 def parse_objects(text: str) -> dict[str, list[Found]] | None:
     """Image -> its objects in a dense caption's JSON, in the order of its images; None if it cannot be read.
 
-    Read are ``{image: {object: {"desc": ..., KIND: [...]}}}``, and one image's ``{object: {...}}`` or list of objects as
-    image ``""``; fenced or cut off too. An object without exactly one well-formed geometry is left out.
+    Read are ``{image: {object: {"desc": ..., KIND: [...]}}}``, and one image's ``{object: {...}}`` or list of objects,
+    as image ``""``; fenced or cut off too. An object without exactly one well-formed geometry is left out.
     """
     value = load_json(clean(text))
     if isinstance(value, list):

@@ -1,0 +1,23 @@
+"""A dense-caption record by itself, for whoever reads records of any format one by one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwenvl_ft.data.conversation import Conversation, Source
+from qwenvl_ft.data.dense.options import DenseOptions
+from qwenvl_ft.data.dense.record import matches, read_dense_record
+from qwenvl_ft.data.dense.target import dense_conversation
+
+ALONE = DenseOptions(images_per_user_turn=1)
+
+
+def read(record: Mapping[str, Any], source: Source, media_root: str | None) -> Conversation:
+    """Ask for the objects of one record, with the default options.
+
+    Raises:
+        DataError: the record is malformed.
+    """
+    return dense_conversation([read_dense_record(record, source, media_root)], ALONE)
+
+
+__all__ = ["matches", "read"]

@@ -9,6 +9,7 @@ from qwenvl_ft.errors import QwenVLError, unknown_name
 COMMANDS = {
     "train": "train a recipe: qwenvl-ft train recipe=NAME section.key=value ...",
     "recipe": "print what a recipe resolves to, and which file each value came from",
+    "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
     "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",
 }
@@ -16,6 +17,8 @@ COMMANDS = {
 
 FLAGS_PASS = ("recipe",)
 """Commands that take the flags of recipes beside their own options."""
+OWN_OPTIONS = ("convert",)
+"""Commands whose function takes the words behind its name and returns the exit code."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,11 +50,13 @@ def run(name: str, rest: list[str]) -> int:
         from qwenvl_ft.train import main as train
 
         return train(rest)
+    function = getattr(import_module(f"qwenvl_ft.cli.{name}"), name)
+    if name in OWN_OPTIONS:
+        return function(rest)
     import typer
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     settings = {"ignore_unknown_options": name in FLAGS_PASS}
-    function = getattr(import_module(f"qwenvl_ft.cli.{name}"), name)
     app.command(name, help=COMMANDS[name], context_settings=settings)(function)
     app(args=rest, prog_name=f"qwenvl-ft {name}")
     return 0

@@ -176,8 +176,10 @@ def find_datasets(names: Iterable[str]) -> list[str]:
     for name in names:
         key = name.lower()
         if key not in groups and key not in spelled:
+            close = get_close_matches(key, [*spelled, *groups], n=1)
+            meant = spelled[close[0]] if close and close[0] in spelled else key
             raise DataError(
-                f"unknown FLARE data set {name!r}.{hint(name, [*FLARE_DATASETS, *groups])} "
+                f"unknown FLARE data set {name!r}.{hint(meant, [*FLARE_DATASETS, *groups])} "
                 "Declare one of your own with --catalog FILE."
             )
         found.update(dict.fromkeys(groups[key] if key in groups else [spelled[key]]))

@@ -1,0 +1,256 @@
+"""A FLARE25 question -> a training record in the conversations format, or the reason why there is none."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.data.media import MediaPolicy, image_size, open_image
+from qwenvl_ft.errors import DataError, hint
+from qwenvl_ft.evaluation.parse import BOX, Box, map_boxes
+from qwenvl_ft.flare.catalog import BOX_TASKS, find_task
+from qwenvl_ft.flare.layout import Questions, answer_text, find_image, image_names
+
+COORDINATES = ("pixel", "norm1000")
+"""Units of boxes in answers: pixels of the stored image, or thousandths of its width and height as in Qwen3-VL."""
+CHECKS = ("decode", "header", "none")
+log = logging.getLogger("qwenvl_ft.flare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How records are made."""
+
+    coordinates: str = "pixel"
+    check_images: str = "decode"
+    """decode every pixel, read the header, or only look whether the file is there."""
+    keep_incomplete: bool = False
+    """Keep a question with the images that are there if others are missing or damaged."""
+    num_workers: int = 4
+    """Threads that check images."""
+
+    def __post_init__(self) -> None:
+        for value, known, flag in (
+            (self.coordinates, COORDINATES, "--coordinates"),
+            (self.check_images, CHECKS, "--check_images"),
+        ):
+            if value not in known:
+                raise DataError(f"{flag} {value}: unknown.{hint(value, known)}")
+        if self.num_workers < 1:
+            raise DataError(f"--num_workers {self.num_workers}: give 1 or more.")
+
+
+class LeftOut(DataError):
+    """A question that makes no record."""
+
+    def __init__(self, reason: str, told: str) -> None:
+        super().__init__(told)
+        self.reason = reason
+
+
+@dataclass
+class Tally:
+    """What became of the questions of a split, or of several."""
+
+    total_samples: int = 0
+    converted_samples: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Reason -> questions left out."""
+    missing_images: int = 0
+    corrupted_images: int = 0
+    task_types: Counter[str] = field(default_factory=Counter)
+    image_counts: Counter[str] = field(default_factory=Counter)
+    guessed_tasks: int = 0
+    """Questions whose task was no task's name, so that the data set's first was taken."""
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def told(self) -> dict[str, Any]:
+        """As the report has it."""
+        return {
+            "total_samples": self.total_samples,
+            "converted_samples": self.converted_samples,
+            "skipped_samples": self.skipped.total(),
+            "skipped_by_reason": dict(self.skipped.most_common()),
+            "missing_images": self.missing_images,
+            "corrupted_images": self.corrupted_images,
+            "task_type_distribution": dict(self.task_types.most_common()),
+            "image_count_distribution": dict(sorted(self.image_counts.items())),
+            "guessed_task_types": self.guessed_tasks,
+            "total_errors": len(self.errors),
+        }
+
+
+class ImageCheck:
+    """What is wrong with images, each looked at once."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.faults: dict[Path, str] = {}
+        self.policy = MediaPolicy()
+
+    def look(self, paths: Iterable[Path], num_workers: int) -> None:
+        """Check many files at once; Pillow decodes without holding Python's lock."""
+        new = list(dict.fromkeys(path for path in paths if path not in self.faults))
+        with ThreadPoolExecutor(num_workers) as pool:
+            self.faults.update(zip(new, pool.map(self._fault, new), strict=True))
+
+    def fault(self, path: Path) -> str:
+        """What is wrong, or ``""``."""
+        if path not in self.faults:
+            self.faults[path] = self._fault(path)
+        return self.faults[path]
+
+    def _fault(self, path: Path) -> str:
+        try:
+            if self.how == "decode":
+                open_image(str(path), self.policy)
+            elif self.how == "header":
+                image_size(str(path), self.policy)
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+def convert_questions(questions: Questions, options: Options, check: ImageCheck) -> tuple[list[dict[str, Any]], Tally]:
+    """The records of a split, and what became of each question."""
+    tally = Tally(total_samples=len(questions.records))
+    named = [name for question in questions.records if isinstance(question, dict) for name in image_names(question)]
+    found = [find_image(questions.folder, name) for name in dict.fromkeys(named)]
+    check.look([path for path in found if path is not None], options.num_workers)
+    records: list[dict[str, Any]] = []
+    for index, question in enumerate(questions.records):
+        try:
+            record = make_record(question, questions, index, options, check, tally)
+        except LeftOut as error:
+            tally.skipped[error.reason] += 1
+            tally.errors.append(f"{questions.file}[{index}]: {error}")
+            log.debug("skipped %s[%d]: %s", questions.file, index, error)
+            continue
+        tally.task_types[record["task_type"]] += 1
+        tally.image_counts[str(len(record["image"]))] += 1
+        records.append(record)
+    tally.converted_samples = len(records)
+    return records, tally
+
+
+def make_record(
+    question: Any, questions: Questions, index: int, options: Options, check: ImageCheck, tally: Tally
+) -> dict[str, Any]:
+    """A question as a record; the keys that training ignores are what scoring needs.
+
+    Raises:
+        LeftOut: it has no images, question or answer, or an image cannot be used.
+    """
+    if not isinstance(question, dict):
+        raise LeftOut("malformed", f"a question is an object, this is a {type(question).__name__}")
+    text = question_text(question)
+    answer = answer_text(question)
+    if not text:
+        raise LeftOut("empty_question", "it has no question")
+    if not answer:
+        raise LeftOut("empty_answer", "it has no answer")
+    refuse_control_tokens(text, answer)
+    images = find_images(question, questions.folder, options, check, tally)
+    dataset = questions.dataset
+    task, certain = find_task(question["TaskType"] if "TaskType" in question else None, dataset)
+    tally.guessed_tasks += not certain
+    record: dict[str, Any] = {
+        "id": f"{dataset.name}_{questions.split}_{index:06d}",
+        "image": [str(path) for path in images],
+        "conversations": [
+            {"from": "human", "value": "<image>\n" * len(images) + text},
+            {"from": "gpt", "value": answer},
+        ],
+        "dataset": dataset.name,
+        "task_type": task,
+        "modality": dataset.modality,
+        "image_name": question["ImageName"],
+    }
+    if task in BOX_TASKS and options.coordinates == "norm1000":
+        width, height = common_size(images)
+        record["conversations"][1]["value"] = normalised(answer, width, height)
+        record |= {"coordinates": "norm1000", "width": width, "height": height}
+    return record
+
+
+def question_text(question: dict[str, Any]) -> str:
+    """The question without image tags of its own, which are written anew."""
+    return answer_text(question, "Question").replace("<image>", "").replace("<video>", "").strip()
+
+
+def find_images(
+    question: dict[str, Any], folder: Path, options: Options, check: ImageCheck, tally: Tally
+) -> list[Path]:
+    """A question's images, all there and whole.
+
+    Raises:
+        LeftOut: it names none, or one is missing or damaged; with ``keep_incomplete`` only if none is left.
+    """
+    names = image_names(question)
+    if not names:
+        raise LeftOut("no_image", f"it names no image: {question.get('ImageName')!r:.80}")
+    kept: list[Path] = []
+    faults: list[tuple[str, str]] = []
+    for name in names:
+        path = find_image(folder, name)
+        fault = f"image {name} is not below {folder}" if path is None else check.fault(path)
+        if path is not None and not fault:
+            kept.append(path)
+            continue
+        faults.append(("missing_image" if path is None else "corrupted_image", fault))
+    tally.missing_images += sum(reason == "missing_image" for reason, _ in faults)
+    tally.corrupted_images += sum(reason == "corrupted_image" for reason, _ in faults)
+    if faults and not (kept and options.keep_incomplete):
+        raise LeftOut(*faults[0])
+    for _, fault in faults:
+        log.warning("%s: kept with %d of %d images", fault, len(kept), len(names))
+    return kept
+
+
+def refuse_control_tokens(question: str, answer: str) -> None:
+    """Raises LeftOut for text that the encoder would refuse: it would open a turn or a medium of its own."""
+    from qwenvl_ft.data.encode import CONTROL
+
+    tags = [tag for tag in ("<image>", "<video>") if tag in answer]
+    tokens = tags + [token for token in CONTROL if token in question or token in answer]
+    if tokens:
+        raise LeftOut("control_token", f"its text holds {tokens[0]}")
+
+
+def common_size(images: list[Path]) -> tuple[int, int]:
+    """(width, height) that all images of a question share.
+
+    Raises:
+        LeftOut: they differ, so thousandths would have no meaning.
+    """
+    sizes = {image_size(str(path), MediaPolicy()) for path in images}
+    if len(sizes) > 1:
+        raise LeftOut("several_sizes", "its boxes cannot be normalised: its images differ in size")
+    height, width = sizes.pop()
+    return width, height
+
+
+def normalised(answer: str, width: int, height: int) -> str:
+    """Boxes in pixels -> boxes in thousandths of width and height, rounded and within 0 to 1000.
+
+    Raises:
+        LeftOut: the answer has none in brackets and is not empty.
+    """
+    if not BOX.search(answer) and any(char.isdigit() for char in answer):
+        raise LeftOut("unreadable_boxes", f"its boxes cannot be read: {answer[:80]!r}")
+
+    def scale(box: Box) -> list[int]:
+        sides = (width, height, width, height)
+        return [min(max(round(value / side * 1000), 0), 1000) for value, side in zip(box, sides, strict=True)]
+
+    return map_boxes(answer, scale)

@@ -1,0 +1,285 @@
+"""How good answers to FLARE25's questions are: the metrics of each data set, and their means by task.
+
+    python -m qwenvl_ft.flare.score --predictions predictions --input_dir organized_dataset --split val
+
+A file of predictions holds the question records, the model's text as ``prediction`` (or as ``Answer``, as in a
+submission). They are joined with the references by image names and question. A question without a prediction counts as
+one that was answered with nothing.
+"""
+
+import argparse
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import DataError, QwenVLError
+from qwenvl_ft.evaluation import medical
+from qwenvl_ft.evaluation.report import report_generation
+from qwenvl_ft.flare.catalog import (
+    CLASSIFICATION,
+    COUNTING,
+    DETECTION,
+    FLARE_DATASETS,
+    INSTANCE_DETECTION,
+    MULTI_LABEL,
+    REGRESSION,
+    REPORT,
+    FlareDataset,
+    find_task,
+    read_catalog,
+)
+from qwenvl_ft.flare.convert import write_json
+from qwenvl_ft.flare.layout import answer_text, find_base, find_questions, read_questions
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """How a task is scored."""
+
+    score: Callable[[Sequence[str], Sequence[str]], Metrics]
+    primary: str
+    """The number by which systems are compared."""
+    higher_is_better: bool = True
+
+
+TASK_METRICS: dict[str, TaskMetric] = {
+    CLASSIFICATION: TaskMetric(medical.classification, "balanced_accuracy"),
+    MULTI_LABEL: TaskMetric(medical.multi_label, "f1_samples"),
+    DETECTION: TaskMetric(medical.detection, "f1@0.5"),
+    INSTANCE_DETECTION: TaskMetric(medical.instance_detection, "f1@0.5"),
+    COUNTING: TaskMetric(medical.counting, "mae", higher_is_better=False),
+    REGRESSION: TaskMetric(medical.regression, "mae", higher_is_better=False),
+    REPORT: TaskMetric(report_generation, "green_stand_in"),
+}
+"""Task -> its metrics. The primary one of reports is the rule-based stand-in for GREEN, never GREEN itself."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answered question."""
+
+    dataset: str
+    task: str
+    reference: str
+    answer: str
+
+
+def score_rows(rows: Iterable[Row]) -> dict[str, Any]:
+    """The summary of answered questions.
+
+    Returns:
+        ``datasets``: name -> ``metadata`` and ``metrics`` by task. ``tasks``: task -> its ``primary`` metric's name and
+        mean over data sets, every other number's mean, and how many data sets and questions there are.
+
+    Raises:
+        DataError: a reference cannot be read; the message names data set and task.
+    """
+    groups: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row.dataset][row.task].append(row)
+    datasets: dict[str, Any] = {}
+    for name, tasks in groups.items():
+        metrics = {task: _score_task(name, task, group) for task, group in tasks.items()}
+        datasets[name] = {"metadata": _metadata(name, tasks), "metrics": metrics}
+    return {"datasets": datasets, "tasks": _by_task(datasets)}
+
+
+def rows_of_records(records: Iterable[dict[str, Any]], answers: Iterable[str]) -> list[Row]:
+    """Rows from converted records and what a model said to them, in the same order.
+
+    Boxes of both sides must be in the same unit; which one does not matter to an intersection over union.
+    """
+    return [
+        Row(record["dataset"], record["task_type"], record["conversations"][-1]["value"], answer)
+        for record, answer in zip(records, answers, strict=True)
+    ]
+
+
+def rows_of_questions(
+    dataset: FlareDataset, references: Iterable[Any], predictions: Iterable[Any]
+) -> tuple[list[Row], dict[str, int]]:
+    """Rows from question records with answers and those with predictions, joined by images and question.
+
+    Returns:
+        The rows, and counts: ``n_without_reference`` questions that have no answer to compare with, ``n_missing``
+        without a prediction, ``n_extra`` predictions for no question.
+    """
+    told: dict[str, deque[str]] = defaultdict(deque)
+    for record in predictions:
+        if isinstance(record, dict):
+            told[question_key(record)].append(answer_text(record, "prediction" if "prediction" in record else "Answer"))
+    rows: list[Row] = []
+    counts = {"n_without_reference": 0, "n_missing": 0, "n_extra": 0}
+    for record in references:
+        if not isinstance(record, dict):
+            continue
+        reference, key = answer_text(record), question_key(record)
+        answered = bool(told[key])
+        answer = told[key].popleft() if answered else ""
+        if not reference:
+            counts["n_without_reference"] += 1
+            continue
+        counts["n_missing"] += not answered
+        task, _ = find_task(record["TaskType"] if "TaskType" in record else None, dataset)
+        rows.append(Row(dataset.name, task, reference, answer))
+    counts["n_extra"] = sum(map(len, told.values()))
+    return rows, counts
+
+
+def question_key(record: dict[str, Any]) -> str:
+    """What two records of the same question share: ``ImageName||Question``."""
+    image = record["ImageName"] if "ImageName" in record else None
+    return f"{image}||{str(record['Question'] if 'Question' in record else '').strip()}"
+
+
+def dataset_of_file(path: Path) -> FlareDataset:
+    """The data set that a file's name begins with, as ``BUSI-det_questions_val.json``.
+
+    Raises:
+        DataError: it begins with none.
+    """
+    fitting = [name for name in FLARE_DATASETS if path.name.lower().startswith(f"{name.lower()}_")]
+    if not fitting:
+        raise DataError(f"{path}: its name begins with no FLARE data set. Example: retino_questions_val.json.")
+    return FLARE_DATASETS[max(fitting, key=len)]
+
+
+def score_files(files: Iterable[Path], base: str | Path | None = None, split: str = "val") -> dict[str, Any]:
+    """The summary of files of predictions.
+
+    Args:
+        base: ``organized_dataset`` with the references; None takes ``Answer`` of the same files, beside ``prediction``.
+
+    Raises:
+        DataError: a file cannot be read, its references are not there, or nothing is left to compare.
+    """
+    rows: list[Row] = []
+    counts: dict[str, dict[str, int]] = {}
+    for path in files:
+        dataset, predictions = dataset_of_file(path), read_questions(path)
+        references = _references(dataset, base, split, path, predictions)
+        found, counts[dataset.name] = rows_of_questions(dataset, references, predictions)
+        rows += found
+    if not rows:
+        raise DataError("there is nothing to score: no question has both a prediction and an answer.")
+    told = score_rows(rows)
+    for name, item in told["datasets"].items():
+        item["metadata"] |= counts[name]
+    return told
+
+
+def table(told: dict[str, Any]) -> str:
+    """The primary metric of each data set and task, and the means."""
+    rows = [("data set", "task", "metric", "score", "questions", "unparsed")]
+    for name, item in told["datasets"].items():
+        for task, metrics in item["metrics"].items():
+            rows.append((name, task, *_cells(TASK_METRICS[task].primary, metrics), str(metrics["n_unparsed"])))
+    for task, metrics in told["tasks"].items():
+        rows.append(("mean", task, *_cells(metrics["primary"], metrics), ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    told = argparse.ArgumentParser(prog=prog, description="Score answers to FLARE25 questions.")
+    told.add_argument("--predictions", nargs="+", required=True, metavar="PATH", help="files, or folders of them")
+    told.add_argument(
+        "--input_dir",
+        "--base_dir",
+        metavar="DIR",
+        help="the data with its answers; without it, they stand in the predictions",
+    )
+    told.add_argument("--split", default="val", help="split of the answers (default: val)")
+    told.add_argument("--output", metavar="FILE", help="write the summary there as JSON")
+    told.add_argument("--catalog", metavar="FILE", help="YAML of further data sets")
+    return told
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.score") -> int:
+    """The command: exit code 0, 2 for a user's error."""
+    asked = parser(prog).parse_args(argv)
+    try:
+        if asked.catalog:
+            read_catalog(asked.catalog)
+        base = find_base(asked.input_dir) if asked.input_dir else None
+        told = score_files(_files(asked.predictions), base, asked.split)
+    except QwenVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(told))
+    if asked.output:
+        Path(asked.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(asked.output), told)
+        print(f"summary: {asked.output}")
+    return 0
+
+
+def _references(
+    dataset: FlareDataset, base: str | Path | None, split: str, path: Path, predictions: list[Any]
+) -> list[Any]:
+    if base is not None:
+        questions = find_questions(base, dataset, split)
+        if questions is None:
+            raise DataError(f"{path}: there are no {split} questions of {dataset.name} below {base}.")
+        return questions.records
+    if not any(isinstance(record, dict) and "prediction" in record for record in predictions):
+        raise DataError(f"{path}: no record has a 'prediction' beside its 'Answer'. Give the answers with --input_dir.")
+    return predictions
+
+
+def _score_task(name: str, task: str, rows: list[Row]) -> Metrics:
+    try:
+        return TASK_METRICS[task].score([row.reference for row in rows], [row.answer for row in rows])
+    except DataError as error:
+        raise DataError(f"{name}, {task}: {error}") from None
+
+
+def _metadata(name: str, tasks: dict[str, list[Row]]) -> dict[str, Any]:
+    known = FLARE_DATASETS[name] if name in FLARE_DATASETS else None
+    return {
+        "category": known.category if known else None,
+        "modality": known.modality if known else None,
+        "tasks": {task: len(rows) for task, rows in tasks.items()},
+        "samples": sum(map(len, tasks.values())),
+    }
+
+
+def _by_task(datasets: dict[str, Any]) -> dict[str, Any]:
+    """Means over data sets, each of which counts alike."""
+    told: dict[str, Any] = {}
+    for task, metric in TASK_METRICS.items():
+        results = [item["metrics"][task] for item in datasets.values() if task in item["metrics"]]
+        if not results:
+            continue
+        sums = {"count", "n_unparsed"}
+        numbers = [key for key, value in results[0].items() if isinstance(value, (int, float)) and key not in sums]
+        means = {key: _mean([result[key] for result in results if result[key] is not None]) for key in numbers}
+        told[task] = {"primary": metric.primary, "higher_is_better": metric.higher_is_better, "datasets": len(results)}
+        told[task] |= means | {key: sum(result[key] for result in results) for key in sorted(sums)}
+    return told
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _cells(primary: str, metrics: Metrics) -> tuple[str, str, str]:
+    return primary, f"{metrics[primary]:.4f}", str(metrics["count"])
+
+
+def _files(paths: Iterable[str]) -> list[Path]:
+    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise DataError(f"there is no .json file in {', '.join(paths)}.")
+    return files
+
+
+if __name__ == "__main__":
+    sys.exit(main())

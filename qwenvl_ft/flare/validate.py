@@ -1,0 +1,238 @@
+"""Are converted files fit to train on? Structure, tags against images, every image decoded, answers, duplicates.
+
+    qwenvl-ft convert flare-validate --input_dir converted_data
+    qwenvl-ft convert flare-validate --files converted_data/retino_train.json
+
+Exit code 0 if nothing is wrong, 1 if something is; warnings do not count. ``validation_report.json`` has all findings.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import DataError, QwenVLError
+from qwenvl_ft.flare.convert import REPORT as CONVERSION_REPORT
+from qwenvl_ft.flare.convert import write_json
+from qwenvl_ft.flare.layout import answer_text
+from qwenvl_ft.flare.records import CHECKS, ImageCheck
+
+REPORT = "validation_report.json"
+FOLDERS = ("converted_data", "../converted_data")
+"""Where converted files are looked for if no folder is given."""
+TURNS = ("human", "gpt")
+MAX_SHOWN = 5
+"""Findings of a file that are printed; the report names all."""
+
+
+@dataclass
+class Findings:
+    """What is wrong, or may be, in one file."""
+
+    file: str
+    samples: int = 0
+    images: int = 0
+    errors: list[dict[str, str]] = field(default_factory=list)
+    """``record`` (``file.json[3]``), ``kind`` and ``message``; so too the warnings."""
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        kinds = Counter(finding["kind"] for finding in self.errors + self.warnings)
+        return {
+            "file": self.file,
+            "valid": not self.errors,
+            "samples": self.samples,
+            "images": self.images,
+            "by_kind": dict(kinds.most_common()),
+            "errors": self.errors,
+            "warnings": self.warnings,
+        }
+
+
+def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers: int = 4) -> Findings:
+    """Everything that is wrong with a converted file.
+
+    Args:
+        check: shared between files, so that an image is decoded once.
+    """
+    check = check or ImageCheck("decode")
+    findings = Findings(str(path))
+    records, fault = _read(Path(path))
+    if fault:
+        findings.errors.append({"record": str(path), "kind": "json", "message": fault})
+        return findings
+    findings.samples = len(records)
+    there = [Path(path).parent / name for record in records for name in _images(record)]
+    findings.images = len(set(there))
+    check.look([image for image in there if image.is_file()], num_workers)
+    seen: dict[str, int] = {}
+    for index, record in enumerate(records):
+        where = f"{path}[{index}]"
+        for kind, message in record_errors(record, Path(path).parent, check):
+            findings.errors.append({"record": where, "kind": kind, "message": message})
+        for kind, message in record_warnings(record, index, seen):
+            findings.warnings.append({"record": where, "kind": kind, "message": message})
+    return findings
+
+
+def record_errors(record: Any, folder: Path, check: ImageCheck) -> Iterator[tuple[str, str]]:
+    """(kind, message) of each reason why a record cannot be trained on.
+
+    Args:
+        folder: where relative paths of images start.
+    """
+    if not isinstance(record, dict):
+        yield "structure", f"a record is an object, this is a {type(record).__name__}"
+        return
+    images = _images(record)
+    if not images:
+        yield "image", "image is not a path or a list of paths"
+    for name in images:
+        if not (folder / name).is_file():
+            yield "missing_image", f"{name} does not exist"
+        elif fault := check.fault(folder / name):
+            yield "corrupted_image", fault
+    turns = record["conversations"] if "conversations" in record else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        yield "structure", "conversations is not a list of turns"
+        return
+    speakers = tuple(turn["from"] if "from" in turn else None for turn in turns)
+    if speakers != TURNS:
+        yield "turns", f"turns are {', '.join(map(str, speakers)) or '(none)'}, not {' and '.join(TURNS)}"
+        return
+    question, answer = (turn["value"] if "value" in turn else None for turn in turns)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        yield "structure", "the value of a turn is not a text"
+        return
+    if question.count("<image>") != len(images):
+        yield "tags", f"{question.count('<image>')} <image> tags, {len(images)} images"
+    if "<image>" in answer:
+        yield "tags", "the answer holds an <image> tag"
+
+
+def record_warnings(record: Any, index: int, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """(kind, message) of what can be trained on but is hardly meant.
+
+    Args:
+        seen: key of a record -> its index, filled here. The images are part of the key: the same question about
+            another image is another record.
+    """
+    if not isinstance(record, dict) or "conversations" not in record:
+        return
+    turns = record["conversations"]
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if isinstance(last, dict) and not answer_text(last, "value"):
+        yield "empty_answer", "the answer is empty"
+    key = json.dumps([_images(record), turns], sort_keys=True)
+    if key in seen:
+        yield "duplicate", f"the same as record {seen[key]}"
+    seen.setdefault(key, index)
+
+
+def validate(files: Iterable[Path], check_images: str = "decode", num_workers: int = 4) -> dict[str, Any]:
+    """The report on several files: ``files`` and a ``summary``."""
+    check = ImageCheck(check_images)
+    results = [validate_file(path, check, num_workers) for path in files]
+    kinds: Counter[str] = Counter()
+    for result in results:
+        kinds.update(finding["kind"] for finding in result.errors + result.warnings)
+    return {
+        "summary": {
+            "valid": not any(result.errors for result in results),
+            "files": len(results),
+            "samples": sum(result.samples for result in results),
+            "errors": sum(len(result.errors) for result in results),
+            "warnings": sum(len(result.warnings) for result in results),
+            "by_kind": dict(kinds.most_common()),
+        },
+        "files": [result.told() for result in results],
+    }
+
+
+def find_files(folder: str | Path | None, names: Iterable[str] | None) -> list[Path]:
+    """The converted files of a folder, or those named, as they are or within it.
+
+    Raises:
+        DataError: there are none.
+    """
+    folders = FOLDERS if folder is None else (folder,)
+    root = next((Path(place) for place in folders if Path(place).is_dir()), None)
+    if names is not None:
+        paths = [Path(name) if root is None or Path(name).exists() else root / name for name in names]
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing:
+            raise DataError(f"there is no file {', '.join(missing)}.")
+        return paths
+    if root is None:
+        raise DataError(f"there is no folder {' or '.join(map(str, folders))}. Give converted data with --input_dir.")
+    found = sorted(path for path in root.glob("*.json") if path.name not in (REPORT, CONVERSION_REPORT))
+    if not found:
+        raise DataError(f"{root} has no converted files. Run: qwenvl-ft convert flare --output_dir {root}")
+    return found
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    told = argparse.ArgumentParser(prog=prog, description="Check converted FLARE25 files before training.")
+    told.add_argument(
+        "--input_dir",
+        "--converted_dir",
+        metavar="DIR",
+        help="the files (default: converted_data, here or one level up)",
+    )
+    told.add_argument("--files", nargs="+", metavar="FILE", help="only these")
+    told.add_argument("--check_images", default="decode", choices=CHECKS, help="how far images are looked at")
+    told.add_argument("--num_workers", type=int, default=4, help="threads that check images")
+    told.add_argument("--save_report", metavar="FILE", help=f"default: {REPORT} beside the files")
+    return told
+
+
+def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare-validate") -> int:
+    """The command: exit code 0, 1 if something is wrong with a file, 2 for a user's error."""
+    asked = parser(prog).parse_args(argv)
+    try:
+        files = find_files(asked.input_dir, asked.files)
+        told = validate(files, asked.check_images, asked.num_workers)
+        target = Path(asked.save_report) if asked.save_report else files[0].parent / REPORT
+        write_json(target, told)
+    except QwenVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for result in told["files"]:
+        print(f"{'ok    ' if result['valid'] else 'FAILED'} {result['file']}: {result['samples']:,} samples")
+        for finding in (result["errors"] + result["warnings"])[:MAX_SHOWN]:
+            print(f"       {finding['kind']}: {finding['record']}: {finding['message']}")
+    counts = told["summary"]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts["by_kind"].items())
+    print(
+        f"{counts['samples']:,} samples, {counts['errors']:,} errors, {counts['warnings']:,} warnings"
+        + f": {kinds}" * bool(kinds)
+    )
+    print(f"report: {target}")
+    return 0 if counts["valid"] else 1
+
+
+def _read(path: Path) -> tuple[list[Any], str]:
+    """The records, and what is wrong with the file as a whole."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        return [], f"not valid JSON: {' '.join(str(error).split())}"
+    if not isinstance(records, list):
+        return [], f"a file of records is a JSON list, this is a {type(records).__name__}"
+    return (records, "") if records else ([], "the list is empty")
+
+
+def _images(record: Any) -> list[str]:
+    """A record's images: one path or a list of them; empty where they are something else."""
+    value = record["image"] if isinstance(record, dict) and "image" in record else None
+    names = value if isinstance(value, list) else [value]
+    kept = [name for name in names if isinstance(name, str) and name]
+    return kept if len(kept) == len(names) else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""Conversion of a whole tree: every form of answer, every fault counted by its reason, files that training reads."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flare_cases import CASES, MORE, SIZE, Case, picture, question
+from PIL import Image
+
+from qwenvl_ft.cli.main import main as command
+from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.data.records import load_records
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.flare.catalog import FLARE_DATASETS, register_converted
+from qwenvl_ft.flare.convert import convert, main
+from qwenvl_ft.flare.layout import find_questions
+from qwenvl_ft.flare.records import Options
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(tree, *arguments):
+    return main(["--input_dir", str(tree.base), *arguments])
+
+
+def read(tree, name):
+    return json.loads((tree.base.parent / "converted_data" / name).read_text())
+
+
+def retino(index=0, **changes):
+    """A good question with changes; None removes a key."""
+    told = {"TaskType": "classification", "ImageName": f"imagesTr/{index}.png", "Question": "Grade? A B", "Answer": "A"}
+    return {key: value for key, value in (told | changes).items() if value is not KEY_GONE}
+
+
+KEY_GONE = object()
+
+
+def test_every_data_set_is_converted_with_its_form_of_answer(full_tree):
+    assert run(full_tree, "--all") == 0
+    for case in [*CASES, *MORE]:
+        for split in ("train", "val"):
+            records = read(full_tree, f"{case.dataset}_{split}.json")
+            (record,) = [r for r in records if r["task_type"] == case.task]
+            dataset = FLARE_DATASETS[case.dataset]
+            human, gpt = record["conversations"]
+            assert gpt == {"from": "gpt", "value": case.text}
+            assert human["from"] == "human"
+            assert human["value"].startswith("<image>\n" * case.images + "Question ")
+            assert len(record["image"]) == case.images
+            assert all(Path(path).is_absolute() and Path(path).is_file() for path in record["image"])
+            assert (record["dataset"], record["modality"]) == (case.dataset, dataset.modality)
+            assert record["id"].startswith(f"{case.dataset}_{split}_00000")
+    told = read(full_tree, "conversion_report.json")
+    assert len(told["conversion_results"]) == 38
+    statistics = told["statistics"]
+    assert statistics["total_samples"] == statistics["converted_samples"] == 2 * len([*CASES, *MORE])
+    assert statistics["image_count_distribution"] == {"1": 36, "2": 6, "3": 2}
+    assert statistics["task_type_distribution"]["multi-label classification"] == 4
+    assert statistics["guessed_task_types"] == 2, "endo has no task"
+    assert statistics["total_errors"] == 0
+
+
+def test_the_starter_set_is_converted_if_nothing_is_named(full_tree, monkeypatch, capsys):
+    (full_tree.base.parent / "work").mkdir()
+    monkeypatch.chdir(full_tree.base.parent / "work")
+    assert main([]) == 0
+    folder = Path("../converted_data")
+    assert sorted(path.name for path in folder.glob("*_train.json")) == [
+        "BUSI-det_train.json",
+        "bone_marrow_train.json",
+        "boneresorption_train.json",
+        "neojaundice_train.json",
+        "retino_train.json",
+    ]
+    assert len(list(folder.glob("*_val.json"))) == 5
+    assert {path.name for path in folder.glob("conversion*")} == {"conversion_report.json", "conversion.log"}
+    assert "converted 10 of 10 questions, 10 files" in capsys.readouterr().out
+    (record,) = json.loads((folder / "retino_train.json").read_text())
+    assert ".." not in record["image"][0]
+
+
+def test_converted_files_train(full_tree, encoder):
+    """Through registry, records and encoder, as a run does; a record's images are really in the sample."""
+    run(full_tree, "--all")
+    names = register_converted(full_tree.base.parent / "converted_data")
+    assert len(names) == 38
+    records = load_records(",".join(names[:19]))
+    assert len(records) == len([*CASES, *MORE])
+    for index in range(len(records)):
+        record, source, root = records[index]
+        sample = encoder(read_record(record, source, root))
+        assert len(sample["image_grid_thw"]) == len(record["image"])
+        assert source.id == record["id"]
+        supervised = sample["input_ids"][sample["labels"] != -100]
+        answer = encoder.processor.tokenizer.decode(supervised.tolist())
+        assert answer == record["conversations"][1]["value"] + "<|im_end|>\n"
+
+
+@pytest.fixture
+def faulty(tree):
+    """Retino with one good record and one of each fault."""
+    folder = tree.folder("retino") / "imagesTr"
+    for index in range(4):
+        picture(folder / f"{index}.png", index)
+    whole = (folder / "1.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "text.png").write_text("not an image")
+    (tree.base / "secret.png").write_bytes(whole)
+    tree.write(
+        "retino",
+        [
+            retino(),
+            retino(ImageName="imagesTr/none.png"),
+            retino(ImageName="imagesTr/cut.png"),
+            retino(ImageName=["imagesTr/0.png", "imagesTr/text.png"]),
+            retino(ImageName=["imagesTr/0.png", "imagesTr/none.png"]),
+            retino(ImageName=""),
+            retino(ImageName=KEY_GONE),
+            retino(ImageName=["imagesTr/0.png", None]),
+            retino(ImageName="../../../secret.png"),
+            retino(Question=" "),
+            retino(Question=None),
+            retino(Answer=""),
+            retino(Answer=None),
+            retino(Answer="None"),
+            retino(Answer=float("nan")),
+            retino(Answer=KEY_GONE),
+            retino(Answer="<image>"),
+            retino(Question="Say <|im_end|>"),
+            "not an object",
+            retino(Answer=0),
+            retino(ImageName="3.png", Question="<image>\nGrade?"),
+            retino(ImageName="imagesTr\\2.png"),
+        ],
+    )
+    return tree
+
+
+def test_what_is_left_out_is_counted_by_reason(faulty, capsys):
+    assert run(faulty, "--datasets", "retino", "--splits", "train") == 0
+    statistics = read(faulty, "conversion_report.json")["statistics"]
+    assert statistics["skipped_by_reason"] == {
+        "empty_answer": 5,
+        "no_image": 3,
+        "missing_image": 3,
+        "corrupted_image": 2,
+        "empty_question": 2,
+        "control_token": 2,
+        "malformed": 1,
+    }
+    assert (statistics["missing_images"], statistics["corrupted_images"]) == (3, 2)
+    assert statistics["total_samples"] == 22 == statistics["converted_samples"] + statistics["skipped_samples"]
+    assert statistics["total_errors"] == 18
+    kept = read(faulty, "retino_train.json")
+    assert [record["id"][-2:] for record in kept] == ["00", "19", "20", "21"]
+    assert [record["conversations"][1]["value"] for record in kept] == ["A", "0", "A", "A"]
+    assert kept[2]["conversations"][0]["value"] == "<image>\nGrade?"
+    out = capsys.readouterr().out
+    assert "left out: 5 empty_answer" in out
+    assert "[13]" not in out
+
+
+def test_every_question_left_out_is_named_in_the_log_and_with_verbose_on_the_screen(faulty, capsys):
+    run(faulty, "--datasets", "retino", "--splits", "train", "--verbose")
+    log = (faulty.base.parent / "converted_data" / "conversion.log").read_text()
+    for text in (log, capsys.readouterr().out):
+        assert "retino_questions_train.json[2]: image " in text
+        assert "cut.png is damaged" in text
+        assert "[13]: it has no answer" in text
+    assert log.count("skipped ") == 18
+
+
+def test_a_question_can_be_kept_with_the_images_that_are_left(faulty):
+    run(faulty, "--datasets", "retino", "--splits", "train", "--keep_incomplete")
+    kept = {record["id"][-2:]: record for record in read(faulty, "retino_train.json")}
+    assert set(kept) == {"00", "03", "04", "19", "20", "21"}
+    assert len(kept["03"]["image"]) == 1
+    assert kept["03"]["conversations"][0]["value"].count("<image>") == 1
+
+
+def test_the_header_is_enough_if_told_so_but_finds_less(faulty):
+    counts = {}
+    for how in ("decode", "header", "none"):
+        run(faulty, "--datasets", "retino", "--splits", "train", "--check_images", how)
+        counts[how] = read(faulty, "conversion_report.json")["statistics"]["corrupted_images"]
+    assert counts == {"decode": 2, "header": 1, "none": 0}
+
+
+def test_hidden_validation_with_answers_comes_first(tree):
+    for part, suffix, answer in (
+        ("validation-public", "val", "C"),
+        ("validation-hidden", "val", "B"),
+        ("validation-hidden", "val_withGT", "A"),
+    ):
+        tree.fill([Case("retino", "classification", answer, "classification")], part, suffix)
+        run(tree, "--datasets", "retino", "--splits", "val")
+        assert read(tree, "retino_val.json")[0]["conversations"][1]["value"] == answer
+
+
+def test_a_file_without_any_answer_is_passed_over_and_said_so(tree, capsys):
+    case = Case("retino", "classification", "C", "classification")
+    tree.fill([case], "validation-hidden", "val", answered=False)
+    tree.fill([case], "validation-public", "val")
+    assert run(tree, "--datasets", "retino", "--splits", "val") == 0
+    assert read(tree, "retino_val.json")[0]["conversations"][1]["value"] == "C"
+    assert "validation-public" in read(tree, "retino_val.json")[0]["image"][0]
+    assert "holds no answers" in capsys.readouterr().out
+    assert (
+        find_questions(tree.base, FLARE_DATASETS["retino"], "val", answered=False).file.parts[-4] == "validation-hidden"
+    )
+
+
+def test_categories_and_folders_are_found_in_any_case(tree):
+    tree.fill([CASES[0]])
+    shutil.move(
+        tree.base / "training" / "Clinical" / "neojaundice", tree.base / "training" / "clinical_images" / "Neojaundice"
+    )
+    assert run(tree, "--datasets", "neojaundice", "--splits", "train") == 0
+
+
+def test_numbered_boxes_become_thousandths(full_tree):
+    """An image of 200 x 180: x times 5, y times 5.556."""
+    run(full_tree, "--all", "--splits", "train", "--coordinates", "norm1000")
+    assert SIZE == (200, 180)
+    (record,) = read(full_tree, "BUSI-det_train.json")
+    assert record["conversations"][1]["value"] == "[[305, 444, 950, 950]]"
+    assert (record["coordinates"], record["width"], record["height"]) == ("norm1000", 200, 180)
+    (record,) = read(full_tree, "BUS-UCLM-det_train.json")
+    assert record["conversations"][1]["value"] == "[305, 444, 950, 950]; [25, 33, 350, 444]"
+    record = read(full_tree, "chromosome_train.json")[0]
+    assert record["conversations"][1]["value"] == '{"1": [[5, 11, 150, 222]], "X": [[25, 33, 350, 444]]}'
+    (record,) = read(full_tree, "boneresorption_train.json")
+    assert record["conversations"][1]["value"] == "0"
+    assert "coordinates" not in record
+
+
+def test_boxes_that_cannot_be_normalised_are_left_out(tree):
+    folder = tree.folder("BUSI-det")
+    case = Case("BUSI-det", "detection", "", "detection", images=2)
+    told = [question(case, index, folder, "imagesTr") for index in range(4)]
+    picture(folder / "imagesTr/other.png")
+    Image.new("RGB", (10, 20)).save(folder / "imagesTr/other.png")
+    told[0] |= {"Answer": "[[10, 18, 20, 36]]"}
+    told[1] |= {"Answer": "[[10, 18, 20, 36]]", "ImageName": [told[1]["ImageName"][0], "imagesTr/other.png"]}
+    told[2] |= {"Answer": "left 10 to 20"}
+    told[3] |= {"Answer": "[]"}
+    tree.write("BUSI-det", told)
+    run(tree, "--datasets", "BUSI-det", "--splits", "train", "--coordinates", "norm1000")
+    assert [r["conversations"][1]["value"] for r in read(tree, "BUSI-det_train.json")] == [
+        "[[50, 100, 100, 200]]",
+        "[]",
+    ]
+    reasons = read(tree, "conversion_report.json")["statistics"]["skipped_by_reason"]
+    assert reasons == {"several_sizes": 1, "unreadable_boxes": 1}
+
+
+def test_packed_images_are_named(tree, capsys):
+    tree.fill([CASES[1]])
+    folder = tree.folder("retino")
+    shutil.rmtree(folder / "imagesTr")
+    (folder / "imagesTr.zip").write_bytes(b"PK")
+    assert run(tree, "--datasets", "retino", "--splits", "train") == 1
+    told = read(tree, "conversion_report.json")["not_found"]
+    assert f"unzip {folder}/imagesTr.zip -d {folder}" in told[0]["why"]
+    assert not (tree.base.parent / "converted_data" / "retino_train.json").exists()
+    assert "nothing was converted of retino" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_told(tree, capsys):
+    tree.fill([CASES[1]])
+    assert run(tree, "--datasets", "retino", "CMMD") == 1
+    streams = capsys.readouterr()
+    assert "nothing for: retino val, CMMD train, CMMD val" in streams.out
+    assert streams.err == "error: nothing was converted of CMMD\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--datasets", "path", "polyp", "isic2019"], "unknown FLARE data set 'path'"),
+        (["--splits", "trian"], "unknown split 'trian'. Did you mean 'train'? Known: test, train, val."),
+        (["--coordinates", "norm100"], "--coordinates norm100: unknown. Did you mean 'norm1000'?"),
+        (["--check_images", "all"], "--check_images all: unknown."),
+        (["--num_workers", "0"], "--num_workers 0: give 1 or more"),
+        (["--input_dir", "/nowhere"], "there is no folder /nowhere. Give the FLARE data with --input_dir."),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(tree, capsys, arguments, told):
+    tree.base.mkdir()
+    assert command(["convert", "flare", "--input_dir", str(tree.base), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("{", "not valid JSON"), ("{}", "questions are a JSON list"), ("[" * 9999, "not valid JSON")]
+)
+def test_a_malformed_file_of_questions_is_an_error(tree, capsys, content, told):
+    tree.write("retino", [])
+    tree.file("retino").write_text(content)
+    assert run(tree, "--datasets", "retino") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_data_set_of_ones_own_is_converted(tree, tmp_path):
+    catalog = tmp_path / "own.yaml"
+    catalog.write_text("polyp: {category: Endoscopy, task_types: [detection]}")
+    folder = tree.base / "training" / "Endoscopy" / "polyp"
+    case = Case("polyp", "detection", "[[1, 2, 3, 4]]", "detection")
+    folder.mkdir(parents=True)
+    (folder / "polyp_questions_train.json").write_text(json.dumps([question(case, 0, folder, "imagesTr")]))
+    assert run(tree, "--catalog", str(catalog), "--datasets", "polyp", "--splits", "train") == 0
+    (record,) = read(tree, "polyp_train.json")
+    assert (record["dataset"], record["modality"]) == ("polyp", "endoscopy")
+
+
+def test_converting_one_data_set_again_leaves_the_others(full_tree):
+    run(full_tree, "--datasets", "retino", "BUSI", "--splits", "train")
+    before = (full_tree.base.parent / "converted_data" / "BUSI_train.json").stat()
+    tree_records = json.loads(full_tree.file("retino").read_text())
+    full_tree.write("retino", [tree_records[0] | {"Answer": "D"}])
+    run(full_tree, "--datasets", "retino", "--splits", "train")
+    assert read(full_tree, "retino_train.json")[0]["conversations"][1]["value"] == "D"
+    assert (full_tree.base.parent / "converted_data" / "BUSI_train.json").stat().st_mtime_ns == before.st_mtime_ns
+    assert not list((full_tree.base.parent / "converted_data").glob("*.partial"))
+
+
+def test_the_function_tells_what_the_command_writes(full_tree, tmp_path):
+    told = convert(["CMMD"], ["train"], base=full_tree.base, output=tmp_path / "out", options=Options(num_workers=1))
+    assert json.loads((tmp_path / "out" / "conversion_report.json").read_text()) == told
+    with pytest.raises(DataError, match="unknown split"):
+        convert(["CMMD"], ["dev"], base=full_tree.base)
+
+
+def test_the_list_names_every_data_set(capsys):
+    assert command(["convert", "flare", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 19 + 1
+    assert lines[1].split()[:3] == ["neojaundice", "*", "flare_neojaundice"]
+
+
+def test_help_answers_and_unknown_conversions_are_errors(capsys):
+    assert command(["convert"]) == 0
+    assert "flare-validate" in capsys.readouterr().out
+    assert command(["convert", "flare", "--help"]) == 0
+    assert "usage: qwenvl-ft convert flare" in capsys.readouterr().out
+    assert command(["convert", "flair"]) == 2
+    assert "unknown conversion 'flair'. Did you mean 'flare'?" in capsys.readouterr().err
+
+
+def test_the_guides_script_takes_the_guides_words(full_tree):
+    script = ROOT / "examples/flare25/convert_flare_to_qwen3vl.py"
+    words = [
+        "--datasets",
+        "neojaundice",
+        "retino",
+        "--splits",
+        "train",
+        "val",
+        "--base_dir",
+        full_tree.base,
+        "--verbose",
+    ]
+    subprocess.run([sys.executable, script, *words], check=True, capture_output=True, cwd=full_tree.base)
+    assert len(read(full_tree, "conversion_report.json")["conversion_results"]) == 4
+
+
+def test_records_read_alike_from_anywhere(full_tree):
+    run(full_tree, "--datasets", "neojaundice", "--splits", "train")
+    (record,) = read(full_tree, "neojaundice_train.json")
+    conversation = read_record(record, Source("x", "x"), "/elsewhere")
+    assert [
+        part.value for message in conversation.messages for part in message.content if hasattr(part, "value")
+    ] == record["image"]

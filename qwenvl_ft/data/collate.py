@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwenvl_ft.data.conversation import Sample, Source
-from qwenvl_ft.data.encode import IGNORE
+from qwenvl_ft.data.draft import IGNORE
 
 MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
@@ -53,11 +53,7 @@ class QwenVLCollator:
             "labels": torch.cat([sample["labels"] for sample in row])[None],
             "position_ids": torch.cat([text[None], axes])[:, None],
         }
-        for keys in MEDIA:
-            for key in keys:
-                tensors = [sample[key] for sample in row if key in sample]  # type: ignore[literal-required]
-                if tensors:
-                    batch[key] = torch.cat(tensors)
+        batch |= joined_media(row)
         batch["sources"] = [sample["source"] for sample in samples]
         return batch
 
@@ -87,13 +83,16 @@ class PaddedCollator:
             "attention_mask": rows([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
             "position_ids": positions.permute(2, 0, 1).contiguous(),
         }
-        for keys in MEDIA:
-            for key in keys:
-                tensors = [sample[key] for sample in samples if key in sample]  # type: ignore[literal-required]
-                if tensors:
-                    batch[key] = torch.cat(tensors)
+        batch |= joined_media(samples)
         batch["sources"] = [sample["source"] for sample in samples]
         return batch
+
+
+def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Pixels and grids of all samples one behind the other; a medium that none has is absent."""
+    keys = [key for pair in MEDIA for key in pair]
+    told = {key: [sample[key] for sample in samples if key in sample] for key in keys}  # type: ignore[literal-required]
+    return {key: torch.cat(tensors) for key, tensors in told.items() if tensors}
 
 
 def sample_lengths(batch: dict[str, Any]) -> Tensor:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qwenvl_ft.data.conversation import Sample
-from qwenvl_ft.data.encode import IGNORE, Encoder
+from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.lengths import Lengths, measure, require_some
 from qwenvl_ft.data.packing import Batch, RunShape, assign, fill, pack_lengths, single_rows
 from qwenvl_ft.data.readers import read_record

@@ -6,71 +6,36 @@ medium, which follows from the media's headers. Letters: D draft tokens, L token
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as image_resize
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as video_resize
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Sample, Source, Text, Video
-from qwenvl_ft.data.media import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.draft import (
+    IGNORE,
+    IMAGE_PAD,
+    STRATEGIES,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Draft,
+    Unsupervised,
+    answers,
+    cut,
+    template_message,
+    token_span,
+    too_long,
+)
+from qwenvl_ft.data.grids import DEFAULT_FPS, Grid, checked_grids, frame_times, image_grid, video_grid
+from qwenvl_ft.data.media import MediaPolicy, open_image
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.rope import mrope_positions
 from qwenvl_ft.errors import DataError, unknown_name
-
-IGNORE = -100
-TURN, TURN_END = "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-CONTROL = (TURN, TURN_END, "<|endoftext|>", VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
-"""Only the template writes these. Text that held one would open a turn or a medium of its own."""
-
-STRATEGIES = ("raise", "delete", "left", "right")
-DEFAULT_FPS = 2.0
-"""Frames a second of a list of frames that does not say; the rate at which the released models sample videos."""
-
-
-class TooLong(DataError):
-    """A sample does not fit ``max_length`` and the strategy forbids to cut it."""
-
-
-class Unsupervised(DataError):
-    """No token of the sample is supervised, so nothing can be learned from it."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A conversation in tokens, each image or frame still one placeholder."""
-
-    ids: NDArray[np.int64]
-    """[D]"""
-    supervised: NDArray[np.bool_]
-    """[D]"""
-    counts: NDArray[np.int64]
-    """[D] tokens that each becomes; 1 for text."""
-    widths: NDArray[np.int64]
-    """[D] tokens in a line of the grid; 0 for text."""
-    group: NDArray[np.int64]
-    """[D] number of the medium that the token belongs to, borders and times included; -1 for text."""
-    images: list[Image]
-    image_grids: list[tuple[int, int, int]]
-    """Patches along time, height, width."""
-    videos: list[Video]
-    video_grids: list[tuple[int, int, int]]
-    source: Source
-
-    @property
-    def length(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def patches(self) -> int:
-        return sum(t * h * w for t, h, w in self.image_grids + self.video_grids)
 
 
 class Encoder:
@@ -140,7 +105,7 @@ class Encoder:
             raise DataError(f"{conversation.source}: nothing stands before the answer, so there is no prompt.")
         draft = self._tokenize(Conversation(messages, conversation.source, conversation.tools), invite=True)
         if self.max_length is not None and draft.length > self.max_length:
-            raise self._too_long(draft)
+            raise too_long(draft, self.max_length)
         return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised)))
 
     def length(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> int:
@@ -154,7 +119,7 @@ class Encoder:
 
     def draft(self, conversation: Conversation) -> Draft:
         """Tokens, labels and grids of a conversation, cut to ``max_length``; no pixel is decoded."""
-        draft = self._cut(self._tokenize(conversation))
+        draft = cut(self._tokenize(conversation), self.max_length, self.truncation_strategy)
         if not draft.supervised[1:].any():
             raise Unsupervised(
                 f"{draft.source}: no token is supervised. Each record needs an assistant turn"
@@ -188,22 +153,22 @@ class Encoder:
         if self.system_prompt and messages[0].role != "system":
             messages = (Message("system", (Text(self.system_prompt),)), *messages)
         images, videos = conversation.media(Image), conversation.media(Video)
-        image_grids = [self._image_grid(image, source) for image in images]
-        video_grids = [self._video_grid(video, source) for video in videos]
+        image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
+        video_grids = [video_grid(video, self.processor.video_processor, self.policy, source) for video in videos]
         text = self._render(messages, conversation.tools or self.tools, invite, source)
         text = self._write_times(text, videos, video_grids, source)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, dtype=np.int64)
         supervised = np.zeros(ids.size, dtype=bool)
-        for begin, end in self._answers(text, messages, source):
-            first, last = _token_span(encoding, begin, end)
+        for begin, end in answers(text, messages, source):
+            first, last = token_span(encoding, begin, end)
             supervised[first:last] = True
         counts, widths = self._spread(ids, image_grids, video_grids, source)
         group = self._groups(ids, len(images), [t for t, _, _ in video_grids], text, encoding)
         return Draft(ids, supervised, counts, widths, group, images, image_grids, videos, video_grids, source)
 
     def _render(self, messages: tuple[Message, ...], tools: Any, invite: bool, source: Source) -> str:
-        chat = [_template_message(message, source) for message in messages]
+        chat = [template_message(message, source) for message in messages]
         rendered: Any = render_jinja_template(
             conversations=[chat],
             tools=list(tools) if tools else None,
@@ -213,7 +178,7 @@ class Encoder:
         )
         return rendered[0][0]
 
-    def _write_times(self, text: str, videos: list[Video], grids: list[tuple[int, int, int]], source: Source) -> str:
+    def _write_times(self, text: str, videos: list[Video], grids: list[Grid], source: Source) -> str:
         """Replace each video's one placeholder by a time and a placeholder per frame pair.
 
         The released models saw ``<0.3 seconds><|vision_start|>...<|vision_end|>`` with nothing around it (processors
@@ -226,48 +191,16 @@ class Encoder:
             raise DataError(f"{source}: {len(videos)} videos, but the chat template shows {len(pieces) - 1}.")
         written = [pieces[0]]
         for video, (pairs, _, _), piece in zip(videos, grids, pieces[1:], strict=True):
-            times = self._times(video)
+            times = frame_times(video, self.processor.video_processor.temporal_patch_size)
             written += [f"<{times[k]:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for k in range(pairs)]
             written.append(piece)
         return "".join(written)
 
-    def _times(self, video: Video) -> list[float]:
-        """Seconds of each frame pair, the mean of its two frames; an odd last frame is doubled."""
-        step = self.processor.video_processor.temporal_patch_size
-        count = len(video.value)
-        frames = np.minimum(np.arange(count + -count % step), count - 1) / (video.fps or DEFAULT_FPS)
-        return [float(frames[k] + frames[k + step - 1]) / 2 for k in range(0, frames.size, step)]
-
-    def _answers(self, text: str, messages: tuple[Message, ...], source: Source) -> list[tuple[int, int]]:
-        """Characters of each supervised turn: its content, the end token and the newline.
-
-        A turn begins where the template writes ``<|im_start|>``; no text can hold that token (`_template_message`), so
-        a user who writes "assistant" is not mistaken for one.
-        """
-        header = f"{TURN}assistant\n"
-        wanted = [message for message in messages if message.role == "assistant"]
-        spans: list[tuple[int, int]] = []
-        begin = text.find(header)
-        while begin >= 0 and len(spans) < len(wanted):
-            begin += len(header)
-            end = text.find(TURN_END, begin)
-            if end < 0:
-                break
-            end += len(TURN_END)
-            spans.append((begin, end + text.startswith("\n", end)))
-            begin = text.find(header, end)
-        if len(spans) != len(wanted):
-            raise DataError(
-                f"{source}: {len(wanted)} assistant turns, but the chat template shows {len(spans)} as "
-                f"{header!r} ... {TURN_END!r}. This processor's template is not supported."
-            )
-        return [span for span, message in zip(spans, wanted, strict=True) if message.loss is not False]
-
     def _spread(
         self,
         ids: NDArray[np.int64],
-        image_grids: list[tuple[int, int, int]],
-        video_grids: list[tuple[int, int, int]],
+        image_grids: list[Grid],
+        video_grids: list[Grid],
         source: Source,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many tokens each draft token becomes, and how many stand in a line of its grid."""
@@ -311,81 +244,7 @@ class Encoder:
             frame += count
         return group
 
-    # -- cutting ---------------------------------------------------------------------------------------------------
-
-    def _cut(self, draft: Draft) -> Draft:
-        if self.max_length is None or draft.length <= self.max_length:
-            return draft
-        if self.truncation_strategy not in ("left", "right"):
-            raise self._too_long(draft)
-        ends = np.cumsum(draft.counts)
-        if self.truncation_strategy == "right":
-            stop = int(np.searchsorted(ends, self.max_length, side="right"))
-            while stop > 0 and _inside(draft.group, stop):
-                stop -= 1
-            keep = slice(0, stop)
-        else:
-            start = int(np.searchsorted(ends, draft.length - self.max_length, side="left")) + 1
-            while start < draft.ids.size and _inside(draft.group, start):
-                start += 1
-            keep = slice(start, draft.ids.size)
-        return _slice(draft, keep)
-
-    def _too_long(self, draft: Draft) -> TooLong:
-        media = f", {draft.patches} patches of media" if draft.patches else ""
-        return TooLong(
-            f"{draft.source}: {draft.length} tokens{media}, but template.max_length is {self.max_length}. Raise it, "
-            "lower template.max_pixels, or set template.truncation_strategy to delete, left or right."
-        )
-
-    # -- media -----------------------------------------------------------------------------------------------------
-
-    def _image_grid(self, image: Image, source: Source) -> tuple[int, int, int]:
-        processor = self.processor.image_processor
-        try:
-            height, width = image_size(image.value, self.policy)
-            if processor.do_resize:
-                height, width = image_resize(
-                    height,
-                    width,
-                    factor=processor.patch_size * processor.merge_size,
-                    min_pixels=processor.size["shortest_edge"],
-                    max_pixels=processor.size["longest_edge"],
-                )
-        except ValueError as error:  # DataError of the media, or the resize rule's own limit on the aspect ratio
-            raise DataError(f"{source}: {error}") from None
-        return 1, height // processor.patch_size, width // processor.patch_size
-
-    def _video_grid(self, video: Video, source: Source) -> tuple[int, int, int]:
-        processor = self.processor.video_processor
-        if not hasattr(processor, "max_video_tokens"):
-            raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(self.processor).__name__}.")
-        if isinstance(video.value, str):
-            raise DataError(f"{source}: {video.value} is a video file. Give the video as a list of its frames.")
-        frames = len(video.value)
-        try:
-            sizes = {image_size(frame, self.policy) for frame in video.value}
-            if len(sizes) != 1:
-                raise DataError(f"the frames of a video have several sizes (height, width): {sorted(sizes)[:3]}.")
-            height, width = sizes.pop()
-            factor = processor.patch_size * processor.merge_size
-            longest = processor.size["longest_edge"]
-            if processor.cap_pixels_per_frame:
-                cap = min(processor.max_video_tokens * factor * factor, longest // frames)
-                longest = max(cap, int(processor.size["shortest_edge"] * 1.05)) * frames
-            height, width = video_resize(
-                frames,
-                height,
-                width,
-                temporal_factor=processor.temporal_patch_size,
-                factor=factor,
-                min_pixels=processor.size["shortest_edge"],
-                max_pixels=longest,
-            )
-        except ValueError as error:
-            raise DataError(f"{source}: {error}") from None
-        pairs = -(-frames // processor.temporal_patch_size)
-        return pairs, height // processor.patch_size, width // processor.patch_size
+    # -- pixels ----------------------------------------------------------------------------------------------------
 
     def _sample(self, draft: Draft) -> Sample:
         ids = np.repeat(draft.ids, draft.counts)
@@ -409,7 +268,7 @@ class Encoder:
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
         pixels = self.processor.image_processor(images=images, return_tensors="pt")
-        return pixels["pixel_values"], _checked(pixels["image_grid_thw"], draft.image_grids, draft.source)
+        return pixels["pixel_values"], checked_grids(pixels["image_grid_thw"], draft.image_grids, draft.source)
 
     def _video_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         videos, metadata = [], []
@@ -428,79 +287,4 @@ class Encoder:
             cap_pixels_per_frame=bool(processor.cap_pixels_per_frame),
             return_tensors="pt",
         )
-        return pixels["pixel_values_videos"], _checked(pixels["video_grid_thw"], draft.video_grids, draft.source)
-
-
-def _template_message(message: Message, source: Source) -> dict[str, Any]:
-    """A message as chat templates take it; text with a control token is refused."""
-    content: list[dict[str, str]] = []
-    for part in message.content:
-        if isinstance(part, Text):
-            for token in CONTROL:
-                if token in part.text:
-                    raise DataError(
-                        f"{source}: the text of a {message.role} message holds the control token {token}. "
-                        "Media are written <image> or <video>; other control tokens are the template's alone."
-                    )
-            content.append({"type": "text", "text": part.text})
-        else:
-            content.append({"type": "image" if isinstance(part, Image) else "video"})
-    told: dict[str, Any] = {"role": message.role, "content": content}
-    if message.tool_calls:
-        told["tool_calls"] = list(message.tool_calls)
-    return told
-
-
-def _token_span(encoding: Any, begin: int, end: int) -> tuple[int, int]:
-    """Tokens that lie wholly in the characters [begin, end).
-
-    An answer that begins with a newline shares its first token with the header's newline; that token stays outside, as
-    in the official preprocessing.
-    """
-    token = encoding.char_to_token(begin)
-    while token is None:  # a character that normalisation folded into another
-        begin += 1
-        token = encoding.char_to_token(begin)
-    first = token if encoding.token_to_chars(token)[0] >= begin else token + 1
-    return first, encoding.char_to_token(end - 1) + 1
-
-
-def _inside(group: NDArray[np.int64], place: int) -> bool:
-    """Whether a cut before ``place`` goes through a medium."""
-    return bool(group[place] >= 0 and group[place - 1] == group[place])
-
-
-def _slice(draft: Draft, keep: slice) -> Draft:
-    """The draft of some of its tokens, with the media that they still show."""
-    group = draft.group[keep]
-    images, videos = range(len(draft.images)), range(len(draft.videos))
-    kept = set(group[group >= 0].tolist())
-    kept_images = [k for k in images if k in kept]
-    kept_videos = [k for k in videos if k + len(draft.images) in kept]
-    return Draft(
-        draft.ids[keep],
-        draft.supervised[keep],
-        draft.counts[keep],
-        draft.widths[keep],
-        group,
-        [draft.images[k] for k in kept_images],
-        [draft.image_grids[k] for k in kept_images],
-        [draft.videos[k] for k in kept_videos],
-        [draft.video_grids[k] for k in kept_videos],
-        draft.source,
-    )
-
-
-def _checked(actual: torch.Tensor, planned: list[tuple[int, int, int]], source: Source) -> torch.Tensor:
-    """The processor's grids, if they are the planned ones.
-
-    Raises:
-        DataError: an image changed its size between planning and now, or its header lies.
-    """
-    grids = actual.to(torch.int64)
-    if grids.tolist() != [list(grid) for grid in planned]:
-        raise DataError(
-            f"{source}: the media's headers promise grids {planned}, but their pixels give {grids.tolist()} "
-            "(patches along time, height, width). Was a file changed?"
-        )
-    return grids
+        return pixels["pixel_values_videos"], checked_grids(pixels["video_grid_thw"], draft.video_grids, draft.source)

@@ -15,7 +15,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from qwenvl_ft.data.encode import Encoder, TooLong, Unsupervised
+from qwenvl_ft.data.draft import TooLong, Unsupervised
+from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenvl_ft.data.encode import IGNORE
+from qwenvl_ft.data.draft import IGNORE
 
 HEAD_CHUNK = 4_096
 """Supervised tokens whose logits are turned to float32 at a time: 2.3 GiB at 151,936 words."""

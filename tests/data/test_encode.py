@@ -8,7 +8,8 @@ import torch
 from cases import SHARED, picture
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
-from qwenvl_ft.data.encode import Encoder, TooLong, Unsupervised
+from qwenvl_ft.data.draft import TooLong, Unsupervised
+from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageFile
 
 from qwenvl_ft.data import lengths as lengths_module
 from qwenvl_ft.data.dataset import PlanSampler, SampleDataset
-from qwenvl_ft.data.encode import Encoder, TooLong
+from qwenvl_ft.data.draft import TooLong
+from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.lengths import measure
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.errors import DataError

@@ -75,35 +75,48 @@ def in_pixels(text: str, image: str) -> str:
 
 def model_answerer(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str, **options: Any) -> Answerer:
     """Answers of a model, or of an adapter on one; ``options`` are those of `generate`."""
+    from transformers.utils import logging
+
     from qwenvl_ft.cli.infer import load
     from qwenvl_ft.evaluation.generate import generate
 
+    logging.disable_progress_bar()
     loaded, processor = load(model, adapter, torch_dtype=torch_dtype, attn_impl=attn_impl)
-    return lambda prompts: generate(loaded, processor, prompts, **options)
+    return lambda prompts: generate(loaded, processor, prompts, progress=show_progress, **options)
 
 
-def predict_all(
-    names: Iterable[str], split: str, base: Path, output: Path, answer: Answerer, *, coordinates: str = "pixel"
-) -> list[Path]:
-    """Write the predictions of each data set that has questions of the split.
+def show_progress(done: int, batches: int) -> None:
+    """A line that counts, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{done} of {batches} batches", end="" if done < batches else "\n", file=sys.stderr, flush=True)
+
+
+def find_all(names: Iterable[str], split: str, base: Path) -> list[Questions]:
+    """The questions of each data set that has some.
 
     Raises:
         DataError: none has.
     """
-    written: list[Path] = []
-    output.mkdir(parents=True, exist_ok=True)
+    found: list[Questions] = []
     for name in names:
         questions = find_questions(base, FLARE_DATASETS[name], split, answered=False)
         if questions is None:
             print(f"{name}: no {split} questions below {base}")
-            continue
-        told, not_asked = predict(questions, answer, coordinates=coordinates)
-        written.append(output / f"{name}_questions_{split}.json")
-        write_json(written[-1], told)
-        print(f"{name}: {len(told):,} questions, {not_asked:,} not asked, {written[-1]}")
-    if not written:
+        else:
+            found.append(questions)
+    if not found:
         raise DataError(f"there are no {split} questions below {base}.")
-    return written
+    return found
+
+
+def predict_all(asked: Iterable[Questions], output: Path, answer: Answerer, *, coordinates: str = "pixel") -> None:
+    """Write a file of predictions for each data set."""
+    output.mkdir(parents=True, exist_ok=True)
+    for questions in asked:
+        told, not_asked = predict(questions, answer, coordinates=coordinates)
+        target = output / f"{questions.dataset.name}_questions_{questions.split}.json"
+        write_json(target, told)
+        print(f"{questions.dataset.name}: {len(told):,} questions, {not_asked:,} not asked, {target}")
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -129,7 +142,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.p
     try:
         if asked.catalog:
             read_catalog(asked.catalog)
-        names, base = find_datasets(asked.datasets), find_base(asked.input_dir)
+        questions = find_all(find_datasets(asked.datasets), asked.split, find_base(asked.input_dir))
         answer = model_answerer(
             asked.model,
             asked.adapter,
@@ -138,7 +151,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.p
             batch_size=asked.batch_size,
             max_new_tokens=asked.max_new_tokens,
         )
-        predict_all(names, asked.split, base, asked.output_dir, answer, coordinates=asked.coordinates)
+        predict_all(questions, asked.output_dir, answer, coordinates=asked.coordinates)
     except QwenVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

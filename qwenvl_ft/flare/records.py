@@ -219,7 +219,7 @@ def find_images(
 
 def refuse_control_tokens(question: str, answer: str) -> None:
     """Raises LeftOut for text that the encoder would refuse: it would open a turn or a medium of its own."""
-    from qwenvl_ft.data.encode import CONTROL
+    from qwenvl_ft.data.draft import CONTROL
 
     tags = [tag for tag in ("<image>", "<video>") if tag in answer]
     tokens = tags + [token for token in CONTROL if token in question or token in answer]

@@ -103,6 +103,8 @@ def _union(value: Any, members: tuple[Any, ...]) -> Any:
     if type(None) in members and (value is None or (isinstance(value, str) and value in NULLS)):
         return None
     members = tuple(member for member in members if member is not type(None))
+    if value is None:
+        raise Mismatch("is no value here.")
     closed = [m for m in members if isinstance(m, type) and issubclass(m, Enum)]
     if closed:  # Enum | str: the names of the enum are all there is
         return _convert(value, closed[0])
@@ -151,7 +153,7 @@ def _list(value: Any, inner: tuple[Any, ...]) -> list[Any]:
         value = _structure(value, list) if _bracketed(value) else value.replace(",", " ").split()
     if not isinstance(value, (list, tuple)):
         raise Mismatch("is not a list. Example: [a, b].")
-    return [_convert(entry, inner[0]) for entry in value] if inner else list(value)
+    return [_entry(entry, inner[0]) for entry in value] if inner else list(value)
 
 
 def _mapping(value: Any, inner: tuple[Any, ...]) -> dict[Any, Any]:
@@ -161,7 +163,15 @@ def _mapping(value: Any, inner: tuple[Any, ...]) -> dict[Any, Any]:
         raise Mismatch('is not a mapping. Example: {"key": "value"}.')
     if not inner:
         return dict(value)
-    return {str(key): _convert(entry, inner[1]) for key, entry in value.items()}
+    return {str(key): _entry(entry, inner[1]) for key, entry in value.items()}
+
+
+def _entry(value: Any, annotation: Any) -> Any:
+    """One value of a list or mapping; a wrong one is named."""
+    try:
+        return _convert(value, annotation)
+    except Mismatch as error:
+        raise Mismatch(f"has an entry {shown(value)} that {error}") from None
 
 
 def _structure(text: str, kind: type) -> Any:

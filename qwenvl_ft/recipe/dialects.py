@@ -162,6 +162,13 @@ ALIASES: dict[str, Alias] = {
 }
 """Other name -> what it means in our keys."""
 
+REMOVED = {
+    "logging_dir": "transformers has no such field any more. Set the environment variable TENSORBOARD_LOGGING_DIR.",
+    "overwrite_output_dir": "a run writes to output_dir whatever is there. Remove it.",
+    "save_safetensors": "checkpoints are always safetensors. Remove it.",
+}
+"""Older field of TrainingArguments that no key stands for -> what to do instead."""
+
 FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
 """Argument that names a file -> its place: the base is weaker."""
 
@@ -220,5 +227,7 @@ def _flag_key(flag: str) -> str:
         return bare_names()[flag]
     if flag in argument_types():
         return f"training.{flag}"
+    if flag in REMOVED:
+        raise RecipeError(f"--{flag}: {REMOVED[flag]}")
     close = hint(flag, [*FILES, *ALIASES, *bare_names(), *argument_types()]).split(" Known:")[0]
     raise RecipeError(f"unknown flag --{flag}.{close} docs/reference.md lists all keys.")

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.convert import parse_text
+from qwenvl_ft.recipe.convert import parse_text, shown
 from qwenvl_ft.recipe.dialects import alias_in
 from qwenvl_ft.recipe.keys import own_types
 from qwenvl_ft.recipe.schema import SECTIONS, TOP_LEVEL
@@ -66,6 +66,8 @@ def find_recipe(name_or_path: str | Path) -> Path:
         RecipeError: there is none.
     """
     path = Path(name_or_path).expanduser()
+    if not path.name:
+        raise RecipeError(f"recipe={name_or_path} names no recipe. Example: recipe=lora_4b.")
     bare = len(path.parts) == 1
     candidates = [path] if path.suffix in SUFFIXES or not bare else []
     folders = recipe_folders() if bare else [Path()]
@@ -168,7 +170,7 @@ def _layer(where: str, values: Values) -> Layer:
             for name, value in content.items():
                 layer.put(section, str(name), value)
         elif content is not None:
-            raise RecipeError(f"{where}: {section} is {content!r}, but a section is a mapping of keys.")
+            raise RecipeError(f"{where}: {section} is {shown(content)}, but a section is a mapping of keys.")
     return layer
 
 
@@ -198,6 +200,8 @@ def set_override(layer: Layer, key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if key == "global_max_length":
         layer.set(key, value, key)
+    elif key in ("extends", "inherit"):
+        raise RecipeError(f"{OVERRIDE}: {key} stands in a file. Name a weaker recipe by base_config={value}.")
     elif section not in (*SECTIONS, "custom"):
         raise RecipeError(f"{OVERRIDE}: unknown key {key!r}.{_section_hint(section)}")
     elif not dot:

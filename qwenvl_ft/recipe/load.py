@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.checks import check
 from qwenvl_ft.recipe.convert import convert
+from qwenvl_ft.recipe.dialects import REMOVED
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
 from qwenvl_ft.recipe.layers import Layer, Values, find_recipe, override_layer, read_layers
 from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
@@ -150,12 +151,15 @@ def _merge(weak: Values, strong: Values, where: str, origins: dict[str, str], pr
 def _resolved(merged: Values, origins: dict[str, str]) -> Values:
     """Interpolations replaced: ``${section.key}`` and ``${oc.env:NAME}``; nothing in them is executed."""
     try:
-        told: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", None) or "")
-        where = f"{origins[key]}: {key}" if key in origins else "recipe"
-        raise RecipeError(f"{where}: {str(error).splitlines()[0]}. A literal $ is written \\$.") from None
-    return told
+        key = told = str(getattr(error, "full_key", None) or "")
+        while key and key not in origins:  # data.train[1]: the list has an origin
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        where = f"{origins[key]}: {told}" if key else "recipe"
+        problem = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0]).strip('"')
+        raise RecipeError(f"{where}: {problem}. A literal $ is written \\$.") from None
+    return resolved
 
 
 def _section(name: str, values: Values, places: _Places) -> Any:
@@ -178,6 +182,8 @@ def _argument(key: str, value: Any, where: str) -> Any:
     """A field of TrainingArguments, by its annotation there."""
     hints = argument_types()
     if key not in hints:
+        if key in REMOVED:
+            raise RecipeError(f"{where}: {REMOVED[key]}")
         close = hint(key, [*own_types("training"), *hints]).split(" Known:")[0]  # all of them would be too many
         raise RecipeError(f"{where}: unknown key.{close} docs/reference.md lists all keys.")
     return convert(value, hints[key], where)

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.dialects import ALIASES, UPSTREAM
+from qwenvl_ft.recipe.dialects import ALIASES, REMOVED, UPSTREAM
 from qwenvl_ft.recipe.keys import argument_types, bare_names, own_types, type_of
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import SECTIONS
@@ -148,6 +148,12 @@ def test_json_is_a_mapping_wherever_one_is_wanted():
     assert recipe.model.rope_scaling == {"type": "yarn", "factor": 2.0}
     assert recipe.training.arguments["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
     assert recipe_from_argv(["--rope_scaling", "yarn", "--device_map", "auto"]).model.rope_scaling == "yarn"
+
+
+def test_a_removed_name_is_none_that_still_means_something():
+    """A transformers that brings one back must not be contradicted."""
+    assert REMOVED
+    assert not REMOVED.keys() & (argument_types().keys() | ALIASES.keys() | bare_names().keys())
 
 
 def test_files_are_named_in_both_ways_and_the_base_is_weaker(write):

@@ -125,6 +125,29 @@ WRONG_FILES = {
         "training: {vit_lr: '${training.nope}'}",
         "FILE: training.vit_lr: Interpolation key 'training.nope' not found. A literal $ is written \\$.",
     ),
+    "a variable that is not set": (
+        "data: {train: [a.jsonl, '${oc.env:NO_SUCH_VARIABLE}']}",
+        "FILE: data.train[1]: Environment variable 'NO_SUCH_VARIABLE' not found. A literal $ is written \\$.",
+    ),
+    "a mapping in a list of texts": (
+        "data: {train: [a.jsonl, {b: 1}]}",
+        'FILE: data.train: ["a.jsonl", {"b": 1}] has an entry {"b": 1} that is not a text.',
+    ),
+    "a word where each entry is a mapping": (
+        "data: {datasets: {a: a.jsonl}}",
+        'FILE: data.datasets: {"a": "a.jsonl"} has an entry \'a.jsonl\' that is not a mapping. Example: '
+        '{"key": "value"}.',
+    ),
+    "null for a list or a text": ("data: {train: null}", "FILE: data.train: null is no value here."),
+    "a field that transformers dropped": (
+        "training: {logging_dir: logs}",
+        "FILE: training.logging_dir: transformers has no such field any more. Set the environment variable "
+        "TENSORBOARD_LOGGING_DIR.",
+    ),
+    "a truth value for a section": (
+        "deepspeed: true",
+        "FILE: deepspeed is true, but a section is a mapping of keys.",
+    ),
     "an older name with a wrong value": (
         "training: {warmup_ratio: 1.5}",
         "FILE: training.warmup_ratio: 1.5 must be at least 0 and below 1.",
@@ -248,6 +271,9 @@ WRONG_ARGUMENTS = {
     "model.rope_scaling.type.x: type is 'a' there, which has no keys.",
     "recipe=a --config b": "--config=b: 'a' is already given. Name one, and extend.",
     "recipe=lora4b": "there is no recipe 'lora4b'. Did you mean 'lora_4b'? Known: ",
+    "recipe=": "recipe= names no recipe. Example: recipe=lora_4b.",
+    "extends=lora_4b": "override: extends stands in a file. Name a weaker recipe by base_config=lora_4b.",
+    "--save_safetensors True": "--save_safetensors: checkpoints are always safetensors. Remove it.",
     "recipe=no/such.yaml": "recipe no/such.yaml: there is no such file.",
     "--max_steps 5 6": "'6' is neither section.key=value nor a flag. Example: training.learning_rate=1e-5.",
 }

@@ -20,6 +20,7 @@ from qwenvl_ft.recipe.schema import DataConfig
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 YAML = sorted(RECIPES.glob("*.yaml"))
 SCRIPTS = sorted(RECIPES.glob("*.sh"))
+LAUNCHERS = [path for path in SCRIPTS if path.stem != "dry_run"]
 DEEPSPEED = sorted((RECIPES / "deepspeed").glob("*.json"))
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
@@ -29,8 +30,8 @@ def stem(path):
 
 
 def test_the_expected_files_are_there():
-    assert {"base", "digits", "sft_4b", "sft_8b", "lora_4b", "stage_1_aligner"} <= set(map(stem, YAML))
-    assert {"sft_4b", "sft_8b", "lora_4b", "sft_7b"} <= set(map(stem, SCRIPTS))
+    assert {"base", "digits", "sft_4b", "sft_8b", "lora_4b", "stage_1_aligner", "flare25"} <= set(map(stem, YAML))
+    assert {"sft_4b", "sft_8b", "lora_4b", "sft_7b", "sft_qwen3_4b_flare", "dry_run"} <= set(map(stem, SCRIPTS))
     assert set(map(stem, DEEPSPEED)) == {"zero2", "zero2_offload", "zero3", "zero3_offload"}
     assert {"ddp", "fsdp2"} <= set(map(stem, ACCELERATE))
 
@@ -63,7 +64,9 @@ def test_the_command_that_a_recipe_names_runs_it(path):
     assert commands or path.stem == "digits"
     for command in commands:
         if "recipe=mine" not in command:
-            assert recipe_from_argv(command.split()).data.train == "my.jsonl"
+            words = command.split("   ")[0].split()
+            expected = "my.jsonl" if "data.train" in command else load_recipe(path).data.train
+            assert recipe_from_argv(words).data.train == expected != ""
 
 
 def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
@@ -90,6 +93,7 @@ def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
         ("stage_1_aligner", ("lora", True, True, False, False)),
         ("sft_4b", ("full", False, False, False, True)),
         ("sft_8b", ("full", False, False, False, True)),
+        ("flare25", ("full", False, False, False, True)),
         ("digits", ("full", False, False, False, False)),
     ],
 )
@@ -138,20 +142,21 @@ def test_an_accelerate_config_is_one_and_names_classes_that_exist(path):
             assert hasattr(modeling_qwen3_vl, name)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=stem)
+@pytest.mark.parametrize("path", LAUNCHERS, ids=stem)
 @pytest.mark.parametrize("gpus", [None, "3"])
 def test_a_script_launches_its_recipe_and_passes_everything_through(path, gpus, tmp_path):
     """With an accelerate that prints its arguments, from another folder."""
     shim = tmp_path / "accelerate"
     shim.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
     shim.chmod(0o755)
-    env = {key: value for key, value in os.environ.items() if key != "NGPU"} | ({"NGPU": gpus} if gpus else {})
+    env = {key: value for key, value in os.environ.items() if key not in ("NGPU", "NPROC_PER_NODE")}
+    env |= {"NGPU": gpus} if gpus else {}
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     mine = ["data.train=my file.jsonl", "training.learning_rate=5e-6"]
     done = subprocess.run([path, *mine], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
     words = done.stdout.splitlines()
     assert words[0] == "launch"
-    processes = {"lora_4b": "1"}
+    processes = {"lora_4b": "1", "sft_qwen3_4b_flare": "1"}
     expected = gpus or (processes[path.stem] if path.stem in processes else "8")
     assert words[words.index("--num_processes") + 1] == expected
     assert words[words.index("-m") + 1] == "qwenvl_ft.train"

@@ -1,0 +1,123 @@
+"""The recipe of FLARE25 is the guide's, knows every data set of the catalog, and its scripts run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flare_cases import CASES
+
+from qwenvl_ft.flare.catalog import FLARE_DATASETS, converted_file, registry_name, select
+from qwenvl_ft.flare.convert import main as convert
+from qwenvl_ft.recipe.argv import recipe_from_argv
+from qwenvl_ft.recipe.load import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def test_the_recipe_names_every_data_set_and_split():
+    assert load_recipe("flare25").data.datasets == {
+        registry_name(name, split): {"annotation_path": f"converted_data/{converted_file(name, split)}"}
+        for split in ("train", "val")
+        for name in FLARE_DATASETS
+    }
+    assert load_recipe("flare25").data.train == ",".join(map(registry_name, select(starter=True)))
+
+
+def test_the_recipe_is_what_the_guide_says():
+    recipe = load_recipe("flare25")
+    told = recipe.training.arguments
+    assert recipe.model.model == "Qwen/Qwen3-VL-4B-Instruct"
+    template = recipe.template
+    assert (template.max_length, template.min_pixels, template.max_pixels) == (4096, 784, 50176)
+    tuner = recipe.tuner
+    assert (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner) == ("full", False, False, False)
+    assert recipe.training.learning_rate == 1e-5
+    assert {key: told[key] for key in (*EXPECTED, "activation_checkpointing")} == EXPECTED | {
+        "activation_checkpointing": True
+    }
+    assert (recipe.deepspeed.enabled, recipe.deepspeed.config) == (True, "zero3_offload")
+
+
+EXPECTED = {
+    "output_dir": "./output/qwen3vl_flare25_starter",
+    "run_name": "qwen3vl_flare25_starter",
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "report_to": "wandb",
+}
+
+
+def test_the_guides_changes_are_flags():
+    words = "recipe=flare25 --dataset_use flare_retino%100,flare_iugc%50 --eval_dataset_use flare_retino_val"
+    more = "--max_pixels 25088 --min_pixels 392 --max_grad_norm 0.5 --num_train_epochs 2.0 --eval_strategy steps"
+    rest = "--eval_steps 500 --per_device_eval_batch_size 1 --save_steps 500 --bf16 --gradient_checkpointing True"
+    recipe = recipe_from_argv(f"{words} {more} {rest} --warmup_ratio 0.05 --learning_rate 5e-6".split())
+    assert (recipe.data.train, recipe.data.val) == ("flare_retino%100,flare_iugc%50", "flare_retino_val")
+    assert (recipe.template.max_pixels, recipe.template.min_pixels) == (25088, 392)
+    told = recipe.training.arguments
+    assert (told["max_grad_norm"], told["num_train_epochs"], told["eval_steps"]) == (0.5, 2.0, 500)
+    assert (told["save_steps"], told["bf16"], told["warmup_steps"]) == (500, True, 0.05)
+    assert recipe.training.learning_rate == 5e-6
+
+
+def test_the_scripts_variables_reach_the_recipe(tmp_path):
+    shim = tmp_path / "accelerate"
+    shim.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    shim.chmod(0o755)
+    variables = {"NPROC_PER_NODE": "4", "batch_size": "2", "grad_accum_steps": "8", "lr": "2e-5", "output_dir": "o"}
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables | {"datasets": "flare_cmmd"}
+    script = RECIPES / "sft_qwen3_4b_flare.sh"
+    done = subprocess.run([script, "--max_pixels", "100352"], env=env, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    assert words[:5] == ["launch", "--num_processes", "4", "-m", "qwenvl_ft.train"]
+    recipe = recipe_from_argv(words[5:])
+    told = recipe.training.arguments
+    assert (told["per_device_train_batch_size"], told["gradient_accumulation_steps"]) == (2, 8)
+    assert (recipe.training.learning_rate, recipe.template.max_pixels) == (2e-5, 100352)
+    assert (told["output_dir"], recipe.data.train) == ("o", "flare_cmmd")
+
+
+@pytest.fixture
+def converted(tree, monkeypatch):
+    """A folder with converted_data: 20 cases of three photographs, so that a tenth is two."""
+    tree.fill(CASES[:1] * 20)
+    assert convert(["--input_dir", str(tree.base), "--datasets", "neojaundice", "--splits", "train"]) == 0
+    return tree.base.parent
+
+
+def dry_run(folder, tiny_dir, *arguments):
+    (folder / "temporary").mkdir(exist_ok=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "TMPDIR": str(folder / "temporary"), "ACCELERATE_USE_CPU": "true"}
+    small = [f"model.model={tiny_dir}", "model.torch_dtype=float32", "deepspeed.enabled=false", *arguments]
+    return subprocess.run([RECIPES / "dry_run.sh", *small], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_dry_run_takes_five_steps_and_keeps_nothing(converted, tiny_dir):
+    done = dry_run(converted, tiny_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "DRY RUN: flare25, 5 steps on flare_neojaundice%10" in done.stdout
+    assert "DRY RUN PASSED: 5 steps in" in done.stdout
+    assert done.stdout.count("loss ") >= 5
+    assert not list((converted / "temporary").iterdir())
+    assert not (converted / "output").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_that_fails_says_what_helps(converted, tiny_dir):
+    done = dry_run(converted, tiny_dir, "data.train=flare_retino")
+    assert done.returncode == 1
+    assert "DRY RUN FAILED after 0 of 5 steps" in done.stdout
+    assert "qwenvl-ft convert flare" in done.stdout
+    assert "error: " in done.stderr
+    assert not list((converted / "temporary").iterdir())

@@ -168,8 +168,11 @@ def find_datasets(names: Iterable[str]) -> list[str]:
     """Names as the catalog has them, each once: of data sets in any case, as registered, or ``starter`` or ``all``.
 
     Raises:
-        DataError: a name is not there; the message says which is close.
+        DataError: a name is not there, and the message says which is close; or none is given.
     """
+    names = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    if not names:
+        raise DataError("no FLARE data set is named. Give names, starter or all.")
     spelled = {key.lower(): name for name in FLARE_DATASETS for key in (registry_name(name), name)}
     groups = {"starter": select(starter=True), "all": list(FLARE_DATASETS)}
     found: dict[str, None] = {}

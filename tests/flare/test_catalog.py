@@ -56,6 +56,12 @@ def test_names_are_found_in_any_case_and_once():
     ]
 
 
+def test_names_may_be_joined_by_commas_but_not_be_none():
+    assert find_datasets(["retino,CMMD", "endo"]) == ["retino", "CMMD", "endo"]
+    with pytest.raises(DataError, match="no FLARE data set is named"):
+        find_datasets([","])
+
+
 @pytest.mark.parametrize(("name", "meant"), [("retina", "retino"), ("busi-dett", "BUSI-det"), ("Starters", "starter")])
 def test_an_unknown_name_is_an_error_that_says_what_is_close(name, meant):
     with pytest.raises(DataError, match=f"unknown FLARE data set '{name}'. Did you mean '{meant}'"):

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.model.load import load_config
 from qwenvl_ft.recipe.load import recipe_folders
 
 LEARNING_RATES = {"full": 1e-5}
@@ -58,6 +59,14 @@ def deepspeed_config(config: str | dict[str, Any]) -> str | dict[str, Any]:
     return config
 
 
+def weights_dtype(recipe: Any) -> str:
+    """``model.torch_dtype``, or for ``auto`` the one that the model's config names."""
+    if recipe.model.torch_dtype != "auto" or not recipe.model.model:
+        return recipe.model.torch_dtype
+    config = load_config(str(recipe.model.model), revision=recipe.model.model_revision)
+    return str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
+
+
 def build_arguments(recipe: Any) -> TrainingArguments:
     """TrainingArguments of a recipe.
 
@@ -76,9 +85,9 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     told |= RELIED_ON
     told["learning_rate"] = learning_rate(recipe)
     told.setdefault("use_cpu", not torch.accelerator.is_available())
-    if "bf16" not in told and "fp16" not in told:
-        told["bf16"] = recipe.model.torch_dtype == "bfloat16"
-        told["fp16"] = recipe.model.torch_dtype == "float16"
+    dtype = weights_dtype(recipe)
+    for name, half in (("bf16", "bfloat16"), ("fp16", "float16")):
+        told.setdefault(name, dtype == half and not told.get("fp16" if name == "bf16" else "bf16", False))
     if recipe.deepspeed.enabled:
         told["deepspeed"] = deepspeed_config(recipe.deepspeed.config)
     if told["activation_checkpointing"]:

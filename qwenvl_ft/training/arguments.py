@@ -94,6 +94,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         told.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
         told.setdefault("metric_for_best_model", "eval_loss")
+        told.setdefault("greater_is_better", False)  # loss and perplexity; transformers knows only names ending in loss
     try:
         args = TrainingArguments(**told)
     except (ValueError, TypeError, ImportError) as error:

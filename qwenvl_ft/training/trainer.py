@@ -127,7 +127,7 @@ class QwenVLTrainer(Trainer):
         )
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and args.n_gpu > 0}
         if workers:
-            options["persistent_workers"] = True
+            options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
         return EpochLoader(sampler.dataset, sampler, collator, **options)
 

@@ -23,6 +23,7 @@ class SignalCallback(TrainerCallback):
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
         self._group: Any = None
+        self._process = os.getpid()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for number in SIGNALS:
@@ -50,6 +51,8 @@ class SignalCallback(TrainerCallback):
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader's worker, which inherits the handler: Ctrl-C reaches it too, and the run still needs it
         if self.received is not None:
             os._exit(128 + number)
         self.received = number

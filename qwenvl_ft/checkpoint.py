@@ -11,6 +11,7 @@ STATE = "trainer_state.json"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "*/adapter_model.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "scheduler.pt")
 AUTO = ("true", "auto", "last")
+NO_OPTIMIZER = "it was saved with training.save_only_model=true and holds no optimizer"
 
 
 def step_of(folder: Path) -> int:
@@ -32,14 +33,19 @@ def missing(folder: Path) -> str | None:
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS + OPTIMIZERS[3:4]):
         return "it holds no weights"
     if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
-        return "it was saved with training.save_only_model=true and holds no optimizer"
+        return NO_OPTIMIZER
     return None
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The complete checkpoint with the highest step in a run's folder."""
-    folders = sorted((path for path in output_dir.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True)
-    return next((folder for folder in folders if step_of(folder) >= 0 and missing(folder) is None), None)
+    return next((folder for folder in _checkpoints(output_dir) if missing(folder) is None), None)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """All of a run's folder, complete or not, the highest step first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
@@ -47,18 +53,30 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
 
     Args:
         resume: None or false for a fresh start; true, ``auto`` or ``last`` for the last complete checkpoint of
-            ``output_dir`` (a fresh start if there is none); else a folder.
+            ``output_dir`` (a fresh start if it has no checkpoint); else a folder.
 
     Raises:
-        CheckpointError: the folder cannot be resumed; says why.
+        CheckpointError: the folder cannot be resumed; says why. Or a fresh start would go into the folder of an
+            earlier run, whose checkpoints would be taken for its own.
     """
+    last = last_checkpoint(output_dir)
     if resume is None or resume is False or str(resume).lower() in ("false", "none", ""):
+        if last is not None:
+            raise CheckpointError(
+                f"training.output_dir={output_dir} holds {last.name} of an earlier run. Go on from it with "
+                "training.resume_from_checkpoint=true, or give another folder."
+            )
         return None
     if resume is True or str(resume).lower() in AUTO:
-        return last_checkpoint(output_dir)
+        broken = [(folder, missing(folder)) for folder in _checkpoints(output_dir)]
+        if last is None and any(reason == NO_OPTIMIZER for _, reason in broken):
+            raise CheckpointError(
+                f"training.resume_from_checkpoint={resume}: {broken[0][0]}: {broken[0][1]}. Start from its weights "
+                f"instead: model.model={broken[0][0]}, with another training.output_dir."
+            )
+        return last
     folder = Path(str(resume))
     if not folder.is_dir():
-        last = last_checkpoint(output_dir)
         raise CheckpointError(
             f"training.resume_from_checkpoint={resume}: no such folder."
             + (f" The last complete checkpoint is {last}." if last else "")

@@ -40,6 +40,7 @@ def train(recipe: Any) -> TrainResult:
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
+    questions = setup.build_questions(recipe, train_set.encoder, args.seed)
     model = setup.build_model(recipe, args)
     trainer = QwenVLTrainer(
         model,
@@ -64,11 +65,12 @@ def train(recipe: Any) -> TrainResult:
         output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         signals.restore()
-    result = TrainResult(Path(str(args.output_dir)), dict(output.metrics), output.global_step, signals.received)
-    if signals.received is None:
-        result.metrics |= setup.finish(trainer, recipe, progress)
+    stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None
+    result = TrainResult(Path(str(args.output_dir)), dict(output.metrics), output.global_step, stopped_by)
+    if stopped_by is None:
+        result.metrics |= setup.finish(trainer, recipe.evaluation, questions, progress)
     elif trainer.is_world_process_zero():
-        cause = f"stopped by {signal.Signals(signals.received).name} at step {output.global_step}"
+        cause = f"stopped by {signal.Signals(stopped_by).name} at step {output.global_step}"
         progress.say(f"{cause}; to go on, add training.resume_from_checkpoint=true")
     return result
 

@@ -8,10 +8,11 @@ folder=${2:-.demo}
 shift $(($# < 2 ? $# : 2))
 
 "$python" examples/digits/make_digits.py "$folder/digits"
-[ -e "$folder/tiny/model.safetensors" ] || "$python" -m qwenvl_ft.cli.main tiny "$folder/tiny"
+[ -e "$folder/tiny/processor_config.json" ] || "$python" -m qwenvl_ft.cli.main tiny "$folder/tiny"
 
 # One thread for the model, the other cores for the loader: layers this small lose by sharing.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+rm -rf "$folder/run"
 begin=$(date +%s)
 "$python" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     -m qwenvl_ft.train recipe=digits model.model="$folder/tiny" \

@@ -41,11 +41,7 @@ class QwenVLCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if not samples:
             raise ValueError("a batch needs at least one sample")
-        row = [*samples]
-        for filler in self.fillers:
-            medium = next(pixels for pixels, _ in MEDIA if pixels in filler)
-            if not any(medium in sample for sample in samples):
-                row.append(filler)
+        row = filled(samples, self.fillers)
         text = torch.cat([torch.arange(len(sample["input_ids"])) for sample in row])
         axes = torch.cat([sample["position_ids"] for sample in row], dim=1)
         batch: dict[str, Any] = {
@@ -63,19 +59,22 @@ class PaddedCollator:
 
     Args:
         pad_id: token that fills up a row.
+        fillers: as of `QwenVLCollator`; each a row of its own.
 
     Returns (of a call):
         As `QwenVLCollator`, with S rows of the longest sample's length: ``input_ids``, ``labels`` and
         ``attention_mask`` int64[S, T], ``position_ids`` int64[3, S, T].
     """
 
-    def __init__(self, pad_id: int) -> None:
+    def __init__(self, pad_id: int, fillers: Sequence[Sample] = ()) -> None:
         self.pad_id = pad_id
+        self.fillers = tuple(fillers)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         def rows(tensors: list[Tensor], value: int) -> Tensor:
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
+        samples, told = filled(samples, self.fillers), samples
         positions = rows([sample["position_ids"].T for sample in samples], 0)  # [S, T, 3]
         batch: dict[str, Any] = {
             "input_ids": rows([sample["input_ids"] for sample in samples], self.pad_id),
@@ -84,8 +83,18 @@ class PaddedCollator:
             "position_ids": positions.permute(2, 0, 1).contiguous(),
         }
         batch |= joined_media(samples)
-        batch["sources"] = [sample["source"] for sample in samples]
+        batch["sources"] = [sample["source"] for sample in told]
         return batch
+
+
+def filled(samples: Sequence[Sample], fillers: Sequence[Sample]) -> list[Sample]:
+    """The samples, and behind them the filler of each medium that none of them has."""
+    absent = [
+        filler
+        for filler in fillers
+        if not any(pixels in filler and pixels in sample for pixels, _ in MEDIA for sample in samples)
+    ]
+    return [*samples, *absent]
 
 
 def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -147,6 +147,16 @@ def expected_answer(conversation: Conversation) -> str:
     return "".join(part.text for part in last.content if isinstance(part, Text))
 
 
+def require_answers(records: Sequence[Any]) -> None:
+    """Refuse records that do not end with an answer, before anything is generated or trained.
+
+    Raises:
+        DataError: names the first.
+    """
+    for index in range(len(records)):
+        expected_answer(_read(records[index]))
+
+
 def plan_batches(kinds: Sequence[tuple[bool, ...]], batch_size: int, world_size: int = 1) -> list[list[int]]:
     """Batches of indices, in an order in which rank r takes every ``world_size``-th from the r-th.
 

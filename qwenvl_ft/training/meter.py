@@ -2,6 +2,8 @@
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,10 @@ class Meter(TrainerCallback):
 
     Args:
         args: TrainingArguments of the run.
-        row_tokens: places in one process's batch, for the fill; meaningful for packed rows.
+        row_tokens: places in one process's batch, for the fill; None where rows are not packed.
     """
 
-    def __init__(self, args: Any, row_tokens: int) -> None:
+    def __init__(self, args: Any, row_tokens: int | None) -> None:
         self.args = args
         self.row_tokens = row_tokens
         self.sampler: PlanSampler | None = None
@@ -44,6 +46,15 @@ class Meter(TrainerCallback):
         self._supervised = []
         self._time = self._start = time.perf_counter()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's: evaluating, saving."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._time += time.perf_counter() - begin
+
     def supervised(self, count: Tensor) -> None:
         """Supervised tokens of one optimizer step, over all ranks; stays on its device until it is read."""
         self._supervised.append(count)
@@ -55,12 +66,12 @@ class Meter(TrainerCallback):
         supervised = int(torch.stack(self._supervised).sum()) if self._supervised else 0
         passes, tokens, samples = self._up_to(state.global_step)
         fresh = tokens - self._tokens
-        places = (passes - self._passes) * self.row_tokens * self.args.world_size
+        places = (passes - self._passes) * (self.row_tokens or 0) * self.args.world_size
         done = state.global_step - self._first_step
         told = {
             "tokens_per_second": round(fresh / seconds, 1),
             "supervised_tokens": supervised,
-            "row_fill": round(fresh / places, 4) if places else 0.0,
+            **({"row_fill": round(fresh / places, 4)} if places else {}),
             "samples_seen": samples,
             "eta_seconds": round((now - self._start) / max(done, 1) * (state.max_steps - state.global_step), 1),
         }

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from torch.utils.data import Subset
+from transformers import TrainingArguments, set_seed
 
 from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.encode import Encoder
@@ -16,6 +17,7 @@ from qwenvl_ft.data.records import load_records
 from qwenvl_ft.data.registry import register_dataset
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.training.callbacks.stopping import PatienceCallback
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
 
@@ -78,6 +80,28 @@ def build_datasets(recipe: Any, processor: Any, seed: int) -> tuple[SampleDatase
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
+def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
+    """The records that are asked by generation after training, as far as they make a sample; None if none are.
+
+    Raises:
+        RecipeError: ``evaluation.run_after_training`` without data.
+        DataError: a record does not end with an answer.
+    """
+    told, data = recipe.evaluation, recipe.data
+    if not told.run_after_training:
+        return None
+    selection = told.data or data.val
+    if not selection:
+        raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
+    from qwenvl_ft.evaluation.generate import require_answers
+
+    records = load_records(selection, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc)
+    usable = SampleDataset(records, encoder, name="evaluation.data", num_proc=data.dataset_num_proc).index[: told.limit]
+    questions: Any = Subset(records, usable.tolist())  # type: ignore[arg-type]
+    require_answers(questions)
+    return questions
+
+
 def build_model(recipe: Any, args: TrainingArguments) -> nn.Module:
     """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
     set_seed(args.seed)
@@ -114,14 +138,16 @@ def keep_float32(model: nn.Module) -> None:
 def early_stopping(recipe: Any) -> list[Any]:
     """The callback behind ``training.early_stopping_patience``, in evaluations without a better metric."""
     patience = recipe.training.early_stopping_patience
-    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+    return [] if patience is None else [PatienceCallback(early_stopping_patience=patience)]
 
 
 def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
-    """What is about to be trained, on what, from where: printed before the first step."""
+    """What is about to be trained, on what, from where: printed before the first step, and saved to be run again."""
     if not trainer.is_world_process_zero():
         return
     progress.folder = Path(trainer.args.output_dir)
+    progress.folder.mkdir(parents=True, exist_ok=True)
+    trainer.recipe.save(progress.folder / "recipe.yaml")
     sampler = trainer.plan_sampler(trainer.train_dataset)
     args = trainer.args
     say = progress.say
@@ -139,28 +165,22 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
         say(f"going on from {resume}")
 
 
-def finish(trainer: Any, recipe: Any, progress: Any) -> dict[str, float]:
-    """Save the trained model and the run's state into the output folder; evaluate by generation if asked to."""
+def finish(trainer: Any, told: Any, questions: Any, progress: Any) -> dict[str, float]:
+    """Save the trained model and the run's state into the output folder, and ask it the questions if there are any."""
     trainer.save_model()
     trainer.save_state()
-    told = recipe.evaluation
-    if not told.run_after_training:
+    if questions is None:
         return {}
     from qwenvl_ft.evaluation.generate import evaluate
 
-    selection = told.data or recipe.data.val
-    if not selection:
-        raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
-    records: Any = load_records(selection, seed=trainer.args.seed, media_root=recipe.data.media_root)
     result = evaluate(
         trainer.accelerator.unwrap_model(trainer.model_wrapped),
         trainer.processing_class,
-        records,
+        questions,
         metric=told.metric,
         encoder=trainer.train_dataset.encoder,
         batch_size=told.batch_size,
         max_new_tokens=told.max_new_tokens,
-        limit=told.limit,
     )
     if trainer.is_world_process_zero():
         name = told.metric.replace("_", " ")
@@ -169,6 +189,8 @@ def finish(trainer: Any, recipe: Any, progress: Any) -> dict[str, float]:
 
 
 def _model_path(recipe: Any) -> str:
+    """A local folder by its full path, which an adapter's config keeps as the name of its base model."""
     if not recipe.model.model:
         raise RecipeError("model.model is not set. Give a directory or an id: model.model=Qwen/Qwen3-VL-4B-Instruct.")
-    return recipe.model.model
+    folder = Path(recipe.model.model)
+    return str(folder.resolve()) if folder.is_dir() else recipe.model.model

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
 from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
 from qwenvl_ft.data.packing import RunShape
+from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import RecipeError, TrainingError
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
@@ -72,7 +73,7 @@ class QwenVLTrainer(Trainer):
         self.recipe = recipe
         self.part_rates: dict[str, float] = {}
         self.fillers = vision_fillers(processor, _media_kinds(train_dataset, eval_dataset))
-        self._unchecked: list[tuple[Tensor, list[Any]]] = []
+        self._unchecked: list[tuple[int, Tensor, list[Any]]] = []
         super().__init__(
             model=model,
             args=args,
@@ -85,7 +86,7 @@ class QwenVLTrainer(Trainer):
             told = f"one process sees {args.n_gpu} GPUs"
             raise RecipeError(f"{told}. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
         self.loss_is_scaled_for_ga = True
-        self.meter = Meter(args, max_length * args.per_device_train_batch_size)
+        self.meter = Meter(args, max_length * args.per_device_train_batch_size if packing else None)
         self.add_callback(self.meter)
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -123,16 +124,25 @@ class QwenVLTrainer(Trainer):
         collator = (
             QwenVLCollator(self.fillers)
             if self.padding_free
-            else PaddedCollator(cast(Any, self.processing_class).tokenizer.pad_token_id)
+            else PaddedCollator(cast(Any, self.processing_class).tokenizer.pad_token_id, self.fillers)
         )
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and args.n_gpu > 0}
         if workers:
+            require_short_tempdir()
+            options["worker_init_fn"] = fail_loudly
             options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
         return EpochLoader(sampler.dataset, sampler, collator, **options)
 
     def num_examples(self, dataloader: Any) -> int:
         return len(cast(Sized, dataloader.dataset))
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """A run that is resumed at its last step is done; transformers would train one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +160,7 @@ class QwenVLTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unchecked.append((loss, inputs["sources"]))
+        self._unchecked.append((self.state.global_step + 1, loss, inputs["sources"]))
         if loss.device.type == "cpu":
             self.check_losses()
         return loss
@@ -176,12 +186,12 @@ class QwenVLTrainer(Trainer):
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked:
             return
-        finite = torch.isfinite(torch.stack([loss for loss, _ in unchecked])).tolist()
-        for (loss, sources), fine in zip(unchecked, finite, strict=True):
+        finite = torch.isfinite(torch.stack([loss for _, loss, _ in unchecked])).tolist()
+        for (step, loss, sources), fine in zip(unchecked, finite, strict=True):
             if not fine:
                 rows = ", ".join(str(source) for source in sources)
                 raise TrainingError(
-                    f"step {self.state.global_step + 1}: the loss is {loss.item()} in the row of {rows}. Look at these "
+                    f"step {step}: the loss is {loss.item()} in the row of {rows}. Look at these "
                     "records; else lower training.learning_rate or training.max_grad_norm, or use "
                     "model.torch_dtype=bfloat16 instead of float16."
                 )
@@ -234,6 +244,10 @@ class QwenVLTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Mean loss over all supervised tokens of the set and its perplexity, whatever the batches and processes."""
+        with self.meter.paused():
+            return self._mean_loss(dataloader, metric_key_prefix)
+
+    def _mean_loss(self, dataloader: Any, metric_key_prefix: str) -> EvalLoopOutput:
         model = self._evaluation_model()
         was_training = model.training
         model.eval()
@@ -272,7 +286,8 @@ class QwenVLTrainer(Trainer):
             logs.update({f"lr/{part}": rate for part, rate in self.part_rates.items()})
             logs.update(self.meter.read(self.state))
             logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
-            if "grad_norm" in logs and not math.isfinite(logs["grad_norm"]):
+            scaled = self.accelerator.scaler is not None  # float16: an overflow skips the step and halves the scale
+            if not scaled and "grad_norm" in logs and not math.isfinite(logs["grad_norm"]):
                 raise TrainingError(
                     f"step {self.state.global_step}: the gradient norm is {logs['grad_norm']} although the loss is "
                     "finite. Lower training.learning_rate, or use model.torch_dtype=bfloat16 instead of float16."
@@ -281,7 +296,8 @@ class QwenVLTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_losses()
-        super()._save_checkpoint(model, trial)
+        with self.meter.paused():
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights, processor and recipe; served checkpoints generate with a cache, so the config says so again."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -94,30 +95,36 @@ def converted(tree, monkeypatch):
     return tree.base.parent
 
 
-def dry_run(folder, tiny_dir, *arguments):
-    (folder / "temporary").mkdir(exist_ok=True)
+@pytest.fixture
+def temporary():
+    """A folder with a short path, as loader workers need it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def dry_run(folder, temporary, tiny_dir, *arguments):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "TMPDIR": str(folder / "temporary"), "ACCELERATE_USE_CPU": "true"}
+    env = os.environ | {"PATH": path, "TMPDIR": str(temporary), "ACCELERATE_USE_CPU": "true"}
     small = [f"model.model={tiny_dir}", "model.torch_dtype=float32", "deepspeed.enabled=false", *arguments]
     return subprocess.run([RECIPES / "dry_run.sh", *small], cwd=folder, env=env, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_a_dry_run_takes_five_steps_and_keeps_nothing(converted, tiny_dir):
-    done = dry_run(converted, tiny_dir)
+def test_a_dry_run_takes_five_steps_and_keeps_nothing(converted, temporary, tiny_dir):
+    done = dry_run(converted, temporary, tiny_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DRY RUN: flare25, 5 steps on flare_neojaundice%10" in done.stdout
     assert "DRY RUN PASSED: 5 steps in" in done.stdout
     assert done.stdout.count("loss ") >= 5
-    assert not list((converted / "temporary").iterdir())
+    assert not list(temporary.iterdir())
     assert not (converted / "output").exists()
 
 
 @pytest.mark.slow
-def test_a_dry_run_that_fails_says_what_helps(converted, tiny_dir):
-    done = dry_run(converted, tiny_dir, "data.train=flare_retino")
+def test_a_dry_run_that_fails_says_what_helps(converted, temporary, tiny_dir):
+    done = dry_run(converted, temporary, tiny_dir, "data.train=flare_retino")
     assert done.returncode == 1
     assert "DRY RUN FAILED after 0 of 5 steps" in done.stdout
     assert "qwenvl-ft convert flare" in done.stdout
     assert "error: " in done.stderr
-    assert not list((converted / "temporary").iterdir())
+    assert not list(temporary.iterdir())

@@ -142,7 +142,9 @@ def test_the_last_complete_checkpoint_is_taken(tmp_path):
     checkpoint(tmp_path, 8)
     assert last_checkpoint(tmp_path) == whole
     assert resolve_resume("auto", tmp_path) == resolve_resume(True, tmp_path) == whole
-    assert resolve_resume(None, tmp_path) is None
+    assert resolve_resume(None, tmp_path / "empty") is None
+    with pytest.raises(CheckpointError, match=r"holds checkpoint-9 of an earlier run.*resume_from_checkpoint=true"):
+        resolve_resume(None, tmp_path)
     assert resolve_resume("true", tmp_path / "empty") is None
 
 
@@ -157,3 +159,6 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
     with pytest.raises(CheckpointError, match=r"no such folder\. The last complete checkpoint is"):
         resolve_resume(str(tmp_path / "nowhere"), tmp_path)
     assert missing(whole) is None
+    checkpoint(tmp_path / "bare", 8, optimizer=False)
+    with pytest.raises(CheckpointError, match=r"save_only_model=true.*model.model=.*checkpoint-8"):
+        resolve_resume(True, tmp_path / "bare")

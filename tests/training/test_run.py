@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl_ft import train as train_function
-from qwenvl_ft.errors import TrainingError
+from qwenvl_ft.checkpoint import last_checkpoint
+from qwenvl_ft.errors import DataError, TrainingError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
+from qwenvl_ft.training.callbacks.signals import SignalCallback
 
 
 @pytest.fixture(scope="module")
@@ -275,3 +278,120 @@ def test_a_bad_record_is_one_line_that_names_it(tiny_dir, data, tmp_path, capsys
     assert message in told
     assert "train.jsonl" in told
     assert not output.exists()
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """A function: the run gets SIGTERM just before the end of this step."""
+
+    def stop(step):
+        plain = SignalCallback.on_step_end
+
+        def on_step_end(self, args, state, control, **more):
+            if state.global_step == step:
+                self.received = signal.SIGTERM
+            return plain(self, args, state, control, **more)
+
+        monkeypatch.setattr(SignalCallback, "on_step_end", on_step_end)
+
+    return stop
+
+
+def test_a_signal_leaves_a_checkpoint_to_go_on_from_whatever_is_saved_otherwise(
+    finished, tiny_dir, data, tmp_path, stop_at, monkeypatch
+):
+    """Evaluated, saved only if best, weights only, one kept: and still the run goes on to the uninterrupted weights."""
+    output, _ = finished
+    more = ["save_strategy=best", "save_only_model=true", "save_total_limit=1", "load_best_model_at_end=true"]
+    recipe = load_recipe(None, settings(tiny_dir, data, tmp_path, *(f"training.{key}" for key in more)))
+    stop_at(4)
+    result = train_function(recipe)
+    assert (result.steps, result.stopped_by) == (4, signal.SIGTERM)
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert not (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+    kept = [f"training.output_dir={tmp_path}", "training.resume_from_checkpoint=true"]
+    result = train_function(load_recipe(tmp_path / "recipe.yaml", kept))
+    assert (result.steps, result.stopped_by) == (6, None)
+    losses = [
+        {entry["step"]: entry["loss"] for entry in map(json.loads, text.splitlines()) if "loss" in entry}
+        for text in ((folder / "trainer_log.jsonl").read_text() for folder in (output, tmp_path))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tiny_dir, data, tmp_path, stop_at):
+    stop_at(6)
+    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path)))
+    assert (result.steps, result.stopped_by) == (6, None)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_resuming_a_finished_run_trains_no_step_more(tiny_dir, data, tmp_path):
+    """Steps that end within an epoch: the weights stay, bit by bit."""
+    more = ["training.max_steps=5", "training.save_steps=5", "training.eval_strategy=no"]
+    train_function(load_recipe(None, settings(tiny_dir, data, tmp_path, *more)))
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    again = settings(tiny_dir, data, tmp_path, *more, "training.resume_from_checkpoint=true")
+    assert train_function(load_recipe(None, again)).steps == 5
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+def test_a_resumed_run_goes_on_counting_its_patience(tiny_dir, data, tmp_path, stop_at, monkeypatch):
+    """The best evaluation is at step 2; with a patience of 3 the run ends at step 8, interrupted or not."""
+    more = [
+        "training.eval_steps=2",
+        "training.save_strategy=best",
+        "training.learning_rate=3.0",
+        "training.lr_scheduler_type=constant",
+        "training.early_stopping_patience=3",
+        "training.max_steps=40",
+    ]
+    whole = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "whole", *more)))
+    stop_at(whole.steps - 3)
+    part = settings(tiny_dir, data, tmp_path / "part", *more)
+    assert train_function(load_recipe(None, part)).stopped_by == signal.SIGTERM
+    monkeypatch.undo()
+    again = train_function(load_recipe(None, [*part, "training.resume_from_checkpoint=true"]))
+    assert 3 < again.steps == whole.steps < 40
+
+
+def test_questions_are_known_to_be_good_before_the_first_step(tiny_dir, data, tmp_path):
+    """A question without an answer stops the run; one that is too long is left out, as in training."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "it is 1"}]
+    long = [turns[0], {"from": "gpt", "value": "it is 1 " * 500}]
+    records = [{"image": str(data / "0.png"), "conversations": conversation} for conversation in (turns, long)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = [f"evaluation.data={questions}", "evaluation.run_after_training=true", "training.max_steps=1"]
+    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "run", *more)))
+    assert result.metrics["exact_match_count"] == 1
+    with questions.open("a") as file:
+        file.write(
+            json.dumps({"image": str(data / "0.png"), "conversations": [*turns, {"from": "human", "value": "?"}]})
+            + "\n"
+        )
+    with pytest.raises(DataError, match=r"questions.jsonl:3.*must end with the assistant's answer"):
+        train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "none", *more)))
+    assert not (tmp_path / "none").exists()
+
+
+def test_padded_rows_run_the_vision_tower_without_images_too(tiny_dir, data, tmp_path):
+    """Text alone, unpacked and padded, with a trained vision tower: the tower takes part, the losses are the same."""
+    texts = tmp_path / "texts.jsonl"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "nothing"}]
+    texts.write_text(
+        "".join(json.dumps({"conversations": [*turns, *turns][: 2 + 2 * (i % 2)]}) + "\n" for i in range(4))
+    )
+    logs = {}
+    for free in ("true", "false"):
+        output = tmp_path / free
+        more = [f"data.train={texts}", "training.packing=false", f"training.padding_free={free}"]
+        more += ["training.per_device_train_batch_size=2", "training.max_steps=2"]
+        train_function(load_recipe(None, settings(tiny_dir, data, output, *more)))
+        entries = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+        logs[free] = [entry["loss"] for entry in entries if "loss" in entry]
+        assert not any("row_fill" in entry for entry in entries), "rows are not filled here"
+    assert logs["true"] == pytest.approx(logs["false"], rel=1e-5)

@@ -16,11 +16,15 @@ class SignalCallback(TrainerCallback):
     """Turns the first signal into a checkpoint at the end of the running step; a second one ends the process at once.
 
     Where several processes train, they agree after every step (one number, between CPUs): all save the same step,
-    even if the signal reached only one of them or reached them in different steps.
+    even if the signal reached only one of them or reached them in different steps. The checkpoint can be resumed
+    whatever the recipe saves otherwise, is written before anything is evaluated, and is never rotated away.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        """Signal that reached this process."""
+        self.stopping: int | None = None
+        """Signal that all processes stop for, agreed at the end of a step."""
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self._process = os.getpid()
@@ -35,10 +39,21 @@ class SignalCallback(TrainerCallback):
         if self._group is not None:
             number = torch.tensor([self.received or 0])
             dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-            self.received = int(number) or None
-        if self.received is not None:
+            self.stopping = int(number) or None
+        else:
+            self.stopping = self.received
+        if self.stopping is not None:
+            args.save_only_model = False
             control.should_save = True
+            control.should_evaluate = False  # save_strategy=best would save only if the evaluation is the best so far
             control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """The checkpoint is written: neither evaluate what is not finished, nor go back to the best and delete it."""
+        if self.stopping is not None:
+            control.should_save = control.should_evaluate = False
+            state.best_model_checkpoint = None
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,0 +1,19 @@
+"""Early stopping that a resumed run goes on counting."""
+
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+
+
+class PatienceCallback(EarlyStoppingCallback):
+    """transformers' early stopping; evaluations without a better metric before the checkpoint count on.
+
+    transformers restores the state of callbacks only together with the control flags, and those of a run that was
+    stopped say "stop".
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        super().on_train_begin(args, state, control, **more)
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        counter = "early_stopping_patience_counter"
+        setattr(self, counter, kept.get("attributes", {}).get(counter, 0))

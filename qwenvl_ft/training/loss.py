@@ -3,16 +3,19 @@
 Letters: S rows, T tokens of a row, K supervised tokens, V words.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from qwenvl_ft.data.draft import IGNORE
 
-HEAD_CHUNK = 4_096
-"""Supervised tokens whose logits are turned to float32 at a time."""
+HEAD_CHUNK = 1_024
+"""Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words, and as much for its gradient."""
 
 
 def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
@@ -40,6 +43,9 @@ def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
 def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the cross entropy over the batch's targets: float32 for each, float64 for the sum.
 
+    The head turns hidden states into losses a chunk at a time and, where there is more than one, again in the backward
+    pass, so that no K x V tensor ever exists.
+
     Args:
         batch: from `split_labels`, on the model's device.
 
@@ -48,10 +54,50 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     """
     inputs = {key: value for key, value in batch.items() if key != "targets"}
     targets = batch["targets"]
-    logits = model(**inputs).logits  # [1, K, V] or [K, V]
-    logits = logits.reshape(-1, logits.shape[-1])
     if targets.numel() == 0:
-        return logits.double().sum() * 0.0
-    parts = zip(logits.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    options: dict[str, Any] = {"reduction": "none", "label_smoothing": label_smoothing}
-    return torch.cat([F.cross_entropy(part.float(), target, **options) for part, target in parts]).double().sum()
+        return model(**inputs).logits.double().sum() * 0.0
+    head = _head_loss(model)
+    head.targets, head.label_smoothing = targets, label_smoothing
+    try:
+        return model(**inputs).logits.double().sum()
+    finally:
+        head.targets = None
+
+
+class HeadLoss:
+    """Stands in for the language head's ``forward``: as it is, or the loss of each token while targets are set.
+
+    The head keeps its place, hooks and weights, so that adapters on it, tied weights, sharding and saving do not
+    notice.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
+        self.targets: Tensor | None = None
+        self.label_smoothing = 0.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """``[..., D]`` -> logits ``[..., V]``, or losses float32 ``[..., 1]`` with targets."""
+        if self.targets is None:
+            return self.forward(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        parts = list(zip(flat.split(HEAD_CHUNK), self.targets.split(HEAD_CHUNK), strict=True))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            losses = [checkpoint(self._losses, *part, self.label_smoothing, use_reentrant=False) for part in parts]
+        else:
+            losses = [self._losses(*part, self.label_smoothing) for part in parts]
+        return torch.cat(losses).view(*hidden.shape[:-1], 1)
+
+    def _losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        logits = self.forward(hidden).float()
+        targets = targets.to(logits.device)
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def _head_loss(model: nn.Module) -> HeadLoss:
+    """The stand-in of a model's head, put there at the first call; wrappers (DDP, adapters) are looked through."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    head: Any = inner.get_output_embeddings()
+    if not isinstance(head.forward, HeadLoss):
+        head.forward = HeadLoss(head.forward)
+    return head.forward

@@ -93,11 +93,11 @@ def test_a_vision_filler_changes_nothing_but_reaches_the_tower(tiny_model, proce
 
 def test_only_supervised_tokens_reach_the_head(tiny_model, samples):
     seen = []
-    hook = tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    hook = tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     loss_sum(tiny_model, split_labels(QwenVLCollator()(samples)))
     hook.remove()
     supervised = sum(int((sample["labels"] != -100).sum()) for sample in samples)
-    assert seen == [(1, supervised, tiny_model.config.text_config.vocab_size)]
+    assert seen == [(1, supervised, tiny_model.config.text_config.hidden_size)]
     assert supervised < sum(len(sample["input_ids"]) for sample in samples) / 2
 
 

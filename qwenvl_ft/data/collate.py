@@ -28,8 +28,11 @@ class QwenVLCollator:
 
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
-        width), ``pixel_values`` float32[P, C] and ``image_grid_thw`` int64[N, 3] if there are images, the video twins
-        if there are videos, and ``sources``, a list of S sources.
+        width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (where samples begin and the last one ends; fillers count) and
+        ``max_length_q`` and ``_k`` (the longest's tokens), ``pixel_values`` float32[P, C], ``image_grid_thw``
+        int64[N, 3], ``image_cu_seqlens`` int32[frames + 1] and ``image_max_seqlen`` (patches of each frame and of the
+        largest) if there are images, the video twins if there are videos, and ``sources``, a list of S sources. The
+        borders are what transformers' attention would otherwise ask the device for.
 
     Example:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
@@ -49,7 +52,15 @@ class QwenVLCollator:
             "labels": torch.cat([sample["labels"] for sample in row])[None],
             "position_ids": torch.cat([text[None], axes])[:, None],
         }
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in row])
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = _borders(lengths)
+        batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
         batch |= joined_media(row)
+        for kind in ("image", "video"):
+            if f"{kind}_grid_thw" in batch:
+                frames, height, width = batch[f"{kind}_grid_thw"].T
+                patches = (height * width).repeat_interleave(frames)
+                batch[f"{kind}_cu_seqlens"], batch[f"{kind}_max_seqlen"] = _borders(patches), int(patches.max())
         batch["sources"] = [sample["source"] for sample in samples]
         return batch
 
@@ -97,6 +108,11 @@ def filled(samples: Sequence[Sample], fillers: Sequence[Sample]) -> list[Sample]
     return [*samples, *absent]
 
 
+def _borders(lengths: Tensor) -> Tensor:
+    """int32[n + 1]: 0 and the running sums."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
 def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Pixels and grids of all samples one behind the other; a medium that none has is absent."""
     keys = [key for pair in MEDIA for key in pair]
@@ -105,10 +121,8 @@ def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def sample_lengths(batch: dict[str, Any]) -> Tensor:
-    """int64[S]: tokens of each sample of a flat row, fillers included, from the restarts of its text positions."""
-    text = batch["position_ids"][0, 0]
-    starts = (text == 0).nonzero(as_tuple=True)[0]
-    return torch.diff(starts, append=torch.tensor([text.numel()]))
+    """int64[S]: tokens of each sample of a flat row, fillers included."""
+    return batch["cu_seq_lens_q"].diff().long()
 
 
 def vision_fillers(processor: Any, kinds: Sequence[str] = ("image",)) -> list[Sample]:

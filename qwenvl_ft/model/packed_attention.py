@@ -1,17 +1,23 @@
-"""Attention over packed rows without flash-attention: torch's SDPA on each sample, equal lengths as one batch.
+"""Attention over packed rows with torch alone: its kernel for unequal lengths, or SDPA on each sample.
+
+On CUDA in 16 bits it is `torch.nn.attention.varlen.varlen_attn`, one call for all samples. Elsewhere samples of equal
+length are one SDPA call.
 
 transformers' own SDPA builds a T x T mask for a packed row, and calls the vision attention once per image and layer.
 Here no mask exists and cost grows with the sum of squared sample lengths: ``attn_impl: packed_sdpa``. Where samples
 begin follows from the batch as it is: where the text row of ``position_ids`` (int64[4, 1, T]) does not go up by one, or
-``cu_seq_lens_q`` (int32[S+1]) if the batch has it. With an ``attention_mask`` or a key-value cache, as in generation,
-it is plain SDPA.
+``cu_seq_lens_q`` (int32[S+1]) if the batch has it, as those of `QwenVLCollator` do. With an ``attention_mask`` or a
+key-value cache, as in generation, it is plain SDPA.
 
 Letters: B rows, T tokens of a row, S samples in it, H heads, D head size; n samples of l tokens are one SDPA call.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,6 +75,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: ``[B, H, T, D]`` -> ``[B, T, H, D]``, each sample by itself."""
@@ -76,6 +83,10 @@ def packed_attention(
 
     rows, heads, tokens, _ = query.shape
     if attention_mask is None and key.shape[2] == tokens:
+        dtype = _kernel_dtype(value) if rows == 1 and cu_seq_lens_q is not None and max_length_q else None
+        if dtype is not None and not kwargs.get("dropout"):
+            flat = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]  # [T, H, D]
+            return _varlen(module, flat, cu_seq_lens_q, max_length_q, kwargs)[None], None
         plan = _plan_of(cu_seq_lens_q, position_ids, rows, tokens)
         if plan is not None and not plan.is_one_sample:
             flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # [H, B * T, D]
@@ -105,6 +116,45 @@ def use_packed_attention(model: Any) -> None:
     model.config._attn_implementation_internal = TEXT_NAME
     model.config.text_config._attn_implementation_internal = TEXT_NAME
     model.config.vision_config._attn_implementation_internal = VISION_NAME
+
+
+def _kernel_dtype(value: Tensor) -> torch.dtype | None:
+    """What the kernel for unequal lengths computes in; None where it does not run."""
+    if not value.is_cuda or torch.cuda.get_device_capability(value.device)[0] < 8 or _kernel() is None:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """``varlen_attn`` of torch 2.11 and later, the first that has a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+def _varlen(
+    module: nn.Module, flat: list[Tensor], borders: Tensor | None, longest: int | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """All samples in one call: three ``[T, H, D]`` -> ``[T, H, D]``; keys and values may have fewer heads."""
+    kernel = _kernel()
+    assert kernel is not None
+    query, key, value = flat
+    options: dict[str, Any] = {"scale": kwargs.get("scaling")}
+    is_causal = kwargs.get("is_causal")
+    if is_causal if is_causal is not None else getattr(module, "is_causal", True):
+        options["window_size"] = (-1, 0)
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in inspect.signature(kernel).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    # One tensor as both borders: cuDNN takes only that.
+    return kernel(query, key, value, borders, borders, longest, longest, **options)
 
 
 def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> Plan | None:

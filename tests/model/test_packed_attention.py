@@ -1,5 +1,7 @@
 """SDPA per sample gives every sample of a row what it gets alone, in both passes, without a mask."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, masking_utils
@@ -74,6 +76,91 @@ def test_borders_may_come_as_cu_seq_lens(checkpoints, samples):
         torch.testing.assert_close(model(**inputs(row), **flash).logits, expected)
         with pytest.raises(ValueError, match="do not fill"):
             model(**inputs(row), cu_seq_lens_q=borders[:-1])
+
+
+def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """The signature of torch 2.11's kernel and its meaning, computed sample by sample with a softmax in float64."""
+    assert cu_seq_q is cu_seq_k, "cuDNN needs the same tensor"
+    assert cu_seq_q.dtype == torch.int32
+    assert query.shape == key.shape == value.shape
+    lengths = cu_seq_q.diff().tolist()
+    assert max_q == max_k == max(lengths)
+    assert sum(lengths) == query.shape[0]
+    outs = []
+    for q, k, v in zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+        if window_size == (-1, 0):
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outs).to(query.dtype)
+
+
+def grouped_kernel(query, key, value, *more, enable_gqa=False, **options):
+    """The signature of torch 2.12 and later, which repeats no keys."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return reference_kernel(query, key, value, *more, **options)
+
+
+@pytest.mark.parametrize("kernel", [reference_kernel, grouped_kernel])
+def test_the_kernel_for_unequal_lengths_is_called_as_it_wants_to_be(checkpoints, samples, monkeypatch, kernel):
+    """Stands in for the kernel, which needs a GPU: text is causal, images are not, both get their borders."""
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options.get("window_size"))
+        return kernel(*args, **options)
+
+    counted.__signature__ = inspect.signature(kernel)
+    model = load_model(checkpoints["dense"], torch_dtype="float32", attn_impl="packed_sdpa")
+    text = model.config.text_config
+    assert text.num_attention_heads != text.num_key_value_heads, "vacuous: no keys are shared"
+    row = {key: value for key, value in QwenVLCollator()(samples).items() if key not in ("labels", "sources")}
+    expected = loss_of(model, QwenVLCollator()(samples))
+    expected.backward()
+    wanted = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    monkeypatch.setattr(packed_attention, "_kernel", lambda: counted)
+    monkeypatch.setattr(packed_attention, "_kernel_dtype", lambda value: torch.float32)
+    batch = QwenVLCollator()(samples)
+    logits = model(**row).logits[0, :-1]
+    found = torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="sum", ignore_index=-100)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    close_in_norm(gradients(model), wanted)
+    layers, blocks = text.num_hidden_layers, model.config.vision_config.depth
+    assert calls.count((-1, 0)) == layers
+    assert calls.count(None) == 2 * blocks, "images and videos"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("causal", "heads", "size"), [(True, (8, 2), 128), (False, (16, 16), 72), (False, (16, 16), 64)]
+)
+def test_the_kernel_equals_sdpa_in_float64(causal, heads, size):
+    """bfloat16 on the GPU: as near to float64 as SDPA on each sample alone is, in both passes."""
+    torch.manual_seed(0)
+    lengths = [700, 3, 129, 1, 64]
+    borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+    exact = [
+        torch.randn(1, h, sum(lengths), size, device="cuda", dtype=torch.float64) for h in (heads[0], *heads[1:] * 2)
+    ]
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = causal, heads[0] // heads[1]
+    results = {}
+    for name, dtype, options in (
+        ("float64", torch.float64, {}),
+        ("kernel", torch.bfloat16, {"max_length_q": max(lengths)}),
+    ):
+        q, k, v = (x.to(torch.bfloat16).to(dtype).requires_grad_() for x in exact)
+        out, _ = packed_attention.packed_attention(
+            module, q, k, v, None, cu_seq_lens_q=borders, is_causal=causal, scaling=size**-0.5, **options
+        )
+        out.double().square().sum().backward()
+        results[name] = (out.double(), q.grad.double(), k.grad.double(), v.grad.double())
+    for found, expected in zip(results["kernel"], results["float64"], strict=True):
+        assert (found - expected).norm() / expected.norm() < 0.02
 
 
 def test_borders_are_found_once_a_tower_and_no_mask_is_built(checkpoints, samples, monkeypatch):

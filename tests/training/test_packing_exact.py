@@ -50,6 +50,7 @@ def test_packed_equals_alone(checkpoints, samples, kind, training, checkpointing
         alone = torch.cat([model(**media_free(collate([sample]))).logits for sample in order], dim=1)
         packed = model(**media_free(collate(order))).logits
         batch = media_free(collate(order))
+        batch = {key: value for key, value in batch.items() if not key.startswith(("cu_seq_lens", "max_length"))}
         leaked = model(**(batch | {"position_ids": batch["position_ids"][1:]})).logits
     assert float((packed - alone).abs().max()) <= 1e-5
     assert float((leaked - alone).abs().max()) > 1e-2, "vacuous: plain attention agrees too"

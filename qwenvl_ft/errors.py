@@ -7,6 +7,10 @@ from difflib import get_close_matches
 class QwenVLError(Exception):
     """A fault in what the user gave us. Command line tools print it as one line and exit with 2."""
 
+    def __str__(self) -> str:
+        """One line, whatever line breaks a key, a value or another library's message has."""
+        return " ".join(super().__str__().split())
+
 
 class RecipeError(QwenVLError, ValueError):
     """A recipe, an override or a flag is wrong."""
@@ -21,11 +25,15 @@ class CheckpointError(QwenVLError, ValueError):
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'? Known: x, y.`` with the first sentence only where something is close."""
-    known = sorted(known)
-    close = get_close_matches(name, known, n=1)
+    """`` Did you mean 'x'? Known: x, y.`` with the first sentence only where something is close.
+
+    A name that begins with what was given comes before one that resembles it: the first such in the order of ``known``.
+    """
+    ordered = sorted(known) if isinstance(known, set | frozenset) else list(known)
+    begun = [entry for entry in ordered if len(name) > 2 and entry.startswith(name)]
+    close = begun or get_close_matches(name, sorted(ordered), n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{meant} Known: {', '.join(known) or '(none)'}."
+    return f"{meant} Known: {', '.join(sorted(ordered)) or '(none)'}."
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> RecipeError:

@@ -13,8 +13,21 @@ from qwenvl_ft.model.anatomy import current_name
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ROPE_TYPES = ("linear", "dynamic", "yarn")
-"""What ``model.rope_scaling`` accepts as a type."""
+ROPE_TYPES = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+"""What ``model.rope_scaling`` accepts as a type -> the keys that it may have."""
 
 DEFAULT_ROPE_FACTOR = 2.0
 """Factor of a rope scaling that is given by its type alone, without ``max_model_len``."""
@@ -50,6 +63,12 @@ def apply_lengths(
             )
         return
     scaling = _parse_rope_scaling(rope_scaling)
+    for key in KEPT_ROPE_KEYS:
+        if key in scaling and (key not in rope or scaling[key] != rope[key]):
+            raise RecipeError(
+                f"model.rope_scaling.{key}={scaling[key]!r} cannot be changed: the model was trained with "
+                f"{rope.get(key)!r}. Remove it."
+            )
     needed = max(1.0, max_model_len / trained) if max_model_len is not None else DEFAULT_ROPE_FACTOR
     scaling.setdefault("factor", needed)
     if scaling["factor"] < needed and max_model_len is not None:
@@ -73,6 +92,10 @@ def _parse_rope_scaling(value: str | dict[str, Any]) -> dict[str, Any]:
     kind = given.setdefault("rope_type", old)
     if kind not in ROPE_TYPES:
         raise unknown_name("type of model.rope_scaling", str(kind), ROPE_TYPES)
+    known = (*ROPE_TYPES[kind], *KEPT_ROPE_KEYS)
+    unknown = [key for key in given if key not in ("rope_type", *known)]
+    if unknown:
+        raise RecipeError(f"model.rope_scaling of type {kind}: unknown key {unknown[0]!r}.{hint(unknown[0], known)}")
     factor = given.get("factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
         raise RecipeError(f"model.rope_scaling.factor={factor!r} is not a number of at least 1. Example: 2.0.")
@@ -81,19 +104,22 @@ def _parse_rope_scaling(value: str | dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def expand_device_map(device_map: str | dict[str, Any], config: PreTrainedConfig) -> str | dict[str, Any]:
+def expand_device_map(device_map: str | int | dict[str, Any], config: PreTrainedConfig) -> str | dict[str, Any]:
     """A device map in this model's module names, one entry a layer.
 
     Ranges include both ends; names of older checkpoints (``model.layers.3``, ``visual``) are taken as this model's.
 
     Raises:
-        RecipeError: no valid JSON, a range that is empty or beyond the last layer, a name that matches nothing.
+        RecipeError: no valid JSON, a range that is empty or beyond the last layer, a name that matches nothing or
+            stands for what another one has placed already, or weights that no name places.
 
     Example:
         ``{"model.layers.0-1": 0}`` -> ``{"model.language_model.layers.0": 0, "model.language_model.layers.1": 0}``
     """
     if isinstance(device_map, str) and not device_map.lstrip().startswith("{"):
         return device_map if device_map in PLACEMENTS else _one_device(device_map)
+    if isinstance(device_map, int) and not isinstance(device_map, bool):
+        return {"": device_map}
     given = _parse_json("model.device_map", device_map, '{"": 0}')
     modules = _module_names(config)
     expanded: dict[str, Any] = {}
@@ -102,8 +128,38 @@ def expand_device_map(device_map: str | dict[str, Any], config: PreTrainedConfig
             known = current_name(single)
             if known not in modules:
                 raise RecipeError(f"model.device_map names {single!r}, which is no module.{_near(known, modules)}")
+            if known in expanded:
+                raise RecipeError(f"model.device_map places {known} twice, the second time by {name!r}. Keep one.")
             expanded[known] = _device(device)
+    left = sorted(name for name in modules if name.endswith((".weight", ".bias")) and not _placed(name, expanded))
+    if left:
+        raise RecipeError(
+            f"model.device_map leaves {len(left)} weights without a place, the first is {left[0]}. Name their modules, "
+            'or place the rest by "", as in "": 0.'
+        )
     return expanded
+
+
+def check_devices(device_map: str | dict[str, Any]) -> None:
+    """Raises RecipeError if a device of an expanded map does not exist on this machine."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if kind is not None else 0
+    for name, device in device_map.items() if isinstance(device_map, dict) else ():
+        if device in ("cpu", "disk", "meta"):
+            continue
+        try:
+            asked = torch.device(device)
+        except (RuntimeError, TypeError, ValueError):
+            asked = None
+        if asked is None or kind is None or asked.type != kind.type or (asked.index or 0) >= count:
+            there = ", ".join(["cpu", *(f"{kind}:{index}" for index in range(count))])
+            raise RecipeError(f"model.device_map places {name or 'all'!r} on {device!r}, which is not here: {there}.")
+
+
+def _placed(parameter: str, device_map: dict[str, Any]) -> bool:
+    return any(name == "" or parameter == name or parameter.startswith(f"{name}.") for name in device_map)
 
 
 def parse_max_memory(max_memory: str | dict[Any, Any]) -> dict[int | str, Any]:
@@ -161,7 +217,7 @@ def _near(name: str, modules: set[str]) -> str:
     return hint(name, {child for child in modules if child.count(".") < 3 and child})
 
 
-def _parse_json(key: str, value: str | dict[Any, Any], example: str) -> dict[Any, Any]:
+def _parse_json(key: str, value: Any, example: str) -> dict[Any, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)

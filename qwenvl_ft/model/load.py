@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, RecipeError, unknown_name
 from qwenvl_ft.model.anatomy import canonical_model_type, family_of
 from qwenvl_ft.model.attention import resolve_attn_impl
-from qwenvl_ft.model.config import apply_lengths, expand_device_map, parse_max_memory
+from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 
@@ -30,7 +31,7 @@ def load_model(
     torch_dtype: str = "bfloat16",
     attn_impl: str = "auto",
     revision: str | None = None,
-    device_map: str | dict[str, Any] | None = None,
+    device_map: str | int | dict[str, Any] | None = None,
     max_memory: str | dict[Any, Any] | None = None,
     rope_scaling: str | dict[str, Any] | None = None,
     max_model_len: int | None = None,
@@ -46,8 +47,8 @@ def load_model(
         dir_or_id: a model directory, a hub id, or an adapter's directory (its base model is loaded first; the result
             is a PeftModel for inference).
         attn_impl: one of ``ATTENTION_NAMES``, see `resolve_attn_impl`.
-        device_map: ``auto`` and the like, one device, or a dict (or its JSON) of module names; ``model.layers.0-15``
-            stands for sixteen layers. For one process only.
+        device_map: ``auto`` and the like, one device (``cuda:0`` or its number), or a dict (or its JSON) of module
+            names; ``model.layers.0-15`` stands for sixteen layers. For one process only.
         max_memory: device -> size, as ``{"0": "40GB", "cpu": "100GB"}``; needs ``device_map``.
         rope_scaling: ``linear``, ``dynamic``, ``yarn``, or a dict (or its JSON) with ``type`` and ``factor``. M-RoPE's
             sections stay as they are.
@@ -59,41 +60,78 @@ def load_model(
         CheckpointError: not a model, not a supported one, or its weights are damaged or incomplete.
         RecipeError: an option has a wrong value.
     """
-    path = local_directory(dir_or_id)
-    if torch_dtype not in DTYPES:
-        raise unknown_name("model.torch_dtype", torch_dtype, DTYPES)
-    if patch_embed not in PATCH_EMBEDS:
-        raise unknown_name("model.patch_embed", patch_embed, PATCH_EMBEDS)
+    plan = plan_loading(
+        dir_or_id,
+        torch_dtype=torch_dtype,
+        attn_impl=attn_impl,
+        revision=revision,
+        device_map=device_map,
+        max_memory=max_memory,
+        rope_scaling=rope_scaling,
+        max_model_len=max_model_len,
+        patch_embed=patch_embed,
+        model_type=model_type,
+    )
+    model = _from_pretrained(plan)
+    if patch_embed == "linear":
+        use_linear_patch_embed(model)
+    if plan.attention == TEXT_NAME:
+        use_packed_attention(model)
+    turn_cache_off(model)
+    return model if plan.adapter is None else _with_adapter(model, plan.adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadPlan:
+    """What a model is loaded from and with: checked, and no weight read yet."""
+
+    source: str
+    """Directory or hub id of the weights; of an adapter, its base model's."""
+    adapter: Path | None
+    """The adapter's directory, if that is what was named."""
+    config: PreTrainedConfig
+    """With the longest sequence and the rope scaling set."""
+    attention: str
+    """One of ``ATTENTION_NAMES`` except ``auto``."""
+    options: dict[str, Any]
+    """The rest of what ``from_pretrained`` is told."""
+
+
+def plan_loading(
+    dir_or_id: str | Path,
+    *,
+    torch_dtype: str = "bfloat16",
+    attn_impl: str = "auto",
+    revision: str | None = None,
+    device_map: str | int | dict[str, Any] | None = None,
+    max_memory: str | dict[Any, Any] | None = None,
+    rope_scaling: str | dict[str, Any] | None = None,
+    max_model_len: int | None = None,
+    patch_embed: str = "linear",
+    model_type: str | None = None,
+) -> LoadPlan:
+    """Check everything about loading a model that needs no weights; the arguments and errors of `load_model`."""
+    for key, value, known in (("torch_dtype", torch_dtype, DTYPES), ("patch_embed", patch_embed, PATCH_EMBEDS)):
+        if value not in known:
+            raise unknown_name(f"model.{key}", value, known)
+    path, adapter = local_directory(dir_or_id), None
     if path is not None and (path / "adapter_config.json").is_file():
-        return _load_adapter(
-            path,
-            torch_dtype=torch_dtype,
-            attn_impl=attn_impl,
-            device_map=device_map,
-            max_memory=max_memory,
-            rope_scaling=rope_scaling,
-            max_model_len=max_model_len,
-            patch_embed=patch_embed,
-            model_type=model_type,
-        )
+        adapter = path
+        dir_or_id, revision = _base_of_adapter(path)
+        path = local_directory(dir_or_id)
+        if path is not None and (path / "adapter_config.json").is_file():
+            raise CheckpointError(f"{adapter} is an adapter of {path}, an adapter too. Merge that one first.")
     source = str(path or dir_or_id)
     attention = resolve_attn_impl(attn_impl, torch_dtype)
     config = load_config(source, revision=revision, model_type=model_type)
     apply_lengths(config.get_text_config(), rope_scaling=rope_scaling, max_model_len=max_model_len)
     options = {
-        "config": config,
         "dtype": torch_dtype,
         "attn_implementation": "sdpa" if attention == TEXT_NAME else attention,
         "revision": revision or "main",
         "use_safetensors": True,
-    }
-    model = _from_pretrained(source, options | _placement(device_map, max_memory, config))
-    if patch_embed == "linear":
-        use_linear_patch_embed(model)
-    if attention == TEXT_NAME:
-        use_packed_attention(model)
-    turn_cache_off(model)
-    return model
+    } | _placement(device_map, max_memory, config)
+    return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, options=options)
 
 
 def load_processor(
@@ -207,18 +245,20 @@ def _placement(device_map: Any, max_memory: Any, config: PreTrainedConfig) -> di
             "Remove model.device_map, or start one process."
         )
     placement: dict[str, Any] = {"device_map": expand_device_map(device_map, config)}
+    check_devices(placement["device_map"])
     if max_memory is not None:
         placement["max_memory"] = parse_max_memory(max_memory)
     return placement
 
 
-def _from_pretrained(source: str, options: dict[str, Any]) -> PreTrainedModel:
+def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
+    source, options = plan.source, plan.options
     try:
-        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(source, config=plan.config, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the weights of {source}: {_one_line(error)}") from error
     except ValueError as error:
@@ -235,12 +275,10 @@ def _from_pretrained(source: str, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _load_adapter(path: Path, **options: Any) -> Any:
+def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
-    base, revision = _base_of_adapter(path)
-    model = load_model(base, revision=revision, **options)
-    return PeftModel.from_pretrained(model, str(path))
+    return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _base_of_adapter(path: Path) -> tuple[str, str | None]:

@@ -1,13 +1,30 @@
 """Settings that are each right and cannot be together."""
 
+from itertools import chain
 from typing import Any
 
 from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.recipe.refused import fixed_fields, unread_keys
+from qwenvl_ft.recipe.schema import TunerConfig
 
 TOKEN_PIXELS = 32 * 32
 """Pixels that one token of Qwen3-VL covers: patches of 16 x 16, merged 2 x 2."""
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 """Schedules that end above zero."""
+PROJECTED = ("galore", "apollo")
+"""Beginnings of the names of optimizers that project the gradients of chosen modules."""
+ADAPTER_KEYS = (
+    "target_modules",
+    "target_regex",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_bias",
+    "use_rslora",
+    "use_dora",
+)
+"""What shapes an adapter."""
 DATASET_KEYS = ("annotation_path", "data_path", "reader")
 
 
@@ -17,6 +34,51 @@ def check(recipe: Any) -> None:
         told = contradiction(recipe)
         if told:
             raise RecipeError(told)
+
+
+def _unread(recipe: Any) -> str | None:
+    """What transformers takes and our training does not read, or cannot do otherwise."""
+    values = recipe.training.arguments | {"lazy_tokenize": recipe.training.lazy_tokenize}
+    return next(chain(fixed_fields(values, recipe.origins), unread_keys(values)), None)
+
+
+def _checkpointing(recipe: Any) -> str | None:
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        told = _argument(recipe, name)
+        if isinstance(told, dict) and "use_reentrant" in told and told["use_reentrant"] is not False:
+            return (
+                f"training.{name}.use_reentrant={shown(told['use_reentrant'])} gives no gradient to weights behind "
+                "frozen ones, as adapters in the vision tower. Set it to false."
+            )
+    return None
+
+
+def _lengths(recipe: Any) -> str | None:
+    length, prepared = recipe.template.max_length, recipe.model.max_model_len
+    if prepared is not None and length > prepared:
+        return (
+            f"template.max_length={length} exceeds model.max_model_len={prepared}. Lower the first or raise the "
+            "second, or set both by global_max_length."
+        )
+    return None
+
+
+def _output(recipe: Any) -> str | None:
+    if not _argument(recipe, "output_dir").strip():
+        return "training.output_dir is empty. Give a folder: training.output_dir=output."
+    return None
+
+
+def _full(recipe: Any) -> str | None:
+    if recipe.tuner.train_type != "full":
+        return None
+    for name in ADAPTER_KEYS:
+        if f"tuner.{name}" in recipe.origins and getattr(recipe.tuner, name) != getattr(TunerConfig(), name):
+            return (
+                f"tuner.{name}={shown(getattr(recipe.tuner, name))} shapes an adapter, and tuner.train_type=full has "
+                f"none. Remove tuner.{name}, or set tuner.train_type=lora."
+            )
+    return None
 
 
 def _pixels(recipe: Any) -> str | None:
@@ -60,11 +122,6 @@ def _packing(recipe: Any) -> str | None:
         return (
             "training.pack_dataset_break_mode=break would cut samples, and images with them. Use no_break_longest_only."
         )
-    if training.lazy_tokenize:
-        return (
-            "training.packing=true needs all lengths before the first step, which training.lazy_tokenize=true "
-            "forbids. Set one of them to false."
-        )
     if not training.padding_free:
         return "training.padding_free=false pads one sample a row. Set training.packing=false with it."
     return None
@@ -90,10 +147,13 @@ def _evaluation(recipe: Any) -> str | None:
         for name, on in (
             ("training.save_strategy=best", _argument(recipe, "save_strategy") == "best"),
             ("training.load_best_model_at_end=true", _argument(recipe, "load_best_model_at_end")),
+            ("training.do_eval=true", _argument(recipe, "do_eval")),
             ("training.early_stopping_patience", recipe.training.early_stopping_patience is not None),
         )
         if on
     ]
+    if _argument(recipe, "eval_on_start") and not recipe.data.val:
+        return "training.eval_on_start=true needs an evaluation set. Set data.val."
     if wants and not recipe.data.val:
         return f"{wants[0]} needs an evaluation set. Set data.val."
     if wants and strategy == "no":
@@ -102,6 +162,33 @@ def _evaluation(recipe: Any) -> str | None:
         return f"training.eval_strategy={strategy} needs an evaluation set. Set data.val."
     if recipe.evaluation.run_after_training and not (recipe.evaluation.data or recipe.data.val):
         return "evaluation.run_after_training=true needs a set to ask about. Set evaluation.data or data.val."
+    return None
+
+
+def _metric(recipe: Any) -> str | None:
+    name = _argument(recipe, "metric_for_best_model")
+    if name is not None and _argument(recipe, "greater_is_better"):
+        return (
+            f"training.greater_is_better=true would keep the checkpoint with the highest {name}, which is the worst. "
+            "Remove training.greater_is_better."
+        )
+    return None
+
+
+def _optimizer(recipe: Any) -> str | None:
+    targets, optim = _argument(recipe, "optim_target_modules"), _argument(recipe, "optim")
+    if targets is not None and not str(optim).startswith(PROJECTED):
+        return (
+            f"training.optim_target_modules={shown(targets)} is read by GaLore and APOLLO alone, but training.optim="
+            f"{optim or 'adamw_torch_fused'}. Remove it, or choose one of them."
+        )
+    return None
+
+
+def _hub(recipe: Any) -> str | None:
+    for name in ("hub_model_id", "hub_always_push", "hub_private_repo", "hub_revision"):
+        if _argument(recipe, name) and not _argument(recipe, "push_to_hub"):
+            return f"training.{name}={shown(_argument(recipe, name))} needs training.push_to_hub=true. Set it too."
     return None
 
 
@@ -137,6 +224,17 @@ def _schedule(recipe: Any) -> str | None:
             f"training.lr_scheduler_type={kind} has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
             "cosine_warmup_with_min_lr."
         )
+    if isinstance(options, dict) and "min_lr" in options:
+        try:
+            options["min_lr"] = float(options["min_lr"])
+        except (TypeError, ValueError):
+            return f"training.lr_scheduler_kwargs.min_lr={shown(options['min_lr'])} is not a number. Example: 1e-6."
+        others = [key for key in options if key != "min_lr" and (key, options[key]) != ("num_cycles", 0.5)]
+        if others:
+            return (
+                f"training.lr_scheduler_kwargs.{others[0]} has no meaning beside min_lr, where the schedule is half a "
+                "cosine down to it. Remove it."
+            )
     return None
 
 
@@ -147,6 +245,14 @@ def _argument(recipe: Any, name: str) -> Any:
 
 
 CHECKS = (
+    _output,
+    _unread,
+    _checkpointing,
+    _lengths,
+    _full,
+    _metric,
+    _optimizer,
+    _hub,
     _pixels,
     _datasets,
     _nothing_trains,

@@ -13,14 +13,20 @@ from omegaconf.errors import OmegaConfBaseException
 from qwenvl_ft.errors import RecipeError, hint
 
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+STEPS = "must be a whole number of steps, or a share of all steps from 0 to below 1"
 LIMITS: dict[str, Any] = {
     ">0": (lambda x: x > 0, "must be above 0"),
     ">=0": (lambda x: x >= 0, "must not be negative"),
     "0..1": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    "steps or -1": (lambda x: x > 0 or x == -1, "must be above 0, or -1 for all of num_train_epochs"),
+    "share or steps": (lambda x: 0 <= x < 1 or (x > 0 and x == int(x)), STEPS),
+    "some steps": (lambda x: 0 < x < 1 or (x > 0 and x == int(x)), STEPS.replace("from 0", "above 0")),
 }
 """Limit in an annotation -> its test, and what is said of a value that fails it."""
 NULLS = ("null", "~", "None")
 """Words for no value, where a field may have none."""
+LARGEST = 2**63 - 1
+"""The largest number that a tensor of whole numbers holds."""
 EXAMPLES = {int: "8", float: "1e-5", bool: "true"}
 NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -213,8 +219,10 @@ def _number(value: Any, kind: type) -> int | float:
             number = float(value)
         except ValueError:
             raise wrong from None
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise Mismatch("is not a finite number.")
+    if abs(number) > LARGEST and (kind is int or isinstance(number, int)):
+        raise Mismatch(f"is too large. The largest is {LARGEST}.")
     if kind is float:
         return number
     if number != int(number):

@@ -163,7 +163,6 @@ ALIASES: dict[str, Alias] = {
 """Other name -> what it means in our keys."""
 
 REMOVED = {
-    "logging_dir": "transformers has no such field any more. Set the environment variable TENSORBOARD_LOGGING_DIR.",
     "overwrite_output_dir": "a run writes to output_dir whatever is there. Remove it.",
     "save_safetensors": "checkpoints are always safetensors. Remove it.",
 }

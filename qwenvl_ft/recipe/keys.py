@@ -4,7 +4,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
-from qwenvl_ft.recipe.schema import HF_LIMITS, SECTIONS, Positive
+from qwenvl_ft.recipe.schema import HF_LIMITS, HF_TYPES, SECTIONS, Positive
 
 LENGTH = Positive | None
 """Type of ``global_max_length``."""
@@ -25,7 +25,7 @@ def argument_types() -> dict[str, Any]:
     """
     from transformers import TrainingArguments
 
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(TrainingArguments) | HF_TYPES
     names = [entry.name for entry in fields(TrainingArguments) if entry.init]
     return {name: Annotated[hints[name], HF_LIMITS[name]] if name in HF_LIMITS else hints[name] for name in names}
 

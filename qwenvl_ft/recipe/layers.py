@@ -20,6 +20,8 @@ Values = dict[str, Any]
 OVERRIDE = "override"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = (".yaml", ".yml")
+DOTTED = ("model.device_map",)
+"""Mappings whose keys have dots of their own."""
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Layer:
 
     def set(self, key: str, value: Any, spelled: str) -> None:
         """Set a value by its dotted key; the last one counts."""
-        *parents, last = key.split(".")
+        *parents, last = _steps(key)
         values = self.values
         for parent in parents:
             inner = values.setdefault(parent, {})
@@ -57,6 +59,14 @@ class Layer:
             return
         for key, told in alias.meaning(value, f"{self.where}: {spelled}").items():
             self.set(key, told, spelled)
+
+
+def _steps(key: str) -> list[str]:
+    """A dotted key as the keys of nested mappings."""
+    for mapping in DOTTED:
+        if key.startswith(f"{mapping}."):
+            return [*mapping.split("."), key.removeprefix(f"{mapping}.")]
+    return key.split(".")
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
@@ -195,6 +205,14 @@ def override_layer(overrides: Iterable[str]) -> Layer:
     return layer
 
 
+def _inside(section: str, name: str) -> str:
+    """Our dotted key of one that begins with another name of a mapping."""
+    section = "data" if section == "custom" else section
+    mapping, _, inner = name.partition(".")
+    alias = alias_in(section, mapping)
+    return f"{section}.{name}" if alias is None or alias.kind is not None else f"{alias.keys[0]}.{inner}"
+
+
 def set_override(layer: Layer, key: str, value: Any) -> None:
     """Set one dotted key from the command line. Text keeps its spelling: the field's type says how it is read."""
     section, dot, name = key.partition(".")
@@ -207,6 +225,6 @@ def set_override(layer: Layer, key: str, value: Any) -> None:
     elif not dot:
         raise RecipeError(f"{OVERRIDE}: {section} is a section. Give one of its keys: {section}.key=value.")
     elif "." in name:  # inside a mapping, where no type is known
-        layer.set(f"{section}.{name}", parse_text(value) if isinstance(value, str) else value, key)
+        layer.set(_inside(section, name), parse_text(value) if isinstance(value, str) else value, key)
     else:
         layer.put(section, name, value)

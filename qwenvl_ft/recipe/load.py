@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.checks import check
+from qwenvl_ft.recipe.checks import ADAPTER_KEYS, check
 from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.dialects import REMOVED
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
@@ -116,6 +116,7 @@ def build_recipe(layers: list[Layer]) -> Recipe:
     told = {name: _section(name, merged[name] if name in merged else {}, places) for name in SECTIONS}
     recipe = Recipe(**told, global_max_length=length, origins=origins)
     _derive(recipe)
+    _drop_outweighed(recipe, [layer.where for layer in layers])
     check(recipe)
     return recipe
 
@@ -192,6 +193,8 @@ def _argument(key: str, value: Any, where: str) -> Any:
 def _derive(recipe: Recipe) -> None:
     """Defaults that follow from other keys."""
     told = recipe.training.arguments
+    if recipe.model.max_model_len is not None and "template.max_length" not in recipe.origins:
+        recipe.template.max_length = min(recipe.template.max_length, recipe.model.max_model_len)
     if recipe.data.val and "training.eval_strategy" not in recipe.origins:
         told["eval_strategy"] = "steps"
     if told["eval_strategy"] == "steps":
@@ -199,6 +202,19 @@ def _derive(recipe: Recipe) -> None:
     best = told["save_strategy"] == "best" or ("load_best_model_at_end" in told and told["load_best_model_at_end"])
     if best or recipe.training.early_stopping_patience is not None:
         told.setdefault("metric_for_best_model", "eval_loss")
+
+
+def _drop_outweighed(recipe: Recipe, order: list[str]) -> None:
+    """``train_type: full`` over a recipe with an adapter takes the adapter's keys with it."""
+    origins = recipe.origins
+    if recipe.tuner.train_type != "full":
+        return
+    strength = order.index(origins["tuner.train_type"])
+    for name in ADAPTER_KEYS:
+        key = f"tuner.{name}"
+        if key in origins and order.index(origins[key]) < strength:
+            setattr(recipe.tuner, name, getattr(TunerConfig(), name))
+            del origins[key]
 
 
 def _escaped(value: Any) -> Any:

@@ -33,7 +33,11 @@ On the command line, `section.key=value` overrides; `--key value` does too, by t
 `deepspeed` and `evaluation`) or any other name below. `null` unsets what may be unset. `custom` is `data`.
 """
 
-LIMIT_WORDS = {">0": "above 0", ">=0": "from 0", "0..1": "from 0 to below 1"}
+LIMIT_WORDS = {">0": "above 0", ">=0": "from 0", "0..1": "from 0 to below 1"} | {
+    "steps or -1": "above 0, or -1",
+    "share or steps": "(steps, or a share of them below 1)",
+    "some steps": "above 0 (steps, or a share of them below 1)",
+}
 
 
 def reference() -> str:
@@ -71,6 +75,8 @@ def type_name(annotation: Any) -> str:
     if origin in (list, dict):
         word = {list: "list", dict: "mapping"}[origin]
         inner = get_args(annotation)[-1]
+        if get_origin(inner) is Literal:
+            return f"{word} of these"
         return word if inner is Any or origin is dict else f"{word} of {type_name(inner)}"
     return {str: "text", bool: "true, false", dict: "mapping"}.get(annotation, getattr(annotation, "__name__", "any"))
 

@@ -53,7 +53,7 @@ class ModelConfig:
 class TemplateConfig:
     """How conversations become tokens."""
 
-    template: str = "qwen3_vl"
+    template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "qwen"] = "qwen3_vl"
     """Name from other libraries; the text is always that of the processor's own chat template."""
     max_length: Positive = 8192
     """Tokens of the longest sample, and of a packed row, images included."""
@@ -135,7 +135,9 @@ class TrainingConfig:
     """How rows are filled: the longest sample first, each into the fullest row that takes it. Never split: break is an
     error."""
     lazy_tokenize: bool = False
-    """Not with packing, whose plan needs all lengths."""
+    """true is an error: lengths are planned before the first step, and samples are tokenized when needed anyway."""
+    logging_dir: str | None = None
+    """Folder of TensorBoard's files; null is a new one in output_dir."""
     optimizer: Literal["multimodal"] = "multimodal"
     """Parameter groups by part, each with its own learning rate; the algorithm is optim."""
     learning_rate: NonNegativeFloat | None = None
@@ -216,6 +218,7 @@ HF_DEFAULTS: dict[str, Any] = {
 
 HF_LIMITS: dict[str, str] = {
     "num_train_epochs": ">0",
+    "max_steps": "steps or -1",
     "per_device_train_batch_size": ">0",
     "per_device_eval_batch_size": ">0",
     "gradient_accumulation_steps": ">0",
@@ -226,17 +229,49 @@ HF_LIMITS: dict[str, str] = {
     "adam_epsilon": ">0",
     "label_smoothing_factor": "0..1",
     "neftune_noise_alpha": ">=0",
-    "warmup_steps": ">=0",
-    "logging_steps": ">0",
-    "eval_steps": ">0",
+    "warmup_steps": "share or steps",
+    "logging_steps": "some steps",
+    "eval_steps": "some steps",
     "eval_delay": ">=0",
-    "save_steps": ">0",
+    "save_steps": "some steps",
     "save_total_limit": ">0",
     "dataloader_num_workers": ">=0",
     "dataloader_prefetch_factor": ">0",
     "seed": ">=0",
 }
 """Fields of TrainingArguments that have limits; its annotations say none."""
+
+LogLevel = Literal["passive", "detail", "debug", "info", "warning", "error", "critical"]
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "none",
+    "all",
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "trackio",
+]
+Metric = Literal["eval_loss", "eval_perplexity", "loss", "perplexity"]
+
+HF_TYPES: dict[str, Any] = {
+    "output_dir": str,
+    "report_to": Tracker | list[Tracker] | None,
+    "metric_for_best_model": Metric | None,
+    "log_level": LogLevel,
+    "log_level_replica": LogLevel,
+    "include_num_input_tokens_seen": Literal["no", "all", "non_padding"] | bool,
+    "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "ccl", "hccl", "cncl", "mccl"] | None,
+}
+"""Fields of TrainingArguments whose annotation there is any text -> what they may be."""
 
 SECRETS = ("hub_token",)
 """Fields of TrainingArguments that are never printed or saved. Give them as ${oc.env:NAME}."""

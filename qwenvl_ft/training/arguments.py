@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,20 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_config
+from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
+from qwenvl_ft.recipe.refused import FIXED
+from qwenvl_ft.training.preflight import preflight
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
 """Where the recipe gives none: 1e-5 moves all weights, adapters start from nothing and take 1e-4."""
-
-RELIED_ON: dict[str, Any] = {
-    "remove_unused_columns": False,  # our batches are not columns
-    "dataloader_drop_last": False,  # no record is left out of an epoch
-    "label_names": ["labels"],
-    "logging_nan_inf_filter": False,  # would hide what TrainingError reports, and wait for the device each step
-    "average_tokens_across_devices": True,
-    "ddp_find_unused_parameters": False,  # every trained parameter is in every pass; see vision_fillers
-    "disable_tqdm": True,  # the console callback shows progress
-    "restore_callback_states_from_checkpoint": False,
+DECIDED_HERE = {
+    "optimizer": "training.optim and the learning rates of the parts",
+    "scheduler": "training.lr_scheduler_type and warmup_steps",
 }
+"""Section that a DeepSpeed configuration may not have -> the keys that say it instead."""
 
 
 def learning_rate(recipe: Any) -> float:
@@ -35,11 +34,12 @@ def learning_rate(recipe: Any) -> float:
     return LEARNING_RATES.get(recipe.tuner.train_type, TUNER_LEARNING_RATE)
 
 
-def deepspeed_config(config: str | dict[str, Any]) -> str | dict[str, Any]:
+def deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
     """A preset's file, a file, or a config as it is.
 
     Raises:
-        RecipeError: neither a preset nor a file; or its gradient clipping is not Trainer's to fill in.
+        RecipeError: neither a preset nor a file, no mapping, gradient clipping that is not Trainer's to fill in, or
+            an optimizer or schedule of its own.
     """
     if isinstance(config, str):
         folders = [folder / "deepspeed" for folder in recipe_folders()]
@@ -51,12 +51,28 @@ def deepspeed_config(config: str | dict[str, Any]) -> str | dict[str, Any]:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RecipeError(f"deepspeed.config: {path} is not valid JSON: {error}.") from None
-    if isinstance(config, dict) and "gradient_clipping" not in config:
+    if not isinstance(config, dict):
+        raise RecipeError(f"deepspeed.config: {shown(config)} is not a mapping, as a DeepSpeed configuration is.")
+    if "gradient_clipping" not in config:
         raise RecipeError(
             'deepspeed.config has no "gradient_clipping", so DeepSpeed would clip nothing, whatever '
             'training.max_grad_norm says. Add "gradient_clipping": "auto".'
         )
+    for section, keys in DECIDED_HERE.items():
+        if section in config:
+            raise RecipeError(f'deepspeed.config has its own "{section}". Remove it: {keys} decide.')
     return config
+
+
+def connection(backend: str | None) -> str | None:
+    """``training.ddp_backend``, or None for one process, which transformers would look for a connection of.
+
+    Raises:
+        RecipeError: this torch does not have it.
+    """
+    if backend is not None and not torch.distributed.is_backend_available(backend):
+        raise RecipeError(f"training.ddp_backend={backend} is not part of this torch. Remove the key.")
+    return backend if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def weights_dtype(recipe: Any) -> str:
@@ -70,24 +86,21 @@ def weights_dtype(recipe: Any) -> str:
 def build_arguments(recipe: Any) -> TrainingArguments:
     """TrainingArguments of a recipe.
 
-    Mixed precision follows ``model.torch_dtype`` unless the recipe says otherwise.
+    Mixed precision follows ``model.torch_dtype`` unless the recipe says otherwise. ``training.logging_dir`` becomes the
+    environment variable by which transformers knows it.
 
     Raises:
-        RecipeError: transformers refuses a combination; its own words, on one line.
+        RecipeError: transformers refuses a combination, in its own words; or what `preflight` says.
     """
     told: dict[str, Any] = dict(recipe.training.arguments)
-    clash = sorted(key for key in RELIED_ON if key in told and told[key] != RELIED_ON[key])
-    if clash:
-        raise RecipeError(
-            f"training.{clash[0]}={told[clash[0]]!r} cannot be changed here: the loop relies on "
-            f"{RELIED_ON[clash[0]]!r}. Remove the key."
-        )
-    told |= RELIED_ON
+    told |= {name: copy(only) for name, (only, _) in FIXED.items() if name in argument_types()}
     told["learning_rate"] = learning_rate(recipe)
     told.setdefault("use_cpu", not torch.accelerator.is_available())
     dtype = weights_dtype(recipe)
     for name, half in (("bf16", "bfloat16"), ("fp16", "float16")):
         told.setdefault(name, dtype == half and not told.get("fp16" if name == "bf16" else "bf16", False))
+    if "ddp_backend" in told:
+        told["ddp_backend"] = connection(told["ddp_backend"])
     if recipe.deepspeed.enabled:
         told["deepspeed"] = deepspeed_config(recipe.deepspeed.config)
     if told["activation_checkpointing"]:
@@ -97,9 +110,12 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         told.setdefault("greater_is_better", False)  # loss and perplexity; transformers knows only names ending in loss
     try:
         args = TrainingArguments(**told)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
+        raise RecipeError(f"training: {error}") from None
     join_processes(args)
+    preflight(recipe, args)
+    if recipe.training.logging_dir is not None:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = recipe.training.logging_dir
     return args
 
 

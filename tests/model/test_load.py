@@ -104,6 +104,7 @@ def test_revision_reaches_the_hub(tiny_dir):
     ("rope_scaling", "factor", "positions"),
     [
         ("linear", 2.0, 65536),
+        ({"type": "yarn", "factor": 2.0, "mrope_interleaved": True}, 2.0, 65536),
         ("dynamic", 2.0, 32768),
         ("yarn", 2.0, 65536),
         ({"type": "yarn", "factor": 4}, 4.0, 131072),
@@ -168,6 +169,9 @@ def test_max_model_len_sets_the_factor_it_needs(tiny_dir):
         ("yarm", "unknown type of model.rope_scaling 'yarm'. Did you mean 'yarn'"),
         ('{"type": "yarn",', "not valid JSON"),
         ({"type": "yarn", "factor": "two"}, "'two' is not a number"),
+        ({"type": "yarn", "factr": 2.0}, "unknown key 'factr'. Did you mean 'factor'?"),
+        ({"type": "linear", "factor": 2.0, "beta_fast": 8}, "of type linear: unknown key 'beta_fast'"),
+        ({"type": "yarn", "factor": 2.0, "mrope_section": [1, 1, 1]}, "mrope_section=[1, 1, 1] cannot be changed"),
         ({"type": "yarn", "factor": 0.5}, "0.5 is not a number of at least 1"),
     ],
 )
@@ -183,11 +187,13 @@ def test_device_maps_place_modules(tiny_dir):
 
 def test_device_map_ranges_become_one_entry_a_layer(tiny_dir):
     given = {"model.layers.0-1": 0, "model.layers.2-3": "1", "model.norm": "cpu", "visual": 0, "lm_head": "disk"}
+    given |= {"model.embed_tokens": 0}
     assert expand_device_map(json.dumps(given), load_config(str(tiny_dir))) == {
         "model.language_model.layers.0": 0,
         "model.language_model.layers.1": 0,
         "model.language_model.layers.2": 1,
         "model.language_model.layers.3": 1,
+        "model.language_model.embed_tokens": 0,
         "model.language_model.norm": "cpu",
         "model.visual": 0,
         "lm_head": "disk",
@@ -205,9 +211,11 @@ def test_a_model_placed_by_ranges_computes_the_same(tiny_dir):
 
 
 def test_a_device_map_with_gaps_is_one_line(tiny_dir):
-    assert "does not fit" in last_error(
-        RecipeError, lambda: load_model(tiny_dir, device_map={"model.layers.0-3": "cpu", "lm_head": "meta"})
+    told = last_error(
+        RecipeError, lambda: load_model(tiny_dir, device_map={"model.layers.0-3": "cpu", "visual": "cpu"})
     )
+    assert "leaves 2 weights without a place, the first is model.language_model.embed_tokens.weight." in told
+    assert load_model(tiny_dir, device_map={"model.layers.0-3": "cpu", "": "cpu"}) is not None
 
 
 @pytest.mark.parametrize(
@@ -219,6 +227,16 @@ def test_a_device_map_with_gaps_is_one_line(tiny_dir):
         ({"device_map": {"model.layers.3-1": "cpu"}}, "range in 'model.layers.3-1' is empty"),
         ({"device_map": {"model.layers.0-9": "cpu"}}, "layers.0 to model.language_model.layers.3, 4 in all"),
         ({"device_map": {"model.visul": "cpu"}}, "Did you mean 'model.visual'"),
+        (
+            {"device_map": {"model.layers.0-2": "cpu", "model.language_model.layers.2-3": "cpu"}},
+            "layers.2 twice, the second time",
+        ),
+        ({"device_map": {"visual": "cpu", "model.visual": "cpu", "": "cpu"}}, "model.visual twice"),
+        ({"device_map": 64}, "places 'all' on 64, which is not here: cpu"),
+        ({"device_map": "cuda:64"}, "places 'all' on 'cuda:64', which is not here: cpu"),
+        ({"device_map": {"": "cpu", "visual": "cuda:64"}}, "places 'model.visual' on 'cuda:64', which is not here"),
+        ({"device_map": {"": "gpu"}}, "on 'gpu', which is not here"),
+        ({"device_map": {"": None}}, "on None, which is not here"),
         ({"max_memory": {"0": "40GB"}}, "Set model.device_map=auto"),
         ({"device_map": "auto", "max_memory": {"0": "lots"}}, "the size 'lots'"),
         ({"torch_dtype": "bf16"}, "unknown model.torch_dtype 'bf16'. Did you mean 'bfloat16'"),

@@ -61,8 +61,8 @@ MEANINGS = {
     "warmup_ratio": ("0.03", {"training.warmup_steps": 0.03}),
     "gradient_checkpointing": ("False", {"training.activation_checkpointing": False}),
     "gradient_checkpointing_kwargs": (
-        '{"use_reentrant": true}',
-        {"training.activation_checkpointing_kwargs": {"use_reentrant": True}},
+        '{"use_reentrant": false}',
+        {"training.activation_checkpointing_kwargs": {"use_reentrant": False}},
     ),
 }
 

@@ -133,7 +133,7 @@ def test_overrides_outweigh_the_file_and_global_max_length_both_lengths(write):
     assert (recipe.model.max_model_len, recipe.template.max_length) == (20000, 20000)
     recipe = load_recipe(path, ["template.max_length=512", "global_max_length=700"])
     assert (recipe.model.max_model_len, recipe.template.max_length, recipe.global_max_length) == (700, 700, 700)
-    assert load_recipe(path, ["global_max_length=null", "template.max_length=512"]).template.max_length == 512
+    assert load_recipe(path, ["global_max_length=null", "template.max_length=50"]).template.max_length == 50
 
 
 def test_custom_is_data_and_older_names_are_known_in_files(write):

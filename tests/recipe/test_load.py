@@ -135,3 +135,19 @@ def test_recipes_hold_data_not_code(write):
     with pytest.raises(RecipeError, match="Unsupported interpolation type eval"):
         load_recipe(write("b.yaml", "data: {train: '${eval:1+1}'}"))
     assert yaml.unsafe_load(f"!!python/object/apply:{marker} [a, b]") == "a/b", "vacuous: the tag does nothing"
+
+
+def test_an_override_inside_a_mapping_sets_the_key_that_it_names():
+    """A module's name has dots of its own; another name of a mapping or of its section is the mapping's."""
+    recipe = load_recipe(
+        None,
+        [
+            "model.device_map.model.visual=cpu",
+            "model.device_map.model.layers.0-15=0",
+            "training.gradient_checkpointing_kwargs.every_n_layers=2",
+            "custom.datasets.a.annotation_path=a.jsonl",
+        ],
+    )
+    assert recipe.model.device_map == {"model.visual": "cpu", "model.layers.0-15": 0}
+    assert recipe.training.arguments["activation_checkpointing_kwargs"] == {"every_n_layers": 2}
+    assert recipe.data.datasets == {"a": {"annotation_path": "a.jsonl"}}

@@ -222,7 +222,7 @@ WRONG = {
         "Did you mean 'zero",
     ),
     "a rate that is no rate": (["data.train=a%x"], "must be a positive number of percent"),
-    "a wrong revision of the rules": (["training.remove_unused_columns=true"], "cannot be changed here"),
+    "a wrong revision of the rules": (["training.remove_unused_columns=true"], "cannot be honoured"),
 }
 
 

@@ -1,0 +1,177 @@
+"""What a run would stumble over once it has begun, tried before: each failure is one line, and nothing is written.
+
+transformers builds the optimizer, the schedule, the trackers and the hub's repository after the data was measured and
+the output folder made. Here each is built, or asked for, once on nothing.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from qwenvl_ft.errors import QwenVLError, RecipeError
+from qwenvl_ft.model.load import plan_loading
+from qwenvl_ft.recipe.convert import shown
+
+NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
+"""Beginnings of the names of optimizers that are built from the model's own modules."""
+MANY_STEPS = 10**6
+PROBES = ("1", "0.5")
+"""Values of ``optim_args`` that no option takes for the same."""
+
+
+def preflight(recipe: Any, args: TrainingArguments) -> None:
+    """Try everything of a run that needs no data.
+
+    Raises:
+        RecipeError: the key and the value that fail, and what is said of them.
+    """
+    for trial in TRIALS:
+        trial(recipe, args)
+
+
+def _optimizer(recipe: Any, args: Any) -> None:
+    """The optimizer and the schedule, on one parameter."""
+    name = str(args.optim.value)
+    if name.startswith(NEEDS_MODEL):
+        return
+    if any(pair.count("=") != 1 for pair in (args.optim_args or "a=b").split(",")):
+        raise RecipeError(f"training.optim_args={args.optim_args!r} is not key=value,key=value. Example: momentum=0.9.")
+    optimizer = _try(f"training.optim={name}{_beside(args, 'optim_args')}", lambda: _dummy_optimizer(args))
+    unread = [key for key in _pairs(args.optim_args) if not _is_read(args, key)]
+    if unread:
+        raise RecipeError(
+            f"training.optim_args={args.optim_args!r}: training.optim={name} has no {unread[0]!r}. Remove it."
+        )
+    kind = str(args.lr_scheduler_type.value)
+    _try(
+        f"training.lr_scheduler_type={kind}{_beside(args, 'lr_scheduler_kwargs')}",
+        lambda: get_scheduler(
+            kind,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(MANY_STEPS),
+            num_training_steps=args.max_steps if args.max_steps > 0 else MANY_STEPS,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+        ),
+    )
+
+
+def _dummy_optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    parameter = nn.Parameter(torch.zeros(2, 2, device=args.device))
+    return cls([{"params": [parameter], "lr": args.learning_rate, "weight_decay": args.weight_decay}], **options)
+
+
+def _pairs(optim_args: str | None) -> dict[str, str]:
+    """``a=1, b=2`` as transformers reads it."""
+    return dict(pair.split("=") for pair in optim_args.replace(" ", "").split(",")) if optim_args else {}
+
+
+def _is_read(args: TrainingArguments, key: str) -> bool:
+    """Whether an option changes what the optimizer is built from, or is at least refused."""
+    told = args.optim_args
+    outcomes = set()
+    try:
+        for value in (None, *PROBES):
+            args.optim_args = None if value is None else f"{key}={value}"
+            outcomes.add(str(Trainer.get_optimizer_cls_and_kwargs(args)))
+    except (ValueError, TypeError):
+        return True
+    finally:
+        args.optim_args = told
+    return len(outcomes) > 1
+
+
+def _beside(args: TrainingArguments, name: str) -> str:
+    value = getattr(args, name)
+    return f" with {name}={shown(value)}" if value else ""
+
+
+def _try(what: str, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except QwenVLError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _trackers(recipe: Any, args: Any) -> None:
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in installed:
+            raise RecipeError(
+                f"training.report_to={name}: it is not installed. Install its package, or choose another: "
+                f"{', '.join(['none', *installed])}."
+            )
+
+
+def _liger(recipe: Any, args: Any) -> None:
+    if not args.use_liger_kernel:
+        return
+    if find_spec("liger_kernel") is None:
+        raise RecipeError("training.use_liger_kernel=true: it is not installed. Do so by pip install liger-kernel.")
+
+    def patch() -> None:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: F401
+
+    _try("training.use_liger_kernel=true", patch)
+
+
+def _sharding(recipe: Any, args: Any) -> None:
+    if args.fsdp and args.world_size == 1:
+        raise RecipeError(
+            f"training.fsdp={recipe.training.arguments['fsdp']} shards the model over processes, and there is one. "
+            "Start more (accelerate launch --num_processes 2 ...), or remove the key."
+        )
+
+
+def _hub(recipe: Any, args: Any) -> None:
+    if not args.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=args.hub_token).whoami()
+    except Exception as error:
+        cause = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"training.push_to_hub=true, but the hub does not let us in: {type(error).__name__}: {cause} Log in by "
+            "hf auth login, or remove the key."
+        ) from error
+
+
+def _model(recipe: Any, args: Any) -> None:
+    """Everything about the model that its config.json tells."""
+    told = recipe.model
+    if not told.model:
+        return
+    plan = plan_loading(
+        told.model,
+        torch_dtype=told.torch_dtype,
+        attn_impl=told.attn_impl,
+        revision=told.model_revision,
+        device_map=told.device_map,
+        max_memory=told.max_memory,
+        rope_scaling=told.rope_scaling,
+        max_model_len=told.max_model_len,
+        patch_embed=told.patch_embed,
+        model_type=told.model_type,
+    )
+    length, text = recipe.template.max_length, plan.config.get_text_config()
+    if length <= text.max_position_embeddings:
+        return
+    dynamic = text.rope_parameters["rope_type"] == "dynamic"
+    why = ", and dynamic would stretch them for all samples of a row that has a longer one" if dynamic else ""
+    raise RecipeError(
+        f"template.max_length={length} exceeds the {text.max_position_embeddings} positions (max_position_embeddings) "
+        f"of {told.model}{why}. Lower it, or stretch the positions by model.rope_scaling=yarn."
+    )
+
+
+TRIALS = (_sharding, _trackers, _optimizer, _liger, _model, _hub)

@@ -1,0 +1,168 @@
+"""What could only fail later fails first: before data are read, and before anything is written."""
+
+import json
+import os
+
+import pytest
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.train import main
+from qwenvl_ft.training.arguments import build_arguments, deepspeed_config
+
+
+def settings(tiny_dir, folder, *more):
+    """A run whose data do not exist: whoever reads them says so."""
+    return [
+        f"model.model={tiny_dir}",
+        "model.torch_dtype=float32",
+        "training.use_cpu=true",
+        "training.report_to=none",
+        f"training.output_dir={folder / 'run'}",
+        f"data.train={folder / 'nothing.jsonl'}",
+        *more,
+    ]
+
+
+REFUSED = {
+    "an optimizer that is not installed": (
+        ["training.optim=adamw_8bit"],
+        "training.optim=adamw_8bit cannot be built: ImportError: You need to install `bitsandbytes`",
+    ),
+    "an option that is no pair": (
+        ["training.optim_args=momentum"],
+        "training.optim_args='momentum' is not key=value,key=value. Example: momentum=0.9.",
+    ),
+    "an option that the optimizer has not": (
+        ["training.optim=adamw_torch", "training.optim_args=momentum=0.9"],
+        "training.optim_args='momentum=0.9': training.optim=adamw_torch has no 'momentum'. Remove it.",
+    ),
+    "an option of the wrong type": (
+        ["training.optim=sgd", "training.optim_args=momentum=fast"],
+        "training.optim=sgd with optim_args='momentum=fast' cannot be built: ValueError: could not convert",
+    ),
+    "an option out of its limits": (
+        ["training.optim=sgd", "training.optim_args=momentum=-1"],
+        "training.optim=sgd with optim_args='momentum=-1' cannot be built: ValueError: Invalid momentum value: -1.0",
+    ),
+    "an unknown option of the schedule": (
+        ["training.lr_scheduler_kwargs.num_cycle=2"],
+        'training.lr_scheduler_type=cosine with lr_scheduler_kwargs={"num_cycle": 2} cannot be built: TypeError',
+    ),
+    "a schedule without what it needs": (
+        ["training.lr_scheduler_type=warmup_stable_decay"],
+        "training.lr_scheduler_type=warmup_stable_decay cannot be built: ",
+    ),
+    "a floor that is no number": (
+        ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs.min_lr=low"],
+        "training.lr_scheduler_kwargs.min_lr='low' is not a number. Example: 1e-6.",
+    ),
+    "a floor, and more": (
+        [
+            "training.lr_scheduler_type=cosine_with_min_lr",
+            "training.lr_scheduler_kwargs.min_lr=1e-6",
+            "training.lr_scheduler_kwargs.num_cycles=2",
+        ],
+        "training.lr_scheduler_kwargs.num_cycles has no meaning beside min_lr",
+    ),
+    "a tracker that is not installed": (
+        ["training.report_to=[tensorboard,neptune]"],
+        "training.report_to=neptune: it is not installed. Install its package, or choose another: none, ",
+    ),
+    "kernels that are not installed": (
+        ["training.use_liger_kernel=true"],
+        "training.use_liger_kernel=true: it is not installed. Do so by pip install liger-kernel.",
+    ),
+    "shards for one process": (
+        ["training.fsdp=full_shard"],
+        "training.fsdp=full_shard shards the model over processes, and there is one.",
+    ),
+    "a misspelt way of sharding": (["training.fsdp=full_shrad"], "training: Unknown `fsdp` option: full_shrad"),
+    "a backend that this torch has not": (["training.ddp_backend=cncl"], "training.ddp_backend=cncl is not part of"),
+    "a hub out of reach": (
+        ["training.push_to_hub=true"],
+        "training.push_to_hub=true, but the hub does not let us in: ",
+    ),
+    "a file that is not there": (
+        ["training.fsdp=full_shard", "training.fsdp_config=no.json"],
+        "training: [Errno 2] No such file or directory: 'no.json'",
+    ),
+    "an attention that cannot run here": (["model.attn_impl=flash_attention_2"], "model.attn_impl=flash_attention_2 "),
+    "a scaling that is none": (["model.rope_scaling=yarm"], "unknown type of model.rope_scaling 'yarm'."),
+    "an unknown key of a scaling": (
+        ["model.rope_scaling.type=yarn", "model.rope_scaling.facto=2"],
+        "model.rope_scaling of type yarn: unknown key 'facto'.",
+    ),
+    "a module that is none": (
+        ["model.device_map.model.visul=cpu"],
+        "model.device_map names 'model.visul', which is no module. Did you mean 'model.visual'?",
+    ),
+    "a device that is not here": (["model.device_map=cuda:64"], "model.device_map places 'all' on 'cuda:64', which"),
+    "a size that is none": (["model.device_map=cpu", "model.max_memory.cpu=lots"], "model.max_memory gives 'cpu' the"),
+    "the wrong family": (["model.model_type=qwen2_vl"], "model.model_type=qwen2_vl, but config.json of "),
+    "rows beyond the model's positions": (
+        ["template.max_length=32769"],
+        "template.max_length=32769 exceeds the 32768 positions (max_position_embeddings) of ",
+    ),
+    "rows beyond the positions that dynamic leaves alone": (
+        ["template.max_length=32769", "model.rope_scaling=dynamic"],
+        "template.max_length=32769 exceeds the 32768 positions (max_position_embeddings) of ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_one_line_before_data_are_read_and_nothing_is_written(name, tiny_dir, tmp_path, capsys):
+    overrides, expected = REFUSED[name]
+    assert main(settings(tiny_dir, tmp_path, *overrides)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {expected}"), told
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+TAKEN = {
+    "nothing of the kind": [],
+    "what an optimizer has": ["training.optim=sgd", "training.optim_args=momentum=0,nesterov=false"],
+    "what a schedule needs": [
+        "training.lr_scheduler_type=warmup_stable_decay",
+        "training.lr_scheduler_kwargs.num_decay_steps=1000",
+    ],
+    "a floor that YAML reads as a text": [
+        "training.lr_scheduler_type=cosine_with_min_lr",
+        "training.lr_scheduler_kwargs.min_lr=1e-6",
+    ],
+    "a backend that one process has no use for": ["training.ddp_backend=gloo"],
+    "positions stretched over the row": ["template.max_length=65536", "model.rope_scaling=yarn"],
+    "positions that stretch beyond the row only": ["template.max_length=32768", "model.rope_scaling=dynamic"],
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_is_right_comes_as_far_as_the_data(name, tiny_dir, tmp_path, capsys):
+    assert main(settings(tiny_dir, tmp_path, *TAKEN[name])) == 2
+    assert "nothing.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_deepspeed_leaves_optimizer_and_schedule_to_the_recipe(section, tmp_path):
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
+    assert deepspeed_config(config) == config
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(config | {section: {"type": "AdamW"}}))
+    with pytest.raises(RecipeError, match=rf'has its own "{section}"\. Remove it: training\.'):
+        deepspeed_config(str(path))
+    path.write_text("[1]")
+    with pytest.raises(RecipeError, match=r"\[1\] is not a mapping"):
+        deepspeed_config(str(path))
+
+
+def test_the_folder_of_tensorboard_is_told_to_transformers(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    build_arguments(load_recipe(None, settings(tiny_dir, tmp_path)))
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "elsewhere"
+    build_arguments(load_recipe(None, settings(tiny_dir, tmp_path, f"training.logging_dir={tmp_path / 'logs'}")))
+    from transformers.integrations import TensorBoardCallback
+
+    callback = TensorBoardCallback()
+    assert callback.logging_dir == str(tmp_path / "logs")

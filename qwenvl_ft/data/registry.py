@@ -1,6 +1,7 @@
 """Names of data sets, and what a selection like ``a%50,b,my.jsonl%200`` means."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from qwenvl_ft.errors import DataError, hint
@@ -13,16 +14,19 @@ data_dict = DATASETS
 """The name that qwen-vl-finetune has for it."""
 
 ENTRY = ("annotation_path", "data_path", "reader")
-FILES = (".json", ".jsonl", ".parquet")
+FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".tar")
+"""How the name of a data set's file may end; a folder that `datasets` saved is one too."""
 
 
 def register_dataset(name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None) -> None:
     """Give a data set a name for recipes; a second registration replaces the first.
 
     Args:
-        annotation_path: a .json, .jsonl or .parquet file; it may be created later, but before training.
+        annotation_path: a file ending in one of `FILES`, or a folder that ``Dataset.save_to_disk`` wrote
+            (``folder:split`` for one of several); it may be created later, but before training.
         data_path: folder that relative media paths start at.
-        reader: name of the format; None recognises it record by record.
+        reader: name of the format, or the import path ``module:name`` of one's own; None recognises the format record
+            by record.
 
     Raises:
         DataError: the name is empty or would be read as part of a selection.
@@ -34,19 +38,28 @@ def register_dataset(name: str, annotation_path: str, data_path: str = "", *, re
     )
 
 
-def parse_selection(selection: str | list[str]) -> list[tuple[str, float]]:
-    """``"a%50,b"`` or ``["a%50", "b"]`` -> ``[("a", 0.5), ("b", 1.0)]``.
-
-    Raises:
-        DataError: an empty selection, or a rate that is not a positive number of percent.
+def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tuple[str, float]]:
+    """``"a%50,b"`` or ``["a%50", "b"]`` -> ``[("a", 0.5), ("b", 1.0)]``; ``{"a": 3}`` is weights -> ``[("a", 3.0)]``.
 
     A string is split at its commas; the path of a file that has one stands in a list.
+
+    Raises:
+        DataError: an empty selection, a rate that is not a positive number of percent, or a weight that is none.
     """
-    parts = selection.split(",") if isinstance(selection, str) else list(selection)
-    chosen = [_parse(part.strip()) for part in parts if part.strip()]
+    if isinstance(selection, Mapping):
+        chosen = [(name, _weight(name, weight)) for name, weight in selection.items()]
+    else:
+        parts = selection.split(",") if isinstance(selection, str) else list(selection)
+        chosen = [_parse(part.strip()) for part in parts if part.strip()]
     if not chosen:
         raise DataError("no data set is chosen. Example: data.train=my.jsonl or data.train=a%50,b.")
     return chosen
+
+
+def _weight(name: str, weight: float) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise DataError(f"data set {name}: its weight {weight!r:.80} must be a positive number, as in {{a: 3, b: 1}}.")
+    return float(weight)
 
 
 def _parse(part: str) -> tuple[str, float]:
@@ -76,6 +89,9 @@ def find_dataset(name: str) -> dict[str, str]:
             raise DataError(f"data set {name}: {', '.join(wrong)} in its entry.{hint(wrong[0], ENTRY)}")
         return {"data_path": ""} | entry
     path = Path(name)
+    folder, _, split = name.rpartition(":")
+    if path.is_dir() or (split and folder and Path(folder).is_dir()):
+        return {"annotation_path": name, "data_path": ""}
     if path.suffix in FILES:
         if path.is_file():
             return {"annotation_path": name, "data_path": ""}

@@ -238,7 +238,7 @@ def test_wrong_files_are_one_clear_line(load, tmp_path):
     cases = [
         ("bad.jsonl", r"bad\.jsonl:2: not valid JSON: Expecting value"),
         ("bad.json", r"bad\.json: a \.json file holds a list of records, .* One record a line is \.jsonl"),
-        ("dict.json", r"holds a list of records, this holds a dict"),
+        ("dict.json", r"holds a list of records, or COCO.s images, .* this holds a dict of id, without images"),
         ("typo.json", r"typo\.json:3: not valid JSON: Expecting value"),
         ("comma.json", r"comma\.json:2: not valid JSON: Expecting ',' or '\]' behind a record"),
         ("tail.json", r"tail\.json:1: not valid JSON: more text behind the list"),

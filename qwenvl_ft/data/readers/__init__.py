@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Source
-from qwenvl_ft.data.readers import conversations, messages
+from qwenvl_ft.data.readers import coco, conversations, messages
 from qwenvl_ft.errors import DataError, hint
 
 Record = dict[str, Any]
@@ -28,6 +28,7 @@ class Reader:
 READERS: dict[str, Reader] = {
     "conversations": Reader(conversations.matches, conversations.read),
     "messages": Reader(messages.matches, messages.read),
+    "coco": Reader(coco.matches, coco.read),
 }
 """Name -> reader, in the order in which they are asked."""
 

@@ -17,6 +17,7 @@ CHUNK = 2**20
 LONGEST_WORD = 16
 """An error this close to the end of what was read may be the end's own: ``-Infinity`` or an escape is cut in two."""
 DECODER = json.JSONDecoder()
+ONE_A_LINE = "One record a line is .jsonl."
 BLANK = " \t\r\n"
 """What JSON allows between values."""
 
@@ -47,8 +48,30 @@ def read_json(path: Path) -> Iterator[tuple[str, str]]:
     """
     with path.open(encoding="utf-8-sig") as file:
         try:
-            for number, text in enumerate(_Entries(file, path)):
+            for number, text in enumerate(JsonStream(file, path).entries()):
                 yield from _unpacked(text, path, f"[{number}]")
+        except UnicodeDecodeError as error:
+            wrong = error.object[error.start : error.end]
+            raise DataError(f"{path}: not UTF-8: {error.reason}, {wrong!r}. Save the file as UTF-8.") from None
+
+
+def opens_object(path: Path) -> bool:
+    """Whether the file's first character that is not blank is ``{``."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return JsonStream(file, path).peek() == "{"
+
+
+def read_members(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
+    """(key, texts) of every member of the file's one object: a list's entries one by one, any other value whole.
+
+    The texts have to be used up before the next member is asked for.
+
+    Raises:
+        DataError: the file is not UTF-8, not JSON, or not an object.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            yield from JsonStream(file, path).members()
         except UnicodeDecodeError as error:
             wrong = error.object[error.start : error.end]
             raise DataError(f"{path}: not UTF-8: {error.reason}, {wrong!r}. Save the file as UTF-8.") from None
@@ -66,8 +89,8 @@ def _unpacked(text: str, path: Path, place: str) -> Iterator[tuple[str, str]]:
         yield f"{place}[{number}]", json.dumps(record)
 
 
-class _Entries:
-    """Iterates over the texts of a JSON list's entries; holds one chunk of the file, or one entry if that is longer."""
+class JsonStream:
+    """Walks over the texts of a file's values; holds one chunk of the file, or one value if that is longer."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self.file = file
@@ -77,27 +100,59 @@ class _Entries:
         self.lines = 0
         """Newlines in what was dropped from the front of ``text``."""
 
-    def __iter__(self) -> Iterator[str]:
-        mark = self._next()
+    def entries(self) -> Iterator[str]:
+        """The texts of the entries of the file's one list."""
+        mark = self.peek()
         if mark != "[":
             told = {"{": "this holds a dict", "": "this is empty"}.get(mark, f"this begins with {mark!r}")
-            raise DataError(f"{self.path}: a .json file holds a list of records, {told}. One record a line is .jsonl.")
-        self.start += 1
-        if self._next() == "]":
-            mark = "]"
-            self.start += 1
-        while mark != "]":
-            yield self._entry()
-            mark = self._next()
-            if mark not in (",", "]"):
-                raise self._error("Expecting ',' or ']' behind a record", self.start)
-            self.start += 1
-        if self._next():
+            raise DataError(f"{self.path}: a .json file holds a list of records, {told}. {ONE_A_LINE}")
+        yield from self._list()
+        if self.peek():
             raise self._error("more text behind the list", self.start)
 
-    def _entry(self) -> str:
-        """The entry that begins here; ``start`` then stands behind it."""
-        self._next()
+    def members(self) -> Iterator[tuple[str, Iterator[str]]]:
+        """The keys of the file's one object, each with the texts of its list or the text of its value."""
+        self._take("{", "Expecting an object")
+        mark = self._take("}", "") if self.peek() == "}" else ","
+        while mark == ",":
+            if self.peek() != '"':
+                raise self._error("Expecting a name in double quotes", self.start)
+            key = json.loads(self._value())
+            self._take(":", "Expecting ':' behind a name")
+            yield key, self._list() if self.peek() == "[" else iter([self._value()])
+            mark = self._take(",}", "Expecting ',' or '}' behind a member")
+        if self.peek():
+            raise DataError(
+                f"{self.path}: a .json file holds a list of records, this goes on behind a dict. {ONE_A_LINE}"
+            )
+
+    def peek(self) -> str:
+        """The next character that is not blank, which ``start`` then points at; empty at the end of the file."""
+        while True:
+            while self.start < len(self.text) and self.text[self.start] in BLANK:
+                self.start += 1
+            if self.start < len(self.text):
+                return self.text[self.start]
+            if not self._more(CHUNK):
+                return ""
+
+    def _list(self) -> Iterator[str]:
+        self._take("[", "Expecting a list")
+        mark = self._take("]", "") if self.peek() == "]" else ","
+        while mark == ",":
+            yield self._value()
+            mark = self._take(",]", "Expecting ',' or ']' behind a record")
+
+    def _take(self, marks: str, message: str) -> str:
+        mark = self.peek()
+        if not mark or mark not in marks:
+            raise self._error(message, self.start)
+        self.start += 1
+        return mark
+
+    def _value(self) -> str:
+        """The text of the value that begins here; ``start`` then stands behind it."""
+        self.peek()
         size = CHUNK
         while True:
             try:
@@ -114,16 +169,6 @@ class _Entries:
                     self.start = end
                     return entry
             size *= 2
-
-    def _next(self) -> str:
-        """The next character that is not blank, which ``start`` then points at; empty at the end of the file."""
-        while True:
-            while self.start < len(self.text) and self.text[self.start] in BLANK:
-                self.start += 1
-            if self.start < len(self.text):
-                return self.text[self.start]
-            if not self._more(CHUNK):
-                return ""
 
     def _more(self, size: int) -> bool:
         """Read on, dropping what is done with; False at the end of the file."""

@@ -1,0 +1,55 @@
+"""The rows of a .csv or .tsv file as JSON text; the first line names the columns."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import DataError
+
+LONGEST_CELL = 2**30
+"""Characters; Python's own limit of 2**17 is below an image in base64."""
+NESTED = ("conversations", "messages", "texts", "history", "objects", "tools", "image", "images", "video", "videos")
+"""Columns whose cells may be JSON lists or objects; text columns are never parsed."""
+
+
+def read_table(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, JSON) of every row; an empty cell is an absent field.
+
+    Raises:
+        DataError: the file is not UTF-8, a row has more or fewer cells than there are columns, or a list is not JSON.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, dialect, strict=True)
+            columns = next(rows, [])
+            for cells in rows:
+                if cells:
+                    place = f":{rows.line_num}"
+                    yield place, json.dumps(_record(columns, cells, f"{path}{place}"), ensure_ascii=False)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}. Save as UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: not a table: {error}.") from None
+
+
+def _record(columns: list[str], cells: list[str], where: str) -> dict[str, Any]:
+    if len(cells) != len(columns):
+        raise DataError(
+            f"{where}: {len(cells)} cells for {len(columns)} columns ({', '.join(columns)[:80]}). Quote cells that "
+            "hold the separator or a line break."
+        )
+    told = {column: cell for column, cell in zip(columns, cells, strict=True) if cell != ""}
+    return {column: _cell(column, cell, where) for column, cell in told.items()}
+
+
+def _cell(column: str, cell: str, where: str) -> Any:
+    if column not in NESTED or not cell.lstrip().startswith(("[", "{")):
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: column {column!r} is not valid JSON: {error}.") from None

@@ -133,7 +133,8 @@ def _kernel() -> Callable[..., Tensor] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    kernel: Any = varlen_attn
+    return kernel if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
 def _varlen(

@@ -28,11 +28,11 @@ class QwenVLCollator:
 
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
-        width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (where samples begin and the last one ends; fillers count) and
-        ``max_length_q`` and ``_k`` (the longest's tokens), ``pixel_values`` float32[P, C], ``image_grid_thw``
-        int64[N, 3], ``image_cu_seqlens`` int32[frames + 1] and ``image_max_seqlen`` (patches of each frame and of the
-        largest) if there are images, the video twins if there are videos, and ``sources``, a list of S sources. The
-        borders are what transformers' attention would otherwise ask the device for.
+        width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (where samples begin and the last one ends; fillers count),
+        ``max_length_q`` and ``_k`` (the longest's tokens), and ``sources``, a list of S sources. If there are images,
+        ``pixel_values`` float32[P, C] (or raw, uint8[P, C / 2]), ``image_grid_thw`` int64[N, 3], ``image_cu_seqlens``
+        int32[frames + 1] and ``image_max_seqlen`` (patches of each frame and of the largest); if there are videos,
+        their twins. The borders are what attention would otherwise ask the device for.
 
     Example:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
@@ -125,21 +125,26 @@ def sample_lengths(batch: dict[str, Any]) -> Tensor:
     return batch["cu_seq_lens_q"].diff().long()
 
 
-def vision_fillers(processor: Any, kinds: Sequence[str] = ("image",)) -> list[Sample]:
-    """The smallest image (and video) as a sample without labels: one merged patch between its two border tokens."""
+def vision_fillers(processor: Any, kinds: Sequence[str] = ("image",), *, raw_pixels: bool = False) -> list[Sample]:
+    """The smallest image (and video) as a sample without labels: one merged patch between its two border tokens.
+
+    Args:
+        raw_pixels: images as raw patches, as the samples' `Encoder` makes them.
+    """
     ids = processor.tokenizer.convert_tokens_to_ids
     fillers: list[Sample] = []
     for kind in kinds:
         part = processor.image_processor if kind == "image" else processor.video_processor
         pixels, grid = MEDIA[0] if kind == "image" else MEDIA[1]
         side = part.merge_size
-        dim = 3 * part.temporal_patch_size * part.patch_size**2
+        raw = raw_pixels and kind == "image"
+        dim = 3 * part.patch_size**2 * (1 if raw else part.temporal_patch_size)
         tokens = torch.tensor(ids(["<|vision_start|>", f"<|{kind}_pad|>", "<|vision_end|>"]))
         filler: dict[str, Any] = {
             "input_ids": tokens,
             "labels": torch.full_like(tokens, IGNORE),
             "position_ids": torch.arange(3).expand(3, 3),
-            pixels: torch.zeros(side * side, dim),
+            pixels: torch.zeros(side * side, dim, dtype=torch.uint8 if raw else torch.float32),
             grid: torch.tensor([[1, side, side]]),
             "source": Source("filler", "filler"),
         }

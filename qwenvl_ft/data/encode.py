@@ -7,6 +7,7 @@ medium, which follows from the media's headers. Letters: D draft tokens, L token
 import hashlib
 import json
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from qwenvl_ft.data.draft import (
 )
 from qwenvl_ft.data.grids import DEFAULT_FPS, Grid, checked_grids, frame_times, image_grid, video_grid
 from qwenvl_ft.data.media import MediaPolicy, open_image
+from qwenvl_ft.data.pixels import raw_patches
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.rope import mrope_positions
 from qwenvl_ft.errors import DataError, unknown_name
@@ -50,6 +52,7 @@ class Encoder:
         tools: function schemas, used where a conversation has none of its own.
         add_vision_id: let the template number the media ("Picture 1: ").
         policy: what media may be opened.
+        raw_pixels: images as raw patches (data/pixels.py), which a model takes after `use_raw_patches`.
 
     Raises:
         RecipeError: an unknown strategy.
@@ -65,6 +68,7 @@ class Encoder:
         tools: list[dict[str, Any]] | None = None,
         add_vision_id: bool = False,
         policy: MediaPolicy | None = None,
+        raw_pixels: bool = False,
     ) -> None:
         if truncation_strategy not in STRATEGIES:
             raise unknown_name("template.truncation_strategy", truncation_strategy, STRATEGIES)
@@ -75,6 +79,7 @@ class Encoder:
         self.tools = tools
         self.add_vision_id = add_vision_id
         self.policy = policy or MediaPolicy()
+        self.raw_pixels = raw_pixels
         self._tokenizer = processor.tokenizer.backend_tokenizer
         self._image_id = self._tokenizer.token_to_id(IMAGE_PAD)
         self._video_id = self._tokenizer.token_to_id(VIDEO_PAD)
@@ -267,6 +272,12 @@ class Encoder:
             images = [open_image(image.value, self.policy) for image in draft.images]
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
+        if self.raw_pixels:
+            processor = self.processor.image_processor
+            opened = [replace(image, value=pixels) for image, pixels in zip(draft.images, images, strict=True)]
+            grids = [image_grid(image, processor, self.policy, draft.source) for image in opened]
+            patches = torch.cat(list(map(raw_patches, images, grids, repeat(processor))))
+            return patches, checked_grids(torch.tensor(grids), draft.image_grids, draft.source)
         pixels = self.processor.image_processor(images=images, return_tensors="pt")
         return pixels["pixel_values"], checked_grids(pixels["image_grid_thw"], draft.image_grids, draft.source)
 

@@ -7,6 +7,9 @@ module and renames its weights at load and save; here only the computation chang
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,9 +18,15 @@ PATCH_EMBEDS = ("linear", "conv3d")
 
 
 class PatchConv3d(nn.Conv3d):
-    """A Conv3d over single patches ``[P, C, T, H, W]`` -> ``[P, D, 1, 1, 1]``, computed as a matrix product."""
+    """A Conv3d over single patches ``[P, C, T, H, W]`` -> ``[P, D, 1, 1, 1]``, computed as a matrix product.
+
+    A picture that merely stands T times (stride 0) is multiplied once, with the sum of the weight's T parts.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.stride(2) == 0:
+            once = F.linear(input[:, :, 0].flatten(1), self.weight.sum(2).flatten(1), self.bias)  # [P, D]
+            return once[:, :, None, None, None]
         flat = F.linear(input.flatten(1), self.weight.flatten(1), self.bias)  # [P, D]
         return flat[:, :, None, None, None]
 
@@ -35,3 +44,39 @@ def use_linear_patch_embed(model: nn.Module) -> int:
             module.__class__ = PatchConv3d
             found += 1
     return found
+
+
+def use_raw_patches(model: nn.Module, image_processor: Any) -> None:
+    """Let every vision tower of ``model`` take raw patches (data/pixels.py) beside those of its processor.
+
+    They are told apart by their width: C * p * p values against T times as many. Normalised as the processor does, in
+    float32, then handed on as a picture that stands T times.
+    """
+    scale = 1 / image_processor.rescale_factor
+    mean, std = (torch.tensor(value) * scale for value in (image_processor.image_mean, image_processor.image_std))
+    for name, module in model.named_modules():
+        if name.endswith("patch_embed"):
+            module.register_forward_pre_hook(RawPatches(module.proj, mean, std))
+
+
+class RawPatches:
+    """Forward pre-hook of a patch embedding: raw patches ``[P, C * p * p]`` of values 0 to 255 -> ``[P, C, T, p, p]``.
+
+    Args:
+        projection: its Conv3d, for C, T and p.
+        mean, std: float32[C], of values 0 to 255.
+    """
+
+    def __init__(self, projection: Any, mean: Tensor, std: Tensor) -> None:
+        self.channels = projection.in_channels
+        self.time, self.side, _ = projection.kernel_size
+        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+        (patches,) = arguments
+        if patches.shape[-1] != self.channels * self.side**2:
+            return None
+        pictures = patches.view(-1, self.channels, self.side, self.side).float()
+        normal = (pictures - self.mean.to(patches.device)) / self.std.to(patches.device)
+        dtype = patches.dtype if patches.is_floating_point() else normal.dtype
+        return normal.to(dtype)[:, :, None].expand(-1, -1, self.time, -1, -1)

@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.pixels import obstacle
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.data.registry import register_dataset
 from qwenvl_ft.errors import RecipeError
@@ -56,6 +57,7 @@ def build_encoder(recipe: Any, processor: Any) -> Encoder:
         tools=tools,
         add_vision_id=template.add_vision_id,
         policy=MediaPolicy(allow_urls=recipe.data.allow_urls, max_image_pixels=recipe.data.max_image_pixels),
+        raw_pixels=not obstacle(processor.image_processor),
     )
 
 
@@ -153,6 +155,8 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
     say = progress.say
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     say(f"{versions}, {args.device}, processes: {args.world_size}")
+    if reason := obstacle(trainer.processing_class.image_processor):
+        say(f"images are normalised in the loader's workers, at eight times the bytes: {reason}")
     rates = {"llm": args.learning_rate, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}
     rates = {part: args.learning_rate if rate is None else rate for part, rate in rates.items()}
     for line in trainable_table(trainer.model, rates).splitlines():

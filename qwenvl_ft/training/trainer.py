@@ -20,6 +20,7 @@ from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import RecipeError, TrainingError
+from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.tuning.optimizer import cosine_warmup_with_min_lr, param_groups
@@ -72,7 +73,13 @@ class QwenVLTrainer(Trainer):
         self.aligner_lr = aligner_lr
         self.recipe = recipe
         self.part_rates: dict[str, float] = {}
-        self.fillers = vision_fillers(processor, _media_kinds(train_dataset, eval_dataset))
+        sets = _all_of(train_dataset, eval_dataset)
+        raw = {dataset.encoder.raw_pixels for dataset in sets}
+        if len(raw) > 1:
+            raise RecipeError("some data sets have raw pixels, others not. Give all of them the same Encoder.")
+        self.fillers = vision_fillers(processor, _media_kinds(sets), raw_pixels=True in raw)
+        if True in raw:
+            use_raw_patches(model, processor.image_processor)
         self._unchecked: list[tuple[int, Tensor, list[Any]]] = []
         super().__init__(
             model=model,
@@ -314,7 +321,13 @@ class QwenVLTrainer(Trainer):
             self.recipe.save(Path(output_dir or str(self.args.output_dir)) / "recipe.yaml")
 
 
-def _media_kinds(*datasets: Any) -> tuple[str, ...]:
+def _all_of(*datasets: Any) -> list[SampleDataset]:
+    """Those that are there, and those of a dict of them."""
+    return [
+        d for entry in datasets if entry is not None for d in (entry.values() if isinstance(entry, dict) else [entry])
+    ]
+
+
+def _media_kinds(sets: list[SampleDataset]) -> tuple[str, ...]:
     """The media that every rank must run: images always, videos if any data set has one."""
-    sets = [d for entry in filter(None, datasets) for d in (entry.values() if isinstance(entry, dict) else [entry])]
     return ("image", "video") if any("video" in d.media_kinds for d in sets) else ("image",)

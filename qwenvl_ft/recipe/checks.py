@@ -25,6 +25,15 @@ ADAPTER_KEYS = (
     "use_dora",
 )
 """What shapes an adapter."""
+NEEDS = {
+    "hub_model_id": "push_to_hub",
+    "hub_always_push": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+    "hub_revision": "push_to_hub",
+    "fsdp_config": "fsdp",
+    "liger_kernel_config": "use_liger_kernel",
+}
+"""Field of ``training`` -> the one without which it is not read."""
 DATASET_KEYS = ("annotation_path", "data_path", "reader")
 
 
@@ -43,13 +52,23 @@ def _unread(recipe: Any) -> str | None:
 
 
 def _checkpointing(recipe: Any) -> str | None:
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        told = _argument(recipe, name)
-        if isinstance(told, dict) and "use_reentrant" in told and told["use_reentrant"] is not False:
+    name = "activation_checkpointing_kwargs"
+    told = _argument(recipe, name) or {}
+    if not isinstance(told, dict):
+        return f"training.{name}={shown(told)} is not a mapping. Example: {{every_n_layers: 2}}."
+    for key, value in told.items():
+        given = f"training.{name}.{key}={shown(value)}"
+        if key == "use_reentrant" and value is not False:
             return (
-                f"training.{name}.use_reentrant={shown(told['use_reentrant'])} gives no gradient to weights behind "
-                "frozen ones, as adapters in the vision tower. Set it to false."
+                f"{given} gives no gradient to weights behind frozen ones, as adapters in the vision tower. "
+                "Set it to false."
             )
+        if key in ("offload", "preserve_rng_state", "early_stop") and not isinstance(value, bool):
+            return f"{given} is not true or false."
+        if key == "every_n_layers" and (type(value) is not int or value < 1):
+            return f"{given} is not a whole number above 0. Example: 2."
+        if key == "preserve_rng_state" and not value:
+            return f"{given} would draw dropout anew in the backward pass. Remove it."
     return None
 
 
@@ -185,10 +204,12 @@ def _optimizer(recipe: Any) -> str | None:
     return None
 
 
-def _hub(recipe: Any) -> str | None:
-    for name in ("hub_model_id", "hub_always_push", "hub_private_repo", "hub_revision"):
-        if _argument(recipe, name) and not _argument(recipe, "push_to_hub"):
-            return f"training.{name}={shown(_argument(recipe, name))} needs training.push_to_hub=true. Set it too."
+def _needs(recipe: Any) -> str | None:
+    """What is read only where another field is set."""
+    for name, needed in NEEDS.items():
+        if _argument(recipe, name) and not _argument(recipe, needed):
+            given = shown(_argument(recipe, name))
+            return f"training.{name}={given} is read only with training.{needed}. Set it, or remove training.{name}."
     return None
 
 
@@ -252,7 +273,7 @@ CHECKS = (
     _full,
     _metric,
     _optimizer,
-    _hub,
+    _needs,
     _pixels,
     _datasets,
     _nothing_trains,

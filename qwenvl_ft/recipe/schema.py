@@ -268,6 +268,7 @@ HF_TYPES: dict[str, Any] = {
     "metric_for_best_model": Metric | None,
     "log_level": LogLevel,
     "log_level_replica": LogLevel,
+    "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
     "include_num_input_tokens_seen": Literal["no", "all", "non_padding"] | bool,
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "ccl", "hccl", "cncl", "mccl"] | None,
 }

@@ -23,12 +23,11 @@ class Meter(TrainerCallback):
 
     Args:
         args: TrainingArguments of the run.
-        row_tokens: places in one process's batch, for the fill; None where rows are not packed.
     """
 
-    def __init__(self, args: Any, row_tokens: int | None) -> None:
+    def __init__(self, args: Any) -> None:
         self.args = args
-        self.row_tokens = row_tokens
+        self.row_tokens: int | None = None
         self.sampler: PlanSampler | None = None
         self._supervised: list[Tensor] = []
         self._time = self._start = time.perf_counter()
@@ -36,8 +35,10 @@ class Meter(TrainerCallback):
         self._passes = self._tokens = 0
         self._sums: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
-    def follow(self, sampler: PlanSampler) -> None:
+    def follow(self, sampler: PlanSampler, row_tokens: int | None) -> None:
+        """The plan to read, and the places in one process's batch for its fill, or None where rows are not packed."""
         self.sampler = sampler
+        self.row_tokens = row_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The run starts, or goes on, at the state's step."""

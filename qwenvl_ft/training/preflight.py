@@ -4,6 +4,7 @@ transformers builds the optimizer, the schedule, the trackers and the hub's repo
 the output folder made. Here each is built, or asked for, once on nothing.
 """
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -111,6 +112,20 @@ def _trackers(recipe: Any, args: Any) -> None:
             )
 
 
+def _wandb(recipe: Any, args: Any) -> None:
+    """Weights & Biases asks for its key, or fails without one, when the first line is logged."""
+    silent = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
+    if "wandb" not in args.report_to or silent or args.process_index > 0:
+        return
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise RecipeError(
+            "training.report_to=wandb: there is no API key. Log in by wandb login, set WANDB_API_KEY, or log to a "
+            "folder with WANDB_MODE=offline."
+        )
+
+
 def _liger(recipe: Any, args: Any) -> None:
     if not args.use_liger_kernel:
         return
@@ -128,6 +143,14 @@ def _sharding(recipe: Any, args: Any) -> None:
         raise RecipeError(
             f"training.fsdp={recipe.training.arguments['fsdp']} shards the model over processes, and there is one. "
             "Start more (accelerate launch --num_processes 2 ...), or remove the key."
+        )
+
+
+def _batch_size(recipe: Any, args: Any) -> None:
+    if args.auto_find_batch_size and (args.world_size > 1 or args.deepspeed is not None):
+        raise RecipeError(
+            "training.auto_find_batch_size=true is for one process without DeepSpeed: of several, the one that runs "
+            "out of memory would leave the others waiting. Set training.per_device_train_batch_size."
         )
 
 
@@ -174,4 +197,4 @@ def _model(recipe: Any, args: Any) -> None:
     )
 
 
-TRIALS = (_sharding, _trackers, _optimizer, _liger, _model, _hub)
+TRIALS = (_sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _model, _hub)

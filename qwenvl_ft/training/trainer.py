@@ -93,14 +93,14 @@ class QwenVLTrainer(Trainer):
             told = f"one process sees {args.n_gpu} GPUs"
             raise RecipeError(f"{told}. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
         self.loss_is_scaled_for_ga = True
-        self.meter = Meter(args, max_length * args.per_device_train_batch_size if packing else None)
+        self.meter = Meter(args)
         self.add_callback(self.meter)
 
     # -- data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> EpochLoader:
         sampler = self.plan_sampler(cast(SampleDataset, self.train_dataset))
-        self.meter.follow(sampler)
+        self.meter.follow(sampler, self.max_length * self._train_batch_size if self.packing else None)
         return self._loader(sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
@@ -112,7 +112,7 @@ class QwenVLTrainer(Trainer):
     def plan_sampler(self, dataset: SampleDataset, *, training: bool = True) -> PlanSampler:
         """This rank's plan over a data set: shuffled by epoch for training, in a fixed order for evaluation."""
         args = self.args
-        rows = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        rows = self._train_batch_size if training else args.per_device_eval_batch_size
         shape = RunShape(args.world_size, rows, args.gradient_accumulation_steps if training else 1)
         seed = args.data_seed if args.data_seed is not None else args.seed
         return PlanSampler(
@@ -139,6 +139,7 @@ class QwenVLTrainer(Trainer):
             options["worker_init_fn"] = fail_loudly
             options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
+            options["multiprocessing_context"] = args.dataloader_multiprocessing_context
         return EpochLoader(sampler.dataset, sampler, collator, **options)
 
     def num_examples(self, dataloader: Any) -> int:

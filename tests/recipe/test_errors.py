@@ -291,7 +291,17 @@ CONTRADICTIONS = {
     ],
     'training.optim_target_modules=["q_proj"] is read by GaLore and APOLLO alone, but training.optim=sgd. Remove it, '
     "or choose one of them.": ["training.optim_target_modules=[q_proj]", "training.optim=sgd"],
-    "training.hub_model_id='me/mine' needs training.push_to_hub=true. Set it too.": ["training.hub_model_id=me/mine"],
+    "training.hub_model_id='me/mine' is read only with training.push_to_hub. Set it, or remove training."
+    "hub_model_id.": ["training.hub_model_id=me/mine"],
+    "training.activation_checkpointing_kwargs='x' is not a mapping. Example: {every_n_layers: 2}.": [
+        "training.activation_checkpointing_kwargs=x"
+    ],
+    "training.activation_checkpointing_kwargs.every_n_layers=0 is not a whole number above 0. Example: 2.": [
+        "training.activation_checkpointing_kwargs.every_n_layers=0"
+    ],
+    "training.activation_checkpointing_kwargs.offload='maybe' is not true or false.": [
+        "training.activation_checkpointing_kwargs.offload=maybe"
+    ],
     "training.output_dir is empty. Give a folder: training.output_dir=output.": ["training.output_dir="],
     "training.lr_scheduler_type=cosine has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
     "cosine_warmup_with_min_lr.": ["training.lr_scheduler_kwargs.min_lr=1e-6"],

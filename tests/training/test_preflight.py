@@ -69,6 +69,10 @@ REFUSED = {
         ["training.report_to=[tensorboard,neptune]"],
         "training.report_to=neptune: it is not installed. Install its package, or choose another: none, ",
     ),
+    "a tracker that does not know us": (
+        ["training.report_to=wandb"],
+        "training.report_to=wandb: there is no API key. Log in by wandb login, set WANDB_API_KEY, or log to a folder",
+    ),
     "kernels that are not installed": (
         ["training.use_liger_kernel=true"],
         "training.use_liger_kernel=true",
@@ -112,7 +116,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_one_line_before_data_are_read_and_nothing_is_written(name, tiny_dir, tmp_path, capsys):
+def test_it_is_one_line_before_data_are_read_and_nothing_is_written(name, tiny_dir, tmp_path, capsys, monkeypatch):
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))  # no .netrc
     overrides, expected = REFUSED[name]
     assert main(settings(tiny_dir, tmp_path, *overrides)) == 2
     told = capsys.readouterr().err

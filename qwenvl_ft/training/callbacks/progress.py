@@ -57,9 +57,10 @@ class ProgressCallback(TrainerCallback):
         self.folder = Path(args.output_dir)
         if not state.is_world_process_zero:
             return
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = state.train_batch_size or args.per_device_train_batch_size
+        batch = rows * args.gradient_accumulation_steps * args.world_size
         self.say(
-            f"{state.max_steps:,} steps of {args.per_device_train_batch_size} rows x "
+            f"{state.max_steps:,} steps of {rows} rows x "
             f"{args.gradient_accumulation_steps} accumulated x {args.world_size} processes = {batch} rows; "
             f"from step {state.global_step}"
         )

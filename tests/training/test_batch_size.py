@@ -1,4 +1,4 @@
-"""auto_find_batch_size makes a batch that does not fit smaller, and the run is that of the smaller batch; loaders obey."""
+"""auto_find_batch_size: a batch that does not fit is made smaller, and the run is that of the smaller batch."""
 
 import pytest
 import torch

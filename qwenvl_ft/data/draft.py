@@ -3,6 +3,8 @@
 Letters: D draft tokens.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,9 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 CONTROL = (TURN, TURN_END, "<|endoftext|>", VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
 """Only the template writes these. Text that held one would open a turn or a medium of its own."""
+
+Span = tuple[int, int]
+"""Characters [begin, end)."""
 
 STRATEGIES = ("raise", "delete", "left", "right")
 
@@ -61,49 +66,89 @@ class Draft:
 
 
 def template_message(message: Message, source: Source) -> dict[str, Any]:
-    """A message as chat templates take it; text with a control token is refused."""
+    """A message as chat templates take it; empty texts are left out, as an empty string would be.
+
+    Raises:
+        DataError: a text or a tool call holds a control token.
+    """
     content: list[dict[str, str]] = []
     for part in message.content:
-        if isinstance(part, Text):
-            for token in CONTROL:
-                if token in part.text:
-                    raise DataError(
-                        f"{source}: the text of a {message.role} message holds the control token {token}. "
-                        "Media are written <image> or <video>; other control tokens are the template's alone."
-                    )
-            content.append({"type": "text", "text": part.text})
-        else:
+        if not isinstance(part, Text):
             content.append({"type": "image" if isinstance(part, Image) else "video"})
+        elif part.text:
+            refuse_control(part.text, f"{source}: the text of a {message.role} message")
+            content.append({"type": "text", "text": part.text})
     told: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
+        refuse_control(message.tool_calls, f"{source}: a tool call")
         told["tool_calls"] = list(message.tool_calls)
     return told
 
 
-def answers(text: str, messages: tuple[Message, ...], source: Source) -> list[tuple[int, int]]:
-    """Characters of each supervised turn: its content, the end token and the newline.
+def refuse_control(value: Any, where: str) -> None:
+    """Raises DataError if a text, or a string anywhere in a JSON value, holds a control token."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    for token in CONTROL if "<|" in text else ():
+        if token in text:
+            raise DataError(
+                f"{where} holds the control token {token}. Media are written <image> or <video>; other control tokens "
+                "are the template's alone."
+            )
+
+
+def shown_turns(text: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]], source: Source) -> list[Span]:
+    """Characters of each message in the rendered text: its content, and of an assistant the end token and newline.
 
     A turn begins where the template writes ``<|im_start|>``; no text can hold that token (`template_message`), so
-    a user who writes "assistant" is not mistaken for one.
+    a user who writes "assistant" is not mistaken for one. Neighbouring tool messages may share a turn.
+
+    Raises:
+        DataError: the template leaves out a message, one of its texts or calls, or a tool. Space around a text may
+            change, and an answer's ``<think>`` part: thinking models are not shown what they thought in earlier turns.
     """
-    header = f"{TURN}assistant\n"
-    wanted = [message for message in messages if message.role == "assistant"]
-    spans: list[tuple[int, int]] = []
-    begin = text.find(header)
-    while begin >= 0 and len(spans) < len(wanted):
-        begin += len(header)
-        end = text.find(TURN_END, begin)
-        if end < 0:
-            break
-        end += len(TURN_END)
-        spans.append((begin, end + text.startswith("\n", end)))
-        begin = text.find(header, end)
-    if len(spans) != len(wanted):
-        raise DataError(
-            f"{source}: {len(wanted)} assistant turns, but the chat template shows {len(spans)} as "
-            f"{header!r} ... {TURN_END!r}. This processor's template is not supported."
-        )
-    return [span for span, message in zip(spans, wanted, strict=True) if message.loss is not False]
+    spans: list[Span] = []
+    place = 0
+    for number, message in enumerate(messages):
+        where = f"{source}: message {number + 1} of {len(messages)} ({message.role})"
+        if message.role != "tool":
+            header = f"{TURN}{message.role}\n"
+            begin = text.find(header, place)
+            end = text.find(TURN_END, begin)
+            if begin < 0 or end < 0:
+                hint = " Put the system message first." if message.role == "system" and number else ""
+                raise DataError(f"{where} is not shown by the chat template as {header!r} ... {TURN_END!r}.{hint}")
+            begin += len(header)
+        else:
+            follows = number > 0 and messages[number - 1].role == "tool"
+            begin = place if follows else text.find(TURN, place) + len(TURN)
+            end = len(text)
+        place = begin
+        for wanted in _shown_texts(message):
+            found = text.find(wanted, place, end)
+            if found < 0:
+                raise DataError(f"{where} is not shown whole by the chat template: {wanted!r:.80} is missing.")
+            place = found + len(wanted)
+        if message.role != "tool":
+            place = end + len(TURN_END)
+        spans.append((begin, place + text.startswith("\n", place)))
+    for name in map(_function_name, tools):
+        if name not in text[: text.find(TURN_END)]:
+            raise DataError(f"{source}: the chat template does not show the tool {name!r}; this model takes no tools.")
+    return spans
+
+
+def _shown_texts(message: Message) -> list[str]:
+    """What of a message must stand in the rendered text, in order."""
+    texts = [part.text for part in message.content if isinstance(part, Text)]
+    if message.role == "assistant":
+        texts = [text.rpartition("</think>")[2] for text in texts]
+    return [text.strip() for text in texts if text.strip()] + [_function_name(call) for call in message.tool_calls]
+
+
+def _function_name(schema: dict[str, Any]) -> str:
+    """The name in a function's schema or in a call, with or without the outer ``{"type": "function"}``."""
+    inner = schema.get("function")
+    return str((inner if isinstance(inner, dict) else schema).get("name", ""))
 
 
 def token_span(encoding: Any, begin: int, end: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
@@ -26,8 +27,9 @@ from qwenvl_ft.data.draft import (
     VISION_START,
     Draft,
     Unsupervised,
-    answers,
     cut,
+    refuse_control,
+    shown_turns,
     template_message,
     token_span,
     too_long,
@@ -160,28 +162,46 @@ class Encoder:
         images, videos = conversation.media(Image), conversation.media(Video)
         image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
         video_grids = [video_grid(video, self.processor.video_processor, self.policy, source) for video in videos]
-        text = self._render(messages, conversation.tools or self.tools, invite, source)
+        tools = list(conversation.tools or self.tools or ())
+        text = self._render(messages, tools, invite, source)
         text = self._write_times(text, videos, video_grids, source)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text, source)
         ids = np.asarray(encoding.ids, dtype=np.int64)
         supervised = np.zeros(ids.size, dtype=bool)
-        for begin, end in answers(text, messages, source):
-            first, last = token_span(encoding, begin, end)
-            supervised[first:last] = True
+        for message, (begin, end) in zip(messages, shown_turns(text, messages, tools, source), strict=True):
+            if message.role == "assistant" and message.loss is not False:
+                first, last = token_span(encoding, begin, end)
+                supervised[first:last] = True
         counts, widths = self._spread(ids, image_grids, video_grids, source)
         group = self._groups(ids, len(images), [t for t, _, _ in video_grids], text, encoding)
         return Draft(ids, supervised, counts, widths, group, images, image_grids, videos, video_grids, source)
 
-    def _render(self, messages: tuple[Message, ...], tools: Any, invite: bool, source: Source) -> str:
+    def _render(self, messages: tuple[Message, ...], tools: list[Any], invite: bool, source: Source) -> str:
         chat = [template_message(message, source) for message in messages]
-        rendered: Any = render_jinja_template(
-            conversations=[chat],
-            tools=list(tools) if tools else None,
-            chat_template=self._template,
-            add_generation_prompt=invite,
-            add_vision_id=self.add_vision_id,
-        )
+        refuse_control(tools, f"{source}: a tool")
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[chat],
+                tools=tools or None,
+                chat_template=self._template,
+                add_generation_prompt=invite,
+                add_vision_id=self.add_vision_id,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"{source}: the chat template cannot show it: {' '.join(str(error).split())}.") from None
         return rendered[0][0]
+
+    def _encode(self, text: str, source: Source) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
+            if lone is None:
+                raise
+            raise DataError(
+                f"{source}: the text holds U+{ord(lone):04X}, half of a character (a lone surrogate), near "
+                f"{text[max(0, text.index(lone) - 20) : text.index(lone)]!r}. Correct the record."
+            ) from None
 
     def _write_times(self, text: str, videos: list[Video], grids: list[Grid], source: Source) -> str:
         """Replace each video's one placeholder by a time and a placeholder per frame pair.

@@ -1,5 +1,7 @@
 """Records in each format -> the same conversations; what is malformed is one clear line."""
 
+import json
+
 import pytest
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Source, Text, Video
@@ -102,6 +104,28 @@ def test_tools_calls_and_loss_flags_survive():
     assert conversation.tools == ({"type": "function", "function": {"name": "f"}},)
 
 
+def test_what_a_record_says_for_all_of_it_is_kept():
+    """``system`` and ``tools`` of the record, ``loss`` or ``weight`` of a turn, the older ``function_call``."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    told = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
+    read = read_record({"system": "s", "tools": tools, "conversations": told}, SOURCE)
+    assert read.messages[0] == Message("system", (Text("s"),))
+    assert [message.loss for message in read.messages] == [None, None, False, None]
+    assert read.tools == tuple(tools)
+    call = {"name": "f", "arguments": "{}"}
+    messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": None, "function_call": call}]
+    read = read_record({"system": "s", "tools": json.dumps(tools), "messages": messages}, SOURCE)
+    assert [message.role for message in read.messages] == ["system", "assistant"]
+    assert read.messages[1].tool_calls == ({"type": "function", "function": call},)
+    assert read.tools == tuple(tools)
+
+
+def test_tags_in_a_list_of_texts_take_the_records_media():
+    content = [{"type": "text", "text": "look"}, {"type": "text", "text": "<image> here"}]
+    record = {"images": ["a.png"], "messages": [{"role": "user", "content": content}]}
+    assert read_record(record, SOURCE, "/r").messages[0].content == (Text("look"), Image("/r/a.png"), Text("here"))
+
+
 WRONG = [
     ("text", "a record is a JSON object, this is a str"),
     ({"prompt": 1}, "no format has the keys prompt"),
@@ -132,9 +156,31 @@ WRONG = [
     ),
     ({"messages": [{"role": "user", "content": "x"}], "tools": "f"}, "'tools' must be a list"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": "f"}]}, "'tool_calls' must be a list of calls"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "Only an assistant calls tools"),
+    (
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]}]},
+        "Only an assistant calls tools",
+    ),
     ({"messages": [{"role": "assistant", "content": "x", "loss": "false"}]}, "has loss='false'. Write true or false"),
     ({"conversations": [{"from": "gpt", "value": "x", "loss": 7}]}, "has loss=7"),
+    ({"conversations": [{"from": "gpt", "value": "x", "loss": 1, "weight": 0}]}, "contradict each other"),
+    ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "Only assistant turns are learned"),
+    ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "has 'reasoning_content'"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"arguments": {}}]}]}, "without a 'name'"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "'f' without 'arguments'"),
+    ({"messages": [{"role": "user", "content": "x"}], "system": ["s"]}, "'system' must be a text"),
+    (
+        {"conversations": turns(("system", "a"), ("human", "x")), "system": "b"},
+        "both a 'system' and a system message are given, and they differ",
+    ),
+    ({"conversations": turns(("human", "x")), "functions": [{"name": "f"}]}, "'functions' is the old spelling"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "<image>"}]}
+            ]
+        },
+        "both as parts and as tags",
+    ),
     ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"has from=\['gpt'\]"),
     ({"messages": [{"role": "user", "content": [{"type": ["image"]}]}]}, r"has type=\['image'\]"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "img": "a"}]}], "images": ["b"]}, "no 'image'"),

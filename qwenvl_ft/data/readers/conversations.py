@@ -1,10 +1,14 @@
 """``{"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, ...]}``: the official format.
 
 Human text is split at its media tags, the pieces are stripped and blank ones dropped, as the official preprocessing
-does (qwen-vl-finetune, data_processor.py); answers are kept to the letter.
+does (qwen-vl-finetune, data_processor.py); answers are kept to the letter. ``system`` and ``tools`` of the record, and
+``loss`` or ``weight`` of a turn are understood too.
 """
 
+import json
 import re
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Part, Source, Text, Video
@@ -28,7 +32,7 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
     pool = MediaPool(record, source, root)
     messages = tuple(_message(turn, number, pool) for number, turn in enumerate(turns))
     pool.finish()
-    return Conversation(messages, source)
+    return with_record_keys(Conversation(messages, source), record)
 
 
 def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
@@ -40,7 +44,7 @@ def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
     role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise DataError(f"{source}: conversations[{number}] has from={turn['from']!r}.{hint(str(turn['from']), ROLES)}")
-    loss = checked_loss(turn.get("loss"), f"{source}: conversations[{number}]")
+    loss = checked_loss(turn, role, f"{source}: conversations[{number}]")
     text = turn["value"]
     if role == "user":
         return Message(role, split_tags(text, pool))
@@ -51,13 +55,51 @@ def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
     return Message(role, (Text(text),), loss=loss)
 
 
-def checked_loss(loss: Any, where: str) -> bool | None:
-    """A turn's own ``loss``: true or false (or 1, 0), or not given."""
-    if loss is None:
-        return None
-    if not isinstance(loss, (bool, int, float)) or loss not in (0, 1):
-        raise DataError(f"{where} has loss={loss!r}. Write true or false.")
-    return bool(loss)
+def with_record_keys(conversation: Conversation, record: dict[str, Any]) -> Conversation:
+    """The conversation with what its record says for all of it: ``system`` and ``tools``.
+
+    Raises:
+        DataError: they are malformed, or there is a system message and another ``system``.
+    """
+    source, messages, system = conversation.source, conversation.messages, record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{source}: 'system' must be a text, it is {system!r:.80}.")
+    if system:
+        own = messages[0].content if messages[0].role == "system" else None
+        if own is None:
+            messages = (Message("system", (Text(system),)), *messages)
+        elif own != (Text(system),):
+            raise DataError(f"{source}: both a 'system' and a system message are given, and they differ. Keep one.")
+    if record.get("functions"):
+        raise DataError(f"{source}: 'functions' is the old spelling. Write tools: [{{type: function, function: ...}}].")
+    tools = checked_objects(record.get("tools"), f"{source}: 'tools'", "function schemas")
+    return replace(conversation, messages=messages, tools=tools)
+
+
+def checked_objects(value: Any, where: str, what: str) -> tuple[dict[str, Any], ...]:
+    """A list of objects, or its JSON text; None and an empty text are an empty one."""
+    told = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            told = json.loads(value) if value.strip() else None
+    if told is None:
+        return ()
+    if not isinstance(told, (list, tuple)) or not all(isinstance(entry, dict) for entry in told):
+        raise DataError(f"{where} must be a list of {what}, it is {value!r:.80}.")
+    return tuple(told)
+
+
+def checked_loss(turn: dict[str, Any], role: str, where: str) -> bool | None:
+    """Whether a turn is supervised, from its ``loss`` or ``weight``: true or false (or 1, 0), or not given."""
+    told = {key: turn[key] for key in ("loss", "weight") if turn.get(key) is not None}
+    for key, loss in told.items():
+        if not isinstance(loss, (bool, int, float)) or loss not in (0, 1):
+            raise DataError(f"{where} has {key}={loss!r}. Write true or false.")
+        if loss and role != "assistant":
+            raise DataError(f"{where} has {key}={loss!r} and is one of role {role}. Only assistant turns are learned.")
+    if len(set(map(bool, told.values()))) > 1:
+        raise DataError(f"{where} has {told}, which contradict each other. Keep one.")
+    return bool(next(iter(told.values()))) if told else None
 
 
 def checked_fps(fps: Any, where: str) -> float | None:

@@ -2,14 +2,23 @@
 
 Text stays as it is written. Content is a string or a list of parts: ``{"type": "text", "text": ...}``,
 ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``. ``url``, ``path`` and ``image_url`` are
-understood too. The record's own ``images`` and ``videos`` are shown where a string has ``<image>`` or ``<video>`` tags,
-or where a part is nothing but ``{"type": "image"}``.
+understood too. The record's own ``images`` and ``videos`` are shown where a text has ``<image>`` or ``<video>`` tags,
+or where a part is nothing but ``{"type": "image"}``; one message cannot do both.
 """
 
 from typing import Any
 
 from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Part, Source, Text, Video
-from qwenvl_ft.data.readers.conversations import TAGS, MediaPool, _checked, checked_fps, checked_loss, split_tags
+from qwenvl_ft.data.readers.conversations import (
+    TAGS,
+    MediaPool,
+    _checked,
+    checked_fps,
+    checked_loss,
+    checked_objects,
+    split_tags,
+    with_record_keys,
+)
 from qwenvl_ft.errors import DataError, hint
 
 KEYS = {
@@ -39,7 +48,7 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
     pool = MediaPool(record, source, media_root)
     messages = tuple(_message(message, number, pool, media_root) for number, message in enumerate(told))
     pool.finish()
-    return Conversation(messages, source, _objects(record.get("tools"), f"{source}: 'tools'", "function schemas"))
+    return with_record_keys(Conversation(messages, source), record)
 
 
 def _message(message: Any, number: int, pool: MediaPool, media_root: str | None) -> Message:
@@ -49,7 +58,11 @@ def _message(message: Any, number: int, pool: MediaPool, media_root: str | None)
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"{where} has role={role!r}.{hint(str(role), ROLES)}")
-    calls = _objects(message.get("tool_calls"), f"{where}: 'tool_calls'", "calls")
+    calls = _calls(message, where)
+    if message.get("reasoning_content"):
+        raise DataError(
+            f"{where} has 'reasoning_content'. Write it into the content: <think>...</think> and the answer."
+        )
     if calls and role != "assistant":
         raise DataError(f"{where} is one of role {role} with tool_calls. Only an assistant calls tools.")
     content = message.get("content")
@@ -58,12 +71,31 @@ def _message(message: Any, number: int, pool: MediaPool, media_root: str | None)
     if isinstance(content, str):
         parts = _text(content, role, pool, where)
     elif isinstance(content, (list, tuple)):
-        parts = tuple(_part(part, f"{where}.content[{k}]", pool, media_root) for k, part in enumerate(content))
+        parts = _parts(content, role, pool, where, media_root)
     else:
         raise DataError(f"{where} has no content: a text or a list of parts is needed, it is {content!r:.80}.")
     if role in ("assistant", "system") and any(not isinstance(part, Text) for part in parts):
         raise DataError(f"{where} is one of role {role} with a medium. Media belong to user and tool messages.")
-    return Message(role, parts, calls, checked_loss(message.get("loss"), where))
+    return Message(role, parts, calls, checked_loss(message, role, where))
+
+
+def _calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    """A message's tool calls; the older ``function_call`` is one."""
+    calls = checked_objects(message.get("tool_calls"), f"{where}: 'tool_calls'", "calls")
+    older = message.get("function_call")
+    if older and calls:
+        raise DataError(f"{where} has both 'tool_calls' and 'function_call'. Keep the first.")
+    if older:
+        calls = ({"type": "function", "function": older},)
+    for call in calls:
+        told = call.get("function") or call
+        if not isinstance(told, dict) or not isinstance(told.get("name"), str) or not told["name"]:
+            raise DataError(f"{where} calls a tool without a 'name': {call!r:.80}.")
+        if not isinstance(told.get("arguments"), (dict, str)):
+            raise DataError(
+                f"{where} calls {told['name']!r} without 'arguments': an object or its JSON text is needed."
+            )
+    return calls
 
 
 def _text(content: str, role: str, pool: MediaPool, where: str) -> tuple[Part, ...]:
@@ -74,16 +106,30 @@ def _text(content: str, role: str, pool: MediaPool, where: str) -> tuple[Part, .
     return split_tags(content, pool)
 
 
-def _part(part: Any, where: str, pool: MediaPool, media_root: str | None) -> Part:
-    if isinstance(part, str):
-        return Text(part)
+def _parts(content: Any, role: str, pool: MediaPool, where: str, media_root: str | None) -> tuple[Part, ...]:
+    texts = [_text_of(part) for part in content]
+    if None in texts and any(TAGS.search(text) for text in texts if text):
+        raise DataError(f"{where} shows media both as parts and as tags in a text. Drop the tags, or the parts.")
+    parts: list[Part] = []
+    for k, (part, text) in enumerate(zip(content, texts, strict=True)):
+        place = f"{where}.content[{k}]"
+        parts += _text(text, role, pool, place) if text is not None else [_medium(part, place, pool, media_root)]
+    return tuple(parts)
+
+
+def _text_of(part: Any) -> str | None:
+    """What a part of text says; None of any other."""
+    if isinstance(part, dict) and (part.get("type") or "text") == "text":
+        part = part.get("text")
+    return part if isinstance(part, str) else None
+
+
+def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> Part:
     if not isinstance(part, dict):
         raise DataError(f"{where} must be an object with a 'type', it is {part!r:.80}.")
     kind = part.get("type") or next((key for key in ("text", *KEYS) if part.get(key) is not None), None)
     if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise DataError(f"{where} has type 'text' and no text.")
-        return Text(part["text"])
+        raise DataError(f"{where} has type 'text' and no text.")
     if not isinstance(kind, str) or kind not in KEYS:
         raise DataError(f"{where} has type={kind!r}.{hint(str(kind), ('text', *KEYS))}")
     told = {key for key, entry in part.items() if entry is not None}
@@ -109,11 +155,3 @@ def _part(part: Any, where: str, pool: MediaPool, media_root: str | None) -> Par
             raise DataError(f"{where} is a video with an empty list of frames.")
         return Video(tuple(_checked(frame, "frame", pool.source, media_root) for frame in value), fps)
     return Video(_checked(value, "video", pool.source, media_root), fps)
-
-
-def _objects(value: Any, where: str, what: str) -> tuple[dict[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, dict) for entry in value):
-        raise DataError(f"{where} must be a list of {what}, it is {value!r:.80}.")
-    return tuple(value)

@@ -55,7 +55,7 @@ class SampleDataset(Dataset[Sample]):
         if len(sample["input_ids"]) != self.lengths[place]:
             raise DataError(
                 f"{source}: planned with {self.lengths[place]} tokens, encoded to {len(sample['input_ids'])}. "
-                "Was a medium changed after planning?"
+                "Was a medium changed after planning? Start again: changed media are measured anew."
             )
         if index < 0:
             sample["labels"] = torch.full_like(sample["labels"], IGNORE)
@@ -76,7 +76,10 @@ class SampleDataset(Dataset[Sample]):
         """One line: samples, tokens, and what was left out and why."""
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.measured.dropped().items())
         told = f"{self.name}: {len(self):,} samples, {int(self.lengths.sum()):,} tokens, mean {self.lengths.mean():.0f}"
-        return f"{told}, longest {self.lengths.max():,}" + (f"; left out: {dropped}" if dropped else "")
+        told = f"{told}, longest {self.lengths.max():,}" + (f"; left out: {dropped}" if dropped else "")
+        samples, tokens, media = self.measured.cut()
+        lost = f"; cut: {samples:,} samples, by {tokens:,} tokens" + (f" and {media:,} media" if media else "")
+        return told + (lost if samples else "")
 
 
 class PlanSampler(Sampler[Batch]):

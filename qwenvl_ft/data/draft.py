@@ -5,7 +5,7 @@ Letters: D draft tokens.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,10 @@ class Draft:
     videos: list[Video]
     video_grids: list[tuple[int, int, int]]
     source: Source
+    cut_tokens: int = 0
+    """Tokens that `cut` took off."""
+    cut_media: int = 0
+    """Images and videos that went with them."""
 
     @property
     def length(self) -> int:
@@ -186,7 +190,9 @@ def cut(draft: Draft, max_length: int | None, strategy: str) -> Draft:
         while start < draft.ids.size and _inside(draft.group, start):
             start += 1
         keep = slice(start, draft.ids.size)
-    return _slice(draft, keep)
+    kept = _slice(draft, keep)
+    media = len(draft.images) + len(draft.videos) - len(kept.images) - len(kept.videos)
+    return replace(kept, cut_tokens=draft.length - kept.length, cut_media=media)
 
 
 def too_long(draft: Draft, max_length: int) -> TooLong:

@@ -6,12 +6,13 @@ medium, which follows from the media's headers. Letters: D draft tokens, L token
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -145,6 +146,8 @@ class Encoder:
             "template": self._template,
             "image": self.processor.image_processor.to_dict(),
             "video": self.processor.video_processor.to_dict(),
+            "policy": asdict(self.policy),
+            "transformers": transformers.__version__,
         }
         digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(self._tokenizer.to_str().encode())

@@ -1,6 +1,7 @@
 """How long every sample will be, known before the first step: from text and media headers, cached on disk.
 
-Nothing is dropped here silently: what cannot be a sample is counted by reason, with its first cases.
+Nothing is dropped here silently: what cannot be a sample, and what is cut off one, is counted. A cache holds as long as
+records, encoder and every media file (its size and time of change) stay as they were.
 """
 
 import hashlib
@@ -15,19 +16,34 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from qwenvl_ft.data.conversation import Conversation, Image, Video
 from qwenvl_ft.data.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.media import file_of
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 
+COLUMNS = {
+    "tokens": np.int32,
+    "patches": np.int32,
+    "has_video": bool,
+    "status": np.int8,
+    "cut_tokens": np.int32,
+    "cut_media": np.int32,
+}
+"""Fields of `Lengths` and how they are kept."""
 CHUNK = 256
 """Records that a worker measures before it answers."""
 PARALLEL_FROM = 2_000
 """Records from which starting workers pays."""
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever what a cache file holds changes its meaning."""
 
 KEPT, TOO_LONG, UNSUPERVISED = range(3)
+File = tuple[str, int, int]
+"""Path of a media file, its size in bytes and its time of change in nanoseconds; -1, 0 if it is not there."""
+Row = tuple[int, int, bool, int, int, int]
+"""An entry of each array of `Lengths`."""
 REASONS = {TOO_LONG: "longer than template.max_length", UNSUPERVISED: "no supervised token"}
 
 
@@ -43,6 +59,10 @@ class Lengths:
     """[R]"""
     status: NDArray[np.int8]
     """[R] `KEPT` or why it is not."""
+    cut_tokens: NDArray[np.int32]
+    """[R] tokens that template.truncation_strategy took off."""
+    cut_media: NDArray[np.int32]
+    """[R] images and videos that went with them."""
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -54,8 +74,12 @@ class Lengths:
         counts = Counter(self.status[self.status != KEPT].tolist())
         return {REASONS[status]: count for status, count in sorted(counts.items())}
 
+    def cut(self) -> tuple[int, int, int]:
+        """Samples that were cut to template.max_length, tokens and media they lost."""
+        return int((self.cut_tokens > 0).sum()), int(self.cut_tokens.sum()), int(self.cut_media.sum())
 
-class _Measured(Dataset[tuple[int, int, bool, int]]):
+
+class _Measured(Dataset[tuple[Row, list[File]]]):
     """The length of each record, as a data set so that a `DataLoader` spreads the work."""
 
     def __init__(self, records: Any, encoder: Encoder) -> None:
@@ -65,23 +89,32 @@ class _Measured(Dataset[tuple[int, int, bool, int]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[int, int, bool, int]:
+    def __getitem__(self, index: int) -> tuple[Row, list[File]]:
         record, source, media_root = self.records[index]
+        conversation = read_record(record, source, media_root)
+        files = [_state(path) for path in conversation_files(conversation)]  # before they are opened
+        return self._row(conversation), files
+
+    def _row(self, conversation: Conversation) -> Row:
         try:
-            draft = self.encoder.draft(read_record(record, source, media_root))
-        except TooLong:
+            draft = self.encoder.draft(conversation)
+        except (TooLong, Unsupervised) as error:
             if self.encoder.truncation_strategy == "raise":
                 raise
-            return 0, 0, False, TOO_LONG
-        except Unsupervised:
-            if self.encoder.truncation_strategy == "raise":
-                raise
-            return 0, 0, False, UNSUPERVISED
-        return draft.length, draft.patches, bool(draft.videos), KEPT
+            return 0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0
+        return draft.length, draft.patches, bool(draft.videos), KEPT, draft.cut_tokens, draft.cut_media
+
+
+def conversation_files(conversation: Conversation) -> list[str]:
+    """Paths of the media files that a conversation shows."""
+    values = [image.value for image in conversation.media(Image)]
+    for video in conversation.media(Video):
+        values += video.value if isinstance(video.value, (list, tuple)) else [video.value]
+    return [path for path in map(file_of, values) if path is not None]
 
 
 def measure(records: Any, encoder: Encoder, *, num_proc: int = 1, cache_dir: str | Path | None = None) -> Lengths:
-    """Lengths of all records; a second call with the same records and encoder reads them from disk.
+    """Lengths of all records; a second call with the same records, media and encoder reads them from disk.
 
     Of several processes that share ``cache_dir`` one measures, the others wait for its file.
 
@@ -92,32 +125,62 @@ def measure(records: Any, encoder: Encoder, *, num_proc: int = 1, cache_dir: str
     folder.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(f"{LAYOUT}:{records.fingerprint}:{encoder.fingerprint()}".encode()).hexdigest()[:32]
     path = folder / f"lengths-{key}.npz"
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            with np.load(path) as file:
-                return Lengths(**{name: file[name] for name in Lengths.__dataclass_fields__})
-        lengths = _measure(records, encoder, num_proc)
-        partial = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, **{name: getattr(lengths, name) for name in Lengths.__dataclass_fields__})
-        partial.replace(path)
+    lengths = _cached(path)
+    if lengths is None:
+        with FileLock(f"{path}.lock"):
+            lengths = _cached(path)
+            if lengths is None:
+                lengths, files = _measure(records, encoder, num_proc)
+                _save(path, lengths, files)
     return lengths
 
 
-def _measure(records: Any, encoder: Encoder, num_proc: int) -> Lengths:
+def _measure(records: Any, encoder: Encoder, num_proc: int) -> tuple[Lengths, list[File]]:
     measured = _Measured(records, encoder)
     workers = num_proc if num_proc > 1 and len(measured) >= PARALLEL_FROM else 0
     if workers:
         loader: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
-        rows = [row for chunk in loader for row in chunk]
+        told = (entry for chunk in loader for entry in chunk)
     else:
-        rows = [measured[index] for index in range(len(measured))]
-    tokens, patches, video, status = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Lengths(
-        np.asarray(tokens, dtype=np.int32),
-        np.asarray(patches, dtype=np.int32),
-        np.asarray(video, dtype=bool),
-        np.asarray(status, dtype=np.int8),
-    )
+        told = (measured[index] for index in range(len(measured)))
+    rows: list[Row] = []
+    files: dict[str, File] = {}
+    for row, opened in told:
+        rows.append(row)
+        for file in opened:
+            files.setdefault(file[0], file)
+    columns = np.asarray(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
+    arrays = {name: column.astype(dtype) for (name, dtype), column in zip(COLUMNS.items(), columns, strict=True)}
+    return Lengths(**arrays), list(files.values())
+
+
+def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    names = np.frombuffer("\0".join(file[0] for file in files).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+    states = np.asarray([file[1:] for file in files], dtype=np.int64).reshape(-1, 2)
+    np.savez(partial, files=names, states=states, **{name: getattr(lengths, name) for name in COLUMNS})
+    partial.replace(path)
+
+
+def _cached(path: Path) -> Lengths | None:
+    """What the cache holds, unless a media file changed since."""
+    if not path.exists():
+        return None
+    with np.load(path) as told:
+        names = told["files"].tobytes().decode("utf-8", "surrogateescape")
+        states = told["states"].tolist()
+        for name, (size, changed) in zip(names.split("\0") if names else (), states, strict=True):
+            if _state(name) != (name, size, changed):
+                return None
+        return Lengths(**{name: told[name] for name in COLUMNS})
+
+
+def _state(path: str) -> File:
+    try:
+        told = os.stat(path)  # noqa: PTH116 - a million of them: no Path for each
+    except OSError:
+        return path, -1, 0
+    return path, told.st_size, told.st_mtime_ns
 
 
 def _default_cache() -> Path:

@@ -43,10 +43,18 @@ class MediaPolicy:
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
     """A relative path against the media root; anything else as it is."""
-    if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")) or _is_base64(value):
+    if not isinstance(value, str) or file_of(value) is None:
         return value
     path = value.removeprefix("file://")
     return path if media_root is None or os.path.isabs(path) else os.path.join(media_root, path)  # noqa: PTH117, PTH118
+
+
+def file_of(value: Any) -> str | None:
+    """The path that a medium's value is; None of bytes, URLs, base64 and objects."""
+    if not isinstance(value, (str, Path)):
+        return None
+    text = str(value)
+    return None if text.startswith(("http://", "https://", "data:")) or _is_base64(text) else text
 
 
 def open_image(value: Any, policy: MediaPolicy) -> PILImage.Image:

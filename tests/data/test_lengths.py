@@ -14,6 +14,7 @@ from qwenvl_ft.data.dataset import PlanSampler, SampleDataset
 from qwenvl_ft.data.draft import TooLong
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.lengths import measure
+from qwenvl_ft.data.media import MediaPolicy
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.errors import DataError
 
@@ -135,6 +136,55 @@ def test_a_medium_that_changed_after_planning_is_named(processor, tmp_path):
     picture(256, 64).save(path)
     with pytest.raises(DataError, match=r"list\[0\]: planned with \d+ tokens, encoded to \d+"):
         dataset[0]
+
+
+def test_a_changed_medium_is_measured_anew_at_the_next_start(processor, tmp_path, monkeypatch):
+    """Also one that was left out as too long, and a frame of a video; what did not change is read from the cache."""
+    image, frame = tmp_path / "a.png", tmp_path / "frame.png"
+    picture(256, 256).save(image)
+    picture(64, 64).save(frame)
+    records = ListRecords(
+        [{"image": str(image)} | turn("<image>"), {"video": [[str(frame), str(frame)]]} | turn("<video>")]
+    )
+    encoder = Encoder(processor, max_length=60, truncation_strategy="delete")
+    start = lambda: measure(records, encoder, cache_dir=tmp_path)  # noqa: E731
+    assert start().kept.tolist() == [1]
+    picture(64, 64).save(image)
+    shrunk = start()
+    assert shrunk.kept.tolist() == [0, 1]
+    assert shrunk.tokens[0] == len(encoder(records[0][0])["input_ids"])
+    with monkeypatch.context() as patch:
+        patch.setattr(lengths_module, "_measure", lambda *_: pytest.fail("measured again"))
+        assert start().kept.tolist() == [0, 1]
+    picture(128, 128).save(frame)
+    assert start().tokens[1] == encoder.length(records[1][0]) != shrunk.tokens[1]
+    frame.unlink()
+    with pytest.raises(DataError, match=r"list\[1\]: image .*frame.png does not exist"):
+        start()
+
+
+def test_another_media_policy_is_measured_anew(processor, tmp_path):
+    records = ListRecords([{"image": picture(64, 64)} | turn("<image>")])
+    measure(records, Encoder(processor), cache_dir=tmp_path)
+    with pytest.raises(DataError, match=r"64 x 64 = 4096 pixels, above data.max_image_pixels=100"):
+        measure(records, Encoder(processor, policy=MediaPolicy(max_image_pixels=100)), cache_dir=tmp_path)
+
+
+def test_what_is_cut_off_is_counted(processor, encoder, tmp_path):
+    told = {"image": [picture(64, 64), picture(64, 64)]} | turn("a <image>", "b")
+    told["conversations"] += turn("c <image>", "d " * 30)["conversations"]
+    records = ListRecords([told, turn("short")])
+    full = encoder.length(told)
+    left = Encoder(processor, max_length=full - 3, truncation_strategy="left")
+    dataset = SampleDataset(records, left, cache_dir=tmp_path, name="mine")
+    kept = len(dataset[0]["input_ids"])
+    assert dataset.measured.cut() == (1, full - kept, 0)
+    assert dataset.summary().endswith(f"; cut: 1 samples, by {full - kept:,} tokens")
+    shorter = Encoder(processor, max_length=full - 10, truncation_strategy="left")
+    dataset = SampleDataset(records, shorter, cache_dir=tmp_path, name="mine")
+    assert len(dataset[0]["image_grid_thw"]) == 1
+    assert dataset.measured.cut() == (1, full - len(dataset[0]["input_ids"]), 1)
+    assert dataset.summary().endswith("tokens and 1 media")
 
 
 @pytest.fixture(scope="module")

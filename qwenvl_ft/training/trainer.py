@@ -23,6 +23,7 @@ from qwenvl_ft.errors import RecipeError, TrainingError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
+from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.tuning.optimizer import cosine_warmup_with_min_lr, param_groups
 
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
@@ -93,6 +94,10 @@ class QwenVLTrainer(Trainer):
             told = f"one process sees {args.n_gpu} GPUs"
             raise RecipeError(f"{told}. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
         self.loss_is_scaled_for_ga = True
+        self.noise: SampleNoise | None = None
+        if args.neftune_noise_alpha:
+            self.noise, self.neftune_noise_alpha = SampleNoise(args.neftune_noise_alpha), None  # not transformers' own
+            cast(Any, self.model).get_input_embeddings().register_forward_hook(self.noise)
         self.meter = Meter(args)
         self.add_callback(self.meter)
 
@@ -167,6 +172,8 @@ class QwenVLTrainer(Trainer):
         return count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.noise is not None:
+            self.noise.follow(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._unchecked.append((self.state.global_step + 1, loss, inputs["sources"]))
         if loss.device.type == "cpu":

@@ -1,0 +1,35 @@
+"""NEFTune over packed rows: each sample gets the noise it would get alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SampleNoise:
+    """Forward hook of the token embedding: uniform noise up to ``alpha / sqrt(L * D)`` in each value, in training.
+
+    L is the length of the token's own sample. transformers' hook takes the row's length instead, so that its noise
+    fades the more samples share a row.
+
+    Source: arXiv 2310.05914, section 3.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.lengths = torch.ones(1, 1)
+
+    def follow(self, batch: dict[str, Any]) -> None:
+        """Take the sample lengths of the batch that comes next: of its flat row, or of its padded rows."""
+        if "attention_mask" in batch:
+            self.lengths = batch["attention_mask"].sum(dim=1, keepdim=True)  # [S, 1]
+        else:
+            sizes = batch["cu_seq_lens_q"].diff().long()
+            self.lengths = sizes.repeat_interleave(sizes)[None]  # [1, T]
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+        if not module.training:
+            return None
+        strength = self.alpha / (self.lengths * output.shape[-1]).sqrt()[..., None]
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * strength.to(output.device, output.dtype, non_blocking=True)

@@ -30,6 +30,7 @@ def train(recipe: Any) -> TrainResult:
     from transformers import PrinterCallback
 
     from qwenvl_ft.checkpoint import resolve_resume
+    from qwenvl_ft.look.gate import check_before_training
     from qwenvl_ft.training import setup
     from qwenvl_ft.training.arguments import build_arguments
     from qwenvl_ft.training.callbacks.progress import ProgressCallback
@@ -38,6 +39,7 @@ def train(recipe: Any) -> TrainResult:
 
     args = build_arguments(recipe)
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
+    check_before_training(recipe)
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     questions = setup.build_questions(recipe, train_set.encoder, args.seed)

@@ -10,7 +10,7 @@ LAYERS = [
     {"model", "data"},
     {"tuning"},
     {"checkpoint"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "look"},
     {"cli", "train", "flare"},
 ]
 """From the bottom up; what stands together may know each other."""

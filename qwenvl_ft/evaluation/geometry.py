@@ -200,10 +200,11 @@ def _is_object(value: Any) -> bool:
 
 def _objects(value: Any) -> list[Found]:
     values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [found for found in map(_object, values) if found is not None]
+    return [found for found in map(read_object, values) if found is not None]
 
 
-def _object(value: Any) -> Found | None:
+def read_object(value: Any) -> Found | None:
+    """One object of a caption; None unless it has exactly one well-formed geometry."""
     if not isinstance(value, dict):
         return None
     kinds = [kind for kind, (key, _, _) in KINDS.items() if key in value]

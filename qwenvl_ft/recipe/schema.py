@@ -89,6 +89,8 @@ class DataConfig:
     """Processes that measure lengths before training."""
     max_image_pixels: Positive = 200_000_000
     """Largest stored image, in pixels; protects against decompression bombs."""
+    check_dataset_strategy: Literal["none", "warning", "error"] = "none"
+    """Look at every record before training, as qwenvl-ft check does: say what is wrong, or do not begin."""
 
 
 @dataclass(kw_only=True)

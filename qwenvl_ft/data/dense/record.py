@@ -71,7 +71,7 @@ def read_dense_record(record: Any, source: Source, media_root: str | Path | None
     told = record["objects"]
     if not isinstance(told, (list, tuple)):
         raise DataError(f"{source}: objects={told!r:.80} must be a list; an empty one for an image without objects.")
-    objects = tuple(_object(entry, f"{source}: objects[{k}]", width, height) for k, entry in enumerate(told))
+    objects = tuple(read_object(entry, f"{source}: objects[{k}]", width, height) for k, entry in enumerate(told))
     images = _images(record["images"], source, media_root)
     return DenseRecord(images, objects, width, height, record.get("summary"), source)
 
@@ -101,7 +101,7 @@ def _image(value: Any, where: str, media_root: str | Path | None) -> Any:
     return resolve_path(value, media_root)
 
 
-def _object(entry: Any, where: str, width: int, height: int) -> dict[str, Any]:
+def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}={entry!r:.80} must be an object with a desc and a geometry.")
     desc = entry.get("desc")

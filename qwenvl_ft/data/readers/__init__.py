@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Source
+from qwenvl_ft.data.dense import reader as dense
 from qwenvl_ft.data.readers import coco, conversations, messages
 from qwenvl_ft.errors import DataError, hint
 
@@ -29,6 +30,7 @@ READERS: dict[str, Reader] = {
     "conversations": Reader(conversations.matches, conversations.read),
     "messages": Reader(messages.matches, messages.read),
     "coco": Reader(coco.matches, coco.read),
+    "dense": Reader(dense.matches, dense.read),
 }
 """Name -> reader, in the order in which they are asked."""
 

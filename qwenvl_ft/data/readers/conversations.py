@@ -19,6 +19,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TAGS = re.compile(r"(<image>|<video>)")
 
 
+class TagsError(DataError):
+    """Tags and media do not match."""
+
+
 def matches(record: dict[str, Any]) -> bool:
     return record.get("conversations") is not None
 
@@ -49,7 +53,7 @@ def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
     if role == "user":
         return Message(role, split_tags(text, pool))
     if TAGS.search(text):
-        raise DataError(
+        raise TagsError(
             f"{source}: conversations[{number}] is a {turn['from']} turn with a media tag. Media belong to human turns."
         )
     return Message(role, (Text(text),), loss=loss)
@@ -152,16 +156,16 @@ class MediaPool:
         media: list[Any] = self.images if tag == "<image>" else self.videos
         place = self._next[tag]
         if place >= len(media):
-            raise DataError(f"{self.source}: more {tag} tags than media ({len(media)}). Add the file or drop the tag.")
+            raise TagsError(f"{self.source}: more {tag} tags than media ({len(media)}). Add the file or drop the tag.")
         self._next[tag] += 1
         return media[place]
 
     def finish(self) -> None:
-        """Raises DataError if a medium was never shown."""
+        """Raises TagsError if a medium was never shown."""
         for tag, media in (("<image>", self.images), ("<video>", self.videos)):
             left = len(media) - self._next[tag]
             if left:
-                raise DataError(
+                raise TagsError(
                     f"{self.source}: {left} of {len(media)} media have no {tag} tag. Write {tag} where each belongs."
                 )
 

@@ -12,6 +12,7 @@ from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Par
 from qwenvl_ft.data.readers.conversations import (
     TAGS,
     MediaPool,
+    TagsError,
     _checked,
     checked_fps,
     checked_loss,
@@ -75,7 +76,7 @@ def _message(message: Any, number: int, pool: MediaPool, media_root: str | None)
     else:
         raise DataError(f"{where} has no content: a text or a list of parts is needed, it is {content!r:.80}.")
     if role in ("assistant", "system") and any(not isinstance(part, Text) for part in parts):
-        raise DataError(f"{where} is one of role {role} with a medium. Media belong to user and tool messages.")
+        raise TagsError(f"{where} is one of role {role} with a medium. Media belong to user and tool messages.")
     return Message(role, parts, calls, checked_loss(message, role, where))
 
 
@@ -102,7 +103,7 @@ def _text(content: str, role: str, pool: MediaPool, where: str) -> tuple[Part, .
     if not TAGS.search(content):
         return (Text(content),)
     if role in ("assistant", "system"):
-        raise DataError(f"{where} is one of role {role} with a media tag. Media belong to user and tool messages.")
+        raise TagsError(f"{where} is one of role {role} with a media tag. Media belong to user and tool messages.")
     return split_tags(content, pool)
 
 

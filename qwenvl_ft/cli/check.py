@@ -1,0 +1,33 @@
+"""``qwenvl-ft check RECIPE`` or ``FILE ...``: is the data fit to train on?"""
+
+from typing import Annotated
+
+import typer
+
+
+def check(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|FILE...", help="A recipe, or data files; then section.key=value.")
+    ],
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A reason that is no error here, as duplicate; may be given several times.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    show: Annotated[int, typer.Option(help="Cases of each reason that are printed.")] = 3,
+    processes: Annotated[int, typer.Option(help="GPUs of the run to come, for its steps.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every case.")] = False,
+) -> None:
+    """Look at every record before training does. Exit code 0, or 1 if something is wrong.
+
+    Files alone are checked for all but tokens; give --model DIR for those too, --val FILE to look for leaks.
+    """
+    import json
+
+    from qwenvl_ft.look.check import check_recipe
+    from qwenvl_ft.look.report import text
+    from qwenvl_ft.look.target import target_recipe
+
+    report = check_recipe(target_recipe(words), allow=allow or [], processes=processes, quiet=as_json)
+    typer.echo(json.dumps(report.told(), ensure_ascii=False) if as_json else text(report, show))
+    if not report.ok or (strict and report.faults):
+        raise typer.Exit(1)

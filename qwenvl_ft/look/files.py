@@ -1,0 +1,122 @@
+"""The records of a selection, whatever is wrong with one of its files: what can be read is, the rest is said.
+
+Training stops at the first file that cannot be opened. Here such a file gives up its good lines.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.readers.json_text import BLANK, read_json
+from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.registry import find_dataset, parse_selection
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.look.faults import Fault
+
+
+@dataclass
+class Opened:
+    """The records of a selection."""
+
+    parts: list[Any] = field(default_factory=list)
+    """Each a list whose ``[i]`` is (record, `Source`, folder of relative media), or raises DataError."""
+    faults: list[Fault] = field(default_factory=list)
+    """Lines and files that are not in ``parts``."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
+class Salvaged:
+    """The good lines of a file that training refuses."""
+
+    def __init__(self, name: str, path: Path, media_root: str, texts: list[tuple[str, str]]) -> None:
+        self.name, self.path, self.media_root, self.texts = name, path, media_root, texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def summary(self) -> dict[str, int]:
+        """Name -> number of records, as `Records` has it."""
+        return {self.name: len(self)}
+
+    def __getitem__(self, index: int) -> tuple[Any, Source, str]:
+        place, text = self.texts[index]
+        where = f"{self.path}{place}"
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON: {error}.") from None
+        told = record["id"] if isinstance(record, dict) and "id" in record else None
+        return record, Source(self.name, where, "" if told is None else str(told)), self.media_root
+
+
+def open_records(selection: str | list[str], *, seed: int, media_root: str | None, num_proc: int) -> Opened:
+    """The records that training would draw, and what keeps it from drawing them.
+
+    Raises:
+        DataError: the selection itself is malformed.
+    """
+    options: Any = {"seed": seed, "media_root": media_root, "num_proc": num_proc}
+    names = parse_selection(selection)
+    try:
+        return Opened([load_records(selection, **options)])
+    except DataError:
+        pass
+    opened = Opened()
+    for name, rate in names:
+        try:
+            opened.parts.append(load_records([f"{name}%{rate * 100:.12g}"], **options))
+        except DataError as error:
+            _salvage(name, str(error), media_root, opened)
+    return opened
+
+
+def _salvage(name: str, error: str, media_root: str | None, opened: Opened) -> None:
+    """What can be read of a file, all of it whatever rate was asked for."""
+    try:
+        entry = find_dataset(name)
+    except DataError:
+        opened.faults.append(Fault("file", name, error))
+        return
+    path = Path(entry["annotation_path"])
+    readers = {".jsonl": _jsonl, ".json": _json}
+    if path.suffix not in readers or not path.is_file():
+        opened.faults.append(Fault("file", str(path), error))
+        return
+    faults: list[Fault] = []
+    texts = list(readers[path.suffix](path, faults))
+    opened.faults += faults or ([] if texts else [Fault("file", str(path), error.removeprefix(f"{path} "))])
+    root = os.path.abspath(entry["data_path"] or media_root or path.parent)  # noqa: PTH100 - keeps symbolic links
+    if texts:
+        opened.parts.append(Salvaged(name, path, root, texts))
+
+
+def _json(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str]]:
+    """(place, text) of the entries before the first that cannot be read."""
+    try:
+        yield from read_json(path)
+    except DataError as error:
+        where, _, told = str(error).removeprefix(str(path)).partition(": ")
+        faults.append(Fault("json", f"{path}{where}", told))
+
+
+def _jsonl(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str]]:
+    """(place, text) of each record; a line that cannot be read becomes a fault."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(BLANK)
+                if text.startswith("["):  # a packed sample: several records
+                    for index, record in enumerate(json.loads(text)):
+                        yield f":{number}[{index}]", json.dumps(record)
+                elif text:
+                    yield f":{number}", text
+            except UnicodeDecodeError as error:
+                faults.append(Fault("json", f"{path}:{number}", f"not UTF-8: {error.reason} at byte {error.start}"))
+            except (ValueError, RecursionError) as error:
+                faults.append(Fault("json", f"{path}:{number}", f"not valid JSON: {error}"))

@@ -1,0 +1,61 @@
+"""The objects that an answer names, wherever they stand in its JSON."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwenvl_ft.evaluation.geometry import KINDS, Found, read_object
+from qwenvl_ft.evaluation.parse import BOX_KEYS, LABEL_KEYS, clean, load_json, parse_instances
+
+KEYS = {key: kind for kind, (key, _, _) in KINDS.items()}
+"""Key of a geometry -> its kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An object of an answer."""
+
+    group: str
+    """Key of the image it belongs to, ``""`` if the answer does not say."""
+    found: Found | None
+    """None if its geometry cannot be read."""
+    value: Any
+    """Its JSON."""
+
+
+def named_objects(text: str) -> list[Named]:
+    """All objects with a geometry: ``{image: {object: {...}}}``, a list of objects, or one by itself."""
+    value = load_json(clean(text))
+    if not isinstance(value, dict) or _is_object(value):
+        return list(_walk(value, ""))
+    return [
+        named
+        for key, inner in value.items()
+        for named in _walk(inner, "" if _is_object(inner) or key in BOX_KEYS else str(key))
+    ]
+
+
+def all_objects(text: str) -> list[Named]:
+    """`named_objects`, or where there are none the boxes written in any other form."""
+    named = named_objects(text)
+    if named or "[" not in text:
+        return named
+    boxes = parse_instances(text) or {}
+    values = [({"desc": name, "bbox_2d": list(box)}) for name, found in boxes.items() for box in found]
+    return [Named("", read_object(value), value) for value in values]
+
+
+def _walk(value: Any, group: str) -> Iterator[Named]:
+    if _is_object(value):
+        found = read_object(value)
+        if found is not None and not found.desc:
+            label = next((str(value[key]) for key in LABEL_KEYS if isinstance(value.get(key), (str, int))), "")
+            found = replace(found, desc=label)
+        yield Named(group, found, value)
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _walk(inner, group)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and any(key in value for key in KEYS)

@@ -1,0 +1,243 @@
+"""One record, looked at from every side: all that is wrong with it, and what the planner needs to know of it."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from qwenvl_ft.data.conversation import Conversation, Image, Message, Source, Text, Video
+from qwenvl_ft.data.dense import record as dense
+from qwenvl_ft.data.dense.target import DenseImage
+from qwenvl_ft.data.draft import Unsupervised, cut
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.readers import Told, read_record
+from qwenvl_ft.data.readers.conversations import TagsError
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.look.faults import Fault
+from qwenvl_ft.look.media import Looked, MediaLooker
+from qwenvl_ft.look.objects import Named, named_objects
+
+NORM = 1000
+"""Largest coordinate in thousandths, the unit that Qwen3-VL answers in."""
+GEOMETRY = re.compile(r"\"(bbox_2d|quad|line)\"")
+
+Case = tuple[str, str]
+"""(reason, message)"""
+
+
+@dataclass(slots=True)
+class Inspected:
+    """What is known of a record."""
+
+    where: str
+    id: str = ""
+    dataset: str = ""
+    faults: list[Fault] = field(default_factory=list)
+    tokens: int = 0
+    """Of the sample as it would be without ``max_length``; 0 if there is none, or no model."""
+    kept: int = 0
+    """Of the sample that is trained on; 0 if it is left out."""
+    vision_tokens: int = 0
+    """Of the sample that is trained on; likewise below."""
+    supervised: int = 0
+    num_images: int = 0
+    key: bytes = b""
+    """The same for the same media and text; empty if it cannot be read."""
+    media: tuple[bytes, ...] = ()
+    """Keys of its media's content."""
+    encoded: bool = False
+    """Whether it was made a sample with its pixels, as training does."""
+
+
+class Inspector:
+    """Looks at records one by one.
+
+    Args:
+        encoder: None looks at everything but tokens.
+        encode: indices of the records that are made samples, pixels and all.
+    """
+
+    def __init__(self, policy: MediaPolicy, encoder: Encoder | None = None, encode: frozenset[int] = frozenset()):
+        self.media = MediaLooker(policy)
+        self.encoder = encoder
+        self.encode = encode
+        self.whole = copy.copy(encoder)
+        if self.whole is not None:
+            self.whole.max_length = None
+
+    def __call__(self, records: Any, index: int) -> Inspected:
+        try:
+            record, source, root = records[index]
+        except DataError as error:
+            where, _, told = str(error).partition(": ")
+            return Inspected(where, faults=[Fault("json", where, told)])
+        seen = Inspected(source.record, source.id, source.dataset)
+        for reason, told in self._all_cases(record, source, root, seen, index in self.encode):
+            message = told.removeprefix(str(source)).removeprefix(": ")
+            seen.faults.append(Fault(reason, source.record, message, source.id))
+        return seen
+
+    def _all_cases(self, *arguments: Any) -> Iterator[Case]:
+        """`_cases`, and what none of them foresaw: one record must not hide the others."""
+        try:
+            yield from self._cases(*arguments)
+        except Exception as error:
+            yield "unforeseen", f"{type(error).__name__}: {error}"
+
+    def _cases(self, record: Any, source: Source, root: str | None, seen: Inspected, encode: bool) -> Iterator[Case]:
+        """Everything that is wrong; fills in what is right."""
+        objects = list(object_cases(record, source))
+        yield from objects
+        if objects:  # without them the rest can be looked at too
+            rest = {**record, "objects": []}
+            record = Told(rest, record.reader) if isinstance(record, Told) else rest
+        try:
+            conversation = read_record(record, source, root)
+        except TagsError as error:
+            yield "tags", str(error)
+            return
+        except DataError as error:
+            yield "structure", str(error)
+            return
+        images = [self.media.image(stored(image.value)) for image in conversation.media(Image)]
+        frames = [frame for video in conversation.media(Video) for frame in self.media.video(video.value)]
+        media = images + frames
+        seen.num_images = len(images)
+        seen.media = tuple(medium.key for medium in media if medium.key)
+        seen.key = content_key(conversation, media)
+        broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
+        broken += size_cases(record, conversation, images)
+        yield from broken
+        yield from answer_cases(record, conversation, images)
+        if self.encoder is None or self.whole is None or broken:
+            if not any(is_learned(message) for message in conversation.messages):
+                yield "unsupervised", "no assistant turn is learned from"
+        elif not objects:
+            yield from self._draft_cases(conversation, seen, encode)
+
+    def _draft_cases(self, conversation: Conversation, seen: Inspected, encode: bool) -> Iterator[Case]:
+        """What template, lengths and processor say of it."""
+        encoder: Any = self.encoder
+        whole: Any = self.whole
+        try:
+            draft = whole.draft(conversation)
+        except Unsupervised:
+            yield "unsupervised", "no assistant turn is learned from"
+            return
+        except DataError as error:
+            yield "encoding", str(error)
+            return
+        seen.tokens, limit = draft.length, encoder.max_length
+        if limit is not None and draft.length > limit:
+            if encoder.truncation_strategy not in ("left", "right"):
+                yield "too_long", f"{draft.length} tokens, template.max_length is {limit}"
+                return
+            draft = cut(draft, limit, encoder.truncation_strategy)
+            if not draft.supervised[1:].any():
+                yield "unsupervised", f"{seen.tokens} tokens; nothing is learned in the {draft.length} that are kept"
+                return
+            yield "cut", f"{seen.tokens} tokens, {draft.length} of them are kept"
+        seen.kept = draft.length
+        seen.vision_tokens = int(draft.counts[draft.widths > 0].sum())
+        seen.supervised = int((draft.supervised * draft.counts)[1:].sum())
+        if encode:
+            try:
+                sample = encoder(conversation)
+            except DataError as error:
+                yield "encoding", str(error)
+                return
+            seen.encoded = True
+            if len(sample["input_ids"]) != seen.kept:
+                yield "encoding", f"planned with {seen.kept} tokens, encoded to {len(sample['input_ids'])}"
+
+
+def stored(value: Any) -> Any:
+    """What the record has, of an image that is augmented when it is opened."""
+    return value.value if isinstance(value, DenseImage) else value
+
+
+def content_key(conversation: Conversation, media: Sequence[Looked]) -> bytes:
+    """The same for records that show the same media and say the same."""
+    keys = iter(media)
+    digest = xxhash.xxh3_128()
+    for message in conversation.messages:
+        calls = json.dumps(message.tool_calls, sort_keys=True, default=str)
+        digest.update(f"\0{message.role}\0{calls}".encode(errors="surrogatepass"))
+        for part in message.content:
+            if isinstance(part, Text):
+                digest.update(f"\1{part.text}".encode(errors="surrogatepass"))
+                continue
+            count = len(part.value) if isinstance(part, Video) and not isinstance(part.value, str) else 1
+            for _ in range(count):
+                digest.update(b"\2" + (next(keys).key or repr(stored(part.value)).encode()))
+    return digest.digest()
+
+
+def object_cases(record: Any, source: Source) -> Iterator[Case]:
+    """Faults of a dense-caption record's objects, each by itself."""
+    if not isinstance(record, Mapping) or not dense.matches(record):
+        return
+    try:
+        shell = dense.read_dense_record({**record, "objects": []}, source)
+    except DataError:
+        return  # the whole record is malformed, and is told to be
+    for place, entry in enumerate(record["objects"]):
+        try:
+            dense.read_object(entry, f"{source}: objects[{place}]", shell.width, shell.height)
+        except DataError as error:
+            described = isinstance(entry, Mapping) and isinstance(entry.get("desc"), str) and entry["desc"].strip()
+            yield "geometry" if described else "structure", str(error)
+
+
+def size_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
+    """Images whose true size is not the one that the record states."""
+    parts = conversation.media(Image)
+    told = (record["width"], record["height"]) if {"width", "height"} <= set(record) else None
+    if told is not None and not all(isinstance(side, int) for side in told):
+        told = None
+    for part, image in zip(parts, images, strict=True):
+        stated = part.value.stated if isinstance(part.value, DenseImage) else told
+        if stated is not None and not image.fault and image.size != stated:
+            found, expected = ("x".join(map(str, size)) for size in (image.size, stated))
+            yield "size", f"image {stored(part.value)!s:.200} is {found} pixels, the record states {expected}"
+
+
+def answer_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
+    """Answers without text, and answers whose coordinates lie outside every image in any unit."""
+    for number, message in enumerate(conversation.messages):
+        if not is_learned(message):
+            continue
+        text = "".join(part.text for part in message.content if isinstance(part, Text))
+        if not text.strip() and not message.tool_calls:
+            yield "empty_answer", f"turn {number} is an answer without text"
+        elif GEOMETRY.search(text) and not dense.matches(record):
+            side = max((max(image.size) for image in images), default=0)
+            faults = (coordinate_fault(named, side) for named in named_objects(text))
+            yield from (("geometry", f"an answer's object {told}") for told in faults if told)
+
+
+def coordinate_fault(named: Named, side: int) -> str:
+    """What is wrong with an object of an answer, whether it is in pixels or in thousandths; ``""`` if nothing.
+
+    Args:
+        side: the longest side of the images, in pixels.
+    """
+    found, shown = named.found, f"{json.dumps(named.value, ensure_ascii=False):.200}"
+    if found is None:
+        return f"{shown} has not exactly one of bbox_2d (4 numbers), quad (8) and line (4, 6, ...)"
+    lowest, highest = found.points.min(), found.points.max()
+    if lowest < 0 or highest > max(side + dense.TOLERANCE_PIXELS, NORM):
+        return f"{shown} is outside the image, be it in pixels (of {side} at most) or in thousandths"
+    if found.kind == "bbox" and not (found.points[0] < found.points[1]).all():
+        return f"{shown} is reversed or empty: a box is x1, y1, x2, y2 with x1 < x2 and y1 < y2"
+    return ""
+
+
+def is_learned(message: Message) -> bool:
+    """Whether a turn is supervised."""
+    return message.role == "assistant" and message.loss is not False

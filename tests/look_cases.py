@@ -1,0 +1,27 @@
+"""Records that are sound, of every format, for the tests of what looks at data."""
+
+
+def asked(image, answer="A blur.", question="<image>\nWhat is it?", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"image": image, "conversations": turns} | more
+
+
+def captioned(**more):
+    box = {"desc": "box/red", "bbox_2d": [10, 10, 60, 50]}
+    return {"images": ["a.png"], "width": 96, "height": 64, "objects": [box]} | more
+
+
+def sound():
+    """Records of every format, none of them alike."""
+    return [
+        asked("a.png", id="first"),
+        asked(["a.png", "b.png"], "No.", "<image>\n<image>\nSame?"),
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "Where?"}]},
+                {"role": "assistant", "content": '[{"bbox_2d": [100, 200, 900, 1000], "label": "blur"}]'},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "Hello."}]},
+        captioned(),
+    ]

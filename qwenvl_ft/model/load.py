@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qwenvl_ft.recipe.schema import ModelConfig
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 """What ``model.torch_dtype`` accepts; ``auto`` keeps the dtype that the checkpoint names."""
@@ -132,6 +134,12 @@ def plan_loading(
         "use_safetensors": True,
     } | _placement(device_map, max_memory, config)
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, options=options)
+
+
+def loading_options(told: ModelConfig) -> dict[str, Any]:
+    """A recipe's ``model`` section as the keyword arguments of `load_model` and `plan_loading`."""
+    own = {entry.name: getattr(told, entry.name) for entry in fields(told) if entry.name != "model"}
+    return own | {"revision": own.pop("model_revision")}
 
 
 def load_processor(

@@ -271,6 +271,9 @@ HF_TYPES: dict[str, Any] = {
     "log_level": LogLevel,
     "log_level_replica": LogLevel,
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
+    "torch_compile_backend": Literal["inductor", "eager", "aot_eager", "cudagraphs", "hpu_backend"] | None,
+    "torch_compile_mode": Literal["default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    | None,
     "include_num_input_tokens_seen": Literal["no", "all", "non_padding"] | bool,
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "ccl", "hccl", "cncl", "mccl"] | None,
 }

@@ -7,6 +7,7 @@ the output folder made. Here each is built, or asked for, once on nothing.
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from qwenvl_ft.errors import QwenVLError, RecipeError
-from qwenvl_ft.model.load import plan_loading
+from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.convert import shown
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
@@ -146,6 +147,24 @@ def _sharding(recipe: Any, args: Any) -> None:
         )
 
 
+def _output(recipe: Any, args: Any) -> None:
+    """Whether the run can write where it is told to."""
+    folder = Path(args.output_dir).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise RecipeError(f"training.output_dir={args.output_dir}: {there} is a file. Give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"training.output_dir={args.output_dir}: {there} cannot be written to. Give another folder.")
+
+
+def _one_device(recipe: Any, args: Any) -> None:
+    if args.n_gpu > 1 and recipe.model.device_map is None:
+        raise RecipeError(
+            f"one process sees {args.n_gpu} GPUs. Launch one per GPU (accelerate launch -m qwenvl_ft.train ...), or "
+            "show it one by CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def _batch_size(recipe: Any, args: Any) -> None:
     if args.auto_find_batch_size and (args.world_size > 1 or args.deepspeed is not None):
         raise RecipeError(
@@ -174,18 +193,7 @@ def _model(recipe: Any, args: Any) -> None:
     told = recipe.model
     if not told.model:
         return
-    plan = plan_loading(
-        told.model,
-        torch_dtype=told.torch_dtype,
-        attn_impl=told.attn_impl,
-        revision=told.model_revision,
-        device_map=told.device_map,
-        max_memory=told.max_memory,
-        rope_scaling=told.rope_scaling,
-        max_model_len=told.max_model_len,
-        patch_embed=told.patch_embed,
-        model_type=told.model_type,
-    )
+    plan = plan_loading(told.model, **loading_options(told))
     length, text = recipe.template.max_length, plan.config.get_text_config()
     if length <= text.max_position_embeddings:
         return
@@ -197,4 +205,4 @@ def _model(recipe: Any, args: Any) -> None:
     )
 
 
-TRIALS = (_sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _model, _hub)
+TRIALS = (_output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _model, _hub)

@@ -17,7 +17,7 @@ from qwenvl_ft.data.pixels import obstacle
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.data.registry import register_dataset
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
@@ -107,19 +107,7 @@ def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
 def build_model(recipe: Any, args: TrainingArguments) -> nn.Module:
     """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
     set_seed(args.seed)
-    told = recipe.model
-    model = load_model(
-        _model_path(recipe),
-        torch_dtype=told.torch_dtype,
-        attn_impl=told.attn_impl,
-        revision=told.model_revision,
-        device_map=told.device_map,
-        max_memory=told.max_memory,
-        rope_scaling=told.rope_scaling,
-        max_model_len=told.max_model_len,
-        patch_embed=told.patch_embed,
-        model_type=told.model_type,
-    )
+    model = load_model(_model_path(recipe), **loading_options(recipe.model))
     model = prepare_model(model, recipe.tuner)
     if (args.bf16 or args.fp16) and args.deepspeed is None:
         keep_float32(model)

@@ -9,6 +9,7 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
 from qwenvl_ft.training.arguments import build_arguments, deepspeed_config
+from qwenvl_ft.training.preflight import preflight
 
 
 def settings(tiny_dir, folder, *more):
@@ -25,6 +26,11 @@ def settings(tiny_dir, folder, *more):
 
 
 REFUSED = {
+    "a file for a folder": (["training.output_dir=/dev/null"], "training.output_dir=/dev/null: /dev/null is a file."),
+    "a folder in a file": (
+        ["training.output_dir=/dev/null/a"],
+        "training.output_dir=/dev/null/a: /dev/null is a file.",
+    ),
     "an optimizer that is not installed": (
         ["training.optim=adamw_torch_npu_fused"],
         "training.optim=adamw_torch_npu_fused cannot be built: ValueError: Trainer failed to import",
@@ -173,3 +179,15 @@ def test_the_folder_of_tensorboard_is_told_to_transformers(tiny_dir, tmp_path, m
 
     callback = TensorBoardCallback()
     assert callback.logging_dir == str(tmp_path / "logs")
+
+
+def test_one_process_with_several_gpus_or_a_locked_folder_is_refused(tiny_dir, tmp_path, monkeypatch):
+    recipe = load_recipe(None, settings(tiny_dir, tmp_path))
+    args = build_arguments(recipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(args, "_n_gpu", 2)
+        with pytest.raises(RecipeError, match=r"one process sees 2 GPUs\. Launch one per GPU"):
+            preflight(recipe, args)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(RecipeError, match=rf"{tmp_path} cannot be written to\."):
+        preflight(recipe, args)

@@ -16,7 +16,7 @@ from datasets.table import Table
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.draws import Rows, drawn, held_out, shared, split_places
 from qwenvl_ft.data.files import DataFile, default_cache, find_file, open_tables
-from qwenvl_ft.data.readers import Told
+from qwenvl_ft.data.readers import Told, code_state, own_readers, register_reader
 from qwenvl_ft.data.registry import find_dataset, parse_selection
 from qwenvl_ft.errors import DataError
 
@@ -50,18 +50,29 @@ class Part:
 class Records:
     """``records[i]`` -> (record, where it came from, folder of its relative media).
 
-    Pickles as paths and drawn rows, so that a worker costs next to nothing.
+    Pickles as paths and drawn rows, so that a worker costs next to nothing; readers of one's own go along.
     """
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
         key = hashlib.sha256()
+        for name, reader in own_readers(part.reader for part in parts).items():
+            key.update(f"{name}|{code_state(reader)}|".encode())
         for part in parts:
             key.update(f"{part.key}|{part.media_root}|{part.reader}|".encode())
             key.update(str(part.rows).encode() if isinstance(part.rows, range) else part.rows.tobytes())
         self.fingerprint = key.hexdigest()
         """Key of the records' content and order, for caches."""
         self._ends: list[int] = np.cumsum([len(part.rows) for part in parts]).tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"readers": own_readers()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker that was not forked, registered readers come with the records."""
+        for name, reader in reversed(state.pop("readers").items()):
+            register_reader(name, reader.matches, reader.read)
+        self.__dict__.update(state)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -1,0 +1,31 @@
+"""LLaVA's video sets, which write ``<image>`` where the record's ``video`` stands.
+
+```json
+{"id": 1, "video": "a.mp4", "conversations": [{"from": "human", "value": "<image>\nWhat falls?"},
+                                              {"from": "gpt", "value": "A cup."}]}
+```
+Its image sets are ``conversations`` as they are.
+"""
+
+from typing import Any
+
+from qwenvl_ft.data.conversation import Source
+
+
+def matches(record: dict[str, Any]) -> bool:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or record.get("image") or record.get("images"):
+        return False
+    text = "".join(str(turn.get("value")) for turn in turns if isinstance(turn, dict))
+    return bool(record.get("video") or record.get("videos")) and "<image>" in text and "<video>" not in text
+
+
+def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> dict[str, Any]:
+    """The record with ``<video>`` for its tags."""
+    turns = [
+        turn | {"value": turn["value"].replace("<image>", "<video>")}
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        else turn
+        for turn in record["conversations"]
+    ]
+    return record | {"conversations": turns}

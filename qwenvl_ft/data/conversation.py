@@ -35,17 +35,49 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How large one medium is shown, instead of the recipe's rule; None where the rule holds."""
+
+    min_pixels: int | None = None
+    """Smallest area of an image, or of one frame, after resizing."""
+    max_pixels: int | None = None
+    """Largest area, likewise."""
+    total_pixels: int | None = None
+    """Largest area of all frames together."""
+    resized_height: int | None = None
+    """Height to resize to, rounded to whole merged patches; goes with ``resized_width``."""
+    resized_width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames of a video file are shown, instead of the recipe's rule; None where the rule holds."""
+
+    num_frames: int | None = None
+    """Exactly so many, spread evenly."""
+    min_frames: int | None = None
+    max_frames: int | None = None
+    start: float | None = None
+    """Seconds into the video."""
+    end: float | None = None
+    """Seconds into the video."""
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     value: Any
     """Absolute path, allowed URL, ``data:`` URI, bytes or PIL image."""
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
     value: Any
-    """Absolute path of a video file, or a list of frames, each as an image's value."""
+    """Absolute path or bytes of a video file, or a list of frames, each as an image's value."""
     fps: float | None = None
-    """Frames a second of a list of frames; unused for a file, which states its own."""
+    """Frames shown a second: those of a list as they are; of a file so many are taken."""
+    limits: Limits = Limits()
+    sampling: Sampling = Sampling()
 
 
 Part = Text | Image | Video

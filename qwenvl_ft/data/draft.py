@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_ft.data.conversation import Image, Message, Source, Text, Video
+from qwenvl_ft.data.video import Clip
 from qwenvl_ft.errors import DataError
 
 IGNORE = -100
@@ -53,7 +54,8 @@ class Draft:
     image_grids: list[tuple[int, int, int]]
     """Patches along time, height, width."""
     videos: list[Video]
-    video_grids: list[tuple[int, int, int]]
+    clips: list[Clip]
+    """What of each video is shown."""
     source: Source
     cut_tokens: int = 0
     """Tokens that `cut` took off."""
@@ -63,6 +65,10 @@ class Draft:
     @property
     def length(self) -> int:
         return int(self.counts.sum())
+
+    @property
+    def video_grids(self) -> list[tuple[int, int, int]]:
+        return [clip.grid for clip in self.clips]
 
     @property
     def patches(self) -> int:
@@ -225,6 +231,6 @@ def _slice(draft: Draft, keep: slice) -> Draft:
         [draft.images[k] for k in kept_images],
         [draft.image_grids[k] for k in kept_images],
         [draft.videos[k] for k in kept_videos],
-        [draft.video_grids[k] for k in kept_videos],
+        [draft.clips[k] for k in kept_videos],
         draft.source,
     )

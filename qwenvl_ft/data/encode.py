@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
-from qwenvl_ft.data.conversation import Conversation, Image, Message, Sample, Source, Text, Video
+from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Sample, Source, Text, Video
 from qwenvl_ft.data.draft import (
     IGNORE,
     IMAGE_PAD,
@@ -35,11 +35,12 @@ from qwenvl_ft.data.draft import (
     token_span,
     too_long,
 )
-from qwenvl_ft.data.grids import DEFAULT_FPS, Grid, checked_grids, frame_times, image_grid, video_grid
+from qwenvl_ft.data.grids import Grid, checked_grids, image_grid
 from qwenvl_ft.data.media import MediaPolicy, open_image
-from qwenvl_ft.data.pixels import raw_patches
+from qwenvl_ft.data.pixels import raw_patches, resized
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.rope import mrope_positions
+from qwenvl_ft.data.video import Clip, clip_pixels, plan_clip
 from qwenvl_ft.errors import DataError, unknown_name
 
 
@@ -164,10 +165,10 @@ class Encoder:
             messages = (Message("system", (Text(self.system_prompt),)), *messages)
         images, videos = conversation.media(Image), conversation.media(Video)
         image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
-        video_grids = [video_grid(video, self.processor.video_processor, self.policy, source) for video in videos]
+        clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
         text = self._render(messages, tools, invite, source)
-        text = self._write_times(text, videos, video_grids, source)
+        text = self._write_times(text, clips, source)
         encoding = self._encode(text, source)
         ids = np.asarray(encoding.ids, dtype=np.int64)
         supervised = np.zeros(ids.size, dtype=bool)
@@ -175,9 +176,9 @@ class Encoder:
             if message.role == "assistant" and message.loss is not False:
                 first, last = token_span(encoding, begin, end)
                 supervised[first:last] = True
-        counts, widths = self._spread(ids, image_grids, video_grids, source)
-        group = self._groups(ids, len(images), [t for t, _, _ in video_grids], text, encoding)
-        return Draft(ids, supervised, counts, widths, group, images, image_grids, videos, video_grids, source)
+        counts, widths = self._spread(ids, image_grids, [clip.grid for clip in clips], source)
+        group = self._groups(ids, len(images), [clip.grid[0] for clip in clips], text, encoding)
+        return Draft(ids, supervised, counts, widths, group, images, image_grids, videos, clips, source)
 
     def _render(self, messages: tuple[Message, ...], tools: list[Any], invite: bool, source: Source) -> str:
         chat = [template_message(message, source) for message in messages]
@@ -206,21 +207,20 @@ class Encoder:
                 f"{text[max(0, text.index(lone) - 20) : text.index(lone)]!r}. Correct the record."
             ) from None
 
-    def _write_times(self, text: str, videos: list[Video], grids: list[Grid], source: Source) -> str:
-        """Replace each video's one placeholder by a time and a placeholder per frame pair.
+    def _write_times(self, text: str, clips: list[Clip], source: Source) -> str:
+        """Replace each video's one placeholder by a time and a placeholder per step in time.
 
         The released models saw ``<0.3 seconds><|vision_start|>...<|vision_end|>`` with nothing around it (processors
         of transformers 4.57 to 5.9); later processors keep an outer pair, which the models were not trained on.
         """
-        if not videos:
+        if not clips:
             return text
         pieces = text.split(VISION_START + VIDEO_PAD + VISION_END)
-        if len(pieces) != len(videos) + 1:
-            raise DataError(f"{source}: {len(videos)} videos, but the chat template shows {len(pieces) - 1}.")
-        written = [pieces[0]]
-        for video, (pairs, _, _), piece in zip(videos, grids, pieces[1:], strict=True):
-            times = frame_times(video, self.processor.video_processor.temporal_patch_size)
-            written += [f"<{times[k]:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for k in range(pairs)]
+        if len(pieces) != len(clips) + 1:
+            raise DataError(f"{source}: {len(clips)} videos, but the chat template shows {len(pieces) - 1}.")
+        written, step = [pieces[0]], self.processor.video_processor.temporal_patch_size
+        for clip, piece in zip(clips, pieces[1:], strict=True):
+            written += [f"<{seconds:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for seconds in clip.times(step)]
             written.append(piece)
         return "".join(written)
 
@@ -295,30 +295,34 @@ class Encoder:
             images = [open_image(image.value, self.policy) for image in draft.images]
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
+        processor = self.processor.image_processor
+        opened = [replace(image, value=pixels) for image, pixels in zip(draft.images, images, strict=True)]
+        grids = [image_grid(image, processor, self.policy, draft.source) for image in opened]
+        checked = checked_grids(torch.tensor(grids), draft.image_grids, draft.source)
         if self.raw_pixels:
-            processor = self.processor.image_processor
-            opened = [replace(image, value=pixels) for image, pixels in zip(draft.images, images, strict=True)]
-            grids = [image_grid(image, processor, self.policy, draft.source) for image in opened]
-            patches = torch.cat(list(map(raw_patches, images, grids, repeat(processor))))
-            return patches, checked_grids(torch.tensor(grids), draft.image_grids, draft.source)
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")
-        return pixels["pixel_values"], checked_grids(pixels["image_grid_thw"], draft.image_grids, draft.source)
+            return torch.cat(list(map(raw_patches, images, grids, repeat(processor)))), checked
+        parts = []
+        for image, (_, high, wide) in zip(opened, grids, strict=True):
+            if image.limits == Limits():
+                parts.append(processor(images=[image.value], return_tensors="pt"))
+            else:
+                pixels = torch.from_numpy(np.array(image.value)).permute(2, 0, 1)
+                pixels = resized(pixels, high * processor.patch_size, wide * processor.patch_size, processor)
+                parts.append(processor(images=[pixels], do_resize=False, return_tensors="pt"))
+        made = torch.cat([part["image_grid_thw"] for part in parts])
+        return torch.cat([part["pixel_values"] for part in parts]), checked_grids(made, grids, draft.source)
 
     def _video_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
-        videos, metadata = [], []
-        for video in draft.videos:
-            try:
-                frames = [np.asarray(open_image(frame, self.policy)) for frame in video.value]
-            except DataError as error:
-                raise DataError(f"{draft.source}: {error}") from None
-            videos.append(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
-            metadata.append(VideoMetadata(total_num_frames=len(frames), fps=video.fps or DEFAULT_FPS))
         processor = self.processor.video_processor
         pixels = processor(
-            videos=videos,
-            video_metadata=metadata,
+            videos=[
+                clip_pixels(video, clip, processor, self.policy, draft.source)
+                for video, clip in zip(draft.videos, draft.clips, strict=True)
+            ],
+            video_metadata=[VideoMetadata(total_num_frames=len(clip.indices), fps=clip.rate) for clip in draft.clips],
+            do_resize=False,
             do_sample_frames=False,
-            cap_pixels_per_frame=bool(processor.cap_pixels_per_frame),
+            cap_pixels_per_frame=False,
             return_tensors="pt",
         )
         return pixels["pixel_values_videos"], checked_grids(pixels["video_grid_thw"], draft.video_grids, draft.source)

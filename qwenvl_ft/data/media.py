@@ -39,6 +39,8 @@ class MediaPolicy:
     """Fetch http(s) images while training."""
     max_image_pixels: int = 200_000_000
     """Largest stored image, in pixels; protects against decompression bombs."""
+    video_timeout: float = 60.0
+    """Seconds that opening or decoding one video file may take."""
 
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
@@ -95,7 +97,7 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
 @contextmanager
 def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
     """The image, its header read; all that can go wrong becomes a DataError with the value's name."""
-    name = _name(value)
+    name = medium_name(value)
     source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
     try:
         if source is None:
@@ -183,12 +185,14 @@ def _has_late_text(image: PILImage.Image) -> bool:
         file.seek(place)
 
 
-def _name(value: Any) -> str:
+def medium_name(value: Any) -> str:
     """How messages call a value."""
     if isinstance(value, PILImage.Image):
         return getattr(value, "filename", "") or "given as a PIL image"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"of {len(value)} bytes"
+    if isinstance(value, (list, tuple)):
+        return f"of {len(value)} frames"
     text = str(value)
     return text if len(text) <= 200 else f"{text[:40]}..."
 

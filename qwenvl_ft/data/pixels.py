@@ -43,10 +43,15 @@ def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_process
     side, merge = image_processor.patch_size, image_processor.merge_size
     _, high, wide = grid
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [C, H, W]
-    if pixels.shape[1:] != (high * side, wide * side):
-        resample = image_processor.resample
-        mode = pil_torch_interpolation_mapping.get(resample, resample)
-        pixels = tvF.resize(pixels, [high * side, wide * side], interpolation=mode, antialias=True)
+    pixels = resized(pixels, high * side, wide * side, image_processor)
     channels = pixels.shape[0]
     blocks = pixels.reshape(channels, high // merge, merge, side, wide // merge, merge, side)
     return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(high * wide, channels * side * side)
+
+
+def resized(pixels: Tensor, height: int, width: int, processor: Any) -> Tensor:
+    """uint8[..., height, width] of uint8[..., H, W], as the torchvision processors of transformers resize."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    mode = pil_torch_interpolation_mapping.get(processor.resample, processor.resample)
+    return tvF.resize(pixels, [height, width], interpolation=mode, antialias=True)

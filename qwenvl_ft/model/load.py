@@ -149,6 +149,10 @@ def load_processor(
     max_pixels: int | None = None,
     video_min_pixels: int | None = None,
     video_max_pixels: int | None = None,
+    video_frame_max_pixels: int | None = None,
+    fps: float | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
     revision: str | None = None,
 ) -> Any:
     """Load the processor (tokenizer, image and video processor, chat template) and set its areas.
@@ -159,6 +163,10 @@ def load_processor(
         max_pixels: largest area of an image, likewise.
         video_min_pixels: smallest area of a video, all its frames together.
         video_max_pixels: largest area of a video, all its frames together.
+        video_frame_max_pixels: largest area of one frame, in whole tokens.
+        fps: frames a second that are taken of a video file.
+        min_frames: fewest frames of a file, if it has them.
+        max_frames: most frames of a file.
 
     Raises:
         CheckpointError: there is no processor.
@@ -180,6 +188,7 @@ def load_processor(
         raise CheckpointError(f"{dir_or_id} holds a {type(processor).__name__}, not a processor of images and text.")
     _set_areas(processor.image_processor, "", min_pixels, max_pixels)
     _set_areas(processor.video_processor, "video_", video_min_pixels, video_max_pixels)
+    _set_frames(processor.video_processor, video_frame_max_pixels, fps, min_frames, max_frames)
     return processor
 
 
@@ -319,6 +328,24 @@ def _set_areas(processor: Any, prefix: str, smallest: int | None, largest: int |
     if largest is not None:
         size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
     processor.size = type(processor.size)(**size)
+
+
+def _set_frames(processor: Any, area: int | None, fps: float | None, least: int | None, most: int | None) -> None:
+    """Which frames are taken, and the largest of them (source: ``cap_pixels_per_frame`` of transformers)."""
+    told = {"fps": fps, "min_frames": least, "max_frames": most}
+    if area is not None:
+        tokens = area // (processor.patch_size * processor.merge_size) ** 2
+        told |= {"max_video_tokens": max(tokens, 1), "cap_pixels_per_frame": True}
+    for name, value in told.items():
+        if value is not None:
+            setattr(processor, name, value)
+    if processor.min_frames > processor.max_frames:
+        if least is not None and most is not None:
+            raise RecipeError(f"template.fps_min_frames={least} is above template.fps_max_frames={most}. Swap them.")
+        if most is not None:
+            processor.min_frames = most
+        else:
+            processor.max_frames = processor.min_frames
 
 
 def _one_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwenvl_ft.data.conversation import Conversation, Image, Message, Source, Text, Video
+from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Sampling, Source, Text, Video
 from qwenvl_ft.data.readers import READERS, read_record
 from qwenvl_ft.errors import DataError
 
@@ -13,6 +13,10 @@ SOURCE = Source("d", "d.jsonl:7")
 
 def turns(*pairs):
     return [{"from": who, "value": text} for who, text in pairs]
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
 
 
 def test_conversations_are_split_and_stripped_as_the_official_preprocessing_does():
@@ -126,6 +130,17 @@ def test_tags_in_a_list_of_texts_take_the_records_media():
     assert read_record(record, SOURCE, "/r").messages[0].content == (Text("look"), Image("/r/a.png"), Text("here"))
 
 
+def test_a_part_says_how_it_is_shown():
+    image = {"image": "/a.png", "min_pixels": 1024, "max_pixels": 4096.0}
+    video = {"video": "/a.mp4", "fps": 1, "max_frames": 8, "video_start": 1, "video_end": 2.5, "total_pixels": 9999}
+    content = read_record({"messages": [user(image, video, {"video": "/a.mp4", "nframes": 6})]}, SOURCE)
+    assert content.messages[0].content == (
+        Image("/a.png", Limits(min_pixels=1024, max_pixels=4096)),
+        Video("/a.mp4", 1.0, Limits(total_pixels=9999), Sampling(max_frames=8, start=1.0, end=2.5)),
+        Video("/a.mp4", None, Limits(), Sampling(num_frames=6)),
+    )
+
+
 WRONG = [
     ("text", "a record is a JSON object, this is a str"),
     ({"prompt": 1}, "no format has the keys prompt"),
@@ -186,10 +201,13 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [{"type": "image", "img": "a"}]}], "images": ["b"]}, "no 'image'"),
     ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["a"], "fps": "2"}]}]}, "fps='2' must be"),
     ({"messages": [{"role": "user", "content": [{"type": "video", "video": []}]}]}, "an empty list of frames"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "max_pixels": 99}]}]},
-        "sets max_pixels of one image, which is not supported",
-    ),
+    ({"messages": [user({"image": "a", "max_pixels": 0})]}, "max_pixels=0. Give a positive whole number"),
+    ({"messages": [user({"image": "a", "max_pixels": 9, "min_pixels": 10})]}, "min_pixels=10 above max_pixels=9"),
+    ({"messages": [user({"image": "a", "resized_width": 64})]}, "one of resized_height and resized_width"),
+    ({"messages": [user({"image": "a", "nframes": 4})]}, "an image with nframes=4"),
+    ({"messages": [user({"video": "a", "nframes": 4, "fps": 2})]}, "sets nframes and another rule"),
+    ({"messages": [user({"video": "a", "min_frames": 9, "max_frames": 4})]}, "min_frames=9 above max_frames=4"),
+    ({"messages": [user({"video": "a", "video_start": -1})]}, "video_start=-1. Give seconds"),
     ({"image": 5, "conversations": turns(("human", "<image>"))}, "the image 5 is a int"),
     ({"image": {"file": "a"}, "conversations": turns(("human", "<image>"))}, "is a dict. Give a path"),
     ({"data_path": 5, "conversations": turns(("human", "x"))}, "data_path=5 must be a folder"),

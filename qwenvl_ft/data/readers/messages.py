@@ -3,7 +3,8 @@
 Text stays as it is written. Content is a string or a list of parts: ``{"type": "text", "text": ...}``,
 ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``. ``url``, ``path`` and ``image_url`` are
 understood too. The record's own ``images`` and ``videos`` are shown where a text has ``<image>`` or ``<video>`` tags,
-or where a part is nothing but ``{"type": "image"}``; one message cannot do both.
+or where a part is nothing but ``{"type": "image"}``; one message cannot do both. A part may say how it is shown
+(readers/shown.py).
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ from qwenvl_ft.data.readers.conversations import (
     split_tags,
     with_record_keys,
 )
+from qwenvl_ft.data.readers.shown import limits_of, sampling_of
 from qwenvl_ft.errors import DataError, hint
 
 KEYS = {
@@ -29,12 +31,6 @@ KEYS = {
     "video_url": ("video_url", "url"),
 }
 """Type of a medium's part -> the keys its value may stand under, the proper one first."""
-
-PER_MEDIUM = (
-    *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"),
-    *("nframes", "min_frames", "max_frames", "video_start", "video_end"),
-)
-"""Keys of qwen-vl-utils that change how one medium is shown. Passed over, they would be lost without a word."""
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -134,11 +130,6 @@ def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> P
     if not isinstance(kind, str) or kind not in KEYS:
         raise DataError(f"{where} has type={kind!r}.{hint(str(kind), ('text', *KEYS))}")
     told = {key for key, entry in part.items() if entry is not None}
-    for key in sorted(told.intersection(PER_MEDIUM)):
-        raise DataError(
-            f"{where} sets {key} of one {kind}, which is not supported. Set template.min_pixels and max_pixels for all "
-            "images; give a video as the list of its frames."
-        )
     tag = f"<{kind.removesuffix('_url')}>"
     if told == {"type"} and pool.has(tag):
         return pool.take(tag)
@@ -149,10 +140,11 @@ def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> P
         proper = KEYS[kind][0]
         raise DataError(f"{where} has type {kind!r} and no {proper!r}. Write {{'type': '{kind}', '{proper}': path}}.")
     if kind.startswith("image"):
-        return Image(_checked(value, "image", pool.source, media_root))
-    fps = checked_fps(part.get("fps"), where) or pool.fps
+        return Image(_checked(value, "image", pool.source, media_root), limits_of(part, "image", where))
+    fps = checked_fps(part.get("fps"), where) or checked_fps(part.get("sample_fps"), where) or pool.fps
+    shown = (fps, limits_of(part, "video", where), sampling_of(part, where))
     if isinstance(value, (list, tuple)):
         if not value:
             raise DataError(f"{where} is a video with an empty list of frames.")
-        return Video(tuple(_checked(frame, "frame", pool.source, media_root) for frame in value), fps)
-    return Video(_checked(value, "video", pool.source, media_root), fps)
+        return Video(tuple(_checked(frame, "frame", pool.source, media_root) for frame in value), *shown)
+    return Video(_checked(value, "video", pool.source, media_root), *shown)

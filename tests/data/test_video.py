@@ -1,0 +1,294 @@
+"""Video files: frames, times and tokens against transformers; what cannot be decoded is one line."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from cases import SHARED, ListRecords, picture
+from transformers.video_utils import VideoMetadata, load_video
+
+from qwenvl_ft.data import video as video_module
+from qwenvl_ft.data.conversation import Limits, Sampling, Source, Video
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.lengths import measure
+from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.video import clip_pixels, plan_clip, spread
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.model.load import load_processor
+
+SOURCE = Source("d", "d.jsonl:7")
+
+
+def film(path, frames=30, size=(96, 64), rate=10, *, turned=0, gop=12, codec="libx264"):
+    """A file whose frames tell themselves apart: each is brighter than the one before, its upper left corner white."""
+    width, height = size
+    with av.open(path, "w", format=None if isinstance(path, str) else "mp4") as container:
+        stream = container.add_stream(codec, rate=Fraction(rate))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = gop
+        if turned:
+            stream.set_display_rotation(turned)
+        for number in range(frames):
+            pixels = np.asarray(picture(width, height)) // 4 + np.uint8(4 * number % 160)
+            pixels[: height // 4, : width // 4] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    return {
+        "plain": film(str(folder / "plain.mp4")),
+        "odd": film(str(folder / "odd.mp4"), frames=55, rate=11, size=(70, 130)),
+        "slow": film(str(folder / "slow.mp4"), frames=7, rate=1),
+        "ntsc": film(str(folder / "ntsc.mp4"), frames=100, rate=Fraction(30000, 1001), size=(64, 64)),
+        "mkv": film(str(folder / "a.mkv"), frames=31),
+        "webm": film(str(folder / "a.webm"), codec="libvpx-vp9"),
+        "avi": film(str(folder / "a.avi"), codec="mpeg4"),
+    }
+
+
+def asked(*videos, question="What moves?", images=()):
+    text = "".join("<video>" for _ in videos) + "".join("<image>" for _ in images) + question
+    return {
+        "video": list(videos),
+        "image": list(images),
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "It."}],
+    }
+
+
+def official(processor, path, question):
+    """Ids without the outer pair of borders (facts of the released models), pixels and grid of transformers."""
+    part = processor.video_processor
+    pick = lambda metadata, **_: part.sample_frames(metadata)  # noqa: E731
+    frames, metadata = load_video(path, backend="pyav", sample_indices_fn=pick)
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+    out = processor(
+        text=[processor.apply_chat_template(messages, tokenize=False)],
+        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        cap_pixels_per_frame=bool(part.cap_pixels_per_frame),
+        return_tensors="pt",
+    )
+    ids = out["input_ids"][0].tolist()
+    first = ids.index(processor.vision_start_token_id)
+    last = len(ids) - 1 - ids[::-1].index(processor.vision_end_token_id)
+    return ids[:first] + ids[first + 1 : last] + ids[last + 1 :], out
+
+
+@pytest.mark.parametrize("name", ["plain", "odd", "slow", "ntsc", "avi"])
+@pytest.mark.parametrize("settings", [{}, {"fps": 4.5, "max_frames": 9}, {"fps": 0.1, "min_frames": 5}])
+def test_files_become_what_transformers_makes_of_them(tiny_dir, films, name, settings):
+    processor = load_processor(str(tiny_dir), **settings)
+    encoder = Encoder(processor)
+    ids, out = official(processor, films[name], "What moves?")
+    record = asked(films[name])
+    sample = encoder(record)
+    assert sample["input_ids"][: len(ids)].tolist() == ids
+    assert sample["video_grid_thw"].tolist() == out["video_grid_thw"].tolist()
+    assert torch.equal(sample["pixel_values_videos"], out["pixel_values_videos"])
+    assert encoder.length(record) == len(sample["input_ids"])
+
+
+def test_the_released_processor_agrees(films):
+    """The real tokenizer, areas and frame limits, with positions of the model class."""
+    if not (SHARED / "qwen3vl_processor").exists():
+        pytest.skip("the released processor is not here")
+    processor = load_processor(str(SHARED / "qwen3vl_processor"))
+    for name in ("plain", "ntsc"):
+        ids, out = official(processor, films[name], "What moves?")
+        sample = Encoder(processor)(asked(films[name]))
+        assert sample["input_ids"][: len(ids)].tolist() == ids
+        assert torch.equal(sample["pixel_values_videos"], out["pixel_values_videos"])
+
+
+def test_positions_are_those_of_the_model(tiny_model, processor, films):
+    sample = Encoder(processor)(asked(films["odd"], films["plain"], images=[picture(64, 96)]))
+    kinds = torch.zeros_like(sample["input_ids"])
+    kinds[sample["input_ids"] == processor.image_token_id] = 1
+    kinds[sample["input_ids"] == processor.video_token_id] = 2
+    positions, _ = tiny_model.model.get_rope_index(
+        sample["input_ids"][None],
+        kinds[None].int(),
+        image_grid_thw=sample["image_grid_thw"],
+        video_grid_thw=sample["video_grid_thw"],
+    )
+    assert torch.equal(sample["position_ids"], positions[:, 0])
+    assert len(sample["video_grid_thw"]) == 2
+
+
+def test_frames_are_chosen_as_transformers_chooses_them(processor):
+    part, rng = processor.video_processor, np.random.default_rng(0)
+    for _ in range(500):
+        total, rate, fps = int(rng.integers(2, 5000)), float(rng.uniform(0.5, 120)), float(rng.uniform(0.1, 8))
+        told = part.sample_frames(VideoMetadata(total_num_frames=total, fps=rate), fps=fps)
+        assert spread(total, rate, fps, part.min_frames, part.max_frames).tolist() == told.tolist()
+
+
+@pytest.mark.parametrize("name", ["mkv", "webm"])
+def test_containers_that_do_not_count_their_frames_are_counted(processor, films, name):
+    with av.open(films[name]) as container:
+        assert container.streams.video[0].frames == 0, "vacuous"
+        total = sum(1 for _ in container.decode(video=0))
+    clip = plan_clip(Video(films[name]), processor.video_processor, MediaPolicy(), SOURCE)
+    assert clip.indices[-1] == total - 1
+    assert len(clip_pixels(Video(films[name]), clip, processor.video_processor, MediaPolicy(), SOURCE)) == len(
+        clip.indices
+    )
+
+
+def test_hidden_frames_are_not_counted(processor, films, tmp_path):
+    """A clip cut without re-encoding begins before what it shows: an edit list hides the first frames."""
+    path = str(tmp_path / "cut.mp4")
+    with av.open(films["plain"]) as source, av.open(path, "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                shift = int(5 / 10 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                target.mux(packet)
+    with av.open(path) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(shown) < container.streams.video[0].frames, "vacuous: nothing is hidden"
+    part = processor.video_processor
+    video = Video(path, sampling=Sampling(num_frames=len(shown)))
+    clip = plan_clip(video, part, MediaPolicy(), SOURCE)
+    assert clip.indices == tuple(range(len(shown)))
+    assert len(clip_pixels(video, clip, part, MediaPolicy(), SOURCE)) == len(shown)
+
+
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_a_turned_video_stands_upright(processor, tmp_path, angle):
+    """The white corner goes where a player shows it: a positive angle turns counter-clockwise."""
+    path = film(str(tmp_path / "turned.mp4"), size=(128, 64), turned=angle)
+    part = processor.video_processor
+    clip = plan_clip(Video(path), part, MediaPolicy(), SOURCE)
+    frame = clip_pixels(Video(path), clip, part, MediaPolicy(), SOURCE)[0].float().mean(dim=0)
+    high, wide = frame.shape
+    assert (high > wide) == (angle != 180)
+    corners = {90: (-1, 0), 180: (-1, -1), 270: (0, -1)}
+    brightest = max(((y, x) for y in (0, -1) for x in (0, -1)), key=lambda at: float(frame[at]))
+    assert brightest == corners[angle]
+
+
+def test_a_length_decodes_at_most_the_first_frame(processor, films, monkeypatch):
+    encoder = Encoder(processor)
+    expected = len(encoder(asked(films["plain"], films["mkv"]))["input_ids"])
+    monkeypatch.setattr(video_module, "_decoded", lambda *_: pytest.fail("frames were decoded"))
+    assert encoder.length(asked(films["plain"], films["mkv"])) == expected
+    with pytest.raises(pytest.fail.Exception):
+        encoder(asked(films["plain"]))
+
+
+def test_each_video_can_say_how_it_is_shown(processor, films):
+    part = processor.video_processor
+
+    def shown(*arguments, **options):
+        return plan_clip(
+            Video(films["odd"], *arguments, **options), part, MediaPolicy(), SOURCE
+        )  # 55 frames, 11 a second
+
+    assert len(shown(1.0).indices) == 5
+    assert shown(1.0).times(2) == pytest.approx([(0 + 14) / 2 / 11, (27 + 40) / 2 / 11, 54 / 11])
+    assert shown(sampling=Sampling(num_frames=6)).indices == (0, 11, 22, 32, 43, 54)
+    assert shown(sampling=Sampling(min_frames=20)).indices[-1] == 54
+    assert len(shown(sampling=Sampling(min_frames=20)).indices) == 20
+    assert len(shown(sampling=Sampling(max_frames=4)).indices) == 4
+    middle = shown(11.0, sampling=Sampling(start=1.0, end=2.0))
+    assert middle.indices == tuple(range(11, 23))
+    assert middle.times(2)[0] == pytest.approx((11 + 12) / 2 / 11)
+    area = lambda clip: clip.grid[1] * clip.grid[2] * part.patch_size**2  # noqa: E731
+    whole = shown()
+    small = shown(limits=Limits(max_pixels=4096))
+    assert area(small) <= 4096 < area(whole)
+    assert area(shown(limits=Limits(total_pixels=2048 * len(whole.indices)))) <= 2048
+    assert area(shown(limits=Limits(min_pixels=40_000))) >= 40_000
+    assert shown(limits=Limits(resized_height=96, resized_width=64)).grid[1:] == (6, 4)
+    for options in (Limits(max_pixels=4096), Limits(resized_height=96, resized_width=64)):
+        video = Video(films["odd"], limits=options)
+        clip = plan_clip(video, part, MediaPolicy(), SOURCE)
+        pixels = clip_pixels(video, clip, part, MediaPolicy(), SOURCE)
+        assert tuple(pixels.shape[2:]) == (clip.grid[1] * part.patch_size, clip.grid[2] * part.patch_size)
+
+
+def test_a_cap_per_frame_is_the_processors_own(tiny_dir, films):
+    processor = load_processor(str(tiny_dir), video_frame_max_pixels=4096)
+    ids, out = official(processor, films["odd"], "What moves?")
+    sample = Encoder(processor)(asked(films["odd"]))
+    assert sample["input_ids"][: len(ids)].tolist() == ids
+    assert sample["video_grid_thw"].tolist() == out["video_grid_thw"].tolist()
+    assert int(sample["video_grid_thw"][0, 1:].prod()) * 16 * 16 <= 4096
+
+
+def test_bytes_are_as_good_as_a_file(processor, films):
+    with open(films["plain"], "rb") as file:  # noqa: PTH123
+        told = Encoder(processor)(asked(file.read()))
+    assert torch.equal(told["pixel_values_videos"], Encoder(processor)(asked(films["plain"]))["pixel_values_videos"])
+
+
+def test_a_changed_film_is_measured_anew(processor, tmp_path):
+    path = film(str(tmp_path / "a.mp4"))
+    records = ListRecords([asked(path)])
+    first = measure(records, Encoder(processor), cache_dir=tmp_path).tokens[0]
+    film(path, frames=80)
+    second = measure(records, Encoder(processor), cache_dir=tmp_path).tokens[0]
+    assert second == Encoder(processor).length(records[0][0]) > first
+
+
+def test_what_cannot_be_shown_is_one_line_with_file_and_record(processor, films, tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    with open(films["plain"], "rb") as file:  # noqa: PTH123
+        whole = file.read()
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    sound = io.BytesIO()
+    with av.open(sound, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    cases = {
+        str(tmp_path / "no.mp4"): r"no\.mp4 does not exist",
+        str(tmp_path / "text.mp4"): r"text\.mp4 is damaged or no video",
+        str(tmp_path / "half.mp4"): r"half\.mp4 is damaged or no video",
+        str(tmp_path): "is a folder",
+        "https://x.org/a.mp4": "download URLs",
+        sound.getvalue(): "has no pictures",
+        film(str(tmp_path / "one.mp4"), frames=1): r"one\.mp4 shows 1 of 1 frames .* Give a single frame as an image",
+    }
+    for value, message in cases.items():
+        with pytest.raises(DataError, match=message) as caught:
+            Encoder(processor)(asked(value))
+        assert str(caught.value).startswith("record")
+        assert "\n" not in str(caught.value)
+    record = {"messages": [{"role": "user", "content": [{"video": films["plain"], "video_start": 9}]}]}
+    with pytest.raises(DataError, match=r"shows 0 of 30 frames \(3\.00 s\).* check start and end"):
+        Encoder(processor)(record)
+    with pytest.raises(DataError, match=r"96 x 64 = 6144 pixels, above data\.max_image_pixels=100"):
+        Encoder(processor, policy=MediaPolicy(max_image_pixels=100))(asked(films["plain"]))
+
+
+def test_a_film_that_decodes_too_slowly_is_an_error(processor, films, monkeypatch):
+    clock = iter(range(0, 10_000, 7))
+    monkeypatch.setattr(video_module, "monotonic", lambda: next(clock))
+    policy = MediaPolicy(video_timeout=20)
+    with pytest.raises(
+        DataError, match=r"plain\.mp4 takes longer than data\.video_timeout=20 s to decode: frame 2 of 30"
+    ):
+        Encoder(processor, policy=policy)(asked(films["plain"]))
+
+
+def test_a_film_shorter_than_its_header_says_is_an_error(processor, films, monkeypatch):
+    part = processor.video_processor
+    video = Video(films["plain"])
+    clip = plan_clip(video, part, MediaPolicy(), SOURCE)
+    longer = video_module.Clip((*clip.indices[:-1], 40), clip.rate, clip.size, clip.grid)
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:7: .*plain\.mp4 is damaged: its header promises more frames than the 30"
+    ):
+        clip_pixels(video, longer, part, MediaPolicy(), SOURCE)

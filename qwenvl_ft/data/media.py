@@ -42,6 +42,11 @@ class MediaPolicy:
     video_timeout: float = 60.0
     """Seconds that opening or decoding one video file may take."""
 
+    @classmethod
+    def of(cls, data: Any) -> "MediaPolicy":
+        """The rules of a recipe's ``data`` section."""
+        return cls(data.allow_urls, data.max_image_pixels, data.video_timeout)
+
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
     """A relative path against the media root; anything else as it is."""

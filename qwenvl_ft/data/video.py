@@ -57,7 +57,7 @@ class Clip:
     """Patches along time, height, width."""
 
     def times(self, step: int) -> list[float]:
-        """Seconds of each ``step`` frames: the mean of the first and the last; a last one that lacks some repeats one."""
+        """Seconds of each ``step`` frames: the mean of the first and the last; a short last one repeats its last."""
         padded = [*self.indices, *self.indices[-1:] * (-len(self.indices) % step)]
         seconds = [index / self.rate for index in padded]
         return [(seconds[k] + seconds[k + step - 1]) / 2 for k in range(0, len(padded), step)]
@@ -90,7 +90,7 @@ def clip_pixels(video: Video, clip: Clip, processor: Any, policy: MediaPolicy, s
     """
     height, width = clip.grid[1] * processor.patch_size, clip.grid[2] * processor.patch_size
     if isinstance(video.value, (list, tuple)):
-        frames = (np.array(open_image(frame, policy)) for frame in video.value)
+        frames: Iterator[NDArray[np.uint8]] = (np.array(open_image(frame, policy)) for frame in video.value)
     else:
         frames = _decoded(video.value, clip.indices, policy)
     shown = []

@@ -148,7 +148,7 @@ def check_recipe(
     for name, entry in data.datasets.items():
         register_dataset(name, **entry)
     encoder = _encoder(recipe)
-    policy = MediaPolicy(allow_urls=data.allow_urls, max_image_pixels=data.max_image_pixels)
+    policy = MediaPolicy.of(data)
     seed, workers = recipe.training.arguments["seed"], num_proc or min(data.dataset_num_proc, os.cpu_count() or 1)
     report = Report({}, [], levels, recipe.model.model)
     homes: dict[str, Homes] = {}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.dialects import ALIASES, FILES, UPSTREAM, flag_type, flag_values
 from qwenvl_ft.recipe.keys import bare_names
-from qwenvl_ft.recipe.layers import OVERRIDE, Layer, find_recipe, read_layers, set_override
+from qwenvl_ft.recipe.layers import OVERRIDE, Layer, environment_layer, find_recipe, read_layers, set_override
 from qwenvl_ft.recipe.load import Recipe, build_recipe
 from qwenvl_ft.recipe.schema import TOP_LEVEL
 
@@ -56,7 +56,7 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
     named = [
         layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))
     ]
-    return build_recipe([upstream, *named, overrides])
+    return build_recipe([upstream, *named, environment_layer(), overrides])
 
 
 def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:

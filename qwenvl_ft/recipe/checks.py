@@ -5,11 +5,10 @@ from typing import Any
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
 from qwenvl_ft.recipe.refused import fixed_fields, unread_keys
 from qwenvl_ft.recipe.schema import TunerConfig
 
-TOKEN_PIXELS = 32 * 32
-"""Pixels that one token of Qwen3-VL covers: patches of 16 x 16, merged 2 x 2."""
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 """Schedules that end above zero."""
 PROJECTED = ("galore", "apollo")
@@ -102,8 +101,15 @@ def _full(recipe: Any) -> str | None:
 
 def _pixels(recipe: Any) -> str | None:
     low, high, length = recipe.template.min_pixels, recipe.template.max_pixels, recipe.template.max_length
-    if low is not None and high is not None and low > high:
-        return f"template.min_pixels={low} is above template.max_pixels={high}. Lower the first."
+    told = recipe.template
+    for least, most in (
+        ("min_pixels", "max_pixels"),
+        ("video_min_pixels", "video_max_pixels"),
+        ("fps_min_frames", "fps_max_frames"),
+    ):
+        smallest, largest = getattr(told, least), getattr(told, most)
+        if smallest is not None and largest is not None and smallest > largest:
+            return f"template.{least}={smallest} is above template.{most}={largest}. Lower the first."
     for name, pixels in (("min", low), ("max", high)):
         if pixels is not None and pixels // TOKEN_PIXELS >= length:
             return (

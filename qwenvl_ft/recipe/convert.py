@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,6 +24,8 @@ LIMITS: dict[str, Any] = {
     "some steps": (lambda x: 0 < x < 1 or (x > 0 and x == int(x)), STEPS.replace("from 0", "above 0")),
 }
 """Limit in an annotation -> its test, and what is said of a value that fails it."""
+PRODUCT = re.compile(r"\s*\d{1,9}(\s*\*\s*\d{1,9}){1,3}\s*")
+"""``1280*32*32``: how areas are written."""
 NULLS = ("null", "~", "None")
 """Words for no value, where a field may have none."""
 LARGEST = 2**63 - 1
@@ -212,6 +215,8 @@ def _number(value: Any, kind: type) -> int | float:
     wrong = Mismatch(f"is not {NAMES[kind]}. Example: {EXAMPLES[kind]}.")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
+    if isinstance(value, str) and PRODUCT.fullmatch(value):
+        value = math.prod(map(int, value.split("*")))
     try:
         number = int(value) if isinstance(value, (int, str)) else value
     except ValueError:

@@ -86,6 +86,18 @@ def _debug(value: Any, where: str) -> Values:
     return {"training.log_level": "debug"} if value in (True, "true", "True") else {"training.debug": value}
 
 
+def tokens(key: str) -> Alias:
+    """The name gives an area in tokens."""
+    return Alias(
+        keys=(key,),
+        kind=int,
+        meaning=lambda value, where: {key: convert(value, Annotated[int, ">0"], where) * TOKEN_PIXELS},
+        told=f"tokens of {TOKEN_PIXELS} pixels each",
+    )
+
+
+TOKEN_PIXELS = 32 * 32
+"""Pixels that one token of Qwen3-VL covers: patches of 16 x 16, merged 2 x 2."""
 MERGERS = ("model.visual.merger", "model.visual.deepstack_merger_list")
 """The aligner's modules in Qwen3-VL."""
 
@@ -99,6 +111,9 @@ ALIASES: dict[str, Alias] = {
     "val_jsonl": same("data.val"),
     "system": same("template.system_prompt"),
     "template_type": same("template.template"),
+    "image_max_token_num": tokens("template.max_pixels"),
+    "image_min_token_num": tokens("template.min_pixels"),
+    "video_max_token_num": tokens("template.video_frame_max_pixels"),
     "sft_type": same("tuner.train_type"),
     "tuner_type": same("tuner.train_type"),
     "optimizer": Alias(
@@ -126,6 +141,9 @@ ALIASES: dict[str, Alias] = {
     "eval_dataset_use": same("data.val"),
     "model_max_length": same("template.max_length"),
     "max_seq_length": same("template.max_length"),
+    "video_fps": same("template.fps"),
+    "video_max_frames": same("template.fps_max_frames"),
+    "video_min_frames": same("template.fps_min_frames"),
     "use_lora": chosen("tuner.train_type", "lora", "full"),
     "lora_enable": chosen("tuner.train_type", "lora", "full"),
     "lora_r": same("tuner.lora_rank"),
@@ -161,6 +179,21 @@ ALIASES: dict[str, Alias] = {
     "gradient_checkpointing_kwargs": same("training.activation_checkpointing_kwargs"),
 }
 """Other name -> what it means in our keys."""
+
+ENVIRONMENT = {
+    "MAX_PIXELS": "max_pixels",
+    "MIN_PIXELS": "min_pixels",
+    "IMAGE_MAX_TOKEN_NUM": "image_max_token_num",
+    "IMAGE_MIN_TOKEN_NUM": "image_min_token_num",
+    "VIDEO_MAX_TOKEN_NUM": "video_max_token_num",
+    "VIDEO_MAX_PIXELS": "video_frame_max_pixels",
+    "VIDEO_TOTAL_PIXELS": "video_max_pixels",
+    "FPS": "fps",
+    "FPS_MAX_FRAMES": "fps_max_frames",
+    "FPS_MIN_FRAMES": "fps_min_frames",
+}
+"""Environment variable of ms-swift and qwen-vl-utils -> name in ``template``; stronger than files, weaker than
+overrides. Their VIDEO_MAX_PIXELS is the area of one frame."""
 
 REMOVED = {
     "overwrite_output_dir": "a run writes to output_dir whatever is there. Remove it.",

@@ -1,5 +1,6 @@
 """Where recipe files are, and what each says under our own names: a file and those it extends, the weakest first."""
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.convert import parse_text, shown
-from qwenvl_ft.recipe.dialects import alias_in
+from qwenvl_ft.recipe.dialects import ENVIRONMENT, alias_in, flag_values
 from qwenvl_ft.recipe.keys import own_types
 from qwenvl_ft.recipe.schema import SECTIONS, TOP_LEVEL
 
@@ -188,6 +189,16 @@ def _section_hint(name: str) -> str:
     """What was meant by an unknown key at the top; it may be one that belongs into a section."""
     homes = [section for section in SECTIONS if name in own_types(section)]
     return f" Did you mean {homes[0]}.{name}?" if homes else hint(name, TOP_LEVEL)
+
+
+def environment_layer() -> Layer:
+    """What the environment variables of other libraries say about areas and frames."""
+    layer = Layer("environment")
+    for variable, name in ENVIRONMENT.items():
+        if os.environ.get(variable):
+            for key, told in flag_values(name, os.environ[variable], f"{layer.where}: {variable}").items():
+                layer.set(key, told, variable)
+    return layer
 
 
 def override_layer(overrides: Iterable[str]) -> Layer:

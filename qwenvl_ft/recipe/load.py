@@ -18,7 +18,7 @@ from qwenvl_ft.recipe.checks import ADAPTER_KEYS, check
 from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.dialects import REMOVED
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
-from qwenvl_ft.recipe.layers import Layer, Values, find_recipe, override_layer, read_layers
+from qwenvl_ft.recipe.layers import Layer, Values, environment_layer, find_recipe, override_layer, read_layers
 from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
 from qwenvl_ft.recipe.schema import (
     HF_DEFAULTS,
@@ -93,7 +93,7 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str]
             key and value.
     """
     layers = read_layers(find_recipe(name_or_path)) if name_or_path else []
-    return build_recipe([*layers, override_layer(overrides)])
+    return build_recipe([*layers, environment_layer(), override_layer(overrides)])
 
 
 def build_recipe(layers: list[Layer]) -> Recipe:

@@ -13,7 +13,7 @@ from enum import Enum
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from qwenvl_ft.recipe.dialects import ALIASES, UPSTREAM
+from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT, UPSTREAM
 from qwenvl_ft.recipe.keys import argument_types, own_types
 from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS
 
@@ -124,7 +124,11 @@ def _names() -> str:
         "also work in a file, in the\nsection of the key that they stand for.\n\n"
         + _table(("name", "our key", "value"), rows)
         + "\nSome are of qwen-vl-finetune alone. A command line with one of them means its defaults, where neither a "
-        "flag nor a\nrecipe says otherwise:\n\n" + _table(("flag", "defaults"), upstream)
+        "flag nor a\nrecipe says otherwise:\n\n"
+        + _table(("flag", "defaults"), upstream)
+        + "\nEnvironment variables of "
+        "ms-swift and qwen-vl-utils outweigh files and yield to the command line:\n\n"
+        + _table(("variable", "name"), [(f"`{key}`", f"`template.{name}`") for key, name in ENVIRONMENT.items()])
     )
 
 

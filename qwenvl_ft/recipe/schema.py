@@ -63,6 +63,18 @@ class TemplateConfig:
     """Smallest area of an image after resizing, in pixels; null is the processor's own."""
     max_pixels: Positive | None = None
     """Largest area of an image after resizing, in pixels; a token of Qwen3-VL covers 32 x 32 = 1024 of them."""
+    fps: PositiveFloat | None = None
+    """Frames a second that are taken of a video file; null is the processor's own (2)."""
+    fps_min_frames: Positive | None = None
+    """Fewest frames of a video file, if it has them; null is the processor's own (4)."""
+    fps_max_frames: Positive | None = None
+    """Most frames of a video file; null is the processor's own (768)."""
+    video_min_pixels: Positive | None = None
+    """Smallest area of a video, all its frames together, in pixels; null is the processor's own."""
+    video_max_pixels: Positive | None = None
+    """Largest area of a video, all its frames together, in pixels; two frames share a token of 32 x 32."""
+    video_frame_max_pixels: Positive | None = None
+    """Largest area of one frame, in pixels, rounded down to whole tokens; null is no limit of its own."""
     system_prompt: str | None = None
     """System message of conversations that have none."""
     tools_prompt: str | None = None
@@ -89,6 +101,8 @@ class DataConfig:
     """Processes that measure lengths before training."""
     max_image_pixels: Positive = 200_000_000
     """Largest stored image, in pixels; protects against decompression bombs."""
+    video_timeout: PositiveFloat = 60.0
+    """Seconds that one video file may take to decode."""
     check_dataset_strategy: Literal["none", "warning", "error"] = "none"
     """Look at every record before training, as qwenvl-ft check does: say what is wrong, or do not begin."""
 

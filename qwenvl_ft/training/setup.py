@@ -27,6 +27,12 @@ def build_processor(recipe: Any) -> Any:
         _model_path(recipe),
         min_pixels=recipe.template.min_pixels,
         max_pixels=recipe.template.max_pixels,
+        video_min_pixels=recipe.template.video_min_pixels,
+        video_max_pixels=recipe.template.video_max_pixels,
+        video_frame_max_pixels=recipe.template.video_frame_max_pixels,
+        fps=recipe.template.fps,
+        min_frames=recipe.template.fps_min_frames,
+        max_frames=recipe.template.fps_max_frames,
         revision=recipe.model.model_revision,
     )
 
@@ -56,7 +62,7 @@ def build_encoder(recipe: Any, processor: Any) -> Encoder:
         system_prompt=template.system_prompt,
         tools=tools,
         add_vision_id=template.add_vision_id,
-        policy=MediaPolicy(allow_urls=recipe.data.allow_urls, max_image_pixels=recipe.data.max_image_pixels),
+        policy=MediaPolicy.of(recipe.data),
         raw_pixels=not obstacle(processor.image_processor),
     )
 

@@ -6,8 +6,9 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.dialects import ALIASES, REMOVED, UPSTREAM
+from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT, REMOVED, UPSTREAM
 from qwenvl_ft.recipe.keys import argument_types, bare_names, own_types, type_of
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import SECTIONS
@@ -52,6 +53,12 @@ MEANINGS = {
             "tuner.modules_to_save": ["model.visual.merger", "model.visual.deepstack_merger_list"],
         },
     ),
+    "image_max_token_num": ("49", {"template.max_pixels": 50176}),
+    "image_min_token_num": ("4", {"template.min_pixels": 4096}),
+    "video_max_token_num": ("128", {"template.video_frame_max_pixels": 131072}),
+    "video_fps": ("1.5", {"template.fps": 1.5}),
+    "video_max_frames": ("8", {"template.fps_max_frames": 8}),
+    "video_min_frames": ("2", {"template.fps_min_frames": 2}),
     "freeze_vision": ("False", {"tuner.freeze_vit": False}),
     "mm_projector_lr": ("1e-5", {"training.aligner_lr": 1e-5}),
     "vision_tower_lr": ("1e-6", {"training.vit_lr": 1e-6}),
@@ -86,6 +93,29 @@ def test_a_name_means_the_same_as_a_flag_an_override_and_in_a_file(name, write):
             assert {key: value_of(recipe, key) for key in direct} == direct
     if name not in ("lora_enable", "evaluation_strategy"):  # their word is the default
         assert flag != load_recipe(), "vacuous: the flag changes nothing"
+
+
+def test_environment_variables_of_other_libraries_stand_between_files_and_overrides(write, monkeypatch):
+    path = write("a.yaml", "template: {max_pixels: 999424, fps: 1, max_length: 9000}")
+    for variable in ENVIRONMENT:
+        monkeypatch.delenv(variable, raising=False)
+    assert load_recipe(path).template.max_pixels == 999424
+    for number, variable in enumerate(ENVIRONMENT, 1):
+        key = flag_key(ENVIRONMENT[variable])
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, str(4 * number))
+            recipe = load_recipe(path, ["data.train=a"])
+            assert value_of(recipe, key) in (4 * number, 4096 * number)
+            assert recipe.origin(key) == "environment"
+            assert value_of(recipe_from_argv([f"--{key}", "7"]), key) == 7
+            assert value_of(load_recipe(path, [f"{key}=7"]), key) == 7
+    monkeypatch.setenv("IMAGE_MAX_TOKEN_NUM", "many")
+    with pytest.raises(RecipeError, match=r"environment: IMAGE_MAX_TOKEN_NUM: 'many' is not a whole number"):
+        load_recipe()
+
+
+def flag_key(name):
+    return ALIASES[name].keys[0] if name in ALIASES else f"template.{name}"
 
 
 def test_every_key_of_ours_is_a_flag_by_its_bare_name_and_by_its_dotted_one():

@@ -74,7 +74,7 @@ WRONG_FILES = {
     "a key under the other name of its section": (
         "custom: {allow_url: true}",
         "FILE: custom.allow_url: unknown key. Did you mean 'allow_urls'? Known: allow_urls, "
-        "check_dataset_strategy, dataset_num_proc, datasets, max_image_pixels, media_root, train, val.",
+        "check_dataset_strategy, dataset_num_proc, datasets, max_image_pixels, media_root, train, val, video_timeout.",
     ),
     "a misspelt choice": (
         "template: {truncation_strategy: rihgt}",

@@ -199,13 +199,23 @@ def _device(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-def _module_names(config: PreTrainedConfig) -> set[str]:
-    """Names of all modules and parameters, from a model without weights."""
-    import torch
-    from transformers import AutoModelForImageTextToText
+def skeleton(config: PreTrainedConfig) -> Any:
+    """A model without weights: its modules and parameters have names and shapes, on the meta device.
 
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    Built by its class: ``from_config`` would have DeepSpeed shard it.
+    """
+    import torch
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers.initialization import no_init_weights
+
+    known: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    with torch.device("meta"), no_init_weights():
+        return known[type(config)](config)
+
+
+def _module_names(config: PreTrainedConfig) -> set[str]:
+    """Names of all modules and parameters."""
+    model = skeleton(config)
     return {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
 
 

@@ -15,7 +15,7 @@ from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
 from qwenvl_ft.recipe.refused import FIXED
-from qwenvl_ft.training.preflight import preflight
+from qwenvl_ft.training.preflight import preflight, try_model
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -108,6 +108,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
         told.setdefault("metric_for_best_model", "eval_loss")
         told.setdefault("greater_is_better", False)  # loss and perplexity; transformers knows only names ending in loss
+    try_model(recipe)
     try:
         args = TrainingArguments(**told)
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:

@@ -15,8 +15,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from qwenvl_ft.errors import QwenVLError, RecipeError
+from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.tuning.methods.lora import place
+from qwenvl_ft.tuning.targets import saved_modules
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
 """Beginnings of the names of optimizers that are built from the model's own modules."""
@@ -188,12 +191,21 @@ def _hub(recipe: Any, args: Any) -> None:
         ) from error
 
 
-def _model(recipe: Any, args: Any) -> None:
-    """Everything about the model that its config.json tells."""
+def try_model(recipe: Any) -> None:
+    """Try everything about the model that its config.json tells: options, module names, positions.
+
+    Call it before TrainingArguments are made: from then on transformers shards any model under ZeRO-3, even one without
+    weights.
+
+    Raises:
+        RecipeError: the key and the value that do not fit the model.
+        CheckpointError: there is no such model.
+    """
     told = recipe.model
     if not told.model:
         return
     plan = plan_loading(told.model, **loading_options(told))
+    _names(recipe.tuner, plan.config)
     length, text = recipe.template.max_length, plan.config.get_text_config()
     if length <= text.max_position_embeddings:
         return
@@ -205,4 +217,13 @@ def _model(recipe: Any, args: Any) -> None:
     )
 
 
-TRIALS = (_output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _model, _hub)
+def _names(tuner: Any, config: Any) -> None:
+    """Whether the recipe's names of modules match something; other methods than these tell when they are built."""
+    model = skeleton(config)
+    if tuner.train_type == "lora":
+        place(model, tuner)
+    elif tuner.train_type == "full":
+        saved_modules(model, tuner)
+
+
+TRIALS = (_output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub)

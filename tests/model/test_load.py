@@ -141,6 +141,25 @@ def test_dynamic_scaling_stretches_only_beyond_the_trained_length(tiny_dir, tmp_
         assert not torch.allclose(model(input_ids=long).logits, plain(input_ids=long).logits, atol=1e-4)
 
 
+def test_dynamic_scaling_leaves_packed_samples_alone_up_to_the_trained_length_only(tiny_dir, tmp_path):
+    """Why a recipe with dynamic scaling may not have rows beyond it: one long sample would move all others."""
+
+    def shorten(config):
+        config["text_config"]["max_position_embeddings"] = 16
+
+    short = edited(tiny_dir, tmp_path / "short", shorten)
+    model = load_model(short, torch_dtype="float32", attn_impl="sdpa", rope_scaling="dynamic").eval()
+
+    def logits(*lengths):
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        ids = torch.cat([torch.arange(3, 3 + length) for length in lengths])[None]
+        with torch.no_grad():
+            return model(input_ids=ids, position_ids=positions.expand(4, 1, -1)).logits[0, -lengths[-1] :]
+
+    torch.testing.assert_close(logits(16, 10), logits(10))
+    assert not torch.allclose(logits(24, 10), logits(10), atol=1e-4), "the refusal has no reason"
+
+
 def test_scaled_model_saves_and_loads_with_plain_transformers(tiny_dir, tmp_path):
     model = load_model(tiny_dir, torch_dtype="float32", rope_scaling="yarn").eval()
     model.save_pretrained(tmp_path)

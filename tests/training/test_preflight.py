@@ -109,6 +109,15 @@ REFUSED = {
     ),
     "a device that is not here": (["model.device_map=cuda:64"], "model.device_map places 'all' on 'cuda:64', which"),
     "a size that is none": (["model.device_map=cpu", "model.max_memory.cpu=lots"], "model.max_memory gives 'cpu' the"),
+    "a layer to adapt that is none": (["tuner.target_modules=[q_prj]"], "tuner.target_modules names 'q_prj', which is"),
+    "layers to adapt that are frozen": (
+        ["tuner.target_regex=.*visual.*qkv"],
+        "tuner.target_regex '.*visual.*qkv' matches only modules of vision, which the recipe freezes.",
+    ),
+    "a module to train in full that is none": (
+        ["tuner.train_type=full", "tuner.modules_to_save=[model.visual.mergr]"],
+        "tuner.modules_to_save names 'model.visual.mergr', which is no module of the model.",
+    ),
     "the wrong family": (["model.model_type=qwen2_vl"], "model.model_type=qwen2_vl, but config.json of "),
     "rows beyond the model's positions": (
         ["template.max_length=32769"],

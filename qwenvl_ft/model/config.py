@@ -202,14 +202,13 @@ def _device(value: Any) -> Any:
 def skeleton(config: PreTrainedConfig) -> Any:
     """A model without weights: its modules and parameters have names and shapes, on the meta device.
 
-    Built by its class: ``from_config`` would have DeepSpeed shard it.
+    Built by its class, so that tied weights are one. Not for use after a ZeRO-3 configuration was read.
     """
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    from transformers.initialization import no_init_weights
 
     known: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         return known[type(config)](config)
 
 

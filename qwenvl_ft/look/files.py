@@ -5,14 +5,14 @@ Training stops at the first file that cannot be opened. Here such a file gives u
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers.json_text import BLANK, read_json
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.records import Selection, load_records
 from qwenvl_ft.data.registry import find_dataset, parse_selection
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
@@ -55,22 +55,22 @@ class Salvaged:
         return record, Source(self.name, where, "" if told is None else str(told)), self.media_root
 
 
-def open_records(selection: str | list[str], *, seed: int, media_root: str | None, num_proc: int) -> Opened:
+def open_records(selection: Selection, *, seed: int, media_root: str | None, num_proc: int) -> Opened:
     """The records that training would draw, and what keeps it from drawing them.
 
     Raises:
         DataError: the selection itself is malformed.
     """
     options: Any = {"seed": seed, "media_root": media_root, "num_proc": num_proc}
-    names = parse_selection(selection)
     try:
         return Opened([load_records(selection, **options)])
     except DataError:
         pass
     opened = Opened()
-    for name, rate in names:
+    for name, rate in parse_selection(selection):
+        share = 100 if isinstance(selection, Mapping) else rate * 100  # weights say nothing of one set by itself
         try:
-            opened.parts.append(load_records([f"{name}%{rate * 100:.12g}"], **options))
+            opened.parts.append(load_records([f"{name}%{share:.12g}"], **options))
         except DataError as error:
             _salvage(name, str(error), media_root, opened)
     return opened

@@ -37,6 +37,7 @@ def _is_told(word: str) -> bool:
 
 
 def _is_data(word: str) -> bool:
-    """Whether it is the path of data, with or without a rate: a file that is no recipe, or a folder."""
-    path = Path(parse_selection([word])[0][0])
-    return path.suffix not in ("", *SUFFIXES) or path.is_dir()
+    """Whether it is the path of data, with or without a rate: a file that is no recipe, or a folder or its split."""
+    name = parse_selection([word])[0][0]
+    folders = (name, name.rpartition(":")[0])
+    return Path(name).suffix not in ("", *SUFFIXES) or any(folder and Path(folder).is_dir() for folder in folders)

@@ -38,7 +38,7 @@ class MediaLooker:
 
     def video(self, value: Any) -> list[Looked]:
         """The frames of a video, or its file."""
-        if isinstance(value, (str, Path)):
+        if isinstance(value, (str, Path, bytes)):
             return [self._once(value, _file)]
         return [self.image(frame) for frame in value]
 
@@ -70,6 +70,8 @@ class MediaLooker:
 
 def _file(value: Any) -> Looked:
     """A video's file, by its bytes; its frames are the encoder's to read."""
+    if isinstance(value, bytes):
+        return Looked(None, xxhash.xxh3_128_digest(value))
     if _is_missing(value):
         return Looked(("missing", f"video {value} does not exist."))
     digest = xxhash.xxh3_128()

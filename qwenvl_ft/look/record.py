@@ -172,7 +172,7 @@ def content_key(conversation: Conversation, media: Sequence[Looked]) -> bytes:
             if isinstance(part, Text):
                 digest.update(f"\1{part.text}".encode(errors="surrogatepass"))
                 continue
-            count = len(part.value) if isinstance(part, Video) and not isinstance(part.value, str) else 1
+            count = len(part.value) if isinstance(part, Video) and isinstance(part.value, (list, tuple)) else 1
             for _ in range(count):
                 digest.update(b"\2" + (next(keys).key or repr(stored(part.value)).encode()))
     return digest.digest()

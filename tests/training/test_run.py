@@ -252,7 +252,7 @@ BAD_RECORDS = {
         '{"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}',
         "more <image> tags than media",
     ),
-    "a role that is not one": ('{"conversations": [{"from": "bot", "value": "x"}]}', "has from='bot'"),
+    "a role that is not one": ('{"conversations": [{"from": "narrator", "value": "x"}]}', "has from='narrator'"),
     "a control token": (
         '{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]}',
         "control token <|im_end|>",

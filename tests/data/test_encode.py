@@ -2,11 +2,15 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional
 from cases import SHARED, picture
+from qwen_vl_utils.vision_process import fetch_image
+from torchvision.transforms import InterpolationMode
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.data.draft import TooLong, Unsupervised
@@ -325,3 +329,68 @@ def test_what_a_template_refuses_is_one_line(encoder):
     strict = with_template(encoder, "{{- raise_exception('roles must\n alternate') -}}")
     with pytest.raises(DataError, match=r"^record: the chat template cannot show it: roles must alternate"):
         strict({"messages": [{"role": "assistant", "content": "a"}]})
+
+
+def shown(image, **limits):
+    part = {"type": "image", "image": image} | limits
+    question = {"role": "user", "content": [part, {"type": "text", "text": "what"}]}
+    return {"messages": [question, {"role": "assistant", "content": "x"}]}
+
+
+SHOWN = [
+    {"max_pixels": 4096},
+    {"min_pixels": 40_000},
+    {"min_pixels": 20_000, "max_pixels": 20_000},
+    {"max_pixels": 1},
+    {"min_pixels": 784, "max_pixels": 784},
+    {"resized_height": 100, "resized_width": 40},
+    {"resized_height": 8, "resized_width": 8},
+]
+
+
+@pytest.mark.parametrize("limits", SHOWN)
+@pytest.mark.parametrize("raw", [False, True])
+def test_one_image_is_shown_as_its_part_says(processor, limits, raw):
+    """The size is that of qwen-vl-utils, where it does not crash; the pixels those of the processor at that size."""
+    image = picture(130, 70)
+    sample = Encoder(processor, raw_pixels=raw)(shown(image, **limits))
+    part = processor.image_processor
+    side = part.patch_size
+    height, width = (int(n) * side for n in sample["image_grid_thw"][0, 1:])
+    if limits.get("max_pixels", 9999) > 1024:
+        lone = {"image": image} | {"min_pixels": part.size["shortest_edge"], "max_pixels": part.size["longest_edge"]}
+        assert fetch_image(lone | limits, image_patch_size=side).size == (width, height)
+    assert Encoder(processor).length(shown(image, **limits)) == len(sample["input_ids"])
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torchvision.transforms.v2.functional.resize(pixels, [height, width], InterpolationMode.BICUBIC)
+    expected = part(images=[pixels], do_resize=False, return_tensors="pt")["pixel_values"]
+    if raw:
+        half = expected.reshape(len(expected), 3, 2, -1)[:, :, 0].flatten(1)
+        mean, std = part.image_mean[0], part.image_std[0]
+        torch.testing.assert_close((sample["pixel_values"] / 255 - mean) / std, half)
+    else:
+        assert torch.equal(sample["pixel_values"], expected)
+    assert (height, width) != tuple(int(n) * side for n in Encoder(processor)(shown(image))["image_grid_thw"][0, 1:])
+
+
+def test_limits_of_one_image_leave_the_others_alone(encoder):
+    plain, small = picture(130, 70), picture(200, 90, 1)
+    first, second = encoder(shown(plain)), encoder(shown(small, max_pixels=4096))
+    content = [{"image": plain}, {"image": small, "max_pixels": 4096}, {"image": plain}, {"text": "what"}]
+    both = encoder({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]})
+    expected = torch.cat([first["pixel_values"], second["pixel_values"], first["pixel_values"]])
+    assert torch.equal(both["pixel_values"], expected)
+
+
+def test_numbered_media_are_rendered_as_by_transformers(processor, mixed_records):
+    sample = Encoder(processor, add_vision_id=True)(mixed_records[2])
+    media, text = {"type": "image"}, lambda told: {"type": "text", "text": told}
+    messages = [
+        {"role": "user", "content": [media, media, text("Same?")]},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": "Why does the assistant think so?"},
+        {"role": "assistant", "content": "Colours differ.\nSizes too."},
+    ]
+    told = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", processor.tokenizer.decode(sample["input_ids"].tolist()))
+    assert told == official_text(processor, messages, add_vision_id=True)
+    assert "Picture 2: " in told

@@ -1,6 +1,7 @@
 """Video files: frames, times and tokens against transformers; what cannot be decoded is one line."""
 
 import io
+import re
 from fractions import Fraction
 
 import av
@@ -12,6 +13,7 @@ from transformers.video_utils import VideoMetadata, load_video
 
 from qwenvl_ft.data import video as video_module
 from qwenvl_ft.data.conversation import Limits, Sampling, Source, Video
+from qwenvl_ft.data.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.lengths import measure
 from qwenvl_ft.data.media import MediaPolicy
@@ -62,18 +64,23 @@ def asked(*videos, question="What moves?", images=()):
     }
 
 
+def loaded(processor, path):
+    """Frames [F, 3, H, W] and metadata, as transformers reads and samples them."""
+    sample = processor.video_processor.sample_frames
+    frames, metadata = load_video(path, backend="pyav", sample_indices_fn=lambda metadata, **_: sample(metadata))
+    return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata
+
+
 def official(processor, path, question):
     """Ids without the outer pair of borders (facts of the released models), pixels and grid of transformers."""
-    part = processor.video_processor
-    pick = lambda metadata, **_: part.sample_frames(metadata)  # noqa: E731
-    frames, metadata = load_video(path, backend="pyav", sample_indices_fn=pick)
+    video, metadata = loaded(processor, path)
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     out = processor(
         text=[processor.apply_chat_template(messages, tokenize=False)],
-        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
+        videos=[video],
         video_metadata=[metadata],
         do_sample_frames=False,
-        cap_pixels_per_frame=bool(part.cap_pixels_per_frame),
+        cap_pixels_per_frame=bool(processor.video_processor.cap_pixels_per_frame),
         return_tensors="pt",
     )
     ids = out["input_ids"][0].tolist()
@@ -292,3 +299,98 @@ def test_a_film_shorter_than_its_header_says_is_an_error(processor, films, monke
         DataError, match=r"d\.jsonl:7: .*plain\.mp4 is damaged: its header promises more frames than the 30"
     ):
         clip_pixels(video, longer, part, MediaPolicy(), SOURCE)
+
+
+def test_videos_and_images_of_one_sample_are_what_transformers_makes_of_them(processor, films):
+    """Two files, a list of frames and two images, numbered by the template; the outer borders are taken out."""
+    frames = [picture(64, 64, seed) for seed in range(4)]
+    images = [picture(96, 64), picture(64, 128, 1)]
+    text = "A <image> then <video> then <video> and <image> or <video> ?"
+    record = {
+        "video": [films["plain"], frames, films["ntsc"]],
+        "image": images,
+        "fps": 2,
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "It."}],
+    }
+    part = processor.video_processor
+    told = [loaded(processor, films[name]) for name in ("plain", "ntsc")]
+    listed = torch.from_numpy(np.stack([np.array(frame) for frame in frames])).permute(0, 3, 1, 2)
+    kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
+    content = [kinds.get(word, {"type": "text", "text": word}) for word in text.split()]
+    out = processor(
+        text=[
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_vision_id=True)
+        ],
+        images=images,
+        videos=[told[0][0], listed, told[1][0]],
+        video_metadata=[
+            told[0][1],
+            VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3]),
+            told[1][1],
+        ],
+        do_sample_frames=False,
+        cap_pixels_per_frame=bool(part.cap_pixels_per_frame),
+        return_tensors="pt",
+    )
+    decoded = processor.tokenizer.decode(out["input_ids"][0].tolist())
+    frame = r"<[\d.]+ seconds><\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>"
+    outer = rf"<\|vision_start\|>((?:{frame})+)<\|vision_end\|>"
+    expected, count = re.subn(outer, r"\1", decoded)
+    assert count == 3, "vacuous: no outer borders were there"
+    sample = Encoder(processor, add_vision_id=True)(record)
+    assert processor.tokenizer.decode(sample["input_ids"].tolist()).startswith(expected)
+    assert "Video 3: <0." in expected
+    for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(sample[key], out[key].to(sample[key].dtype)), key
+
+
+@pytest.mark.parametrize("strategy", ["left", "right", "delete", "raise"])
+def test_no_limit_cuts_a_video_or_a_time(processor, films, strategy):
+    """Every length: what stays is what stood there, whole media, and exactly their pixels; or it is told."""
+    record = {
+        "video": [films["slow"], films["plain"]],
+        "image": [picture(64, 64)],
+        "conversations": [
+            {"from": "human", "value": "one <video> two <image>"},
+            {"from": "gpt", "value": "first"},
+            {"from": "human", "value": "three <video> four"},
+            {"from": "gpt", "value": "second"},
+        ],
+    }
+    whole = Encoder(processor)(record)
+    ids = whole["input_ids"].tolist()
+    merge = processor.image_processor.merge_size**2
+    seen = set()
+    for limit in range(1, len(ids) + 1):
+        try:
+            sample = Encoder(processor, max_length=limit, truncation_strategy=strategy)(record)
+        except Unsupervised:
+            seen.add("unsupervised")
+            continue
+        except TooLong:
+            assert strategy in ("delete", "raise")
+            assert limit < len(ids)
+            seen.add("too long")
+            continue
+        cut = sample["input_ids"].tolist()
+        assert len(cut) <= limit
+        assert cut == (ids[: len(cut)] if strategy == "right" else ids[len(ids) - len(cut) :])
+        for kind, pad in (("image", processor.image_token_id), ("video", processor.video_token_id)):
+            grids = sample.get(f"{kind}_grid_thw", torch.zeros(0, 3, dtype=torch.long))
+            pixels = sample.get("pixel_values" if kind == "image" else "pixel_values_videos", torch.zeros(0, 1))
+            assert cut.count(pad) * merge == int(grids.prod(dim=1).sum()) == len(pixels)
+            seen.add((kind, len(grids)))
+        if "video_grid_thw" in sample:
+            kept, every = sample["pixel_values_videos"], whole["pixel_values_videos"]
+            assert torch.equal(kept, every[: len(kept)] if strategy == "right" else every[len(every) - len(kept) :])
+            text = processor.tokenizer.decode(cut)
+            assert text.count(" seconds>") == int(sample["video_grid_thw"][:, 0].sum())
+    wanted = {"left": {("video", 1), ("video", 2), ("image", 0)}, "right": {("video", 1), ("video", 2), ("image", 1)}}
+    assert seen >= wanted.get(strategy, {"too long", ("video", 2)})
+
+
+def test_areas_below_one_patch_do_not_crash(tiny_dir, films):
+    processor = load_processor(str(tiny_dir), video_min_pixels=1, video_max_pixels=1)
+    sample = Encoder(processor)(asked(films["plain"]))
+    assert sample["video_grid_thw"][:, 1:].tolist() == [[2, 2]]
+    assert Encoder(processor).length(asked(films["plain"])) == len(sample["input_ids"])

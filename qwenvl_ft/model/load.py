@@ -295,6 +295,9 @@ def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
 def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
+    from qwenvl_ft.model.adapters import register_adapters
+
+    register_adapters()
     return PeftModel.from_pretrained(model, str(adapter))
 
 

@@ -90,7 +90,7 @@ def packed_attention(
         plan = _plan_of(cu_seq_lens_q, position_ids, rows, tokens)
         if plan is not None and not plan.is_one_sample:
             flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # [H, B * T, D]
-            out = _by_groups(module, flat, plan, kwargs)  # [B * T, H, D]
+            out = by_groups(module, flat, plan, kwargs)  # [B * T, H, D]
             return out.view(rows, tokens, heads, out.shape[-1]), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -164,11 +164,24 @@ def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, 
     if source is None:
         return None
     if not hasattr(source, "_packed_plan"):
-        lengths = source.diff().tolist() if cu_seqlens is not None else _lengths(source, rows, tokens)
-        if sum(lengths) != rows * tokens:
-            raise ValueError(f"samples of {sum(lengths)} tokens in all do not fill {rows} x {tokens} tokens")
+        lengths = sample_lengths(cu_seqlens, position_ids, rows, tokens)
         source._packed_plan = make_plan(lengths, source.device)  # type: ignore[attr-defined]
     return source._packed_plan  # type: ignore[attr-defined]
+
+
+def sample_lengths(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> list[int]:
+    """Lengths of the samples in ``B * T`` tokens; a row that nothing is told about is one sample.
+
+    Raises:
+        ValueError: they do not add up to the tokens.
+    """
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+    else:
+        lengths = [tokens] * rows if position_ids is None else _lengths(position_ids, rows, tokens)
+    if sum(lengths) != rows * tokens:
+        raise ValueError(f"samples of {sum(lengths)} tokens in all do not fill {rows} x {tokens} tokens")
+    return lengths
 
 
 def _lengths(position_ids: Tensor, rows: int, tokens: int) -> list[int]:
@@ -179,7 +192,7 @@ def _lengths(position_ids: Tensor, rows: int, tokens: int) -> list[int]:
     return starts.diff(append=starts.new_tensor([rows * tokens])).tolist()
 
 
-def _by_groups(module: nn.Module, flat: list[Tensor], plan: Plan, kwargs: dict[str, Any]) -> Tensor:
+def by_groups(module: nn.Module, flat: list[Tensor], plan: Plan, kwargs: dict[str, Any]) -> Tensor:
     """SDPA on each group of equal lengths: three ``[H, T, D]`` -> ``[T, H, D]``."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -13,17 +13,17 @@ MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 """Schedules that end above zero."""
 PROJECTED = ("galore", "apollo")
 """Beginnings of the names of optimizers that project the gradients of chosen modules."""
-ADAPTER_KEYS = (
-    "target_modules",
-    "target_regex",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_bias",
-    "use_rslora",
-    "use_dora",
-)
-"""What shapes an adapter."""
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("target_modules", "target_regex"), ("lora", "longlora", "adapter")),
+    **dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora"), ("lora", "longlora")
+    ),
+    **dict.fromkeys(("adapter_length", "adapter_act"), ("adapter",)),
+    **dict.fromkeys(("reft_layers", "reft_rank", "reft_intervention_type", "reft_positions"), ("reft",)),
+    "llamapro_num_new_blocks": ("llamapro",),
+    **dict.fromkeys(("longlora_group_size", "longlora_embeddings_and_norms"), ("longlora",)),
+}
+"""Key of ``tuner`` -> the train types that read it; the other keys are read by all."""
 NEEDS = {
     "hub_model_id": "push_to_hub",
     "hub_always_push": "push_to_hub",
@@ -87,14 +87,15 @@ def _output(recipe: Any) -> str | None:
     return None
 
 
-def _full(recipe: Any) -> str | None:
-    if recipe.tuner.train_type != "full":
-        return None
-    for name in ADAPTER_KEYS:
-        if f"tuner.{name}" in recipe.origins and getattr(recipe.tuner, name) != getattr(TunerConfig(), name):
+def _method(recipe: Any) -> str | None:
+    """A key that the train type does not read."""
+    chosen = recipe.tuner.train_type
+    for name, readers in METHOD_KEYS.items():
+        value = getattr(recipe.tuner, name)
+        if chosen not in readers and f"tuner.{name}" in recipe.origins and value != getattr(TunerConfig(), name):
             return (
-                f"tuner.{name}={shown(getattr(recipe.tuner, name))} shapes an adapter, and tuner.train_type=full has "
-                f"none. Remove tuner.{name}, or set tuner.train_type=lora."
+                f"tuner.{name}={shown(value)} is not read by tuner.train_type={chosen}. Remove tuner.{name}, or set "
+                f"tuner.train_type={readers[0]}."
             )
     return None
 
@@ -276,7 +277,7 @@ CHECKS = (
     _unread,
     _checkpointing,
     _lengths,
-    _full,
+    _method,
     _metric,
     _optimizer,
     _needs,

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.checks import ADAPTER_KEYS, check
+from qwenvl_ft.recipe.checks import METHOD_KEYS, check
 from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.dialects import REMOVED
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
@@ -205,14 +205,14 @@ def _derive(recipe: Recipe) -> None:
 
 
 def _drop_outweighed(recipe: Recipe, order: list[str]) -> None:
-    """``train_type: full`` over a recipe with an adapter takes the adapter's keys with it."""
+    """Another ``train_type`` over a recipe takes the keys of the weaker one with it."""
     origins = recipe.origins
-    if recipe.tuner.train_type != "full":
+    if "tuner.train_type" not in origins:
         return
     strength = order.index(origins["tuner.train_type"])
-    for name in ADAPTER_KEYS:
+    for name, readers in METHOD_KEYS.items():
         key = f"tuner.{name}"
-        if key in origins and order.index(origins[key]) < strength:
+        if recipe.tuner.train_type not in readers and key in origins and order.index(origins[key]) < strength:
             setattr(recipe.tuner, name, getattr(TunerConfig(), name))
             del origins[key]
 

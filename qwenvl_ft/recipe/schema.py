@@ -111,8 +111,10 @@ class DataConfig:
 class TunerConfig:
     """Which weights are trained, and how."""
 
-    train_type: Literal["full", "lora"] = "lora"
-    """All weights of the parts that are not frozen, or low-rank adapters in them."""
+    train_type: Literal["full", "lora", "adapter", "reft", "llamapro", "longlora"] = "lora"
+    """How weights are trained: all of the parts that are not frozen (full), low-rank updates (lora), small networks
+    after their MLPs (adapter), edits of hidden states (reft), new blocks in the language model (llamapro), or lora with
+    attention in shifted groups for long samples (longlora)."""
     freeze_llm: bool = False
     """Leave the language model as it is."""
     freeze_vit: bool = True
@@ -137,6 +139,27 @@ class TunerConfig:
     """Scale by alpha / sqrt(rank)."""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA)."""
+    adapter_length: Positive = 128
+    """Width of the network that train_type adapter puts after an MLP."""
+    adapter_act: str = "gelu"
+    """Its activation, by transformers' name."""
+    reft_layers: list[NonNegative] | None = None
+    """Layers of the language model whose output is edited; null is all."""
+    reft_rank: Positive = 4
+    """Rank of an edit."""
+    reft_intervention_type: Literal["LoreftIntervention", "NoreftIntervention", "ConsreftIntervention"] = (
+        "LoreftIntervention"
+    )
+    """Form of the edit: in an orthonormal subspace, in any, or to a constant."""
+    reft_positions: str = "f1+l1"
+    """Tokens that are edited: fP, the first P of each sample; lS, the last S of each prompt; fP+lS; or all."""
+    llamapro_num_new_blocks: Positive = 4
+    """New blocks, spread evenly over the language model; each starts as the identity."""
+    longlora_group_size: Positive = 2048
+    """Tokens that attend to one another while training; half of the heads shift by half of it. The paper takes a
+    quarter of the context."""
+    longlora_embeddings_and_norms: bool = True
+    """Train embeddings and normalisation layers of the language model too, as the paper does."""
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import FREEZE_FLAGS, part_of
 
 if TYPE_CHECKING:
@@ -30,3 +31,20 @@ def freeze_parts(model: nn.Module, parts: list[str]) -> None:
 def freeze_flags_of(parts: list[str]) -> str:
     """The keys that unfreeze ``parts``, as a user types them."""
     return ", ".join(f"tuner.{FREEZE_FLAGS[part]}=false" for part in parts)
+
+
+def require_language_model_only(tuner: TunerConfig) -> None:
+    """Refuse what a train type that changes the language model alone could not honour.
+
+    Raises:
+        RecipeError: the language model is frozen, another part is not, or adapter targets are named.
+    """
+    if tuner.freeze_llm or not (tuner.freeze_vit and tuner.freeze_aligner):
+        raise RecipeError(
+            f"tuner.train_type={tuner.train_type} changes the language model only: set tuner.freeze_llm=false, "
+            "freeze_vit=true and freeze_aligner=true. To train another part too, name it in tuner.modules_to_save."
+        )
+    if tuner.target_regex is not None or tuner.target_modules != ["all-linear"]:
+        raise RecipeError(
+            f"tuner.train_type={tuner.train_type} has no target modules. Remove tuner.target_modules and target_regex."
+        )

@@ -50,7 +50,10 @@ def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:
             f"nothing is left to train: tuner.train_type={tuner.train_type} with {', '.join(frozen)} frozen. "
             f"Unfreeze a part ({freeze_flags_of(frozen)}) or name modules in tuner.modules_to_save."
         )
-    if METHODS[tuner.train_type].adapter:
+    method = METHODS[tuner.train_type]
+    if method.check is not None:
+        method.check(model, tuner)
+    if method.adapter:
         if not hasattr(model, "peft_config"):
             raise RecipeError(
                 f"tuner.train_type={tuner.train_type}, but the model has no adapter and all of it would train. "

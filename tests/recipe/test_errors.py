@@ -59,9 +59,7 @@ WRONG_FILES = {
     ),
     "a misspelt key": (
         "tuner: {lora_rnak: 8}",
-        "FILE: tuner.lora_rnak: unknown key. Did you mean 'lora_rank'? Known: freeze_aligner, freeze_llm, freeze_vit, "
-        "lora_alpha, lora_bias, lora_dropout, lora_rank, modules_to_save, target_modules, target_regex, train_type, "
-        "use_dora, use_rslora.",
+        "FILE: tuner.lora_rnak: unknown key. Did you mean 'lora_rank'? Known: adapter_act, adapter_length, ...",
     ),
     "a misspelt key of transformers": (
         "training: {num_train_epoch: 3}",
@@ -280,9 +278,16 @@ CONTRADICTIONS = {
     "auto_wrap_policy, backward_prefetch, cpu_offload, cpu_ram_efficient_loading, forward_prefetch, limit_all_gathers, "
     "min_num_params, reshard_after_forward, state_dict_type, sync_module_states, transformer_layer_cls_to_wrap, "
     "use_orig_params, version.": ["training.fsdp_config.fsdp_versions=2"],
-    "tuner.use_dora=true shapes an adapter, and tuner.train_type=full has none. Remove tuner.use_dora, or set "
-    "tuner.train_type=lora.": ["tuner.train_type=full", "tuner.use_dora=true"],
-    'tuner.target_modules=["q_proj"] shapes an adapter, and tuner.train_type=full has none. Remove '
+    "tuner.use_dora=true is not read by tuner.train_type=full. Remove tuner.use_dora, or set tuner.train_type=lora.": [
+        "tuner.train_type=full",
+        "tuner.use_dora=true",
+    ],
+    'tuner.target_modules=["q_proj"] is not read by tuner.train_type=reft. Remove tuner.target_modules, or set '
+    "tuner.train_type=lora.": ["tuner.train_type=reft", "tuner.target_modules=q_proj"],
+    "tuner.reft_rank=2 is not read by tuner.train_type=lora. Remove tuner.reft_rank, or set tuner.train_type=reft.": [
+        "tuner.reft_rank=2"
+    ],
+    'tuner.target_modules=["q_proj"] is not read by tuner.train_type=full. Remove '
     "tuner.target_modules, or set tuner.train_type=lora.": ["tuner.train_type=full", "tuner.target_modules=q_proj"],
     "training.greater_is_better=true would keep the checkpoint with the highest eval_loss, which is the worst. Remove "
     "training.greater_is_better.": [
@@ -352,7 +357,7 @@ def test_full_over_a_recipe_with_an_adapter_takes_the_adapter_s_keys_with_it(wri
     full = write("full.yaml", "tuner: {train_type: full}")
     after = write("after.yaml", "extends: full.yaml\ntuner: {lora_rank: 64}")
     assert load_recipe(full).tuner.lora_rank == 8
-    with pytest.raises(RecipeError, match=r"tuner\.lora_rank=64 shapes an adapter"):
+    with pytest.raises(RecipeError, match=r"tuner\.lora_rank=64 is not read by"):
         load_recipe(after)
 
 

@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qwenvl_ft.tuning.methods.adapter import build_adapter
 from qwenvl_ft.tuning.methods.full import build_full
+from qwenvl_ft.tuning.methods.llamapro import build_llamapro, check_llamapro
+from qwenvl_ft.tuning.methods.longlora import build_longlora
 from qwenvl_ft.tuning.methods.lora import build_lora
+from qwenvl_ft.tuning.methods.reft import build_reft
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,15 @@ class Method:
     adapter: bool
     """Whether the result is a PeftModel in which the weights of the base model are frozen."""
 
+    check: Callable[[Any, Any], None] | None = None
+    """(model, tuner config): refuses a model in which more than the method's own weights would train."""
+
 
 METHODS = {
     "full": Method(build_full, adapter=False),
     "lora": Method(build_lora, adapter=True),
+    "adapter": Method(build_adapter, adapter=True),
+    "reft": Method(build_reft, adapter=True),
+    "llamapro": Method(build_llamapro, adapter=False, check=check_llamapro),
+    "longlora": Method(build_longlora, adapter=True),
 }

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_lora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
-    """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trained weights are LoRA's and full copies."""
+def build_lora(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = False) -> nn.Module:
+    """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trained weights are LoRA's and full copies.
+
+    Args:
+        tied_copies: a full copy of an embedding that shares its weight with the language head is shared too; without
+            it such a copy is refused.
+    """
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -30,14 +35,15 @@ def build_lora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
         use_rslora=tuner.use_rslora,
         use_dora=tuner.use_dora,
         task_type="CAUSAL_LM",
-        **place(model, tuner),
+        ensure_weight_tying=tied_copies,
+        **place(model, tuner, tied_copies=tied_copies),
     )
     if tuner.use_dora and not isinstance(config.target_modules, set | list):
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
     return wrap(model, config, tuner)
 
 
-def place(model: nn.Module, tuner: TunerConfig) -> dict[str, Any]:
+def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[str, Any]:
     """``target_modules`` and ``modules_to_save`` of a peft config, by full names.
 
     Raises:
@@ -46,7 +52,8 @@ def place(model: nn.Module, tuner: TunerConfig) -> dict[str, Any]:
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     saved = saved_modules(model, tuner)
-    _refuse_tied(model, saved)
+    embeddings = model.get_input_embeddings() if tied_copies else None
+    _refuse_tied(model, [name for name in saved if model.get_submodule(name) is not embeddings])
     targets = adapter_targets(model, tuner)
     if not targets and not saved:
         raise RecipeError(
@@ -68,8 +75,9 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig) -> nn.Module:
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and ".modules_to_save." not in name and part_of(name) in frozen:
             parameter.requires_grad_(False)
-    copies = sum(isinstance(module, ModulesToSaveWrapper) for module in peft_model.modules())
-    assert copies == len(config.modules_to_save or []), f"{copies} copies for {config.modules_to_save}"
+    base = peft_model.get_base_model()
+    for name in config.modules_to_save or []:
+        assert isinstance(base.get_submodule(name), ModulesToSaveWrapper), f"no copy of {name}"
     return peft_model
 
 

@@ -1,0 +1,65 @@
+"""Bottleneck adapters (Houlsby and others 2019, arXiv 1902.00751): a small network after a layer's MLP.
+
+``h + up(act(down(h)))``, where h is what the MLP gives before it joins the residual stream. ``up`` starts at zero, so
+that an untrained adapter changes nothing. Letters: D width, M ``length``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from qwenvl_ft.model.adapters.tuner import OwnConfig, OwnLayer, OwnTuner, OwnType
+
+
+@dataclass
+class BottleneckConfig(OwnConfig):
+    """Settings of a bottleneck adapter."""
+
+    kind = OwnType.BOTTLENECK
+
+    length: int = field(default=128)
+    """Width of the bottleneck."""
+    act: str = field(default="gelu")
+    """Activation by transformers' name."""
+
+
+class BottleneckLayer(OwnLayer):
+    """An MLP and its adapters: ``2 * M * D + M + D`` weights each."""
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.acts: dict[str, Any] = {}
+
+    def add(self, adapter_name: str, config: BottleneckConfig, **more: Any) -> None:
+        width = output_width(self.get_base_layer())
+        down, up = nn.Linear(width, config.length), nn.Linear(config.length, width)
+        nn.init.xavier_uniform_(down.weight)
+        for zero in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(zero)
+        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
+        self.acts[adapter_name] = ACT2FN[config.act]
+
+    def changed(self, output: Tensor, adapter_name: str) -> Tensor:
+        down: Any = self.bottleneck_down[adapter_name]
+        up: Any = self.bottleneck_up[adapter_name]
+        inner = self.acts[adapter_name](down(output.to(down.weight.dtype)))
+        return output + up(inner.to(up.weight.dtype)).to(output.dtype)
+
+
+class BottleneckTuner(OwnTuner):
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+
+
+def output_width(module: nn.Module) -> int:
+    """D of an MLP's output: its last Linear's, or the router's input where experts take the place of Linear layers."""
+    linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
+    return linears[-1].out_features if linears else int(module.gate.weight.shape[-1])  # type: ignore

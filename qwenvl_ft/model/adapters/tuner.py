@@ -1,0 +1,110 @@
+"""What our adapters share: a config with a type of its own, and a peft tuner that wraps whole modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from qwenvl_ft.errors import CheckpointError
+
+
+class OwnType(StrEnum):
+    """``peft_type`` in ``adapter_config.json``; peft asks for its ``value``."""
+
+    BOTTLENECK = "BOTTLENECK"
+    REFT = "REFT"
+
+
+@dataclass
+class OwnConfig(PeftConfig):
+    """What every adapter of ours is told."""
+
+    kind: ClassVar[OwnType]
+
+    target_modules: list[str] | set[str] | str | None = field(default=None)
+    """Full names of the modules that it wraps."""
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    """Modules trained in full beside it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.kind
+
+
+class OwnLayer(nn.Module, BaseTunerLayer):
+    """A module of the base model, ``base_layer``, whose output an adapter changes."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter_name: str, config: Any, **more: Any) -> None:
+        """Make the weights of an adapter."""
+        raise NotImplementedError
+
+    def changed(self, output: Tensor, adapter_name: str) -> Tensor:
+        """The output of ``base_layer`` as an adapter changes it: the same shape and dtype."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.base_layer(*args, **kwargs)
+        for adapter_name in self._running():
+            output = self.changed(output, adapter_name)
+        return output
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise CheckpointError(
+            f"an adapter of type {type(self).__name__} cannot be merged: it is no change of a weight. Serve the base "
+            "model with the adapter loaded on it."
+        )
+
+    def _running(self) -> Iterator[str]:
+        if not self.disable_adapters:
+            weights = getattr(self, self.adapter_layer_names[0])
+            yield from (name for name in self.active_adapters if name in weights)
+
+
+class OwnTuner(BaseTuner):
+    """Wraps each target in the tuner's kind of layer."""
+
+    target_module_mapping = {}
+    tuner_layer_cls: type[OwnLayer]
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, OwnLayer) else self.tuner_layer_cls(target)
+        self._add(layer, adapter_name, peft_config)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        if adapter_name not in self.active_adapters:
+            for names in layer.adapter_layer_names:
+                weights = getattr(layer, names)
+                if adapter_name in weights:
+                    weights[adapter_name].requires_grad_(False)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """peft hands the child's weight on, which a module of several layers does not have."""
+        if isinstance(new_module, OwnLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _add(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
+        layer.add(adapter_name, config)

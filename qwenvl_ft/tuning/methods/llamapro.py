@@ -1,0 +1,124 @@
+"""LLaMA Pro (Wu and others 2024, arXiv 2401.02415): new blocks in the language model, and only they train.
+
+The layers are divided into as many groups as there are new blocks, and the last layer of each group is copied behind
+it. What a copy adds to the residual stream starts at zero (``o_proj`` and the MLP's ``down_proj``), so it is the
+identity, and the larger model gives the outputs of the smaller one. The result is a plain model with more layers: its
+config.json says how many, and under ``llamapro_new_blocks`` which are new.
+
+Features of the deepstack mergers are added behind the first layers, counted from the bottom. No block goes between
+those, so each feature keeps its layer, also in plain transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.tuning.freeze import require_language_model_only
+from qwenvl_ft.tuning.targets import inside, saved_modules
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+MARK = "llamapro_new_blocks"
+"""Key in config.json: indices of the new blocks."""
+
+
+def build_llamapro(model: Any, tuner: TunerConfig) -> nn.Module:
+    """Add the blocks, unless the model has them already, and let only them and ``modules_to_save`` train.
+
+    ``modules_to_save`` are named as in the larger model.
+
+    Raises:
+        RecipeError: the model was expanded by another number of blocks, or keys that the method cannot honour.
+    """
+    require_language_model_only(tuner)
+    wanted = tuner.llamapro_num_new_blocks
+    known = new_blocks(model)
+    if known and len(known) != wanted:
+        raise RecipeError(
+            f"tuner.llamapro_num_new_blocks={wanted}, but the model has {len(known)} new blocks from an earlier run. "
+            f"Set it to {len(known)}, or start from the model without them."
+        )
+    if not known:
+        expand(model, wanted)
+    own = _own(model, tuner)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(inside(name, own))
+    return model
+
+
+def new_blocks(model: Any) -> list[int]:
+    """Indices of the blocks that were added; empty for a model as it was released."""
+    return list(getattr(model.config, MARK)) if hasattr(model.config, MARK) else []
+
+
+def insertion_points(model: Any, count: int) -> list[int]:
+    """How many of the model's layers lie below each new block.
+
+    Example:
+        36 layers and 4 blocks: 9, 18, 27, 36. 4 layers of which 3 take a deepstack feature: 3, 3, 3, 4.
+    """
+    layers = len(model.model.language_model.layers)
+    vision = model.config.vision_config
+    lowest = len(vision.deepstack_visual_indexes) if hasattr(vision, "deepstack_visual_indexes") else 0
+    return [max((group + 1) * layers // count, lowest, 1) for group in range(count)]
+
+
+def expand(model: Any, count: int) -> None:
+    """Put ``count`` identity blocks into the language model and say so in its config."""
+    text, config = model.model.language_model, model.config.get_text_config()
+    points = insertion_points(model, count)
+    layers: list[Any] = []
+    origins: list[int] = []
+    added: list[int] = []
+    for below, layer in enumerate(text.layers, 1):
+        layers.append(layer)
+        origins.append(below - 1)
+        for _ in range(points.count(below)):
+            added.append(len(layers))
+            layers.append(_identity_block(layer))
+            origins.append(below - 1)
+    text.layers = type(text.layers)(layers)
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[origin] for origin in origins]
+    if getattr(config, "mlp_only_layers", None):
+        dense = set(config.mlp_only_layers)
+        config.mlp_only_layers = [index for index, origin in enumerate(origins) if origin in dense]
+    setattr(model.config, MARK, added)
+
+
+def check_llamapro(model: Any, tuner: TunerConfig) -> None:
+    """Raises RecipeError if more than the new blocks would train."""
+    own = _own(model, tuner)
+    astray = [name for name, value in model.named_parameters() if value.requires_grad and not inside(name, own)]
+    if astray:
+        raise RecipeError(
+            f"tuner.train_type=llamapro, but {len(astray)} weights outside of the new blocks would train, the first is "
+            f"{astray[0]}. Call prepare_model(model, recipe.tuner) and hand its result to the trainer."
+        )
+
+
+def _own(model: Any, tuner: TunerConfig) -> list[str]:
+    return [f"model.language_model.layers.{index}" for index in new_blocks(model)] + saved_modules(model, tuner)
+
+
+def _identity_block(layer: nn.Module) -> nn.Module:
+    block: Any = copy.deepcopy(layer)
+    written = [block.self_attn.o_proj, block.mlp.experts if hasattr(block.mlp, "experts") else block.mlp.down_proj]
+    with torch.no_grad():
+        for module in written:
+            for name, parameter in module.named_parameters():
+                if "down_proj" in name or not hasattr(module, "down_proj"):
+                    parameter.zero_()
+    return block

@@ -1,0 +1,143 @@
+"""LongLoRA (Chen and others 2023, arXiv 2309.12307): LoRA for long samples, with attention in shifted groups.
+
+While training, half of the heads attend within groups of G tokens, and the other half within groups shifted by G / 2,
+so that what one half separates the other joins. Groups are counted from each sample's first token and end with it: no
+token sees another sample, and a packed sample is computed as it is alone. The last and the shifted first group are
+shorter, where the paper's figure lets the ends of the sequence meet: joined, early tokens would see late ones. A
+sample of no more than G tokens has one group. In evaluation and generation attention is full, and the checkpoint is an
+ordinary LoRA adapter.
+
+Besides LoRA, the paper trains embeddings and normalisation layers. They are saved in full beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.model.packed_attention import Plan, by_groups, make_plan, packed_attention, packed_mask, sample_lengths
+from qwenvl_ft.tuning.methods.lora import build_lora
+from qwenvl_ft.tuning.targets import inside, saved_modules
+
+if TYPE_CHECKING:
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def build_longlora(model: Any, tuner: TunerConfig) -> nn.Module:
+    """LoRA as the recipe says, with the language model's attention in shifted groups while it trains.
+
+    Raises:
+        RecipeError: the language model is frozen, or has an odd number of key heads.
+    """
+    if tuner.freeze_llm:
+        raise RecipeError("tuner.train_type=longlora adapts the language model. Set tuner.freeze_llm=false.")
+    heads = model.config.get_text_config().num_key_value_heads
+    if heads % 2:
+        raise RecipeError(
+            f"tuner.train_type=longlora halves the heads, and this model has {heads} key heads. Use lora."
+        )
+    if tuner.longlora_group_size % 2:
+        raise RecipeError(f"tuner.longlora_group_size={tuner.longlora_group_size} has no half. Give an even number.")
+    if tuner.longlora_embeddings_and_norms:
+        saved = saved_modules(model, tuner)
+        more = [name for name in embeddings_and_norms(model) if not inside(name, saved)]
+        tuner = replace(tuner, modules_to_save=[*saved, *more])
+    use_shifted_attention(model, tuner.longlora_group_size)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return build_lora(model, tuner, tied_copies=tied and tuner.longlora_embeddings_and_norms)
+
+
+def embeddings_and_norms(model: Any) -> list[str]:
+    """Full names of the language model's embedding and normalisation layers."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith("model.language_model.")
+        and (isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower())
+    ]
+
+
+def use_shifted_attention(model: Any, group_size: int) -> None:
+    """Let the language model of a loaded model attend in shifted groups while it is in training mode."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = f"longlora_{group_size}"
+    AttentionInterface.register(name, partial(shifted_attention, group_size=group_size))
+    AttentionMaskInterface.register(name, packed_mask)
+    text = model.config.get_text_config()
+    logger.info(
+        "longlora: text attention by torch's SDPA in groups of %d, in place of %s",
+        group_size,
+        text._attn_implementation,
+    )
+    text._attn_implementation_internal = name
+
+
+def shifted_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    group_size: int,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, ``[B, H, T, D]`` -> ``[B, T, H, D]``: in groups while training, else full."""
+    rows, heads, tokens, _ = query.shape
+    if not module.training or attention_mask is not None or key.shape[2] != tokens:
+        told = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q} | kwargs
+        return packed_attention(module, query, key, value, attention_mask, **told)
+    plans = _plans_of(cu_seq_lens_q, position_ids, rows, tokens, group_size, query.device)
+    flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # [H, B * T, D]
+    halves = zip(*(x.chunk(2) for x in flat), strict=True)
+    outs = [by_groups(module, list(half), plan, kwargs) for half, plan in zip(halves, plans, strict=True)]
+    out = torch.cat(outs, dim=1)  # [B * T, H, D]
+    return out.view(rows, tokens, heads, out.shape[-1]), None
+
+
+def group_lengths(length: int, group_size: int, *, shifted: bool) -> list[int]:
+    """How a sample of ``length`` tokens is cut for one half of the heads.
+
+    Example:
+        10 tokens in groups of 4: ``[4, 4, 2]``, and shifted ``[2, 4, 4]``; 4 tokens: ``[4]`` for both.
+    """
+    first = group_size // 2 if shifted and length > group_size else group_size
+    borders = [0, *range(first, length, group_size), length]
+    return [end - start for start, end in itertools.pairwise(borders)]
+
+
+def _plans_of(
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    rows: int,
+    tokens: int,
+    group_size: int,
+    device: torch.device,
+) -> list[Plan]:
+    """The plans of both halves of the heads, made once a pass: all layers get the same tensor, which keeps them."""
+    source = cu_seqlens if cu_seqlens is not None else position_ids
+    kept = getattr(source, "_shifted_plans", None)
+    if kept is None or kept[0] != group_size:
+        lengths = sample_lengths(cu_seqlens, position_ids, rows, tokens)
+        plans = [
+            make_plan(
+                [part for length in lengths for part in group_lengths(length, group_size, shifted=shifted)], device
+            )
+            for shifted in (False, True)
+        ]
+        kept = (group_size, plans)
+        if source is not None:
+            source._shifted_plans = kept  # type: ignore[attr-defined]
+    return kept[1]

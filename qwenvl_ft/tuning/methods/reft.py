@@ -1,0 +1,62 @@
+"""ReFT on the language model: low-rank edits of hidden states at the first and last tokens of prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_ft.errors import RecipeError, unknown_name
+from qwenvl_ft.model.adapters import register_adapters
+from qwenvl_ft.tuning.freeze import require_language_model_only
+from qwenvl_ft.tuning.methods.lora import wrap
+from qwenvl_ft.tuning.targets import inside, saved_modules
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+
+def build_reft(model: Any, tuner: TunerConfig) -> nn.Module:
+    """Wrap the model in a PeftModel whose only trained weights are the edits and full copies.
+
+    Raises:
+        RecipeError: an unknown kind of edit, layers or positions that are not there, or keys that ReFT cannot honour.
+    """
+    from qwenvl_ft.model.adapters.reft import INTERVENTIONS, ReftConfig, parse_positions
+
+    if tuner.reft_intervention_type not in INTERVENTIONS:
+        raise unknown_name("tuner.reft_intervention_type", tuner.reft_intervention_type, INTERVENTIONS)
+    require_language_model_only(tuner)
+    parse_positions(tuner.reft_positions)
+    register_adapters()
+    config = ReftConfig(
+        rank=tuner.reft_rank,
+        intervention=tuner.reft_intervention_type,
+        positions=tuner.reft_positions,
+        task_type="CAUSAL_LM",
+        target_modules=layers(model, tuner),
+        modules_to_save=saved_modules(model, tuner) or None,
+    )
+    return wrap(model, config, tuner)
+
+
+def layers(model: Any, tuner: TunerConfig) -> list[str]:
+    """Full names of the decoder layers whose output is edited; all of them if none are named.
+
+    Raises:
+        RecipeError: the model has no such layer, or one is trained in full.
+    """
+    count = len(model.model.language_model.layers)
+    told = list(range(count)) if tuner.reft_layers is None else tuner.reft_layers
+    wrong = [layer for layer in told if not 0 <= layer < count]
+    if wrong or not told:
+        raise RecipeError(f"tuner.reft_layers={told}: the language model has layers 0 to {count - 1}.")
+    names = [f"model.language_model.layers.{layer}" for layer in dict.fromkeys(told)]
+    saved = saved_modules(model, tuner)
+    clash = [name for name in names if inside(name, saved) or any(inside(other, [name]) for other in saved)]
+    if clash:
+        raise RecipeError(
+            f"tuner.modules_to_save trains {clash[0]} in full, or something in it, and ReFT would edit the output of "
+            "that layer. Leave the layer out of tuner.reft_layers."
+        )
+    return names

@@ -1,0 +1,183 @@
+"""ReFT's edits are the paper's formulas, at positions that a loop over samples finds too."""
+
+import pytest
+import torch
+
+from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
+from qwenvl_ft.errors import CheckpointError, RecipeError
+from qwenvl_ft.model.adapters.reft import INTERVENTIONS, ReftLayer, edited, parse_positions
+from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.tuning.prepare import prepare_model
+
+TEXT_ONLY = {"freeze_vit": True, "freeze_aligner": True}
+
+
+def edits(model):
+    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, ReftLayer)}
+
+
+def stirred(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value += torch.randn_like(value) * 0.3
+    return model
+
+
+@pytest.fixture(scope="module")
+def samples(encoder, mixed_records):
+    return [encoder(record) for record in mixed_records]
+
+
+def by_loop(sample, first, last):
+    """Edited positions of one sample: its first tokens, and the last before each answer; no answer's."""
+    answers = (sample["labels"] != -100).tolist()
+    chosen = set()
+    for place, answer in enumerate(answers):
+        if answer:
+            continue
+        left = next((other for other in range(place, len(answers)) if answers[other]), None)
+        if place < first or (left is not None and left - place <= last):
+            chosen.add(place)
+    return chosen
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_the_edit_is_the_papers_formula(fresh, tuner, batch, kind, intervention):
+    """Hooks on the layers of a plain model, one token at a time, with R from the stored matrix by Gram-Schmidt."""
+    settings = {"train_type": "reft", "reft_rank": 3, "reft_layers": [1, 3], "reft_intervention_type": intervention}
+    model = stirred(prepare_model(fresh(kind), tuner(**settings, reft_positions="f2+l3", **TEXT_ONLY))).eval()
+    plain = fresh(kind).eval()
+    tokens = batch["input_ids"].shape[1]
+
+    def rows(stored):
+        if intervention == "NoreftIntervention":
+            return stored
+        basis = []
+        for row in stored:
+            for other in basis:
+                row = row - (row @ other) * other
+            basis.append(row / row.norm())
+        return torch.stack(basis)
+
+    def by_hand(layer):
+        rotate, bias = rows(layer.reft_A["default"].detach()), layer.reft_bias["default"].detach()
+
+        def hook(module, inputs, output):
+            output = output.clone()
+            for place in [0, 1, tokens - 3, tokens - 2, tokens - 1]:
+                h = output[0, place]
+                target = bias if intervention == "ConsreftIntervention" else layer.reft_W["default"].detach() @ h + bias
+                output[0, place] = h + rotate.T @ (target - rotate @ h)
+            return output
+
+        return hook
+
+    assert sorted(edits(model)) == ["model.language_model.layers.1", "model.language_model.layers.3"]
+    for name, layer in edits(model).items():
+        plain.get_submodule(name).register_forward_hook(by_hand(layer))
+    with torch.no_grad():
+        found, expected = model(**batch).logits, plain(**batch).logits
+        base = fresh(kind)(**batch).logits
+    assert not torch.allclose(found, base, atol=1e-2), "vacuous: nothing was edited"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rows_stay_orthonormal_while_they_train(fresh, tuner, train):
+    model = train(prepare_model(fresh(), tuner(train_type="reft", **TEXT_ONLY)), count=5, rate=0.1)
+    for layer in edits(model).values():
+        basis = layer.basis("default")
+        torch.testing.assert_close(basis @ basis.T, torch.eye(4), rtol=0, atol=1e-5)
+        stored = layer.reft_A["default"]
+        assert not torch.allclose(stored @ stored.T, torch.eye(4), atol=1e-2), "vacuous: the stored rows are too"
+    free = prepare_model(fresh(), tuner(train_type="reft", reft_intervention_type="NoreftIntervention", **TEXT_ONLY))
+    layer = next(iter(edits(train(free, count=5, rate=0.1)).values()))
+    assert torch.equal(layer.basis("default"), layer.reft_A["default"])
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (7, 7), (0, 3), (2, 0), (200, 200)])
+def test_positions_in_a_packed_row_are_those_of_each_sample(samples, first, last):
+    row = QwenVLCollator()(samples)
+    expected, start = set(), 0
+    for sample in samples:
+        expected |= {start + place for place in by_loop(sample, first, last)}
+        start += len(sample["input_ids"])
+    assert set(edited(row, first, last).tolist()) == expected
+    assert set(edited(split_labels(row), first, last).tolist()) == expected, "as the trainer calls the model"
+    assert len(expected) < start
+
+
+def test_padding_is_never_edited(samples, processor):
+    padded = PaddedCollator(processor.tokenizer.pad_token_id)(samples)
+    tokens = padded["input_ids"].shape[1]
+    expected = {row * tokens + place for row, sample in enumerate(samples) for place in by_loop(sample, 2, 3)}
+    assert set(edited(padded, 2, 3).tolist()) == expected
+    assert set(edited(split_labels(padded), 2, 3).tolist()) == expected
+
+
+def test_a_prompt_alone_is_edited_at_its_ends_and_answers_in_the_cache_never():
+    from transformers import DynamicCache
+
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    assert edited({"input_ids": ids}, 1, 2).tolist() == [0, 4, 5, 6, 10, 11]
+    left = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    assert edited({"input_ids": ids, "attention_mask": left}, 1, 2).tolist() == [2, 4, 5, 6, 10, 11]
+    cache = DynamicCache()
+    assert edited({"input_ids": ids, "past_key_values": cache}, 1, 0).tolist() == [0, 6]
+    cache.update(torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8), 0)
+    assert edited({"input_ids": ids[:, :1], "past_key_values": cache}, 1, 2).tolist() == []
+
+
+def test_a_padded_batch_has_the_loss_of_a_packed_row(fresh, tuner, samples, processor):
+    model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="f1+l2", **TEXT_ONLY)))
+    packed = loss_sum(model, split_labels(QwenVLCollator()(samples)))
+    padded = loss_sum(model, split_labels(PaddedCollator(processor.tokenizer.pad_token_id)(samples)))
+    torch.testing.assert_close(padded, packed, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_batched_generation_answers_as_one_prompt_alone(fresh, tuner, processor, kind):
+    """Left padding in front of the shorter prompt must not take its first position."""
+    model = stirred(prepare_model(fresh(kind), tuner(train_type="reft", **TEXT_ONLY))).eval()
+    processor.tokenizer.padding_side = "left"
+    prompts = ["Say a word about the small red circle.", "Yes?"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    together = processor.tokenizer(prompts, return_tensors="pt", padding=True)
+    answers = model.generate(**together, **options)[:, together["input_ids"].shape[1] :]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = processor.tokenizer([prompt], return_tensors="pt")
+        assert torch.equal(model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :], answer)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [("f1+l1", (1, 1)), ("f7", (7, 0)), ("l3", (0, 3)), ("f0+l2", (0, 2)), ("all", (0, 0))]
+)
+def test_positions_read_as_in_the_paper(told, expected):
+    assert parse_positions(told) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reft_positions": "f0"}, r"reft_positions='f0' names no token.*f1\+l1"),
+        ({"reft_positions": "first"}, r"'first' names no token"),
+        ({"reft_layers": [8, 16, 24]}, r"reft_layers=\[8, 16, 24\]: the language model has layers 0 to 3"),
+        ({"reft_layers": []}, r"layers 0 to 3"),
+        ({"reft_intervention_type": "Loreft"}, r"Did you mean 'LoreftIntervention'"),
+        ({"freeze_aligner": False}, r"changes the language model only.*freeze_aligner=true"),
+        ({"target_modules": ["q_proj"]}, r"no target modules"),
+        ({"modules_to_save": ["layers.1.mlp"]}, r"layers\.1 in full, or something in it"),
+    ],
+)
+def test_what_cannot_be_edited_is_one_line(fresh, tuner, settings, words):
+    with pytest.raises(RecipeError, match=words) as caught:
+        prepare_model(fresh("moe"), tuner(**({"train_type": "reft"} | TEXT_ONLY | settings)))
+    assert "\n" not in str(caught.value)
+
+
+def test_it_does_not_merge_and_says_why(fresh, tuner):
+    model = prepare_model(fresh(), tuner(train_type="reft", **TEXT_ONLY))
+    with pytest.raises(CheckpointError, match="cannot be merged"):
+        model.merge_and_unload()

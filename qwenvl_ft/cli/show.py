@@ -14,7 +14,7 @@ def show(
     samples: Annotated[int, typer.Option(help="Samples to show, from all over the data.", min=1)] = 8,
     rows: Annotated[int, typer.Option(help="Rows to show, the first of the epoch.", min=0)] = 2,
     epoch: Annotated[int, typer.Option(help="Whose plan (and augmentation), from 0.", min=0)] = 0,
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    split: Annotated[str, typer.Option(help="train, val, or val.NAME of several.")] = "train",
     units: Annotated[
         str, typer.Option(help="Of coordinates in answers: norm1000, norm100, unit (0 to 1), pixels, or auto.")
     ] = "auto",

@@ -15,7 +15,7 @@ import numpy as np
 
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import MediaPolicy
-from qwenvl_ft.data.registry import register_dataset
+from qwenvl_ft.data.mixture import register, val_selections
 from qwenvl_ft.errors import DataError, unknown_name
 from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
 from qwenvl_ft.look.files import open_records
@@ -142,11 +142,11 @@ def check_recipe(
     start = perf_counter()
     data = recipe.data
     levels = _levels(recipe.template.truncation_strategy, allow)
-    selections = {name: told for name, told in ((TRAIN, data.train), (VAL, data.val)) if told}
+    selections = {TRAIN: data.train} if data.train else {}
+    selections |= {f"{VAL}.{name}".rstrip("."): told for name, told in val_selections(data).items()}
     if not selections:
         raise DataError("no data is named. Give files, or a recipe with data.train.")
-    for name, entry in data.datasets.items():
-        register_dataset(name, **entry)
+    register(data)
     encoder = _encoder(recipe)
     policy = MediaPolicy.of(data)
     seed, workers = recipe.training.arguments["seed"], num_proc or min(data.dataset_num_proc, os.cpu_count() or 1)

@@ -133,7 +133,7 @@ def show_recipe(
     """Write the page of a recipe's data.
 
     Args:
-        split: ``train`` or ``val``.
+        split: ``train`` or ``val``; ``val.NAME`` is one of several sets.
         samples: how many are shown, taken from all over the data.
         rows: how many of the epoch's first.
         units: of the coordinates in answers: norm1000, norm100, unit (0 to 1), pixels (of the stored image), or auto.
@@ -148,10 +148,13 @@ def show_recipe(
 
     processor = build_processor(recipe)
     seed = recipe.training.arguments["seed"]
-    sets = dict(zip(("train", "val"), build_datasets(recipe, processor, seed), strict=True))
+    train_set, val = build_datasets(recipe, processor, seed)
+    several = {f"val.{name}": told for name, told in val.items()} if isinstance(val, dict) else {"val": val}
+    sets = {"train": train_set} | several
     dataset = sets[split] if split in sets else None
     if dataset is None:
-        raise RecipeError(f"--split {split}: the recipe has no such data. Take train, or set data.{split}.")
+        there = ", ".join(name for name, told in sets.items() if told is not None)
+        raise RecipeError(f"--split {split}: the recipe has no such data. Take {there}, or set data.{split}.")
     chosen = spread(len(dataset), samples)
     plan = epoch_rows(recipe, dataset, seed, epoch if split == "train" else 0, shuffle=split == "train")
     cards = [card(dataset, index, f"Sample {index}", emitted_units(recipe), units) for index in chosen]

@@ -1,5 +1,6 @@
 """Settings that are each right and cannot be together."""
 
+import re
 from itertools import chain
 from typing import Any
 
@@ -130,6 +131,13 @@ def _datasets(recipe: Any) -> str | None:
     return None
 
 
+def _val_names(recipe: Any) -> str | None:
+    for name in recipe.data.val if isinstance(recipe.data.val, dict) else ():
+        if not re.fullmatch(r"\w+", name):
+            return f"data.val names a set {name!r}, which is part of eval_NAME_loss. Use letters, digits and '_' only."
+    return None
+
+
 def _nothing_trains(recipe: Any) -> str | None:
     told = recipe.tuner
     if told.freeze_llm and told.freeze_vit and told.freeze_aligner and not told.modules_to_save:
@@ -178,15 +186,15 @@ def _evaluation(recipe: Any) -> str | None:
         )
         if on
     ]
-    if _argument(recipe, "eval_on_start") and not recipe.data.val:
+    if _argument(recipe, "eval_on_start") and not recipe.data.evaluates:
         return "training.eval_on_start=true needs an evaluation set. Set data.val."
-    if wants and not recipe.data.val:
+    if wants and not recipe.data.evaluates:
         return f"{wants[0]} needs an evaluation set. Set data.val."
     if wants and strategy == "no":
         return f"{wants[0]} needs evaluations. Set training.eval_strategy=steps and training.eval_steps."
-    if strategy != "no" and not recipe.data.val:
+    if strategy != "no" and not recipe.data.evaluates:
         return f"training.eval_strategy={strategy} needs an evaluation set. Set data.val."
-    if recipe.evaluation.run_after_training and not (recipe.evaluation.data or recipe.data.val):
+    if recipe.evaluation.run_after_training and not (recipe.evaluation.data or recipe.data.evaluates):
         return "evaluation.run_after_training=true needs a set to ask about. Set evaluation.data or data.val."
     return None
 
@@ -218,6 +226,16 @@ def _needs(recipe: Any) -> str | None:
             given = shown(_argument(recipe, name))
             return f"training.{name}={given} is read only with training.{needed}. Set it, or remove training.{name}."
     return None
+
+
+def _best_metric(recipe: Any) -> str | None:
+    """Evaluation gives a loss and its perplexity, and both again for each of several sets."""
+    metric = _argument(recipe, "metric_for_best_model")
+    names = ["", *(f"{name}_" for name in recipe.data.val)] if isinstance(recipe.data.val, dict) else [""]
+    known = [f"eval_{name}{kind}" for name in names for kind in ("loss", "perplexity")]
+    if metric is None or f"eval_{metric.removeprefix('eval_')}" in known:
+        return None
+    return f"training.metric_for_best_model={metric} is not what evaluation gives.{hint(metric, known)}"
 
 
 def _best(recipe: Any) -> str | None:
@@ -283,10 +301,12 @@ CHECKS = (
     _needs,
     _pixels,
     _datasets,
+    _val_names,
     _nothing_trains,
     _packing,
     _placement,
     _evaluation,
+    _best_metric,
     _best,
     _precision,
     _schedule,

@@ -106,6 +106,7 @@ ALIASES: dict[str, Alias] = {
     "model": same("model.model"),
     "dataset": same("data.train"),
     "val_dataset": same("data.val"),
+    "dataset_test_ratio": same("data.split_dataset_ratio"),
     "jsonl": same("data.train"),
     "train_jsonl": same("data.train"),
     "val_jsonl": same("data.val"),

@@ -195,7 +195,7 @@ def _derive(recipe: Recipe) -> None:
     told = recipe.training.arguments
     if recipe.model.max_model_len is not None and "template.max_length" not in recipe.origins:
         recipe.template.max_length = min(recipe.template.max_length, recipe.model.max_model_len)
-    if recipe.data.val and "training.eval_strategy" not in recipe.origins:
+    if recipe.data.evaluates and "training.eval_strategy" not in recipe.origins:
         told["eval_strategy"] = "steps"
     if told["eval_strategy"] == "steps":
         told.setdefault("eval_steps", told["save_steps"])

@@ -12,6 +12,7 @@ NonNegative = Annotated[int, ">=0"]
 PositiveFloat = Annotated[float, ">0"]
 NonNegativeFloat = Annotated[float, ">=0"]
 Fraction = Annotated[float, "0..1"]
+Count = Annotated[int, "count or -1"]
 
 
 @dataclass(kw_only=True)
@@ -87,16 +88,29 @@ class TemplateConfig:
 class DataConfig:
     """What is trained and evaluated on."""
 
-    train: str | list[str] = ""
-    """Registered names or .json, .jsonl, .parquet files, with a rate in percent: a%50,b,my.jsonl."""
-    val: str | list[str] | None = None
-    """The same for evaluation. With it, training.eval_strategy is steps and eval_steps is save_steps if not given."""
+    train: str | list[str] | dict[str, PositiveFloat] = ""
+    """Registered names, files or folders of datasets, with a rate in percent: a%50,b,my.jsonl; or name -> weight."""
+    val: str | list[str] | dict[str, str | list[str]] | None = None
+    """The same for evaluation, or name -> selection for a loss each (eval_NAME_loss). With it, training.eval_strategy
+    is steps and eval_steps is save_steps if not given."""
+    split_dataset_ratio: Fraction = 0.0
+    """Without val, share of the training records held out for evaluation: the same ones on every rank."""
+    train_dataset_sample: Count = -1
+    """Most training records, drawn from all; -1 takes all."""
+    val_dataset_sample: Count = -1
+    """Most records of each validation set, drawn; -1 takes all."""
+    train_dataset_mix_ratio: NonNegativeFloat = 0.0
+    """Records of train_dataset_mix_ds for each training record; they repeat if there are too few."""
+    train_dataset_mix_ds: str | list[str] | None = None
+    """What is mixed in, as train; null is all data sets of train but the first."""
     media_root: str | None = None
     """Folder that relative media paths start at; null is the folder of the annotation file."""
     allow_urls: bool = False
     """Fetch images from http(s) URLs."""
     datasets: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Names to register: name -> {annotation_path: file, data_path: folder}."""
+    """Names to register: name -> {annotation_path: file, data_path: folder, reader: format}."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Formats of your own: name -> module:function of a record, asked before the built-in ones."""
     dataset_num_proc: Positive = 4
     """Processes that measure lengths before training."""
     max_image_pixels: Positive = 200_000_000
@@ -105,6 +119,11 @@ class DataConfig:
     """Seconds that one video file may take to decode."""
     check_dataset_strategy: Literal["none", "warning", "error"] = "none"
     """Look at every record before training, as qwenvl-ft check does: say what is wrong, or do not begin."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return bool(self.val) or self.split_dataset_ratio > 0
 
 
 @dataclass(kw_only=True)
@@ -299,12 +318,10 @@ Tracker = Literal[
     "swanlab",
     "trackio",
 ]
-Metric = Literal["eval_loss", "eval_perplexity", "loss", "perplexity"]
 
 HF_TYPES: dict[str, Any] = {
     "output_dir": str,
     "report_to": Tracker | list[Tracker] | None,
-    "metric_for_best_model": Metric | None,
     "log_level": LogLevel,
     "log_level_replica": LogLevel,
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,

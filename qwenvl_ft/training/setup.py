@@ -13,9 +13,9 @@ from transformers import TrainingArguments, set_seed
 from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.mixture import joined, load_mixture
 from qwenvl_ft.data.pixels import obstacle
 from qwenvl_ft.data.records import load_records
-from qwenvl_ft.data.registry import register_dataset
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
@@ -67,25 +67,19 @@ def build_encoder(recipe: Any, processor: Any) -> Encoder:
     )
 
 
-def build_datasets(recipe: Any, processor: Any, seed: int) -> tuple[SampleDataset, SampleDataset | None]:
-    """Training and, if the recipe names one, validation samples."""
-    data = recipe.data
-    if not data.train:
-        raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
-    for name, entry in data.datasets.items():
-        register_dataset(name, **entry)
+def build_datasets(
+    recipe: Any, processor: Any, seed: int
+) -> tuple[SampleDataset, SampleDataset | dict[str, SampleDataset] | None]:
+    """Training and, if the recipe has any, validation samples; several sets by name."""
+    train, val = load_mixture(recipe.data, seed)
     encoder = build_encoder(recipe, processor)
-    sets = [
-        SampleDataset(
-            load_records(selection, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc),
-            encoder,
-            name=name,
-            num_proc=data.dataset_num_proc,
-        )
-        for name, selection in (("data.train", data.train), ("data.val", data.val))
-        if selection
-    ]
-    return sets[0], sets[1] if len(sets) > 1 else None
+    options: dict[str, Any] = {"num_proc": recipe.data.dataset_num_proc}
+    train_set = SampleDataset(train, encoder, name="data.train", **options)
+    sets = {
+        name: SampleDataset(records, encoder, name=f"data.val.{name}".rstrip("."), **options)
+        for name, records in val.items()
+    }
+    return train_set, sets[""] if "" in sets else sets or None
 
 
 def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
@@ -98,12 +92,12 @@ def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
     told, data = recipe.evaluation, recipe.data
     if not told.run_after_training:
         return None
-    selection = told.data or data.val
-    if not selection:
+    if not told.data and not data.evaluates:
         raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
     from qwenvl_ft.evaluation.generate import require_answers
 
-    records = load_records(selection, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc)
+    options = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
+    records = load_records(told.data, **options) if told.data else joined(load_mixture(data, seed)[1])
     usable = SampleDataset(records, encoder, name="evaluation.data", num_proc=data.dataset_num_proc).index[: told.limit]
     questions: Any = Subset(records, usable.tolist())  # type: ignore[arg-type]
     require_answers(questions)
@@ -155,7 +149,9 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
     rates = {part: args.learning_rate if rate is None else rate for part, rate in rates.items()}
     for line in trainable_table(trainer.model, rates).splitlines():
         say(line)
-    for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+    evaluated = trainer.eval_dataset
+    sets = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+    for dataset in filter(None, (trainer.train_dataset, *sets)):
         say(dataset.summary())
     if trainer.packing:
         say(f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full")

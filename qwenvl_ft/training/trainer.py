@@ -250,6 +250,19 @@ class QwenVLTrainer(Trainer):
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As transformers'; several sets have a loss each, and ``eval_loss`` is the mean over all their tokens."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(sets, dict):
+            together = _over_all_sets(metrics, list(sets), metric_key_prefix)
+            self.log(together)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, together)
+            metrics |= together
+        return metrics
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -339,3 +352,15 @@ def _all_of(*datasets: Any) -> list[SampleDataset]:
 def _media_kinds(sets: list[SampleDataset]) -> tuple[str, ...]:
     """The media that every rank must run: images always, videos if any data set has one."""
     return ("image", "video") if any("video" in d.media_kinds for d in sets) else ("image",)
+
+
+def _over_all_sets(metrics: dict[str, float], names: list[str], prefix: str) -> dict[str, float]:
+    """Loss, perplexity and supervised tokens of several sets as if they were one."""
+    tokens = [metrics[f"{prefix}_{name}_supervised_tokens"] for name in names]
+    losses = [metrics[f"{prefix}_{name}_loss"] for name in names]
+    mean = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / max(sum(tokens), 1)
+    return {
+        f"{prefix}_loss": mean,
+        f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
+        f"{prefix}_supervised_tokens": sum(tokens),
+    }

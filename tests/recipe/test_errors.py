@@ -72,7 +72,9 @@ WRONG_FILES = {
     "a key under the other name of its section": (
         "custom: {allow_url: true}",
         "FILE: custom.allow_url: unknown key. Did you mean 'allow_urls'? Known: allow_urls, "
-        "check_dataset_strategy, dataset_num_proc, datasets, max_image_pixels, media_root, train, val, video_timeout.",
+        "check_dataset_strategy, dataset_num_proc, datasets, max_image_pixels, media_root, readers, "
+        "split_dataset_ratio, train, train_dataset_mix_ds, train_dataset_mix_ratio, train_dataset_sample, val, "
+        "val_dataset_sample, video_timeout.",
     ),
     "a misspelt choice": (
         "template: {truncation_strategy: rihgt}",
@@ -171,13 +173,12 @@ WRONG_FILES = {
     ),
     "a metric that evaluation does not give": (
         "training: {metric_for_best_model: eval_accuracy}",
-        "FILE: training.metric_for_best_model: 'eval_accuracy' is not a choice here. Known: eval_loss, "
-        "eval_perplexity, loss, perplexity.",
+        "training.metric_for_best_model=eval_accuracy is not what evaluation gives. Known: eval_loss, eval_perplexity.",
     ),
     "the metric of one of several sets": (
-        "training: {metric_for_best_model: eval_cats_loss}",
-        "FILE: training.metric_for_best_model: 'eval_cats_loss' is not a choice here. Did you mean 'eval_loss'? Known: "
-        "eval_loss, eval_perplexity, loss, perplexity.",
+        "{data: {val: {dogs: d.jsonl}}, training: {metric_for_best_model: eval_cats_loss}}",
+        "training.metric_for_best_model=eval_cats_loss is not what evaluation gives. Did you mean 'eval_dogs_loss'? "
+        "Known: eval_dogs_loss, eval_dogs_perplexity, eval_loss, eval_perplexity.",
     ),
     "a backend that is none": (
         "training: {ddp_backend: foo}",

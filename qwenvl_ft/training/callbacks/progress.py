@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 import sys
 import time
 from datetime import datetime, timedelta
@@ -38,6 +39,7 @@ SHOWN = {
 def describe(logs: dict[str, Any]) -> str:
     """The figures of a log entry on one line."""
     told = [f"{name} {form.format(logs[key])}" for key, (name, form) in SHOWN.items() if key in logs]
+    told += [f"{key} {logs[key]:.4f}" for key in logs if re.fullmatch(r"eval_\w+_loss", key)]
     if "eta_seconds" in logs:
         told.append(f"eta {timedelta(seconds=int(logs['eta_seconds']))}")
     return "  ".join(told) or str(logs)

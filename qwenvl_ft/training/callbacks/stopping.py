@@ -12,6 +12,11 @@ class PatienceCallback(EarlyStoppingCallback):
     stopped say "stop".
     """
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
+        """Of several evaluation sets only the one that ``metric_for_best_model`` names is counted."""
+        if f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **more)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         super().on_train_begin(args, state, control, **more)
         kept = state.stateful_callbacks.get(type(self).__name__, {})

@@ -247,6 +247,11 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
         raise DataError(f"video {name} does not exist. Relative paths start at data.media_root.") from None
     except IsADirectoryError:
         raise DataError(f"video {name} is a folder. Give a file or a list of frames.") from None
+    except av.error.ExitError:
+        raise DataError(
+            f"video {name} cannot be read within data.video_timeout={policy.video_timeout:g} s. Is its disk or network "
+            "slow? Raise the limit."
+        ) from None
     except (av.FFmpegError, StopIteration, OSError) as error:
         told = " ".join(str(error).split()) or "no frame can be decoded"
         raise DataError(f"video {name} is damaged or no video: {told}. Replace the file or drop the record.") from None

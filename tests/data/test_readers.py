@@ -177,6 +177,10 @@ WRONG = [
     ),
     ({"messages": [{"role": "assistant", "content": "x", "loss": "false"}]}, "has loss='false'. Write true or false"),
     ({"conversations": [{"from": "gpt", "value": "x", "loss": 7}]}, "has loss=7"),
+    (
+        {"conversations": [{"from": "gpt", "value": "x", "tool_calls": [1]}]},
+        r"\[0\] has 'tool_calls'. Write .* 'messages'",
+    ),
     ({"conversations": [{"from": "gpt", "value": "x", "loss": 1, "weight": 0}]}, "contradict each other"),
     ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "Only assistant turns are learned"),
     ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "has 'reasoning_content'"),

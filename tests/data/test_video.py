@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 from fractions import Fraction
 
 import av
@@ -394,3 +395,14 @@ def test_areas_below_one_patch_do_not_crash(tiny_dir, films):
     sample = Encoder(processor)(asked(films["plain"]))
     assert sample["video_grid_thw"][:, 1:].tolist() == [[2, 2]]
     assert Encoder(processor).length(asked(films["plain"])) == len(sample["input_ids"])
+
+
+def test_a_film_that_cannot_be_read_in_time_is_an_error(processor, monkeypatch):
+    """A disk that answers nothing, as a server that accepts and is silent."""
+    monkeypatch.setattr(video_module, "file_of", lambda value: value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"
+        with pytest.raises(
+            DataError, match=r"record: video http.*a\.mp4 cannot be read within data\.video_timeout=0\.3 s"
+        ):
+            Encoder(processor, policy=MediaPolicy(video_timeout=0.3))(asked(url))

@@ -45,6 +45,9 @@ def _message(turn: Any, number: int, pool: "MediaPool") -> Message:
         raise DataError(
             f"{source}: conversations[{number}] must be {{'from': ..., 'value': text}}, it is {turn!r:.80}."
         )
+    for key in ("reasoning_content", "tool_calls", "function_call"):
+        if turn.get(key):
+            raise DataError(f"{source}: conversations[{number}] has {key!r}. Write the record as 'messages'.")
     role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise DataError(f"{source}: conversations[{number}] has from={turn['from']!r}.{hint(str(turn['from']), ROLES)}")

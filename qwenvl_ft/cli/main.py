@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a recipe: qwenvl-ft train recipe=NAME section.key=value ...",
     "check": "look at every record before training does: qwenvl-ft check RECIPE or FILE ...",
     "show": "write a page of what the model will see: images, objects, tokens, packed rows",
+    "stats": "count what is in the data: lengths, images, answers, objects, how varied they are",
     "recipe": "print what a recipe resolves to, and which file each value came from",
     "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
@@ -17,7 +18,7 @@ COMMANDS = {
 }
 """Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""
 
-FLAGS_PASS = ("recipe", "check", "show")
+FLAGS_PASS = ("recipe", "check", "show", "stats")
 """Commands that take the flags of recipes beside their own options."""
 OWN_OPTIONS = ("convert",)
 """Commands whose function takes the words behind its name and returns the exit code."""

@@ -4,7 +4,6 @@ report = check_recipe(load_recipe("mine"))
 report.ok, report.counts(), report.faults
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,24 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import MediaPolicy
-from qwenvl_ft.data.mixture import register, val_selections
-from qwenvl_ft.errors import DataError, unknown_name
+from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
-from qwenvl_ft.look.files import open_records
+from qwenvl_ft.look.files import TRAIN, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.record import Inspected, Inspector
 from qwenvl_ft.look.walk import walk
 
-TRAIN, VAL = "train", "val"
 ENCODED = 5
 """Records of each data set that are made samples with their pixels, as training makes them."""
 
 
 @dataclass
 class Split:
-    """One of the two selections of a recipe."""
+    """Training data, or a validation set."""
 
     name: str
     records: int = 0
@@ -136,24 +132,15 @@ def check_recipe(
         quiet: no progress bar.
 
     Raises:
-        RecipeError: an unknown reason, or what the recipe says of model and template is wrong.
-        DataError: no data is named.
+        RecipeError: an unknown reason, no data, or what the recipe says of model and template is wrong.
     """
     start = perf_counter()
-    data = recipe.data
     levels = _levels(recipe.template.truncation_strategy, allow)
-    selections = {TRAIN: data.train} if data.train else {}
-    selections |= {f"{VAL}.{name}".rstrip("."): told for name, told in val_selections(data).items()}
-    if not selections:
-        raise DataError("no data is named. Give files, or a recipe with data.train.")
-    register(data)
-    encoder = _encoder(recipe)
-    policy = MediaPolicy.of(data)
-    seed, workers = recipe.training.arguments["seed"], num_proc or min(data.dataset_num_proc, os.cpu_count() or 1)
+    workers = num_proc or sensible_workers(recipe)
+    encoder, policy = optional_encoder(recipe), MediaPolicy.of(recipe.data)
     report = Report({}, [], levels, recipe.model.model)
     homes: dict[str, Homes] = {}
-    for name, selection in selections.items():
-        opened = open_records(selection, seed=seed, media_root=data.media_root, num_proc=workers)
+    for name, opened in open_splits(recipe, num_proc=workers).items():
         report.faults += opened.faults
         split, homes[name] = Split(name), Homes(homes[TRAIN] if TRAIN in homes else None)
         samples: list[Inspected] = []
@@ -227,14 +214,6 @@ def first_places(summary: dict[str, int]) -> frozenset[int]:
     return frozenset(
         start + k for start, count in zip(starts, summary.values(), strict=False) for k in range(min(ENCODED, count))
     )
-
-
-def _encoder(recipe: Any) -> Encoder | None:
-    if not recipe.model.model:
-        return None
-    from qwenvl_ft.training.setup import build_encoder, build_processor
-
-    return build_encoder(recipe, build_processor(recipe))
 
 
 def _levels(strategy: str, allow: Iterable[str]) -> dict[str, str]:

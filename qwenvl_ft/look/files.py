@@ -8,14 +8,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.mixture import load_mixture, val_selections
 from qwenvl_ft.data.readers.json_text import BLANK, read_json
 from qwenvl_ft.data.records import Selection, load_records
 from qwenvl_ft.data.registry import find_dataset, parse_selection
-from qwenvl_ft.errors import DataError
+from qwenvl_ft.errors import DataError, RecipeError, hint
 from qwenvl_ft.look.faults import Fault
+
+TRAIN, VAL = "train", "val"
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -55,24 +60,68 @@ class Salvaged:
         return record, Source(self.name, where, "" if told is None else str(told)), self.media_root
 
 
-def open_records(selection: Selection, *, seed: int, media_root: str | None, num_proc: int) -> Opened:
-    """The records that training would draw, and what keeps it from drawing them.
+def optional_encoder(recipe: Any) -> Encoder | None:
+    """The encoder that training has; None if the recipe names no model."""
+    if not recipe.model.model:
+        return None
+    from qwenvl_ft.training.setup import build_encoder, build_processor
+
+    return build_encoder(recipe, build_processor(recipe))
+
+
+def sensible_workers(recipe: Any) -> int:
+    """``data.dataset_num_proc``, as far as there are cores."""
+    return min(recipe.data.dataset_num_proc, os.cpu_count() or 1)
+
+
+def open_splits(recipe: Any, *, num_proc: int) -> dict[str, Opened]:
+    """``train``, and ``val`` or ``val.NAME`` of each validation set -> the records that training would have.
+
+    Where a file keeps training from beginning, nothing is drawn, held out or mixed: all that can be read is there.
 
     Raises:
-        DataError: the selection itself is malformed.
+        RecipeError: the recipe has no training data.
+        DataError: a selection itself is malformed.
     """
-    options: Any = {"seed": seed, "media_root": media_root, "num_proc": num_proc}
+    data, seed = recipe.data, recipe.training.arguments["seed"]
     try:
-        return Opened([load_records(selection, **options)])
+        train, val = load_mixture(data, seed)
+        return {TRAIN: Opened([train])} | {split_name(name): Opened([records]) for name, records in val.items()}
     except DataError:
         pass
+    options: Any = {"seed": seed, "media_root": data.media_root, "num_proc": num_proc}
+    splits = {TRAIN: open_selection(data.train, options)}
+    if data.train_dataset_mix_ds:
+        mixed = open_selection(data.train_dataset_mix_ds, options)
+        splits[TRAIN] = Opened(splits[TRAIN].parts + mixed.parts, splits[TRAIN].faults + mixed.faults)
+    return splits | {split_name(name): open_selection(told, options) for name, told in val_selections(data).items()}
+
+
+def split_name(name: str) -> str:
+    """``val.NAME`` of a validation set; ``val`` of one without a name."""
+    return f"{VAL}.{name}".rstrip(".")
+
+
+def find_split(splits: Mapping[str, Found], name: str) -> Found:
+    """Raises RecipeError if the recipe has no such data."""
+    if name not in splits:
+        raise RecipeError(f"--split {name}: the recipe has no such data.{hint(name, splits)}")
+    return splits[name]
+
+
+def open_selection(selection: Selection, options: dict[str, Any]) -> Opened:
+    """The records of a selection, and what keeps some from being drawn.
+
+    Args:
+        options: of `load_records`.
+    """
     opened = Opened()
     for name, rate in parse_selection(selection):
         share = 100 if isinstance(selection, Mapping) else rate * 100  # weights say nothing of one set by itself
         try:
             opened.parts.append(load_records([f"{name}%{share:.12g}"], **options))
         except DataError as error:
-            _salvage(name, str(error), media_root, opened)
+            _salvage(name, str(error), options["media_root"], opened)
     return opened
 
 

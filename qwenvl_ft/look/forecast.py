@@ -11,6 +11,7 @@ from qwenvl_ft.data.packing import fill, pack_lengths
 
 BINS = 12
 """Bars of a histogram, about."""
+QUANTILES = {"least": 0.0, "median": 0.5, "95%": 0.95, "most": 1.0}
 Bar = tuple[float, float, int]
 """(from, up to, how many): the upper end belongs to the next bar, except the last one's."""
 
@@ -81,6 +82,12 @@ def histogram(values: Sequence[float], bins: int = BINS) -> list[Bar]:
     places = np.floor(np.asarray(values, dtype=np.float64) / step).astype(np.int64) - first
     counts = np.bincount(np.clip(places, 0, count - 1), minlength=count)
     return [(_tidy((first + k) * step), _tidy((first + k + 1) * step), int(n)) for k, n in enumerate(counts)]
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Name -> value: the least, the middle, 95 of a hundred, the most. Each is one of the values."""
+    ordered = sorted(values)
+    return {name: ordered[int(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}
 
 
 def _round_step(least: float) -> float:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from qwenvl_ft.look.check import TRAIN, Report, Split
+from qwenvl_ft.look.check import Report, Split
 from qwenvl_ft.look.faults import ANNOTATION, ERROR, IMAGE, MODEL, PARTS, REASONS, Fault
-from qwenvl_ft.look.forecast import Bar, histogram
+from qwenvl_ft.look.files import TRAIN
+from qwenvl_ft.look.forecast import Bar, histogram, quantiles
 
 SHOWN = 3
 """Cases of a reason that are printed."""
@@ -60,21 +61,18 @@ def _splits(report: Report) -> Iterator[str]:
 
 def lengths(split: Split) -> list[str]:
     """A histogram of the samples' tokens, with the middle and the longest."""
-    ordered = sorted(split.lengths)
-    told = ", ".join(f"{name} {ordered[int(share * (len(ordered) - 1))]:,}" for name, share in QUANTILES)
+    told = ", ".join(f"{name} {value:,}" for name, value in quantiles(split.lengths).items())
     return [f"  tokens of a sample: {told}", *bars(histogram(split.lengths))]
-
-
-QUANTILES = (("least", 0.0), ("median", 0.5), ("95%", 0.95), ("most", 1.0))
 
 
 def bars(counted: list[Bar]) -> list[str]:
     """A histogram on lines; a bar that is not empty has one block at least."""
-    most = max((count for _, _, count in counted), default=0)
-    width = max((len(f"{high:,g}") for _, high, _ in counted), default=0)
+    most = max((count for _, _, count in counted), default=1)
+    names = [f"{low:,g}" if high - low == 1 else f"{low:,g} ... {high:,g}" for low, high, _ in counted]
+    width = max(map(len, names), default=0)
     return [
-        f"    {low:>{width},g} ... {high:>{width},g}  {'█' * -(-count * BAR_WIDTH // most):<{BAR_WIDTH}}  {count:,}"
-        for low, high, count in counted
+        f"    {name:>{width}}  {'█' * -(-count * BAR_WIDTH // most):<{BAR_WIDTH}}  {count:,}"
+        for name, (_, _, count) in zip(names, counted, strict=True)
     ]
 
 

@@ -17,7 +17,7 @@ from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.media import image_size
 from qwenvl_ft.data.packing import pack_lengths, single_rows
 from qwenvl_ft.data.readers import read_record
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.look.files import TRAIN, find_split, split_name
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pixels import data_uri, pictures
 from qwenvl_ft.look.placing import AUTO, Placed, emitted_units, placed_objects
@@ -123,7 +123,7 @@ def show_recipe(
     recipe: Any,
     target: Path,
     *,
-    split: str = "train",
+    split: str = TRAIN,
     samples: int = 8,
     rows: int = 2,
     epoch: int = 0,
@@ -148,15 +148,11 @@ def show_recipe(
 
     processor = build_processor(recipe)
     seed = recipe.training.arguments["seed"]
-    train_set, val = build_datasets(recipe, processor, seed)
-    several = {f"val.{name}": told for name, told in val.items()} if isinstance(val, dict) else {"val": val}
-    sets = {"train": train_set} | several
-    dataset = sets[split] if split in sets else None
-    if dataset is None:
-        there = ", ".join(name for name, told in sets.items() if told is not None)
-        raise RecipeError(f"--split {split}: the recipe has no such data. Take {there}, or set data.{split}.")
+    train, val = build_datasets(recipe, processor, seed)
+    evaluated = val if isinstance(val, dict) else {"": val} if val is not None else {}
+    dataset = find_split({TRAIN: train} | {split_name(name): told for name, told in evaluated.items()}, split)
     chosen = spread(len(dataset), samples)
-    plan = epoch_rows(recipe, dataset, seed, epoch if split == "train" else 0, shuffle=split == "train")
+    plan = epoch_rows(recipe, dataset, seed, epoch if split == TRAIN else 0, shuffle=split == TRAIN)
     cards = [card(dataset, index, f"Sample {index}", emitted_units(recipe), units) for index in chosen]
     page = render(
         "show.html.jinja",

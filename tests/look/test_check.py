@@ -165,6 +165,17 @@ def test_validation_data_that_was_trained_on_is_found_by_content(copy, data, tmp
     assert checked(train, "--val_jsonl", str(val), allow=["leak_media", "leak_record"]).ok
 
 
+def test_what_is_held_out_and_each_validation_set_are_looked_at_by_themselves(data):
+    path = data([asked("a.png", f"Answer {k}.") for k in range(20)])
+    held = checked(path, "data.split_dataset_ratio=0.2")
+    assert {name: split.records for name, split in held.splits.items()} == {"train": 16, "val": 4}
+    assert [fault.reason for fault in held.faults] == ["leak_media"] * 4
+    one, two = data([asked("b.png")], "one.jsonl"), data([asked("gone.png")], "two.jsonl")
+    several = checked(path, f"data.val={{x: {one}, y: {two}}}")
+    assert list(several.splits) == ["train", "val.x", "val.y"]
+    assert [(fault.reason, fault.where) for fault in several.faults] == [("missing", f"{two}:1")]
+
+
 def test_the_same_question_about_another_image_is_no_duplicate(data):
     report = checked(data([asked("a.png"), asked("b.png"), asked("a.png", "Two blurs.")]))
     assert not report.faults

@@ -286,3 +286,9 @@ def test_the_two_halves_of_a_still_picture_are_one_frame(processor):
     changed = sample["pixel_values"].clone()
     changed.view(len(changed), 3, 2, -1)[:, :, 1] = torch.zeros(())
     assert len(pictures(changed, sample["image_grid_thw"], processor.image_processor)[0]) == 2
+
+
+def test_validation_sets_are_shown_by_name(data, tiny_dir, tmp_path):
+    train, val = data(sound()), data([asked("c.png")], "v.jsonl")
+    page = shown(train, tiny_dir, tmp_path, f"data.val={{x: {val}}}", split="val.x")
+    assert list(page.samples) == [f"{val}:1"]

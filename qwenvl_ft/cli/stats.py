@@ -1,0 +1,28 @@
+"""``qwenvl-ft stats RECIPE`` or ``FILE ...``: what is in the data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def stats(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|FILE...", help="A recipe, or data files; then section.key=value.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
+    split: Annotated[str, typer.Option(help="train, val, or val.NAME of several.")] = "train",
+    show: Annotated[int, typer.Option(help="Entries of a table that are printed.", min=0)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Count tokens, images, answers, objects, and how varied they are. Files alone need --model DIR for tokens."""
+    import json
+
+    from qwenvl_ft.look.stats import count_recipe, text, write_page
+    from qwenvl_ft.look.target import target_recipe
+
+    counted = count_recipe(target_recipe(words), split=split, quiet=as_json)
+    typer.echo(json.dumps(counted.told(), ensure_ascii=False) if as_json else text(counted, show))
+    if out is not None:
+        write_page(counted, out)
+        typer.echo(f"\nplots: {out}", err=as_json)

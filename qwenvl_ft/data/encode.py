@@ -41,7 +41,7 @@ from qwenvl_ft.data.pixels import raw_patches, resized
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.rope import mrope_positions
 from qwenvl_ft.data.video import Clip, clip_pixels, plan_clip
-from qwenvl_ft.errors import DataError, unknown_name
+from qwenvl_ft.errors import DataError, RecipeError, unknown_name
 
 
 class Encoder:
@@ -59,7 +59,7 @@ class Encoder:
         raw_pixels: images as raw patches (data/pixels.py), which a model takes after `use_raw_patches`.
 
     Raises:
-        RecipeError: an unknown strategy.
+        RecipeError: an unknown strategy, or a control token in the system prompt or the tools.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class Encoder:
     ) -> None:
         if truncation_strategy not in STRATEGIES:
             raise unknown_name("template.truncation_strategy", truncation_strategy, STRATEGIES)
+        try:
+            refuse_control(system_prompt or "", "template.system_prompt")
+            refuse_control(tools or [], "template.tools_prompt")
+        except DataError as error:
+            raise RecipeError(str(error)) from None
         self.processor = processor
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
@@ -296,21 +301,21 @@ class Encoder:
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
         processor = self.processor.image_processor
+        side = processor.patch_size
         opened = [replace(image, value=pixels) for image, pixels in zip(draft.images, images, strict=True)]
         grids = [image_grid(image, processor, self.policy, draft.source) for image in opened]
         checked = checked_grids(torch.tensor(grids), draft.image_grids, draft.source)
         if self.raw_pixels:
             return torch.cat(list(map(raw_patches, images, grids, repeat(processor)))), checked
-        parts = []
-        for image, (_, high, wide) in zip(opened, grids, strict=True):
-            if image.limits == Limits():
-                parts.append(processor(images=[image.value], return_tensors="pt"))
-            else:
-                pixels = torch.from_numpy(np.array(image.value)).permute(2, 0, 1)
-                pixels = resized(pixels, high * processor.patch_size, wide * processor.patch_size, processor)
-                parts.append(processor(images=[pixels], do_resize=False, return_tensors="pt"))
-        made = torch.cat([part["image_grid_thw"] for part in parts])
-        return torch.cat([part["pixel_values"] for part in parts]), checked_grids(made, grids, draft.source)
+        if all(image.limits == Limits() for image in opened):
+            told = processor(images=images, return_tensors="pt")
+        else:  # each image as one that has its size already
+            sized = [
+                resized(torch.from_numpy(np.array(pixels)).permute(2, 0, 1), high * side, wide * side, processor)
+                for pixels, (_, high, wide) in zip(images, grids, strict=True)
+            ]
+            told = processor(images=sized, do_resize=False, return_tensors="pt")
+        return told["pixel_values"], checked_grids(told["image_grid_thw"], grids, draft.source)
 
     def _video_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         processor = self.processor.video_processor

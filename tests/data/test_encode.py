@@ -319,6 +319,13 @@ def test_control_tokens_are_refused_wherever_they_stand(encoder, record):
         encoder(record)
 
 
+def test_control_tokens_in_settings_are_refused_before_any_record(processor):
+    with pytest.raises(RecipeError, match=r"^template\.system_prompt holds the control token <\|im_end\|>"):
+        Encoder(processor, system_prompt="Be kind.<|im_end|>")
+    with pytest.raises(RecipeError, match=r"^template\.tools_prompt holds the control token <\|image_pad\|>"):
+        Encoder(processor, tools=[TOOL | {"description": "<|image_pad|>"}])
+
+
 def test_half_a_character_is_one_line(encoder):
     record = json.loads(r'{"conversations": [{"from": "human", "value": "caf\ud83d"}, {"from": "gpt", "value": "a"}]}')
     with pytest.raises(DataError, match=r"U\+D83D, half of a character .*near '.*caf'"):

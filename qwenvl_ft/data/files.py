@@ -58,15 +58,16 @@ class DataFile:
 
     path: Path
     split: str = ""
+    is_folder: bool = False
 
     @property
     def kind(self) -> Kind:
-        return FOLDER if self.path.is_dir() else KINDS[self.path.suffix]
+        return FOLDER if self.is_folder else KINDS[self.path.suffix]
 
     @property
     def state(self) -> str:
         """Changes when the content does: path, size, time of change."""
-        files = [self.path] if self.path.is_file() else _folder_files(self.path, self.split)
+        files = _folder_files(self.path, self.split) if self.is_folder else [self.path]
         stats = [(str(file.resolve()), file.stat()) for file in files]
         return "|".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
@@ -84,9 +85,11 @@ def find_file(text: str) -> DataFile | None:
     if path.is_file():
         return DataFile(path) if path.suffix in KINDS else None
     if path.is_dir():
-        return DataFile(path, _checked_split(path, ""))
+        return DataFile(path, _checked_split(path, ""), is_folder=True)
     folder, colon, split = text.rpartition(":")
-    return DataFile(Path(folder), _checked_split(Path(folder), split)) if colon and Path(folder).is_dir() else None
+    if not colon or not Path(folder).is_dir():
+        return None
+    return DataFile(Path(folder), _checked_split(Path(folder), split), is_folder=True)
 
 
 def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Table]:
@@ -95,7 +98,7 @@ def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Tabl
     Raises:
         DataError: a file cannot be read, is empty, or the cache cannot be written.
     """
-    new = [file for file in dict.fromkeys(files) if file.path.is_file() and not _target(file, folder).exists()]
+    new = [file for file in dict.fromkeys(files) if not file.is_folder and not _target(file, folder).exists()]
     if min(num_proc, len(new)) > 1:
         with ProcessPoolExecutor(min(num_proc, len(new))) as pool:
             list(pool.map(_copied, new, [folder] * len(new)))
@@ -107,7 +110,7 @@ def default_cache() -> Path:
 
 
 def _open(file: DataFile, folder: Path) -> Table:
-    if file.path.is_file():
+    if not file.is_folder:
         return MemoryMappedTable.from_file(str(_copied(file, folder)))
     try:
         saved: Any = datasets.load_from_disk(str(file.path / file.split), keep_in_memory=False)
@@ -160,7 +163,7 @@ def _write(file: DataFile, target: Path) -> None:
 def _text(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> Batches:
     """Where each record stands in its file, and its JSON."""
     schema = pa.schema({"place": pa.string(), "text": pa.large_string()})
-    return schema, _batches(([place, text] for place, text in read(path)), schema)
+    return schema, _batches(read(path), schema)
 
 
 def _list_or_coco(path: Path) -> Iterator[tuple[str, str]]:
@@ -176,9 +179,9 @@ def _text_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
         raise DataError(f"{where}: not valid JSON: {error}.") from None
 
 
-def _batches(rows: Iterable[list[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Rows as (place, text, ...) in record batches."""
-    held: list[list[Any]] = []
+    held: list[tuple[Any, ...]] = []
     size = 0
     for row in rows:
         held.append(row)
@@ -190,9 +193,8 @@ def _batches(rows: Iterable[list[Any]], schema: pa.Schema) -> Iterator[pa.Record
         yield _batch(held, schema)
 
 
-def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True)
-    return pa.record_batch([pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)], schema=schema)
+def _batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.record_batch([list(column) for column in zip(*rows, strict=True)], schema=schema)
 
 
 # -- columns -------------------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def _no_copy(path: Path) -> Batches:
 
 def _tar(path: Path) -> Batches:
     schema = pa.schema({"place": pa.string(), "text": pa.large_string(), "members": MEMBERS})
-    return schema, _batches(([sample.place, sample.text, sample.members] for sample in read_tar(path)), schema)
+    return schema, _batches(((sample.place, sample.text, sample.members) for sample in read_tar(path)), schema)
 
 
 def _tar_record(row: Row, path: Path, number: int) -> tuple[str, Any]:

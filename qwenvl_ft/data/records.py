@@ -164,7 +164,7 @@ def load_records(
         rates = shared([table.num_rows for table in tables], rates)
     parts = []
     for (name, _, entry), rate, file, table in zip(chosen, rates, files, tables, strict=True):
-        beside = file.path.parent if file.path.is_file() else file.path
+        beside = file.path if file.is_folder else file.path.parent
         root = os.path.abspath(entry["data_path"] or media_root or beside)  # noqa: PTH100 - keeps symbolic links
         rows = drawn(range(table.num_rows), rate, f"{seed}:{name}")
         if not len(rows):

@@ -18,7 +18,7 @@ from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.files import KINDS
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.records import load_records
-from qwenvl_ft.data.registry import FILES
+from qwenvl_ft.data.registry import DATASETS, FILES
 from qwenvl_ft.errors import DataError
 
 TURNS = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "that"}]
@@ -271,6 +271,16 @@ def test_a_coco_file_is_one_record_per_image(load, tmp_path, caplog):
     ]
     assert json.loads(answer.content[0].text) == by_hand
     assert read_record(*records[1]).messages[1].content[0].text == "[]"
+
+
+def test_a_coco_file_can_be_dense_captions(load, tmp_path, monkeypatch):
+    picture(640, 480).save(tmp_path / "a.jpg")
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    entry = {"annotation_path": str(tmp_path / "coco.json"), "reader": "dense"}
+    monkeypatch.setitem(DATASETS, "as_dense", entry)
+    answer = json.loads(read_record(*load("as_dense")[0]).messages[-1].content[0].text)
+    objects = next(iter(answer.values()))
+    assert [entry["desc"] for entry in objects.values()] == ["dog", "person"]
 
 
 def test_a_wrong_coco_file_is_one_clear_line(load, tmp_path):

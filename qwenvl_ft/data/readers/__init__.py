@@ -136,15 +136,16 @@ def read_record(
     if not isinstance(record, dict):
         raise DataError(f"{source}: a record is a JSON object, this is a {type(record).__name__}.")
     name = reader or (record.reader if isinstance(record, Told) else None)
-    left = dict(READERS)
-    if name is not None:
-        chosen = left.pop(name, None) or _named(name, source)
-        record = _checked(chosen.read(record, source, media_root), record, name, source)
+    asked: list[str] = []
     while isinstance(record, dict):
-        found = next((key for key, known in left.items() if known.matches(record)), None)
-        if found is None:
+        if name is None:
+            name = next((key for key, known in READERS.items() if key not in asked and known.matches(record)), None)
+        if name is None:
             raise DataError(f"{source}: {_unknown(record)}")
-        record = _checked(left.pop(found).read(record, source, media_root), record, found, source)
+        reader_of = READERS[name] if name in READERS else _named(name, source)
+        record = _checked(reader_of.read(record, source, media_root), record, name, source)
+        asked.append(name)
+        name = None
     return record
 
 

@@ -29,8 +29,9 @@ KEYS = ("ref", "bbox", "bbox_type", "image_id", "width", "height")
 
 def matches(record: dict[str, Any]) -> bool:
     objects = record.get("objects")
-    listed = any(isinstance(record.get(key), list) for key in LISTS)
-    return listed and isinstance(objects, dict) and bool({"ref", "bbox"} & objects.keys())
+    if not isinstance(objects, dict) or not {"ref", "bbox"} & objects.keys():
+        return False
+    return any(isinstance(record.get(key), list) for key in LISTS)
 
 
 def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> dict[str, Any]:

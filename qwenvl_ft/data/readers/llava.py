@@ -14,10 +14,11 @@ from qwenvl_ft.data.conversation import Source
 
 def matches(record: dict[str, Any]) -> bool:
     turns = record.get("conversations")
-    if not isinstance(turns, list) or record.get("image") or record.get("images"):
+    if not (record.get("video") or record.get("videos")) or record.get("image") or record.get("images"):
         return False
-    text = "".join(str(turn.get("value")) for turn in turns if isinstance(turn, dict))
-    return bool(record.get("video") or record.get("videos")) and "<image>" in text and "<video>" not in text
+    told = turns if isinstance(turns, list) else []
+    text = "".join(str(turn.get("value")) for turn in told if isinstance(turn, dict))
+    return "<image>" in text and "<video>" not in text
 
 
 def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> dict[str, Any]:

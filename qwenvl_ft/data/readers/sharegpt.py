@@ -11,7 +11,6 @@ call or a list of them, as JSON. Both ``from`` and ``value`` and ``role`` and ``
 """
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from qwenvl_ft.data import conversation
@@ -37,8 +36,11 @@ SAME = {
 """Role of a turn -> role of a message."""
 CALLS = ("function_call", "tool_call")
 """Roles whose turns are an assistant's calls."""
-KNOWN: dict[str, Iterable[str]] = {"conversations": conversations.ROLES, "messages": conversation.ROLES}
-"""Roles that the plain formats have themselves."""
+FURTHER = {
+    "conversations": {*SAME, *CALLS}.difference(conversations.ROLES),
+    "messages": {*SAME, *CALLS}.difference(conversation.ROLES),
+}
+"""Key of the turns -> roles that the plain format lacks."""
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -46,8 +48,9 @@ def matches(record: dict[str, Any]) -> bool:
     for key in LISTS:
         turns = record.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-            roles = {str(_role(turn)) for turn in turns if isinstance(turn, dict)}
-            return bool(roles & {*SAME, *CALLS}.difference(KNOWN[key])) or (key == LISTS[0] and "role" in turns[0])
+            roles = (_role(turn) for turn in turns if isinstance(turn, dict))
+            further = any(isinstance(role, str) and role in FURTHER[key] for role in roles)
+            return further or (key == "conversations" and "role" in turns[0])
     return False
 
 

@@ -20,7 +20,7 @@ def register(data: Any) -> None:
     Raises:
         DataError: a name cannot stand in a selection, or a reader cannot be imported.
     """
-    for name, path in data.readers.items():
+    for name, path in reversed(data.readers.items()):  # the last one registered is asked first
         reader = import_reader(path)
         register_reader(name, reader.matches, reader.read)
     for name, entry in data.datasets.items():

@@ -192,9 +192,10 @@ ENVIRONMENT = {
     "FPS": "fps",
     "FPS_MAX_FRAMES": "fps_max_frames",
     "FPS_MIN_FRAMES": "fps_min_frames",
+    "ROOT_IMAGE_DIR": "data.media_root",
 }
-"""Environment variable of ms-swift and qwen-vl-utils -> name in ``template``; stronger than files, weaker than
-overrides. Their VIDEO_MAX_PIXELS is the area of one frame."""
+"""Environment variable of ms-swift and qwen-vl-utils -> name in ``template``, or a key; stronger than files, weaker
+than overrides. Their VIDEO_MAX_PIXELS is the area of one frame."""
 
 REMOVED = {
     "overwrite_output_dir": "a run writes to output_dir whatever is there. Remove it.",

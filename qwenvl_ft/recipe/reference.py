@@ -129,7 +129,10 @@ def _names() -> str:
         + _table(("flag", "defaults"), upstream)
         + "\nEnvironment variables of "
         "ms-swift and qwen-vl-utils outweigh files and yield to the command line:\n\n"
-        + _table(("variable", "name"), [(f"`{key}`", f"`template.{name}`") for key, name in ENVIRONMENT.items()])
+        + _table(
+            ("variable", "name"),
+            [(f"`{key}`", f"`{name if '.' in name else f'template.{name}'}`") for key, name in ENVIRONMENT.items()],
+        )
     )
 
 

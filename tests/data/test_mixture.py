@@ -220,5 +220,5 @@ def test_a_recipe_brings_its_own_readers(files, tmp_path, monkeypatch):
         "def read(record, source, root):\n    return {'query': record['id'], 'response': 'r'}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    mixture(f"data.train={files['c']}", 'data.readers={"mine": "recipe_formats:read"}')
-    assert next(iter(READERS)) == "mine"
+    mixture(f"data.train={files['c']}", 'data.readers={"first": "recipe_formats:read", "next": "recipe_formats:read"}')
+    assert list(READERS)[:2] == ["first", "next"], "they are not asked in the order given"

@@ -137,8 +137,8 @@ def measure(records: Any, encoder: Encoder, *, num_proc: int = 1, cache_dir: str
 
 def _measure(records: Any, encoder: Encoder, num_proc: int) -> tuple[Lengths, list[File]]:
     measured = _Measured(records, encoder)
-    workers = num_proc if num_proc > 1 and len(measured) >= PARALLEL_FROM else 0
-    if workers:
+    workers = min(num_proc, len(os.sched_getaffinity(0))) if len(measured) >= PARALLEL_FROM else 0
+    if workers > 1:
         loader: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
         told = (entry for chunk in loader for entry in chunk)
     else:

@@ -11,6 +11,11 @@ def captioned(**more):
     return {"images": ["a.png"], "width": 96, "height": 64, "objects": [box]} | more
 
 
+def grounded(box=(10, 10, 60, 50), **more):
+    turns = [{"role": "user", "content": "<image>Find it."}, {"role": "assistant", "content": "<bbox>"}]
+    return {"images": ["a.png"], "messages": turns, "objects": {"ref": [], "bbox": [list(box)]}} | more
+
+
 def sound():
     """Records of every format, none of them alike."""
     return [

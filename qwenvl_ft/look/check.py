@@ -63,6 +63,7 @@ class Report:
     model: str
     """Empty: nothing was tokenized."""
     seconds: float = 0.0
+    """Of looking, after the processor was loaded."""
 
     @property
     def ok(self) -> bool:
@@ -134,10 +135,10 @@ def check_recipe(
     Raises:
         RecipeError: an unknown reason, no data, or what the recipe says of model and template is wrong.
     """
-    start = perf_counter()
     levels = _levels(recipe.template.truncation_strategy, allow)
     workers = num_proc or sensible_workers(recipe)
     encoder, policy = optional_encoder(recipe), MediaPolicy.of(recipe.data)
+    start = perf_counter()
     report = Report({}, [], levels, recipe.model.model)
     homes: dict[str, Homes] = {}
     for name, opened in open_splits(recipe, num_proc=workers).items():

@@ -14,9 +14,10 @@ from qwenvl_ft.data.dense import record as dense
 from qwenvl_ft.data.dense.target import DenseImage
 from qwenvl_ft.data.draft import Unsupervised, cut
 from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.media import MediaPolicy, resolve_path
 from qwenvl_ft.data.readers import Told, read_record
 from qwenvl_ft.data.readers.conversations import TagsError
+from qwenvl_ft.data.video import clip_pixels, plan_clip
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.look.media import Looked, MediaLooker
@@ -102,7 +103,9 @@ class Inspector:
             yield "tags", str(error)
             return
         except DataError as error:
-            yield "structure", str(error)
+            reason = "geometry" if isinstance(error, dense.GeometryError) else "structure"
+            absent = list(self._absent(record, root))  # some formats need an image's size to be read
+            yield from absent or [(reason, str(error))]
             return
         images = [self.media.image(stored(image.value)) for image in conversation.media(Image)]
         frames = [frame for video in conversation.media(Video) for frame in self.media.video(video.value)]
@@ -112,6 +115,8 @@ class Inspector:
         seen.key = content_key(conversation, media)
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
         broken += size_cases(record, conversation, images)
+        if self.whole is not None and not broken:
+            broken += film_cases(conversation, self.whole)
         yield from broken
         yield from answer_cases(record, conversation, images)
         if self.encoder is None or self.whole is None or broken:
@@ -119,6 +124,15 @@ class Inspector:
                 yield "unsupervised", "no assistant turn is learned from"
         elif not objects:
             yield from self._draft_cases(conversation, seen, encode)
+
+    def _absent(self, record: Any, root: str | None) -> Iterator[Case]:
+        """Images that a record which cannot be read names, and that cannot be opened."""
+        told = [record[key] for key in ("image", "images") if key in record] if isinstance(record, Mapping) else []
+        paths = [path for entry in told for path in (entry if isinstance(entry, list) else [entry])]
+        for path in paths:
+            looked = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
+            if looked is not None and looked.fault is not None:
+                yield looked.fault
 
     def _draft_cases(self, conversation: Conversation, seen: Inspected, encode: bool) -> Iterator[Case]:
         """What template, lengths and processor say of it."""
@@ -190,8 +204,7 @@ def object_cases(record: Any, source: Source) -> Iterator[Case]:
         try:
             dense.read_object(entry, f"{source}: objects[{place}]", shell.width, shell.height)
         except DataError as error:
-            described = isinstance(entry, Mapping) and isinstance(entry.get("desc"), str) and entry["desc"].strip()
-            yield "geometry" if described else "structure", str(error)
+            yield "geometry" if isinstance(error, dense.GeometryError) else "structure", str(error)
 
 
 def size_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
@@ -205,6 +218,18 @@ def size_cases(record: Any, conversation: Conversation, images: Sequence[Looked]
         if stated is not None and not image.fault and image.size != stated:
             found, expected = ("x".join(map(str, size)) for size in (image.size, stated))
             yield "size", f"image {stored(part.value)!s:.200} is {found} pixels, the record states {expected}"
+
+
+def film_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
+    """Video files of which a frame that training shows cannot be decoded."""
+    processor, policy, source = encoder.processor.video_processor, encoder.policy, conversation.source
+    for video in conversation.media(Video):
+        if isinstance(video.value, (list, tuple)):
+            continue
+        try:
+            clip_pixels(video, plan_clip(video, processor, policy, source), processor, policy, source)
+        except DataError as error:
+            yield "corrupt", str(error)
 
 
 def answer_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:

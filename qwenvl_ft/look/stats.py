@@ -121,8 +121,9 @@ class Census:
             conversation = read_record(record, source, root)
             draft = self.encoder.draft(conversation) if self.encoder is not None else None
             self._count(conversation, found)
-        except QwenVLError as error:
-            return Counted(records=1, unread=1, first_fault=str(error), datasets=found.datasets)
+        except Exception as error:  # of any type: one record must not keep the others from being counted
+            told = str(error) if isinstance(error, QwenVLError) else f"{type(error).__name__}: {error}"
+            return Counted(records=1, unread=1, first_fault=told, datasets=found.datasets)
         if draft is not None:
             found.numbers["tokens"].append(draft.length)
             found.numbers["vision"].append(int(draft.counts[draft.widths > 0].sum()))

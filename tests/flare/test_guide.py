@@ -9,6 +9,7 @@ import pytest
 
 from qwenvl_ft.flare import convert, predict, score, validate
 from qwenvl_ft.flare.catalog import FLARE_DATASETS, register_converted, registry_name, select
+from qwenvl_ft.look.target import target_recipe
 from qwenvl_ft.recipe.argv import recipe_from_argv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,14 @@ def test_a_command_of_the_guide_is_understood(command):
         variables = words[: words.index(script)]
         assert all(f"${{{word.split('=')[0]}" in (ROOT / script).read_text() for word in variables)
         recipe_from_argv(["recipe=flare25", *words[words.index(script) + 1 :]])
+    elif words[1:2] in (["check"], ["show"]):
+        own = {"--json": 1, "--units": 2, "--out": 2}
+        rest = words[2:]
+        for option in own:
+            if option in rest:
+                place = rest.index(option)
+                del rest[place : place + own[option]]
+        assert target_recipe(rest).training.arguments["run_name"] == "qwen3vl_flare25_starter"
     elif words[0] == "accelerate":
         recipe_from_argv(words[words.index("qwenvl_ft.train") + 1 :])
     else:

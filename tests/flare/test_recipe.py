@@ -1,6 +1,8 @@
 """The recipe of FLARE25 is the guide's, knows every data set of the catalog, and its scripts run."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -128,3 +130,32 @@ def test_a_dry_run_that_fails_says_what_helps(converted, temporary, tiny_dir):
     assert "qwenvl-ft convert flare" in done.stdout
     assert "error: " in done.stderr
     assert not list(temporary.iterdir())
+
+
+def test_the_data_test_of_the_guide_ends_with_its_summary(full_tree, tiny_dir, monkeypatch, capsys):
+    """On the made-up tree; then with an image taken away and one cut in half."""
+    script = RECIPES.parent / "examples/flare25/test_data_loading.py"
+    assert convert(["--input_dir", str(full_tree.base), "--splits", "train"]) == 0
+    monkeypatch.chdir(full_tree.base.parent)
+    monkeypatch.setattr(sys, "argv", [str(script), f"model.model={tiny_dir}", "template.max_length=4096"])
+
+    def summary():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(script), run_name="__main__")
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        return ending.value.code, lines[lines.index("TEST SUMMARY") :]
+
+    code, lines = summary()
+    files = [json.loads(path.read_text()) for path in Path("converted_data").glob("*_train.json")]
+    assert code == 0
+    assert {"Annotation Tests: PASSED", "Image Tests: PASSED", "Model Tests: PASSED", "Datasets: 5"} <= set(lines)
+    assert f"Total samples: {sum(map(len, files))}" in lines
+    assert f"Images tested: {sum(len(record['image']) for records in files for record in records)}" in lines
+    assert lines[-1] == "ALL TESTS PASSED - Ready for training"
+    first, second = (Path(records[0]["image"][0]) for records in files[:2])
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:100])
+    code, lines = summary()
+    assert code == 1
+    assert {"Annotation Tests: PASSED", "Image Tests: FAILED", "Missing: 1", "Corrupted: 1"} <= set(lines)

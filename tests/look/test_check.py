@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from look_cases import asked, captioned, sound
+from cases import picture
+from look_cases import asked, captioned, grounded, sound
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.packing import pack_lengths
@@ -43,6 +44,7 @@ FAULTY = {
         (asked("a.png", '{"bbox_2d": [100, 200, 1400, 300]}'), "is outside the image"),
         (asked("a.png", '{"x": [{"quad": [-1, 2, 3, 4, 5, 6, 7, 8]}]}'), "is outside the image"),
         (asked("a.png", '{"bbox_2d": [500, 200, 400, 300]}'), "is reversed"),
+        (grounded((10, 10, 160, 50)), "is outside: x goes from 0 to 96"),
         (asked("a.png", '{"bbox_2d": [500, 200, 400]}'), "has not exactly one of"),
     ],
     "empty_answer": [(asked("a.png", " "), "turn 1 is an answer without text")],
@@ -54,7 +56,10 @@ FAULTY = {
         ),
     ],
     "duplicate": [(asked("a.png", id="again"), "data.jsonl:1")],
-    "missing": [(asked("gone.png"), "gone.png does not exist")],
+    "missing": [
+        (asked("gone.png"), "gone.png does not exist"),
+        (grounded(images=["gone.png"]), "gone.png does not exist"),
+    ],
     "corrupt": [(asked("text.png"), "not an image"), (asked("half.png"), "damaged")],
     "size": [
         (captioned(height=65), "96x64 pixels, the record states 96x65"),
@@ -353,3 +358,20 @@ def test_the_guide_has_every_reason():
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*) \|$", guide, flags=re.MULTILINE)
     assert [(name, part) for name, part, _ in rows] == [(n, r.part.lower()) for n, r in REASONS.items()]
     assert all(told.replace("`", "").startswith(REASONS[name].told.split(": ")[0]) for name, _, told in rows)
+
+
+def test_video_files_are_decoded_where_there_is_a_model(data, tiny_dir, tmp_path):
+    av = pytest.importorskip("av")
+    whole = tmp_path / "whole.mkv"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for seed in range(16):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture(64, 64, seed))))
+        container.mux(stream.encode())
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[:200])
+    turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "x"}]
+    path = data([{"video": name, "conversations": turns} for name in ("whole.mkv", "cut.mkv", "gone.mkv")])
+    report = checked(path, "--model", str(tiny_dir))
+    assert [(f.reason, f.where) for f in report.faults] == [("corrupt", f"{path}:2"), ("missing", f"{path}:3")]
+    assert report.splits["train"].forecast.samples == 1

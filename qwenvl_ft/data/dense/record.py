@@ -29,6 +29,10 @@ TOLERANCE_PIXELS = 1.0
 """How far a coordinate may lie outside the image; annotation tools round outwards. What is written is clamped."""
 
 
+class GeometryError(DataError):
+    """Coordinates are missing, malformed or outside their image."""
+
+
 @dataclass(frozen=True)
 class DenseRecord:
     """One checked record; relative images are resolved."""
@@ -102,6 +106,12 @@ def _image(value: Any, where: str, media_root: str | Path | None) -> Any:
 
 
 def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, Any]:
+    """One object of a record of this size: its ``desc`` and its geometry.
+
+    Raises:
+        GeometryError: its coordinates cannot be trained on.
+        DataError: anything else is wrong.
+    """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}={entry!r:.80} must be an object with a desc and a geometry.")
     desc = entry.get("desc")
@@ -110,10 +120,10 @@ def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, An
     keys = [key for key in SHAPES if entry.get(key) is not None]
     if len(keys) != 1:
         told = " and ".join(keys) or f"no geometry among {', '.join(map(str, entry))}"
-        raise DataError(f"{where} has {told}; it needs exactly one of {', '.join(SHAPES)}.")
+        raise GeometryError(f"{where} has {told}; it needs exactly one of {', '.join(SHAPES)}.")
     values = _numbers(entry[keys[0]], f"{where}.{keys[0]}", keys[0])
     if fault := FAULTS[keys[0]](values):
-        raise DataError(f"{where}.{keys[0]}={values}: {fault}")
+        raise GeometryError(f"{where}.{keys[0]}={values}: {fault}")
     _check_inside(values, f"{where}.{keys[0]}", width, height)
     _check_points(entry, where, keys[0], values)
     return {"desc": desc, keys[0]: values}
@@ -122,12 +132,12 @@ def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, An
 def _numbers(values: Any, where: str, key: str) -> list[int | float]:
     shape = SHAPES[key]
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise DataError(f"{where}={values!r:.80} must be a flat list of {shape.counts} numbers.")
+        raise GeometryError(f"{where}={values!r:.80} must be a flat list of {shape.counts} numbers.")
     for place, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -HUGE < value < HUGE:
-            raise DataError(f"{where}[{place}]={value!r:.80} must be a finite number: pixels in a flat list.")
+            raise GeometryError(f"{where}[{place}]={value!r:.80} must be a finite number: pixels in a flat list.")
     if not shape.is_count(len(values)):
-        raise DataError(f"{where}={list(values)!r:.80} has {len(values)} numbers, but needs {shape.counts}.")
+        raise GeometryError(f"{where}={list(values)!r:.80} has {len(values)} numbers, but needs {shape.counts}.")
     return list(values)
 
 
@@ -135,7 +145,7 @@ def _check_inside(values: Sequence[float], where: str, width: int, height: int) 
     for place, value in enumerate(values):
         name, side, limit = (("x", "width", width), ("y", "height", height))[place % 2]
         if not -TOLERANCE_PIXELS <= value <= limit + TOLERANCE_PIXELS:
-            raise DataError(
+            raise GeometryError(
                 f"{where}[{place}]={value:g} is outside the image: {name} goes from 0 to {side}={limit}. Coordinates "
                 "are pixels of the stored image; clip the object, or correct width and height."
             )
@@ -146,9 +156,11 @@ def _check_points(entry: Mapping[str, Any], where: str, key: str, values: Sequen
     if told is None:
         return
     if key != "line":
-        raise DataError(f"{where}.line_points={told!r:.80} stands beside {key}; it belongs to line alone. Remove it.")
+        raise GeometryError(
+            f"{where}.line_points={told!r:.80} stands beside {key}; it belongs to line alone. Remove it."
+        )
     if told != len(values) // 2:
-        raise DataError(
+        raise GeometryError(
             f"{where}.line_points={told!r:.80}, but line has {len(values)} numbers, {len(values) // 2} points. "
             "Correct or remove it."
         )

@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.dense.record import TOLERANCE_PIXELS
+from qwenvl_ft.data.dense.record import TOLERANCE_PIXELS, GeometryError
 from qwenvl_ft.data.dense.target import emitted
 from qwenvl_ft.data.media import MediaPolicy, image_size, resolve_path
 from qwenvl_ft.errors import DataError, hint
@@ -103,13 +103,15 @@ def _boxes(record: dict[str, Any], objects: dict[str, Any], source: Source, medi
 
 def _check(box: Any, size: tuple[float, float], tolerance: float, where: str) -> None:
     if not isinstance(box, list) or len(box) not in (2, 4) or not all(type(v) in (int, float) for v in box):
-        raise DataError(f"{where} must be [x1, y1, x2, y2] or a point [x, y].")
+        raise GeometryError(f"{where} must be [x1, y1, x2, y2] or a point [x, y].")
     for place, value in enumerate(box):
         if not -tolerance <= value <= size[place % 2] + tolerance:
             axis = "xy"[place % 2]
-            raise DataError(f"{where} is outside: {axis} goes from 0 to {size[place % 2]:g}. Check objects.bbox_type.")
+            raise GeometryError(
+                f"{where} is outside: {axis} goes from 0 to {size[place % 2]:g}. Check objects.bbox_type."
+            )
     if len(box) == 4 and not (box[0] < box[2] and box[1] < box[3]):
-        raise DataError(f"{where} has no area. Write the top left corner, then the bottom right.")
+        raise GeometryError(f"{where} has no area. Write the top left corner, then the bottom right.")
 
 
 def _images(record: dict[str, Any]) -> list[Any]:

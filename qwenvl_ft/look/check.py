@@ -144,21 +144,16 @@ def check_recipe(
     for name, opened in open_splits(recipe, num_proc=workers).items():
         report.faults += opened.faults
         split, homes[name] = Split(name), Homes(homes[TRAIN] if TRAIN in homes else None)
-        samples: list[Inspected] = []
+        samples: list[tuple[int, int, int]] = []  # tokens, those of images, those that are learned
         for part in opened.parts:
             inspector = Inspector(policy, encoder, first_places(part.summary()))
             for seen in walk(part, inspector, num_proc=workers, told=name, quiet=quiet):
                 split.add(seen)
                 report.faults += homes[name].new(seen)
                 if seen.kept:
-                    samples.append(seen)
-        split.forecast = forecast(
-            recipe,
-            [seen.kept for seen in samples],
-            [seen.vision_tokens for seen in samples],
-            [seen.supervised for seen in samples],
-            processes=processes,
-        )
+                    samples.append((seen.kept, seen.vision_tokens, seen.supervised))
+        if samples:
+            split.forecast = forecast(recipe, *zip(*samples, strict=True), processes=processes)
         report.splits[name] = split
     report.seconds = perf_counter() - start
     return report

@@ -37,15 +37,13 @@ class Forecast:
 
 def forecast(
     recipe: Any, lengths: Sequence[int], vision: Sequence[int], supervised: Sequence[int], *, processes: int = 1
-) -> Forecast | None:
-    """The epoch that a recipe makes of samples; None if there are none.
+) -> Forecast:
+    """The epoch that a recipe makes of samples; there must be one.
 
     Args:
         lengths, vision, supervised: tokens of each sample, and those of its images and of its answers.
         processes: GPUs that the run will have.
     """
-    if not lengths:
-        return None
     told, limit = recipe.training.arguments, recipe.template.max_length
     packing = recipe.training.packing
     rows = pack_lengths(lengths, max_length=limit, seed=told["seed"]) if packing else [[k] for k in range(len(lengths))]

@@ -32,7 +32,7 @@ def train(recipe: Any) -> TrainResult:
     from qwenvl_ft.checkpoint import resolve_resume
     from qwenvl_ft.look.gate import check_before_training
     from qwenvl_ft.training import setup
-    from qwenvl_ft.training.arguments import build_arguments
+    from qwenvl_ft.training.arguments import build_arguments, lora_plus
     from qwenvl_ft.training.callbacks.progress import ProgressCallback
     from qwenvl_ft.training.callbacks.signals import SignalCallback
     from qwenvl_ft.training.trainer import QwenVLTrainer
@@ -55,8 +55,10 @@ def train(recipe: Any) -> TrainResult:
         padding_free=recipe.training.padding_free,
         vit_lr=recipe.training.vit_lr,
         aligner_lr=recipe.training.aligner_lr,
+        lorap_lr_ratio=lora_plus(recipe),
+        zero_gradient_steps=recipe.training.zero_gradient_steps,
         recipe=recipe,
-        callbacks=setup.early_stopping(recipe),
+        callbacks=setup.callbacks(recipe, args.seed),
     )
     trainer.remove_callback(PrinterCallback)
     progress, signals = ProgressCallback(), SignalCallback()

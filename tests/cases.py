@@ -59,10 +59,10 @@ def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, trainer_option
 
     model = load_model(str(checkpoint), torch_dtype="float32", attn_impl="sdpa")
     options = {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9, "logging_steps": 1}
+    options["save_strategy"] = "no"
     args = TrainingArguments(
         output_dir=str(folder),
         report_to=[],
-        save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
         logging_nan_inf_filter=False,

@@ -8,10 +8,21 @@ from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
 from qwenvl_ft.recipe.refused import fixed_fields, unread_keys
-from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.recipe.schema import GALORE, TrainingConfig, TunerConfig
 
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 """Schedules that end above zero."""
+CONSTANT = ("constant", "constant_with_warmup")
+"""Schedules that do not lower the rate."""
+GALORE_KEYS = (
+    "galore_target_modules",
+    "galore_rank",
+    "galore_update_proj_gap",
+    "galore_scale",
+    "galore_proj_type",
+)
+WITHOUT_LORA = ("full", "adapter", "reft", "llamapro")
+"""Train types without LoRA's matrices."""
 PROJECTED = ("galore", "apollo")
 """Beginnings of the names of optimizers that project the gradients of chosen modules."""
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
@@ -219,6 +230,72 @@ def _optimizer(recipe: Any) -> str | None:
     return None
 
 
+def _unfit(recipe: Any) -> str | None:
+    """Optimizers that step inside the backward pass, cannot go on from a checkpoint, or want another schedule."""
+    optim = str(_argument(recipe, "optim"))
+    if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
+        return (
+            f"training.optim={optim} changes each weight as soon as its gradient is there, at one rate: "
+            "gradient_accumulation_steps, max_grad_norm, vit_lr and aligner_lr would not hold. Use adafactor, "
+            "galore_adamw or apollo_adamw."
+        )
+    if optim == "grokadamw":
+        return "training.optim=grokadamw keeps a state that a checkpoint does not hold. Use adamw_torch_fused."
+    kind = str(_argument(recipe, "lr_scheduler_type"))
+    if optim.startswith("schedule_free") and kind not in CONSTANT:
+        return (
+            f"training.optim={optim} averages weights in place of a schedule, and training.lr_scheduler_type={kind} "
+            "would lower the rate too. Set it to constant_with_warmup."
+        )
+    return None
+
+
+def _galore(recipe: Any) -> str | None:
+    told = recipe.training
+    if not (told.use_galore or told.optimizer == "galore"):
+        given = [name for name in GALORE_KEYS if getattr(told, name) != getattr(TrainingConfig(), name)]
+        return (
+            f"training.{given[0]} is read only with training.use_galore=true. Set it, or remove it." if given else None
+        )
+    if recipe.tuner.train_type not in ("full", "llamapro"):
+        return (
+            f"training.use_galore=true projects the gradients of weights, and tuner.train_type="
+            f"{recipe.tuner.train_type} trains adapters. Set tuner.train_type=full, or remove it."
+        )
+    if recipe.deepspeed.enabled:
+        return "training.use_galore=true needs whole gradients, which DeepSpeed flattens. Set deepspeed.enabled=false."
+    optim = str(_argument(recipe, "optim") or "adamw_torch")
+    if optim not in GALORE:
+        return f"training.use_galore=true goes with training.optim={', '.join(GALORE)}; not with {optim}."
+    for name in ("optim_args", "optim_target_modules"):
+        if _argument(recipe, name) is not None:
+            return f"training.use_galore=true sets training.{name}. Use the galore_ keys instead."
+    return None
+
+
+def _lora_plus(recipe: Any) -> str | None:
+    told, chosen = recipe.training, recipe.tuner.train_type
+    wanted = told.lorap_lr_ratio is not None or told.optimizer == "lorap"
+    if wanted and chosen in WITHOUT_LORA:
+        key = "lorap_lr_ratio" if told.lorap_lr_ratio is not None else "optimizer=lorap"
+        return f"training.{key} is for LoRA's B matrices, and tuner.train_type={chosen} has none. Remove it."
+    return None
+
+
+def _lisa(recipe: Any) -> str | None:
+    told = recipe.training
+    if not told.lisa_activated_layers:
+        if told.lisa_step_interval != TrainingConfig().lisa_step_interval:
+            return "training.lisa_step_interval is read only with training.lisa_activated_layers. Set it, or remove it."
+        return None
+    given = f"training.lisa_activated_layers={told.lisa_activated_layers}"
+    if recipe.tuner.train_type != "full" or recipe.tuner.freeze_llm:
+        return f"{given} is for full training of the language model. Set tuner.train_type=full and freeze_llm=false."
+    if recipe.deepspeed.enabled or _argument(recipe, "fsdp"):
+        return f"{given} freezes layers on the way, which DeepSpeed and FSDP do not see. Train in one process."
+    return None
+
+
 def _needs(recipe: Any) -> str | None:
     """What is read only where another field is set."""
     for name, needed in NEEDS.items():
@@ -298,6 +375,10 @@ CHECKS = (
     _method,
     _metric,
     _optimizer,
+    _unfit,
+    _galore,
+    _lora_plus,
+    _lisa,
     _needs,
     _pixels,
     _datasets,

@@ -59,7 +59,8 @@ def chosen(key: str, yes: Any, no: Any) -> Alias:
 
 
 def _optimizer(value: Any, where: str) -> Values:
-    return {"training.optimizer": value} if value == "multimodal" else {"training.optim": value}
+    grouped = ("multimodal", "lorap", "galore")
+    return {"training.optimizer": value} if value in grouped else {"training.optim": value}
 
 
 def _deepspeed(value: Any, where: str) -> Values:
@@ -121,7 +122,7 @@ ALIASES: dict[str, Alias] = {
         keys=("training.optimizer", "training.optim"),
         kind=str,
         meaning=_optimizer,
-        told="multimodal is optimizer, any other name is optim",
+        told="multimodal, lorap and galore are optimizer, any other name is optim",
     ),
     "deepspeed": Alias(
         keys=("deepspeed.enabled", "deepspeed.config"),

@@ -196,14 +196,36 @@ class TrainingConfig:
     """true is an error: lengths are planned before the first step, and samples are tokenized when needed anyway."""
     logging_dir: str | None = None
     """Folder of TensorBoard's files; null is a new one in output_dir."""
-    optimizer: Literal["multimodal"] = "multimodal"
-    """Parameter groups by part, each with its own learning rate; the algorithm is optim."""
+    optimizer: Literal["multimodal", "lorap", "galore"] = "multimodal"
+    """Parameter groups by part, each with its own learning rate; the algorithm is optim. lorap is that with
+    lorap_lr_ratio (16 if not given), galore that with use_galore."""
     learning_rate: NonNegativeFloat | None = None
     """Of the language model, and of the parts below if they name none; null is 1e-4 for adapters, 1e-5 for full."""
     vit_lr: NonNegativeFloat | None = None
     """Of the vision tower."""
     aligner_lr: NonNegativeFloat | None = None
     """Of the merger and the deepstack mergers."""
+    lorap_lr_ratio: PositiveFloat | None = None
+    """LoRA+: LoRA's B matrices learn at this many times their part's rate, as 16."""
+    use_galore: bool = False
+    """GaLore: the optimizer keeps the gradients of Linear layers in a low rank. Full training, one process."""
+    galore_target_modules: list[str] = field(default_factory=lambda: ["mlp", "self_attn"])
+    """Linear layers whose gradients are projected: those with one of these in their names."""
+    galore_rank: Positive = 128
+    """Rank of the projection."""
+    galore_update_proj_gap: Positive = 50
+    """Steps between two projections."""
+    galore_scale: PositiveFloat = 1.0
+    """Factor of the projected update."""
+    galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
+    """Side that is projected; std is the shorter one."""
+    lisa_activated_layers: NonNegative = 0
+    """LISA: layers of the language model that train at a time, drawn anew, as 2; 0 is all. Full training, one
+    process."""
+    lisa_step_interval: Positive = 20
+    """Steps between two draws."""
+    zero_gradient_steps: NonNegative = 20
+    """Steps in a row without any gradient in a part that trains, after which a warning says why; 0 is never."""
     early_stopping_patience: Positive | None = None
     """Evaluations without a better metric_for_best_model after which training ends."""
     resume_from_checkpoint: str | bool | None = None
@@ -273,6 +295,15 @@ HF_DEFAULTS: dict[str, Any] = {
     "seed": 42,
 }
 """Defaults of TrainingArguments that a fine-tuning run wants otherwise, or that a reader should see."""
+
+GALORE = {
+    "adamw_torch": "galore_adamw",
+    "adamw_torch_fused": "galore_adamw",
+    "adamw_8bit": "galore_adamw_8bit",
+    "adamw_bnb_8bit": "galore_adamw_8bit",
+    "adafactor": "galore_adafactor",
+}
+"""``training.optim`` -> what it is with GaLore."""
 
 HF_LIMITS: dict[str, str] = {
     "num_train_epochs": ">0",

@@ -15,7 +15,9 @@ from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
 from qwenvl_ft.recipe.refused import FIXED
+from qwenvl_ft.recipe.schema import GALORE
 from qwenvl_ft.training.preflight import preflight, try_model
+from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -64,6 +66,32 @@ def deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def galore(recipe: Any) -> dict[str, Any]:
+    """The fields of TrainingArguments that ``training.use_galore`` stands for; empty without it."""
+    told = recipe.training
+    if not (told.use_galore or told.optimizer == "galore"):
+        return {}
+    optim = str(told.arguments["optim"]) if "optim" in told.arguments else "adamw_torch"
+    options = {
+        "rank": told.galore_rank,
+        "update_proj_gap": told.galore_update_proj_gap,
+        "scale": told.galore_scale,
+        "proj_type": told.galore_proj_type,
+    }
+    return {
+        "optim": GALORE[optim],
+        "optim_target_modules": list(told.galore_target_modules),
+        "optim_args": ",".join(f"{name}={value}" for name, value in options.items()),
+    }
+
+
+def lora_plus(recipe: Any) -> float | None:
+    """Ratio of the rates of LoRA's B and A matrices, if the recipe wants them apart."""
+    if recipe.training.lorap_lr_ratio is None and recipe.training.optimizer == "lorap":
+        return LORAPLUS_RATIO
+    return recipe.training.lorap_lr_ratio
+
+
 def connection(backend: str | None) -> str | None:
     """``training.ddp_backend``, or None for one process, which transformers would look for a connection of.
 
@@ -95,6 +123,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     told: dict[str, Any] = dict(recipe.training.arguments)
     told |= {name: copy(only) for name, (only, _) in FIXED.items() if name in argument_types()}
     told["learning_rate"] = learning_rate(recipe)
+    told |= galore(recipe)
     told.setdefault("use_cpu", not torch.accelerator.is_available())
     dtype = weights_dtype(recipe)
     for name, half in (("bf16", "bfloat16"), ("fp16", "float16")):

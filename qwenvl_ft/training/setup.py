@@ -18,6 +18,7 @@ from qwenvl_ft.data.pixels import obstacle
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
+from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
@@ -125,10 +126,15 @@ def keep_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def early_stopping(recipe: Any) -> list[Any]:
-    """The callback behind ``training.early_stopping_patience``, in evaluations without a better metric."""
-    patience = recipe.training.early_stopping_patience
-    return [] if patience is None else [PatienceCallback(early_stopping_patience=patience)]
+def callbacks(recipe: Any, seed: int) -> list[Any]:
+    """The callbacks behind ``training.early_stopping_patience`` and ``training.lisa_activated_layers``."""
+    told = recipe.training
+    made: list[Any] = []
+    if told.early_stopping_patience is not None:
+        made.append(PatienceCallback(early_stopping_patience=told.early_stopping_patience))
+    if told.lisa_activated_layers:
+        made.append(LisaCallback(told.lisa_activated_layers, told.lisa_step_interval, seed))
+    return made
 
 
 def tell(trainer: Any, progress: Any, resume: Path | None) -> None:

@@ -21,12 +21,17 @@ from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import RecipeError, TrainingError
 from qwenvl_ft.model.patch_embed import use_raw_patches
+from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
-from qwenvl_ft.tuning.optimizer import cosine_warmup_with_min_lr, param_groups
-
-MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+from qwenvl_ft.tuning.optimizer import (
+    MIN_LR_SCHEDULES,
+    build_optimizer,
+    logged_rates,
+    param_groups,
+    schedule_with_floor,
+)
 
 
 class QwenVLTrainer(Trainer):
@@ -43,6 +48,8 @@ class QwenVLTrainer(Trainer):
         padding_free: False pads instead of joining, for comparison; excludes packing.
         vit_lr: of the vision tower; None is ``args.learning_rate``.
         aligner_lr: of all four mergers; None is ``args.learning_rate``.
+        lorap_lr_ratio: LoRA's B matrices learn at this many times their part's rate (LoRA+); None is once.
+        zero_gradient_steps: steps in a row without a gradient in a trained part before a warning says why; 0 is never.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
 
     Raises:
@@ -62,6 +69,8 @@ class QwenVLTrainer(Trainer):
         padding_free: bool = True,
         vit_lr: float | None = None,
         aligner_lr: float | None = None,
+        lorap_lr_ratio: float | None = None,
+        zero_gradient_steps: int = 20,
         recipe: Any = None,
         **more: Any,
     ) -> None:
@@ -72,6 +81,7 @@ class QwenVLTrainer(Trainer):
         self.padding_free = padding_free
         self.vit_lr = vit_lr
         self.aligner_lr = aligner_lr
+        self.lorap_lr_ratio = lorap_lr_ratio
         self.recipe = recipe
         self.part_rates: dict[str, float] = {}
         sets = _all_of(train_dataset, eval_dataset)
@@ -98,6 +108,8 @@ class QwenVLTrainer(Trainer):
         if args.neftune_noise_alpha:
             self.noise, self.neftune_noise_alpha = SampleNoise(args.neftune_noise_alpha), None  # not transformers' own
             cast(Any, self.model).get_input_embeddings().register_forward_hook(self.noise)
+        has_media = any(bool(dataset.patches.any()) for dataset in _all_of(train_dataset))
+        self.gradients = PartGradients(zero_gradient_steps, has_media=has_media)
         self.meter = Meter(args)
         self.add_callback(self.meter)
 
@@ -225,28 +237,41 @@ class QwenVLTrainer(Trainer):
                 vit_lr=self.vit_lr,
                 aligner_lr=self.aligner_lr,
                 weight_decay=self.args.weight_decay,
+                lora_plus=self.lorap_lr_ratio,
             )
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = cls(groups, **options)
+            self.optimizer = build_optimizer(cls, options, groups, target)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         kwargs = dict(cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}))
         if self.lr_scheduler is None and self.args.lr_scheduler_type in MIN_LR_SCHEDULES and "min_lr" in kwargs:
-            self.lr_scheduler = cosine_warmup_with_min_lr(
+            self.lr_scheduler = schedule_with_floor(
+                self.args.lr_scheduler_type,
                 cast(torch.optim.Optimizer, optimizer or self.optimizer),
                 warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 total_steps=num_training_steps,
-                min_lr=float(kwargs["min_lr"]),
+                min_lr=float(kwargs.pop("min_lr")),
+                **kwargs,
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_learning_rate(self) -> float:
         """The language model's rate, or the first group's if that is frozen; keeps those of all parts for the log."""
-        groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
-        self.part_rates = {group["name"].split("/")[0]: float(group["lr"]) for group in groups}
-        return self.part_rates["llm"] if "llm" in self.part_rates else float(groups[0]["lr"])
+        self.part_rates = logged_rates(cast(torch.optim.Optimizer, self.optimizer))
+        return self.part_rates["llm"] if "llm" in self.part_rates else next(iter(self.part_rates.values()))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        total = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.gradients.measure(model, total)
+        return total
+
+    def _settle(self) -> None:
+        """Schedule-free optimizers train at other weights than those to evaluate and save: switch to the latter. The
+        next training step switches back."""
+        if self.optimizer is not None and callable(getattr(self.optimizer, "eval", None)):
+            cast(Any, self.optimizer).eval()
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -278,6 +303,7 @@ class QwenVLTrainer(Trainer):
     def _mean_loss(self, dataloader: Any, metric_key_prefix: str) -> EvalLoopOutput:
         model = self._evaluation_model()
         was_training = model.training
+        self._settle()
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
         with torch.no_grad():
@@ -312,6 +338,7 @@ class QwenVLTrainer(Trainer):
         if "loss" in logs:
             self.check_losses()
             logs.update({f"lr/{part}": rate for part, rate in self.part_rates.items()})
+            logs.update(self.gradients.read())
             logs.update(self.meter.read(self.state))
             logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
             scaled = self.accelerator.scaler is not None  # float16: an overflow skips the step and halves the scale
@@ -324,6 +351,7 @@ class QwenVLTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_losses()
+        self._settle()
         with self.meter.paused():
             super()._save_checkpoint(model, trial)
 

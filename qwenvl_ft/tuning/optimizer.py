@@ -1,10 +1,10 @@
-"""Parameter groups of the multimodal optimizer, and a schedule whose floor is the same rate for every group."""
+"""Parameter groups by part, the optimizer over them, and schedules whose floor is the same rate for every group."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError
@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
 NO_DECAY_ENDINGS = ("bias",)
-NO_DECAY_MARKS = ("lora_magnitude_vector",)
+NO_DECAY_MARKS = ("lora_magnitude_vector", "reft_bias")
 """Names of parameters that weight decay leaves alone, besides all of a normalisation layer."""
+LORA_B = (".lora_B.", ".lora_embedding_B.")
+"""In the names of LoRA's matrices that start at zero."""
+LORAPLUS_RATIO = 16.0
+"""Of LoRA+ (Hayou and others 2024, arXiv 2402.12354), where the recipe asks for it and gives none."""
+PROJECTORS = (
+    ("galore_torch.galore_projector", "GaLoreProjector"),
+    ("apollo_torch.random_projector", "GradientProjector"),
+    ("apollo_torch.svd_projector", "GaLoreProjector"),
+)
+"""Module and class of what GaLore and APOLLO keep in their state."""
+MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+"""Schedules of transformers with an absolute floor, ``min_lr``."""
 
 
 def part_rates(learning_rate: float, vit_lr: float | None, aligner_lr: float | None) -> dict[str, float]:
@@ -36,61 +48,146 @@ def param_groups(
     vit_lr: float | None = None,
     aligner_lr: float | None = None,
     weight_decay: float = 0.0,
+    lora_plus: float | None = None,
 ) -> list[dict[str, Any]]:
     """One group for each part and for decay or none, of the parameters that train; empty groups are left out.
 
     Biases and normalisation layers do not decay; LoRA's matrices decay like weights. Works on the bare model, inside
     a PeftModel (copies of ``modules_to_save`` included) and inside DDP or FSDP.
 
+    Args:
+        lora_plus: LoRA's B matrices learn at this many times their part's rate, in groups ``vision/lora_B``, ...; None
+            is LoRA as it was.
+
     Returns:
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``name``: ``vision/decay``, ``vision/no_decay``, ...
 
     Raises:
-        RecipeError: nothing trains.
+        RecipeError: nothing trains, or ``lora_plus`` without LoRA.
     """
     rates = part_rates(learning_rate, vit_lr, aligner_lr)
     norms = _norm_parameters(model)
+    kinds = {"decay": (weight_decay, 1.0), "no_decay": (0.0, 1.0)}
+    if lora_plus is not None:
+        kinds["lora_B"] = (weight_decay, lora_plus)
     groups: dict[str, dict[str, Any]] = {
-        f"{part}/{kind}": {"params": [], "lr": rates[part], "weight_decay": decay, "name": f"{part}/{kind}"}
+        f"{part}/{kind}": {
+            "params": [],
+            "lr": rates[part] * ratio,
+            "weight_decay": decay,
+            "name": f"{part}/{kind}",
+        }
         for part in PARTS
-        for kind, decay in (("decay", weight_decay), ("no_decay", 0.0))
+        for kind, (decay, ratio) in kinds.items()
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = name in norms or name.endswith(NO_DECAY_ENDINGS) or any(mark in name for mark in NO_DECAY_MARKS)
-            groups[f"{part_of(name)}/{'no_decay' if exempt else 'decay'}"]["params"].append(parameter)
+            groups[f"{part_of(name)}/{_kind_of(name, norms, kinds)}"]["params"].append(parameter)
     filled = [group for group in groups.values() if group["params"]]
     if not filled:
         raise RecipeError("nothing is left to train: no parameter requires a gradient. Unfreeze a part of the model.")
+    if lora_plus is not None and not any(group["name"].endswith("/lora_B") for group in filled):
+        raise RecipeError(
+            "training.lorap_lr_ratio is for LoRA's B matrices, and the model has none that train. Remove it, or set "
+            "tuner.train_type=lora."
+        )
     _check_each_once(model, filled)
     return filled
 
 
-def cosine_warmup_with_min_lr(optimizer: Optimizer, *, warmup_steps: int, total_steps: int, min_lr: float) -> LambdaLR:
-    """Linear warmup, then half a cosine down to ``min_lr``: the same floor for every group.
+def build_optimizer(
+    cls: type[Optimizer], options: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module
+) -> Optimizer:
+    """The optimizer that transformers chose, over our groups.
 
-    transformers' schedule of this name takes ``min_lr`` as a share of the optimizer's default rate, so a group with
-    another rate ends at another floor. For a group with that rate the two are equal at every step. A group whose rate
-    is ``min_lr`` or less keeps it after the warmup.
+    GaLore and APOLLO come with groups of their own, which say whose gradients are projected, and how; that is carried
+    over to groups ``llm/projected``, ... at the rate of their part.
+
+    Args:
+        cls: from ``Trainer.get_optimizer_cls_and_kwargs``, as are ``options``.
+
+    Raises:
+        RecipeError: a projection of weights none of which trains.
+    """
+    options = dict(options)
+    if "params" in options:
+        groups = _projected(groups, options.pop("params"))
+        _let_projections_load(cls)
+    if "warmup_steps" in options:
+        options["warmup_steps"] = 0  # of schedule-free optimizers: the schedule warms up, for all groups and resumes
+    optimizer = cls(groups, **options)
+    _check_each_once(model, optimizer.param_groups)
+    return optimizer
+
+
+def logged_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Learning rates as they are logged: ``llm``, ``vision``, and ``llm/lora_B`` where it has one of its own."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        part, _, kind = group["name"].partition("/")
+        rates[group["name"] if kind == "lora_B" else part] = float(group["lr"])
+    return rates
+
+
+def schedule_with_floor(
+    kind: str, optimizer: Optimizer, *, warmup_steps: int, total_steps: int, min_lr: float, **options: Any
+) -> LambdaLR:
+    """One of ``MIN_LR_SCHEDULES``, ending at ``min_lr`` for every group.
+
+    transformers takes ``min_lr`` as a share of the optimizer's default rate, so a group with another rate ends at
+    another floor. Here each group follows transformers' schedule of an optimizer whose default is the group's rate. A
+    group whose rate is ``min_lr`` or less keeps it after the warmup.
 
     Example:
-        Rate 1e-4, 1,000 steps, 100 of warmup, ``min_lr`` 1e-6: step 0 has 1e-6, step 99 1e-4, step 999 1e-6.
+        cosine_warmup_with_min_lr, rate 1e-4, 1,000 steps, 100 of warmup, ``min_lr`` 1e-6: step 0 has 1e-6, step 99
+        1e-4, step 999 1e-6.
     """
+    import torch
     from torch.optim.lr_scheduler import LambdaLR
+    from transformers import get_scheduler
 
     lambdas: list[Callable[[int], float]] = []
     for group in optimizer.param_groups:
         peak = float(group["initial_lr"] if "initial_lr" in group else group["lr"])
-        floor = min(1.0, min_lr / peak) if peak > 0 else 1.0
-        lambdas.append(partial(_share_of_peak, warmup_steps=warmup_steps, total_steps=total_steps, floor=floor))
+        alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak or 1.0)
+        told = {"min_lr": min(min_lr, peak or 1.0)} | options
+        schedule: Any = get_scheduler(kind, alone, warmup_steps, total_steps, scheduler_specific_kwargs=told)
+        lambdas.append(partial(_held, course=schedule.lr_lambdas[0], last=max(total_steps - 1, 0)))
     return LambdaLR(optimizer, lambdas)
 
 
-def _share_of_peak(step: int, *, warmup_steps: int, total_steps: int, floor: float) -> float:
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps + 1) / max(1, total_steps - warmup_steps))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+def _held(step: int, *, course: Callable[[int], float], last: int) -> float:
+    """A schedule that stays where it ended; transformers' goes up again."""
+    return course(min(step, last))
+
+
+def _kind_of(name: str, norms: set[str], kinds: dict[str, Any]) -> str:
+    if "lora_B" in kinds and any(mark in name for mark in LORA_B):
+        return "lora_B"
+    exempt = name in norms or name.endswith(NO_DECAY_ENDINGS) or any(mark in name for mark in NO_DECAY_MARKS)
+    return "no_decay" if exempt else "decay"
+
+
+def _projected(groups: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our groups, those parameters apart that ``theirs`` gives a rank."""
+    projections = {
+        id(p): {k: v for k, v in group.items() if k != "params"} for group in theirs for p in group["params"]
+    }
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        chosen = [p for p in group["params"] if "rank" in projections[id(p)]]
+        rest = [p for p in group["params"] if "rank" not in projections[id(p)]]
+        if rest:
+            split.append(group | {"params": rest})
+        if chosen:
+            part = group["name"].partition("/")[0]
+            split.append(group | {"params": chosen, "name": f"{part}/projected"} | projections[id(chosen[0])])
+    if not any("rank" in group for group in split):
+        raise RecipeError(
+            "the optimizer projects gradients of Linear layers, and none of those that it is told to "
+            "(training.galore_target_modules, or optim_target_modules) trains. Name others, or take another optimizer."
+        )
+    return split
 
 
 def _norm_parameters(model: nn.Module) -> set[str]:
@@ -103,7 +200,17 @@ def _norm_parameters(model: nn.Module) -> set[str]:
     }
 
 
+def _let_projections_load(cls: type[Optimizer]) -> None:
+    """Their state holds objects of two classes, which ``torch.load`` takes from a checkpoint only if it is told so."""
+    import torch
+
+    for module, name in PROJECTORS:
+        if module.partition(".")[0] == cls.__module__.partition(".")[0]:
+            torch.serialization.add_safe_globals([getattr(import_module(module), name)])
+
+
 def _check_each_once(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    # Once at the start: a parameter in no group would silently stay as it is.
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"

@@ -382,7 +382,7 @@ WRONG_ARGUMENTS = {
     "--tune_mm_llm maybe": "override: --tune_mm_llm: 'maybe' is not true or false.",
     "--learning_rate": "--learning_rate needs a value, as in --learning_rate VALUE.",
     "--lora_rnak 8": f"unknown flag --lora_rnak. Did you mean 'lora_rank'? {ALL}",
-    "--galore_rank 128": f"unknown flag --galore_rank. Did you mean 'lora_rank'? {ALL}",
+    "--galore_rnk 128": f"unknown flag --galore_rnk. Did you mean 'galore_rank'? {ALL}",
     "loras": "'loras' is neither section.key=value nor a flag. Example: training.learning_rate=1e-5.",
     "tuner=full": "override: tuner is a section. Give one of its keys: tuner.key=value.",
     "tunner.lora_rank=8": "override: unknown key 'tunner.lora_rank'. Did you mean 'tuner'? Known: ",

@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import SchedulerType
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.anatomy import PARTS, part_of
-from qwenvl_ft.tuning.optimizer import cosine_warmup_with_min_lr, param_groups
+from qwenvl_ft.tuning.optimizer import MIN_LR_SCHEDULES, logged_rates, param_groups, schedule_with_floor
 from qwenvl_ft.tuning.prepare import prepare_model
 
 RATES = {"vision": 8e-5, "merger": 3e-4, "llm": 1e-4}
 GIVEN = {"learning_rate": RATES["llm"], "vit_lr": RATES["vision"], "aligner_lr": RATES["merger"], "weight_decay": 0.1}
+FLOORED = "cosine_warmup_with_min_lr"
 ALIGNER_ONLY = {
     "target_regex": "^$",
     "modules_to_save": ["model.visual.merger", "model.visual.deepstack_merger_list"],
@@ -134,14 +136,14 @@ def test_one_group_follows_the_schedule_of_transformers(warmup, total):
         get_scheduler("cosine_warmup_with_min_lr", theirs, warmup, total, scheduler_specific_kwargs={"min_lr": 1e-6}),
         total,
     )
-    found = course(ours, cosine_warmup_with_min_lr(ours, warmup_steps=warmup, total_steps=total, min_lr=1e-6), total)
+    found = course(ours, schedule_with_floor(FLOORED, ours, warmup_steps=warmup, total_steps=total, min_lr=1e-6), total)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
 def test_every_group_ends_at_the_same_floor():
     rates = (1e-4, 8e-5, 5e-4)
     ours, theirs = optimizer_with(*rates), optimizer_with(*rates)
-    schedule = cosine_warmup_with_min_lr(ours, warmup_steps=10, total_steps=100, min_lr=1e-6)
+    schedule = schedule_with_floor(FLOORED, ours, warmup_steps=10, total_steps=100, min_lr=1e-6)
     last = course(ours, schedule, 100)
     assert last[9] == pytest.approx(rates)
     assert last[99] == pytest.approx([1e-6] * 3)
@@ -152,18 +154,18 @@ def test_every_group_ends_at_the_same_floor():
 
 def test_the_floor_holds_beyond_the_last_step():
     optimizer = optimizer_with(1e-4)
-    schedule = cosine_warmup_with_min_lr(optimizer, warmup_steps=0, total_steps=10, min_lr=1e-6)
+    schedule = schedule_with_floor(FLOORED, optimizer, warmup_steps=0, total_steps=10, min_lr=1e-6)
     assert course(optimizer, schedule, 30)[10:] == [[pytest.approx(1e-6)]] * 20
 
 
 def test_a_group_below_the_floor_keeps_its_rate():
     optimizer = optimizer_with(1e-7, 0.0)
-    schedule = cosine_warmup_with_min_lr(optimizer, warmup_steps=2, total_steps=10, min_lr=1e-6)
+    schedule = schedule_with_floor(FLOORED, optimizer, warmup_steps=2, total_steps=10, min_lr=1e-6)
     assert course(optimizer, schedule, 10)[1:] == [[pytest.approx(1e-7), 0.0]] * 9
 
 
 def test_a_resumed_schedule_goes_on_where_it_was():
-    make = partial(cosine_warmup_with_min_lr, warmup_steps=3, total_steps=20, min_lr=1e-6)
+    make = partial(schedule_with_floor, FLOORED, warmup_steps=3, total_steps=20, min_lr=1e-6)
     whole = optimizer_with(1e-4, 3e-5)
     expected = course(whole, make(whole), 20)
     first = optimizer_with(1e-4, 3e-5)
@@ -179,3 +181,73 @@ def test_a_resumed_schedule_goes_on_where_it_was():
 def test_parts_come_in_a_fixed_order(fresh):
     names = [group["name"] for group in param_groups(fresh(), **GIVEN)]
     assert names == [f"{part}/{kind}" for part in PARTS for kind in ("decay", "no_decay")]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_lora_plus_is_peft_s(fresh, tuner, kind):
+    """Every parameter's rate is that of peft's own LoRA+ optimizer, where all parts have one rate."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = prepare_model(fresh(kind), tuner())  # without full copies, whose biases peft counts as B
+    theirs = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-4, loraplus_lr_ratio=16.0)
+    expected = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    groups = param_groups(model, learning_rate=1e-4, weight_decay=0.1, lora_plus=16.0)
+    found = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert found == pytest.approx(expected)
+    assert set(expected.values()) == {1e-4, 16e-4}, "vacuous: one rate"
+
+
+def test_lora_plus_multiplies_each_part_s_own_rate(fresh, tuner):
+    model = prepare_model(fresh(), tuner(use_dora=True))
+    groups = param_groups(model, **GIVEN, lora_plus=8.0)
+    for name, group in contents(model, groups).items():
+        part = part_of(name)
+        assert group["lr"] == pytest.approx(RATES[part] * (8 if ".lora_B." in name else 1))
+        kind = "lora_B" if ".lora_B." in name else "no_decay" if "magnitude" in name else "decay"
+        assert group["name"] == f"{part}/{kind}"
+        assert group["weight_decay"] == (0.0 if "magnitude" in name else 0.1)
+    rates = logged_rates(torch.optim.SGD(groups))
+    assert rates == pytest.approx(RATES | {f"{part}/lora_B": 8 * rate for part, rate in RATES.items()})
+
+
+def test_lora_plus_without_lora_is_an_error(fresh):
+    with pytest.raises(RecipeError, match=r"lorap_lr_ratio is for LoRA's B matrices, and the model has none"):
+        param_groups(fresh(), learning_rate=1e-4, lora_plus=16.0)
+
+
+OPTIONS = {
+    "polynomial": {"lr_end": 0.0},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "warmup_stable_decay": {"num_decay_steps": 5},
+}
+GIVEN_BY_METRICS = ("reduce_lr_on_plateau", "greedy")
+"""They follow a measurement, not the step."""
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType if kind.value not in GIVEN_BY_METRICS])
+def test_under_every_schedule_each_group_keeps_its_share(kind):
+    """All groups rise and fall together, each from its own rate; those with a floor end at the same one."""
+    rates, floor = (1e-4, 8e-5, 5e-4), 1e-6
+    optimizer = optimizer_with(*rates)
+    if kind in MIN_LR_SCHEDULES:
+        schedule = schedule_with_floor(kind, optimizer, warmup_steps=4, total_steps=20, min_lr=floor)
+    else:
+        options = OPTIONS[kind] if kind in OPTIONS else {}
+        schedule = get_scheduler(kind, optimizer, 4, 20, scheduler_specific_kwargs=options)
+    for step, found in enumerate(course(optimizer, schedule, 20)):
+        if kind in MIN_LR_SCHEDULES and step >= 4:
+            shares = [(rate - floor) / (peak - floor) for rate, peak in zip(found, rates, strict=True)]
+        else:
+            shares = [rate / peak for rate, peak in zip(found, rates, strict=True)]
+        assert shares == pytest.approx([shares[0]] * 3, abs=1e-9), step
+    assert {shares[0] < 0.9} == {"constant" not in kind}
+
+
+@pytest.mark.parametrize("kind", ["cosine_with_min_lr", "cosine_warmup_with_min_lr"])
+@pytest.mark.parametrize("options", [{}, {"num_cycles": 1.5}])
+def test_options_of_a_schedule_with_a_floor_reach_it(kind, options):
+    ours, theirs = optimizer_with(1e-4), optimizer_with(1e-4)
+    told = {"min_lr": 1e-6} | options
+    expected = course(theirs, get_scheduler(kind, theirs, 3, 20, scheduler_specific_kwargs=told), 20)
+    found = course(ours, schedule_with_floor(kind, ours, warmup_steps=3, total_steps=20, **told), 20)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-9, atol=0)

@@ -1,0 +1,66 @@
+"""LISA (Pan and others 2024, arXiv 2403.17919): a few layers of the language model train at a time, drawn anew.
+
+Every ``interval`` steps ``layers`` of the decoder layers are drawn and the others frozen; embeddings, head, norm and
+the other parts of the model train as the recipe says. A layer that is frozen gives up its gradient and the
+optimizer's state, which is the memory that LISA saves, and begins with a fresh state when it is drawn again. What is
+drawn depends on the seed and the step alone, so a resumed run draws the same.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from qwenvl_ft.errors import RecipeError
+
+
+class LisaCallback(TrainerCallback):
+    """Freezes and unfreezes the language model's layers while full training runs, in one process.
+
+    Args:
+        layers: how many decoder layers train at a time.
+        interval: steps between two draws.
+        seed: of the draws.
+    """
+
+    def __init__(self, layers: int, interval: int, seed: int) -> None:
+        self.layers = layers
+        self.interval = interval
+        self.seed = seed
+        self.active: list[int] = []
+        """Indices of the layers that train."""
+        self._weights: list[list[nn.Parameter]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if args.world_size > 1 or args.deepspeed is not None:
+            raise RecipeError(
+                "training.lisa_activated_layers freezes and unfreezes layers on the way, which DDP, FSDP and DeepSpeed "
+                "do not see. Start one process, or leave it out."
+            )
+        decoder = model.model.language_model.layers
+        if self.layers > len(decoder):
+            raise RecipeError(
+                f"training.lisa_activated_layers={self.layers}, but the language model has {len(decoder)} layers."
+            )
+        self._weights = [[value for value in layer.parameters() if value.requires_grad] for layer in decoder]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if state.global_step % self.interval == 0 or not self.active:
+            self._activate(state.global_step // self.interval, optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for weights in self._weights:
+            for value in weights:
+                value.requires_grad_(True)
+
+    def _activate(self, draw: int, optimizer: Any) -> None:
+        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(range(len(self._weights)), self.layers))
+        for index, weights in enumerate(self._weights):
+            for value in weights:
+                value.requires_grad_(index in self.active)
+                if index not in self.active:
+                    value.grad = None
+                    optimizer.state.pop(value, None)

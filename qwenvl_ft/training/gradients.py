@@ -1,0 +1,93 @@
+"""How much gradient each part of the model gets, and a warning where one that trains gets none."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, part_of
+
+logger = logging.getLogger(__name__)
+
+NO_MEDIA = "no record of data.train has an image or a video, so nothing reaches it"
+CAUSES = {
+    "vision": "no supervised token comes after an image or video of its sample",
+    "merger": "no supervised token comes after an image or video of its sample",
+    "llm": "no token of these rows is supervised",
+}
+"""Part -> why no gradient reaches it, where the data have media."""
+
+
+class PartGradients:
+    """Norms of the gradients by part, before they are clipped.
+
+    They stay on their device until a log line is written. Under DeepSpeed, which keeps gradients to itself, nothing is
+    measured.
+
+    Args:
+        patience: steps in a row without any gradient in a part that trains, after which a warning says so, once; 0 is
+            never.
+        has_media: whether a training record has an image or a video.
+    """
+
+    def __init__(self, patience: int, *, has_media: bool) -> None:
+        self.patience = patience
+        self.has_media = has_media
+        self._parts: dict[str, list[nn.Parameter]] = {}
+        self._norms: Tensor | None = None
+        self._without: Tensor | None = None
+        self._told: set[str] = set()
+
+    def measure(self, model: nn.Module, total: Any) -> None:
+        """Read the gradients of a step.
+
+        Args:
+            total: norm of all of them before clipping; that of the parts follows from what is left and this.
+        """
+        if not self._parts:
+            for name, parameter in model.named_parameters():
+                self._parts.setdefault(part_of(name), []).append(parameter)
+        norms = [_norm(self._parts[part]) for part in self._trained()]
+        if all(norm is None for norm in norms) and float(total or 0) > 0:
+            return  # DeepSpeed
+        device = next(iter(self._parts.values()))[0].device
+        found = torch.stack([torch.zeros((), device=device) if norm is None else norm for norm in norms])
+        left = torch.linalg.vector_norm(found)
+        before = torch.as_tensor(total if total is not None else left, device=device, dtype=found.dtype)
+        self._norms = torch.where((left > 0) & before.isfinite(), found * (before / left), found)
+        steps = torch.zeros_like(found, dtype=torch.int64) if self._without is None else self._without
+        self._without = (steps + 1) * (found == 0)
+
+    def read(self) -> dict[str, float]:
+        """``grad_norm/PART`` of the last step; waits for the device. Warns of parts without a gradient."""
+        if self._norms is None or self._without is None:
+            return {}
+        trained = self._trained()
+        for part, steps in zip(trained, self._without.tolist(), strict=True):
+            if self.patience and steps >= self.patience and part not in self._told:
+                self._told.add(part)
+                logger.warning("%s", _warning(part, steps, self.has_media))
+        return {f"grad_norm/{part}": norm for part, norm in zip(trained, self._norms.tolist(), strict=True)}
+
+    def _trained(self) -> list[str]:
+        return [part for part in PARTS if any(value.requires_grad for value in self._parts.get(part, ()))]
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor | None:
+    """Norm of the gradients that are there, float32; None without any."""
+    grads = [value.grad for value in parameters if value.grad is not None]
+    if not grads:
+        return None
+    norm: Any = torch.nn.utils.get_total_norm(grads)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+
+
+def _warning(part: str, steps: int, has_media: bool) -> str:
+    cause = NO_MEDIA if part != "llm" and not has_media else CAUSES[part]
+    return (
+        f"no gradient has reached the {part} part for {steps} steps although it trains: probably {cause}. Look at a "
+        f"row with qwenvl-ft show, or set tuner.{FREEZE_FLAGS[part]}=true."
+    )

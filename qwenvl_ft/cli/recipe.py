@@ -14,9 +14,13 @@ def recipe(
     plain: Annotated[bool, typer.Option("--plain", help="YAML alone, without the origins.")] = False,
 ) -> None:
     """Print a resolved recipe, with the file that each value came from."""
+    from qwenvl_ft.data.augment.pipeline import Augmenter
+    from qwenvl_ft.data.dense.options import DenseOptions
     from qwenvl_ft.recipe.argv import recipe_from_argv
 
     resolved = recipe_from_argv([f"recipe={name}", *(overrides or [])])
+    DenseOptions.of(resolved, seed=0)  # these two read what the schema leaves open
+    Augmenter.from_config(resolved.data.augmentation)
     if plain:
         typer.echo(resolved.to_yaml(), nl=False)
         return

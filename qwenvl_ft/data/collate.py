@@ -29,7 +29,8 @@ class QwenVLCollator:
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
         width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (where samples begin and the last one ends; fillers count),
-        ``max_length_q`` and ``_k`` (the longest's tokens), and ``sources``, a list of S sources. If there are images,
+        ``max_length_q`` and ``_k`` (the longest's tokens), ``sources``, a list of S sources, and ``faults`` if others
+        stand in for samples (`SampleDataset`). If there are images,
         ``pixel_values`` float32[P, C] (or raw, uint8[P, C / 2]), ``image_grid_thw`` int64[N, 3], ``image_cu_seqlens``
         int32[frames + 1] and ``image_max_seqlen`` (patches of each frame and of the largest); if there are videos,
         their twins. The borders are what attention would otherwise ask the device for.
@@ -61,8 +62,7 @@ class QwenVLCollator:
                 frames, height, width = batch[f"{kind}_grid_thw"].T
                 patches = (height * width).repeat_interleave(frames)
                 batch[f"{kind}_cu_seqlens"], batch[f"{kind}_max_seqlen"] = _borders(patches), int(patches.max())
-        batch["sources"] = [sample["source"] for sample in samples]
-        return batch
+        return batch | _told(samples)
 
 
 class PaddedCollator:
@@ -94,8 +94,14 @@ class PaddedCollator:
             "position_ids": positions.permute(2, 0, 1).contiguous(),
         }
         batch |= joined_media(samples)
-        batch["sources"] = [sample["source"] for sample in told]
-        return batch
+        return batch | _told(told)
+
+
+def _told(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """What a batch says of its samples: ``sources``, and ``faults`` if some only stand in for others."""
+    told: dict[str, list[Any]] = {"sources": [sample["source"] for sample in samples]}
+    faults = [sample["fault"] for sample in samples if "fault" in sample]
+    return told | ({"faults": faults} if faults else {})
 
 
 def filled(samples: Sequence[Sample], fillers: Sequence[Sample]) -> list[Sample]:

@@ -120,3 +120,5 @@ class Sample(TypedDict, total=False):
     pixel_values_videos: Tensor
     video_grid_thw: Tensor
     source: Source
+    fault: str
+    """Why the record's own sample could not be made; this one stands in for it, without labels."""

@@ -7,6 +7,7 @@ records, encoder and every media file (its size and time of change) stay as they
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,21 @@ CHUNK = 256
 """Records that a worker measures before it answers."""
 PARALLEL_FROM = 2_000
 """Records from which starting workers pays."""
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever what a cache file holds changes its meaning."""
 
-KEPT, TOO_LONG, UNSUPERVISED = range(3)
+KEPT, TOO_LONG, UNSUPERVISED, BAD = range(4)
 File = tuple[str, int, int]
 """Path of a media file, its size in bytes and its time of change in nanoseconds; -1, 0 if it is not there."""
 Row = tuple[int, int, bool, int, int, int]
 """An entry of each array of `Lengths`."""
-REASONS = {TOO_LONG: "longer than template.max_length", UNSUPERVISED: "no supervised token"}
+REASONS = {
+    TOO_LONG: "longer than template.max_length",
+    UNSUPERVISED: "no supervised token",
+    BAD: "that cannot be read",
+}
+MAX_FAULTS = 5
+"""Records that cannot be read of which a summary tells why."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Lengths:
     """[R] tokens that template.truncation_strategy took off."""
     cut_media: NDArray[np.int32]
     """[R] images and videos that went with them."""
+    faults: tuple[str, ...] = ()
+    """Why the first of the records that cannot be read cannot be."""
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -79,21 +88,28 @@ class Lengths:
         return int((self.cut_tokens > 0).sum()), int(self.cut_tokens.sum()), int(self.cut_media.sum())
 
 
-class _Measured(Dataset[tuple[Row, list[File]]]):
+class _Measured(Dataset[tuple[Row, list[File], str]]):
     """The length of each record, as a data set so that a `DataLoader` spreads the work."""
 
-    def __init__(self, records: Any, encoder: Encoder) -> None:
+    def __init__(self, records: Any, encoder: Encoder, on_error: str) -> None:
         self.records = records
         self.encoder = encoder
+        self.on_error = on_error
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Row, list[File]]:
-        record, source, media_root = self.records[index]
-        conversation = read_record(record, source, media_root)
-        files = [_state(path) for path in conversation_files(conversation)]  # before they are opened
-        return self._row(conversation), files
+    def __getitem__(self, index: int) -> tuple[Row, list[File], str]:
+        files: list[File] = []
+        try:
+            told = self.records[index]
+            conversation = told if isinstance(told, Conversation) else read_record(*told)
+            files = [_state(path) for path in conversation_files(conversation)]  # before they are opened
+            return self._row(conversation), files, ""
+        except DataError as error:
+            if self.on_error == "raise" or isinstance(error, (TooLong, Unsupervised)):
+                raise
+            return (0, 0, False, BAD, 0, 0), files, str(error)
 
     def _row(self, conversation: Conversation) -> Row:
         try:
@@ -113,30 +129,41 @@ def conversation_files(conversation: Conversation) -> list[str]:
     return [path for path in map(file_of, values) if path is not None]
 
 
-def measure(records: Any, encoder: Encoder, *, num_proc: int = 1, cache_dir: str | Path | None = None) -> Lengths:
+def measure(
+    records: Any,
+    encoder: Encoder,
+    *,
+    num_proc: int = 1,
+    cache_dir: str | Path | None = None,
+    on_error: str = "raise",
+) -> Lengths:
     """Lengths of all records; a second call with the same records, media and encoder reads them from disk.
 
     Of several processes that share ``cache_dir`` one measures, the others wait for its file.
+
+    Args:
+        records: a list of (record, `Source`, folder of relative media), or of `Conversation` s, with a ``fingerprint``.
+        on_error: ``skip`` counts a record that cannot be read as `BAD` instead of raising.
 
     Raises:
         DataError: a record is malformed or a medium cannot be opened; it names the record.
     """
     folder = Path(cache_dir) if cache_dir is not None else _default_cache()
     folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(f"{LAYOUT}:{records.fingerprint}:{encoder.fingerprint()}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{LAYOUT}:{on_error}:{records.fingerprint}:{encoder.fingerprint()}".encode()).hexdigest()[:32]
     path = folder / f"lengths-{key}.npz"
     lengths = _cached(path)
     if lengths is None:
         with FileLock(f"{path}.lock"):
             lengths = _cached(path)
             if lengths is None:
-                lengths, files = _measure(records, encoder, num_proc)
+                lengths, files = _measure(records, encoder, num_proc, on_error)
                 _save(path, lengths, files)
     return lengths
 
 
-def _measure(records: Any, encoder: Encoder, num_proc: int) -> tuple[Lengths, list[File]]:
-    measured = _Measured(records, encoder)
+def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tuple[Lengths, list[File]]:
+    measured = _Measured(records, encoder, on_error)
     workers = min(num_proc, len(os.sched_getaffinity(0))) if len(measured) >= PARALLEL_FROM else 0
     if workers > 1:
         loader: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
@@ -145,20 +172,24 @@ def _measure(records: Any, encoder: Encoder, num_proc: int) -> tuple[Lengths, li
         told = (measured[index] for index in range(len(measured)))
     rows: list[Row] = []
     files: dict[str, File] = {}
-    for row, opened in told:
+    faults: list[str] = []
+    for row, opened, fault in told:
         rows.append(row)
+        if fault and len(faults) < MAX_FAULTS:
+            faults.append(fault)
         for file in opened:
             files.setdefault(file[0], file)
     columns = np.asarray(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
     arrays = {name: column.astype(dtype) for (name, dtype), column in zip(COLUMNS.items(), columns, strict=True)}
-    return Lengths(**arrays), list(files.values())
+    return Lengths(**arrays, faults=tuple(faults)), list(files.values())
 
 
 def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.npz")
-    names = np.frombuffer("\0".join(file[0] for file in files).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+    names = _as_bytes([file[0] for file in files])
     states = np.asarray([file[1:] for file in files], dtype=np.int64).reshape(-1, 2)
-    np.savez(partial, files=names, states=states, **{name: getattr(lengths, name) for name in COLUMNS})
+    arrays = {name: getattr(lengths, name) for name in COLUMNS}
+    np.savez(partial, files=names, states=states, faults=_as_bytes(lengths.faults), **arrays)
     partial.replace(path)
 
 
@@ -167,12 +198,21 @@ def _cached(path: Path) -> Lengths | None:
     if not path.exists():
         return None
     with np.load(path) as told:
-        names = told["files"].tobytes().decode("utf-8", "surrogateescape")
         states = told["states"].tolist()
-        for name, (size, changed) in zip(names.split("\0") if names else (), states, strict=True):
+        for name, (size, changed) in zip(_as_texts(told["files"]), states, strict=True):
             if _state(name) != (name, size, changed):
                 return None
-        return Lengths(**{name: told[name] for name in COLUMNS})
+        return Lengths(**{name: told[name] for name in COLUMNS}, faults=tuple(_as_texts(told["faults"])))
+
+
+def _as_bytes(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """Texts without a null as one array that is no pickle."""
+    return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+
+
+def _as_texts(array: NDArray[np.uint8]) -> list[str]:
+    joined = array.tobytes().decode("utf-8", "surrogateescape")
+    return joined.split("\0") if joined else []
 
 
 def _state(path: str) -> File:

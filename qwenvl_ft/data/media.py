@@ -57,7 +57,9 @@ def resolve_path(value: Any, media_root: str | Path | None) -> Any:
 
 
 def file_of(value: Any) -> str | None:
-    """The path that a medium's value is; None of bytes, URLs, base64 and objects."""
+    """The path that a medium's value is, or is made from; None of bytes, URLs and base64."""
+    if callable(getattr(value, "open", None)):
+        value = getattr(value, "value", None)
     if not isinstance(value, (str, Path)):
         return None
     text = str(value)

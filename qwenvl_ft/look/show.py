@@ -13,10 +13,9 @@ import numpy as np
 
 from qwenvl_ft.data.collate import QwenVLCollator, sample_lengths
 from qwenvl_ft.data.conversation import Image, Sample
-from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.dataset import SampleDataset, Ticket
 from qwenvl_ft.data.media import image_size
 from qwenvl_ft.data.packing import pack_lengths, single_rows
-from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.look.files import TRAIN, find_split, split_name
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pixels import data_uri, pictures
@@ -151,9 +150,10 @@ def show_recipe(
     train, val = build_datasets(recipe, processor, seed)
     evaluated = val if isinstance(val, dict) else {"": val} if val is not None else {}
     dataset = find_split({TRAIN: train} | {split_name(name): told for name, told in evaluated.items()}, split)
-    chosen = spread(len(dataset), samples)
-    plan = epoch_rows(recipe, dataset, seed, epoch if split == TRAIN else 0, shuffle=split == TRAIN)
-    cards = [card(dataset, index, f"Sample {index}", emitted_units(recipe), units) for index in chosen]
+    at = epoch if split == TRAIN else 0
+    chosen = spread(len(dataset.at(at)), samples)
+    plan = epoch_rows(recipe, dataset, seed, at, shuffle=split == TRAIN)
+    cards = [card(dataset, dataset.ticket(at, k), f"Sample {k}", emitted_units(recipe), units) for k in chosen]
     page = render(
         "show.html.jinja",
         title=title or "What the model sees",
@@ -165,7 +165,10 @@ def show_recipe(
         max_length=recipe.template.max_length,
         num_rows=len(plan),
         cards=cards,
-        rows=[row(dataset, indices, recipe.template.max_length, recipe.training.packing) for indices in plan[:rows]],
+        rows=[
+            row(dataset, [dataset.ticket(at, k) for k in places], recipe.template.max_length, recipe.training.packing)
+            for places in plan[:rows]
+        ],
         count_of=count_of,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,33 +187,34 @@ def epoch_rows(recipe: Any, dataset: SampleDataset, seed: int, epoch: int, *, sh
     given = told.arguments["data_seed"] if "data_seed" in told.arguments else None
     seed = seed if given is None else given
     if not told.packing:
-        return single_rows(len(dataset), seed=seed, epoch=epoch, shuffle=shuffle)
-    return pack_lengths(dataset.lengths, max_length=recipe.template.max_length, seed=seed, epoch=epoch)
+        return single_rows(len(dataset.at(epoch)), seed=seed, epoch=epoch, shuffle=shuffle)
+    return pack_lengths(dataset.at(epoch).tokens, max_length=recipe.template.max_length, seed=seed, epoch=epoch)
 
 
-def card(dataset: SampleDataset, index: int, title: str, dense_units: str, units: str) -> Card:
+def card(dataset: SampleDataset, ticket: Ticket, title: str, dense_units: str, units: str) -> Card:
     """One sample as the page has it.
 
     Args:
         dense_units: unit of dense captions, which the recipe says.
         units: of all answers, if it is not ``auto``.
     """
-    sample = dataset[index]
+    sample = dataset[ticket]
     encoder = dataset.encoder
     told = pieces(sample["input_ids"].tolist(), sample["labels"].tolist(), encoder.processor.tokenizer)
-    record, stored = source_of(dataset, index)
-    if units == AUTO and isinstance(record, Mapping) and "objects" in record:
+    records, sizes = source_of(dataset, ticket)
+    if units == AUTO and all(isinstance(record, Mapping) and "objects" in record for record in records):
         units = dense_units
     shown = picture_list(sample, told, encoder.processor)
     images = [picture for picture in shown if picture.kind == "image"]
-    sizes = stored if len(stored) == len(images) else [(picture.width, picture.height) for picture in images]
+    if len(sizes) != len(images):  # some were cut off
+        sizes = [(picture.width, picture.height) for picture in images]
     objects, units = placed_objects(learned_texts(told), texts_before_media(told), sizes, units)
     numbered = list(enumerate(objects, 1))
     marked = [[(k, each) for k, each in numbered if each.picture == place] for place in range(len(images))]
     for picture, marks in zip(images, marked, strict=True):
         picture.objects.extend(marks)
     source = sample["source"]
-    text = json.dumps(shortened(record), ensure_ascii=False, indent=2) if record is not None else ""
+    text = "\n".join(json.dumps(shortened(record), ensure_ascii=False, indent=2) for record in records)
     return Card(title, source.record, source.id, told, shown, objects, units if objects else "", text)
 
 
@@ -231,18 +235,12 @@ def picture_list(sample: Sample, told: Sequence[Piece], processor: Any) -> list[
     return found
 
 
-def source_of(dataset: SampleDataset, index: int) -> tuple[Any, list[tuple[int, int]]]:
-    """The record of a sample, and (width, height) of its images before the processor's resize.
-
-    None and [] if the sample is of several records.
-    """
-    found: Any = dataset.records[int(dataset.index[index])]
-    if not isinstance(found, tuple):
-        return None, []
-    record, source, root = found
-    images = read_record(record, source, root).media(Image)
+def source_of(dataset: SampleDataset, ticket: Ticket) -> tuple[list[Any], list[tuple[int, int]]]:
+    """The records of a sample, and (width, height) of its images before the processor's resize."""
+    records = [record for record, _, _ in dataset.epochs.raw(ticket.epoch, ticket.place)]
+    images = dataset.conversation(ticket).media(Image)
     sizes = [image_size(image.value, dataset.encoder.policy) for image in images]
-    return record, [(width, height) for height, width in sizes]
+    return records, [(width, height) for height, width in sizes]
 
 
 def shortened(value: Any) -> Any:
@@ -260,9 +258,9 @@ def shortened(value: Any) -> Any:
     )
 
 
-def row(dataset: SampleDataset, indices: Sequence[int], capacity: int, packing: bool) -> Row:
+def row(dataset: SampleDataset, tickets: Sequence[Ticket], capacity: int, packing: bool) -> Row:
     """A row as the collator makes it, cut at the borders that its text positions tell."""
-    batch = QwenVLCollator()([dataset[index] for index in indices])
+    batch = QwenVLCollator()([dataset[ticket] for ticket in tickets])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     parts, start = [], 0
     for source, length in zip(batch["sources"], sample_lengths(batch).tolist(), strict=True):

@@ -36,9 +36,9 @@ class Alias:
         return {key.partition(".")[0] for key in self.keys} | set(self.also)
 
 
-def same(key: str) -> Alias:
+def same(key: str, also: tuple[str, ...] = ()) -> Alias:
     """Only the name differs."""
-    return Alias(keys=(key,), kind=None, meaning=lambda value, where: {key: value}, told="")
+    return Alias(keys=(key,), kind=None, meaning=lambda value, where: {key: value}, told="", also=also)
 
 
 def negated(key: str) -> Alias:
@@ -113,6 +113,8 @@ ALIASES: dict[str, Alias] = {
     "val_jsonl": same("data.val"),
     "system": same("template.system_prompt"),
     "template_type": same("template.template"),
+    "user_prompt": same("prompts.user", also=("data",)),
+    "system_prompt_summary": same("prompts.system_summary", also=("data",)),
     "image_max_token_num": tokens("template.max_pixels"),
     "image_min_token_num": tokens("template.min_pixels"),
     "video_max_token_num": tokens("template.video_frame_max_pixels"),

@@ -28,6 +28,7 @@ from qwenvl_ft.recipe.schema import (
     DeepspeedConfig,
     EvaluationConfig,
     ModelConfig,
+    PromptsConfig,
     TemplateConfig,
     TrainingConfig,
     TunerConfig,
@@ -41,6 +42,7 @@ class Recipe:
     model: ModelConfig
     template: TemplateConfig
     data: DataConfig
+    prompts: PromptsConfig
     tuner: TunerConfig
     training: TrainingConfig
     deepspeed: DeepspeedConfig

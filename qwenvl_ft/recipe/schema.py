@@ -12,6 +12,7 @@ NonNegative = Annotated[int, ">=0"]
 PositiveFloat = Annotated[float, ">0"]
 NonNegativeFloat = Annotated[float, ">=0"]
 Fraction = Annotated[float, "0..1"]
+Share = Annotated[float, "0 to 1"]
 Count = Annotated[int, "count or -1"]
 
 
@@ -117,6 +118,24 @@ class DataConfig:
     """Largest stored image, in pixels; protects against decompression bombs."""
     video_timeout: PositiveFloat = 60.0
     """Seconds that one video file may take to decode."""
+    images_per_user_turn: Positive = 2
+    """Dense captions: records that one user turn asks about and one JSON object answers."""
+    emit_norm: Literal["none", "norm100", "norm1000"] = "norm1000"
+    """Dense captions: coordinates of answers in pixels, or in hundredths or thousandths of the image's sides."""
+    summary_ratio: Share | None = None
+    """Dense captions: share of the groups that are asked for a line about each image instead of its objects."""
+    label_pattern: str = "图片_{i}"
+    """Dense captions: name of the i-th image of a group, written before it, and its key in the answer."""
+    object_pattern: str = "object_{i}"
+    """Dense captions: key of an image's i-th object."""
+    object_order: Literal["given", "reading"] | None = None
+    """Dense captions: objects as in the record, or from the top down; null is given in scheme A, reading in B."""
+    augmentation: dict[str, Any] | None = None
+    """What changes images, and their objects' coordinates with them, in training; see docs/augmentation.md."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """A record that cannot be read stops the run, or is left out, counted and told."""
+    max_bad_fraction: Share = 0.01
+    """With on_error: skip, the share of an epoch's samples above which the run stops after all."""
     check_dataset_strategy: Literal["none", "warning", "error"] = "none"
     """Look at every record before training, as qwenvl-ft check does: say what is wrong, or do not begin."""
 
@@ -124,6 +143,22 @@ class DataConfig:
     def evaluates(self) -> bool:
         """Whether there is something to evaluate on."""
         return bool(self.val) or self.split_dataset_ratio > 0
+
+
+@dataclass(kw_only=True)
+class PromptsConfig:
+    """What dense captions are asked. Each prompt is a text, or the path of a .txt file."""
+
+    scheme: Literal["A", "B", "a", "b"] = "A"
+    """Built-in prompts: A says the format, B also how to order, word and outline."""
+    system: str | None = None
+    """System prompt of groups that are asked for objects; null is the scheme's."""
+    user: str | None = None
+    """User prompt of groups that are asked for objects; null is the scheme's."""
+    system_summary: str | None = None
+    """System prompt of groups that are asked for summaries; null is the scheme's."""
+    user_summary: str | None = None
+    """User prompt of groups that are asked for summaries; null is the scheme's."""
 
 
 @dataclass(kw_only=True)
@@ -266,6 +301,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "template": TemplateConfig,
     "data": DataConfig,
+    "prompts": PromptsConfig,
     "tuner": TunerConfig,
     "training": TrainingConfig,
     "deepspeed": DeepspeedConfig,

@@ -25,16 +25,16 @@ def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
     are images and prompt; the language head never sees them.
 
     Returns:
-        The batch without ``labels`` and ``sources``, with ``targets`` int64[K] and ``logits_to_keep``: int64[K] for
-        one row, bool[S, T] for padded rows. A row without supervised tokens keeps its first position and has no
-        target.
+        The batch without ``labels``, ``sources`` and ``faults``, with ``targets`` int64[K] and ``logits_to_keep``:
+        int64[K] for one row, bool[S, T] for padded rows. A row without supervised tokens keeps its first position and
+        has no target.
     """
     labels = batch["labels"]
     keep = F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE  # [S, T] at the token before each target
     targets = labels[:, 1:][keep[:, :-1]]
     if not keep.any():
         keep[0, 0] = True
-    rest = {key: value for key, value in batch.items() if key not in ("labels", "sources")}
+    rest = {key: value for key, value in batch.items() if key not in ("labels", "sources", "faults")}
     rest["logits_to_keep"] = keep[0].nonzero(as_tuple=True)[0] if keep.shape[0] == 1 else keep
     rest["targets"] = targets
     return rest

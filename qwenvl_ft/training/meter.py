@@ -34,10 +34,11 @@ class Meter(TrainerCallback):
         self._first_step = 0
         self._passes = self._tokens = 0
         self._sums: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._wholes: dict[int, tuple[int, int, int]] = {}
 
     def follow(self, sampler: PlanSampler, row_tokens: int | None) -> None:
         """The plan to read, and the places in one process's batch for its fill, or None where rows are not packed."""
-        self.sampler = sampler
+        self.sampler, self._wholes = sampler, {}
         self.row_tokens = row_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -82,22 +83,30 @@ class Meter(TrainerCallback):
     def _up_to(self, step: int) -> tuple[int, int, int]:
         """Passes, tokens and samples from the beginning of training to the end of a step."""
         assert self.sampler is not None
-        per_epoch = len(self.sampler)
-        epochs, steps = divmod(step, -(-per_epoch // self.args.gradient_accumulation_steps))
-        passes = min(steps * self.args.gradient_accumulation_steps, per_epoch)
-        dataset = self.sampler.dataset
-        tokens, samples = epochs * int(dataset.lengths.sum()), epochs * len(dataset)
-        if passes:
+        epochs, steps = self.sampler.locate(step)
+        whole = [self._whole(epoch) for epoch in range(epochs)]
+        passes, tokens, samples = (sum(column) for column in zip((0, 0, 0), *whole, strict=True))
+        begun = steps * self.args.gradient_accumulation_steps
+        if begun:
             running_tokens, running_samples = self._running(epochs)
-            tokens += int(running_tokens[passes - 1])
-            samples += int(running_samples[passes - 1])
-        return epochs * per_epoch + passes, tokens, samples
+            tokens += int(running_tokens[begun - 1])
+            samples += int(running_samples[begun - 1])
+        return passes + begun, tokens, samples
+
+    def _whole(self, epoch: int) -> tuple[int, int, int]:
+        """Passes, tokens and samples of an epoch."""
+        assert self.sampler is not None
+        same = self.sampler.dataset.measured_as(epoch)
+        if same not in self._wholes:
+            planned = self.sampler.dataset.at(epoch)
+            self._wholes[same] = self.sampler.passes(epoch), int(planned.tokens.sum()), len(planned)
+        return self._wholes[same]
 
     def _running(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Running sums of tokens and samples over the passes of an epoch."""
         if epoch not in self._sums:
             assert self.sampler is not None
-            lengths, plan = self.sampler.dataset.lengths, self.sampler.plan(epoch)
+            lengths, plan = self.sampler.dataset.at(epoch).tokens, self.sampler.plan(epoch)
             tokens = [sum(int(lengths[i]) for batch in ranks for i in batch if i >= 0) for ranks in plan]
             self._sums = {epoch: (np.cumsum(tokens), np.cumsum([seen_samples(ranks) for ranks in plan]))}
         return self._sums[epoch]

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from qwenvl_ft.data.augment.pipeline import Augmenter
+from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError
 from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.load import loading_options, plan_loading
@@ -36,6 +38,12 @@ def preflight(recipe: Any, args: TrainingArguments) -> None:
     """
     for trial in TRIALS:
         trial(recipe, args)
+
+
+def _dense(recipe: Any, args: Any) -> None:
+    """Prompts of dense captions, which may be files, and operations of augmentation."""
+    _ = DenseOptions.of(recipe, args.seed).prompts
+    Augmenter.from_config(recipe.data.augmentation)
 
 
 def _optimizer(recipe: Any, args: Any) -> None:
@@ -226,4 +234,4 @@ def _names(tuner: Any, config: Any) -> None:
         saved_modules(model, tuner)
 
 
-TRIALS = (_output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub)
+TRIALS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub)

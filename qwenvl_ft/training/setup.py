@@ -10,8 +10,12 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import TrainingArguments, set_seed
 
+from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.dense.groups import EpochConversations
+from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.epochs import open_epochs
 from qwenvl_ft.data.media import MediaPolicy
 from qwenvl_ft.data.mixture import joined, load_mixture
 from qwenvl_ft.data.pixels import obstacle
@@ -74,17 +78,38 @@ def build_datasets(
     """Training and, if the recipe has any, validation samples; several sets by name."""
     train, val = load_mixture(recipe.data, seed)
     encoder = build_encoder(recipe, processor)
-    options: dict[str, Any] = {"num_proc": recipe.data.dataset_num_proc}
-    train_set = SampleDataset(train, encoder, name="data.train", **options)
+    train_set = build_dataset(recipe, train, encoder, seed, "data.train", training=True)
     sets = {
-        name: SampleDataset(records, encoder, name=f"data.val.{name}".rstrip("."), **options)
+        name: build_dataset(recipe, records, encoder, seed, f"data.val.{name}".rstrip("."))
         for name, records in val.items()
     }
     return train_set, sets[""] if "" in sets else sets or None
 
 
+def build_dataset(
+    recipe: Any, records: Any, encoder: Encoder, seed: int, name: str, *, training: bool = False
+) -> SampleDataset:
+    """The samples that a recipe makes of records; augmented, and other ones in each epoch, for training alone."""
+    data = recipe.data
+    epochs = open_epochs(
+        records,
+        DenseOptions.of(recipe, seed),
+        augmenter=Augmenter.from_config(data.augmentation),
+        training=training,
+        policy=encoder.policy,
+    )
+    return SampleDataset(
+        epochs,
+        encoder,
+        name=name,
+        num_proc=data.dataset_num_proc,
+        on_error=data.on_error,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
 def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
-    """The records that are asked by generation after training, as far as they make a sample; None if none are.
+    """The conversations that are asked by generation after training, as far as they make a sample; None if none are.
 
     Raises:
         RecipeError: ``evaluation.run_after_training`` without data.
@@ -99,8 +124,9 @@ def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
 
     options = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
     records = load_records(told.data, **options) if told.data else joined(load_mixture(data, seed)[1])
-    usable = SampleDataset(records, encoder, name="evaluation.data", num_proc=data.dataset_num_proc).index[: told.limit]
-    questions: Any = Subset(records, usable.tolist())  # type: ignore[arg-type]
+    dataset = build_dataset(recipe, records, encoder, seed, "evaluation.data")
+    usable = dataset.index[: told.limit].tolist()
+    questions: Any = Subset(EpochConversations(dataset.epochs, 0), usable)  # type: ignore[arg-type]
     require_answers(questions)
     return questions
 

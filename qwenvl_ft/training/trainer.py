@@ -4,6 +4,7 @@ What is overridden, and nothing else: the loaders (a plan instead of a sampler),
 divided once by the global batch's), evaluation (the same sum), the optimizer's groups, and what is logged and saved.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sized
 from pathlib import Path
@@ -19,7 +20,7 @@ from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_filler
 from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
-from qwenvl_ft.errors import RecipeError, TrainingError
+from qwenvl_ft.errors import DataError, RecipeError, TrainingError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels
@@ -32,6 +33,8 @@ from qwenvl_ft.tuning.optimizer import (
     param_groups,
     schedule_with_floor,
 )
+
+log = logging.getLogger("qwenvl_ft.data")
 
 
 class QwenVLTrainer(Trainer):
@@ -84,6 +87,7 @@ class QwenVLTrainer(Trainer):
         self.lorap_lr_ratio = lorap_lr_ratio
         self.recipe = recipe
         self.part_rates: dict[str, float] = {}
+        self.bad_samples = 0
         sets = _all_of(train_dataset, eval_dataset)
         raw = {dataset.encoder.raw_pixels for dataset in sets}
         if len(raw) > 1:
@@ -108,7 +112,7 @@ class QwenVLTrainer(Trainer):
         if args.neftune_noise_alpha:
             self.noise, self.neftune_noise_alpha = SampleNoise(args.neftune_noise_alpha), None  # not transformers' own
             cast(Any, self.model).get_input_embeddings().register_forward_hook(self.noise)
-        has_media = any(bool(dataset.patches.any()) for dataset in _all_of(train_dataset))
+        has_media = any(bool(dataset.at(0).patches.any()) for dataset in _all_of(train_dataset))
         self.gradients = PartGradients(zero_gradient_steps, has_media=has_media)
         self.meter = Meter(args)
         self.add_callback(self.meter)
@@ -162,12 +166,47 @@ class QwenVLTrainer(Trainer):
     def num_examples(self, dataloader: Any) -> int:
         return len(cast(Sized, dataloader.dataset))
 
-    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """A run that is resumed at its last step is done; transformers would train one step more."""
+    # -- steps: transformers counts those of one epoch for all ----------------------------------------------------
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """The counts of an epoch and of the run, whose epochs may differ in their number of rows."""
+        epochs, steps, examples, samples, batch, passes, max_steps = super().set_initial_training_values(
+            args, dataloader
+        )
+        sampler = self.train_sampler = cast(PlanSampler, dataloader.batch_sampler)
+        if sampler.dataset.measured_as(1) == 0:
+            return epochs, steps, examples, samples, batch, passes, max_steps
+        if args.max_steps > 0:
+            whole, begun = sampler.locate(args.max_steps)
+            epochs = whole + (begun > 0)
+        else:
+            whole = int(args.num_train_epochs)
+            rest = args.num_train_epochs - whole
+            max_steps = sum(map(sampler.steps, range(whole))) + (math.ceil(rest * sampler.steps(whole)) if rest else 0)
+            samples = sum(len(sampler.dataset.at(epoch)) for epoch in range(whole))
+            samples += math.ceil(rest * len(sampler.dataset.at(whole))) if rest else 0
+        return epochs, steps, examples, samples, batch, passes, max_steps
+
+    def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
+        """Where a resumed run goes on: epochs that are over, passes done in the next."""
+        super()._init_training_state(*arguments, **options)
+        epochs, steps = self.train_sampler.locate(self.state.global_step)
+        return epochs, steps * self.args.gradient_accumulation_steps
+
+    def _run_epoch(self, *_: Any, **options: Any) -> None:  # transformers names all of them
+        """One epoch, by its own number of rows.
+
+        A run that is resumed at its last step is done; transformers would train one step more.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*arguments, **options)
+        epoch = options["epoch"]
+        options["steps_in_epoch"] = self.train_sampler.passes(epoch)
+        options["num_update_steps_per_epoch"] = self.train_sampler.steps(epoch)
+        self.bad_samples = 0
+        super()._run_epoch(**options)
+        self.check_bad_samples(epoch)
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
@@ -186,6 +225,7 @@ class QwenVLTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.noise is not None:
             self.noise.follow(inputs)
+        self.bad_samples += _warn(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._unchecked.append((self.state.global_step + 1, loss, inputs["sources"]))
         if loss.device.type == "cpu":
@@ -222,6 +262,28 @@ class QwenVLTrainer(Trainer):
                     "records; else lower training.learning_rate or training.max_grad_norm, or use "
                     "model.torch_dtype=bfloat16 instead of float16."
                 )
+
+    def check_bad_samples(self, epoch: int) -> int:
+        """Samples of this epoch that others stand in for, over all ranks.
+
+        Raises:
+            DataError: more than ``data.max_bad_fraction`` of the epoch; on every rank.
+        """
+        dataset = cast(SampleDataset, self.train_dataset)
+        return self._checked_bad(self.bad_samples, dataset, len(dataset.at(epoch)))
+
+    def _checked_bad(self, bad: int, dataset: SampleDataset, samples: int) -> int:
+        if dataset.on_error == "raise":
+            return 0
+        if self.args.world_size > 1:
+            count = torch.tensor(bad, device=self.args.device)
+            bad = int(cast(Tensor, self.accelerator.reduce(count, reduction="sum")))
+        if bad > dataset.max_bad_fraction * samples:
+            raise DataError(
+                f"{dataset.name}: {bad} of the epoch's {samples} samples could not be made, more than "
+                f"data.max_bad_fraction={dataset.max_bad_fraction:g}. The warnings above name them."
+            )
+        return bad
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate counts neither images nor packing
@@ -306,8 +368,10 @@ class QwenVLTrainer(Trainer):
         self._settle()
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        bad = 0
         with torch.no_grad():
             for inputs in cast(Iterable[dict[str, Any]], dataloader):
+                bad += _warn(inputs)
                 batch = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
                     total[0] += loss_sum(model, batch).double()
@@ -323,6 +387,8 @@ class QwenVLTrainer(Trainer):
             f"{metric_key_prefix}_supervised_tokens": int(tokens),
         }
         count = len(cast(Sized, dataloader.dataset))
+        if bad := self._checked_bad(bad, dataloader.dataset, count):
+            metrics[f"{metric_key_prefix}_bad_samples"] = bad
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=count)
 
     def _evaluation_model(self) -> nn.Module:
@@ -340,6 +406,8 @@ class QwenVLTrainer(Trainer):
             logs.update({f"lr/{part}": rate for part, rate in self.part_rates.items()})
             logs.update(self.gradients.read())
             logs.update(self.meter.read(self.state))
+            if bad := self.check_bad_samples(self.train_sampler.epoch):
+                logs["bad_samples"] = bad
             logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
             scaled = self.accelerator.scaler is not None  # float16: an overflow skips the step and halves the scale
             if not scaled and "grad_norm" in logs and not math.isfinite(logs["grad_norm"]):
@@ -368,6 +436,14 @@ class QwenVLTrainer(Trainer):
                 config.use_cache = False
         if self.recipe is not None and self.args.should_save:
             self.recipe.save(Path(output_dir or str(self.args.output_dir)) / "recipe.yaml")
+
+
+def _warn(batch: dict[str, Any]) -> int:
+    """Say which records others stand in for in a batch; how many."""
+    faults = batch.get("faults", [])
+    for fault in faults:
+        log.warning("left out (data.on_error=skip): %s", fault)
+    return len(faults)
 
 
 def _all_of(*datasets: Any) -> list[SampleDataset]:

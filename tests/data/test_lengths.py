@@ -91,7 +91,7 @@ def test_dropped_records_are_counted_by_reason(processor, tmp_path):
     encoder = Encoder(processor, max_length=64, truncation_strategy="delete")
     dataset = SampleDataset(ListRecords(records), encoder, cache_dir=tmp_path, name="mine")
     assert len(dataset) == 2
-    assert dataset.measured.dropped() == {"longer than template.max_length": 1, "no supervised token": 1}
+    assert dataset.at(0).measured.dropped() == {"longer than template.max_length": 1, "no supervised token": 1}
     assert "left out: 1 longer than template.max_length, 1 no supervised token" in dataset.summary()
     assert dataset[1]["source"].record == "list[3]"
 
@@ -178,12 +178,12 @@ def test_what_is_cut_off_is_counted(processor, encoder, tmp_path):
     left = Encoder(processor, max_length=full - 3, truncation_strategy="left")
     dataset = SampleDataset(records, left, cache_dir=tmp_path, name="mine")
     kept = len(dataset[0]["input_ids"])
-    assert dataset.measured.cut() == (1, full - kept, 0)
+    assert dataset.at(0).measured.cut() == (1, full - kept, 0)
     assert dataset.summary().endswith(f"; cut: 1 samples, by {full - kept:,} tokens")
     shorter = Encoder(processor, max_length=full - 10, truncation_strategy="left")
     dataset = SampleDataset(records, shorter, cache_dir=tmp_path, name="mine")
     assert len(dataset[0]["image_grid_thw"]) == 1
-    assert dataset.measured.cut() == (1, full - len(dataset[0]["input_ids"]), 1)
+    assert dataset.at(0).measured.cut() == (1, full - len(dataset[0]["input_ids"]), 1)
     assert dataset.summary().endswith("tokens and 1 media")
 
 
@@ -200,7 +200,7 @@ def test_all_ranks_together_see_every_sample_once_an_epoch(dataset):
         for sampler in samplers:
             sampler.set_epoch(epoch)
         assert len({len(sampler) for sampler in samplers}) == 1
-        seen = [i for sampler in samplers for batch in sampler for i in batch if i >= 0]
+        seen = [t.place for sampler in samplers for batch in sampler for t in batch if not t.filler]
         assert sorted(seen) == list(range(60))
         orders.append(seen)
     assert orders[0] != orders[1]

@@ -176,8 +176,8 @@ def test_boxes_quads_and_lines_are_drawn_where_the_answer_says(data, tiny_dir, t
         {"desc": "wire/thin", "line": [0, 0, 48, 32, 96, 0]},
     ]
     answer = json.dumps([{"bbox_2d": [100, 200, 900, 1000], "label": "blur"}])
-    page = shown(data([captioned(objects=objects), asked("b.png", answer)]), tiny_dir, tmp_path)
-    dense, plain = (found["shapes"] for found in page.samples.values())
+    page = shown(data([asked("b.png", answer), captioned(objects=objects)]), tiny_dir, tmp_path)
+    plain, dense = (found["shapes"] for found in page.samples.values())
     assert [tag for tag, _ in dense] == ["rect", "polygon", "polyline"]
     assert [float(dense[0][1][key]) for key in ("x", "y", "width", "height")] == pytest.approx([12, 16, 36, 32])
     points = [[float(value) for value in re.findall(r"[\d.]+", told["points"])] for _, told in dense[1:]]

@@ -29,6 +29,8 @@ MEANINGS = {
     "train_jsonl": ("a.jsonl", {"data.train": "a.jsonl"}),
     "val_jsonl": ("v.jsonl", {"data.val": "v.jsonl"}),
     "system": ("Be brief", {"template.system_prompt": "Be brief"}),
+    "user_prompt": ("Which?", {"prompts.user": "Which?"}),
+    "system_prompt_summary": ("One line.", {"prompts.system_summary": "One line."}),
     "template_type": ("qwen", {"template.template": "qwen"}),
     "sft_type": ("full", {"tuner.train_type": "full"}),
     "tuner_type": ("full", {"tuner.train_type": "full"}),

@@ -72,9 +72,10 @@ WRONG_FILES = {
     "a key under the other name of its section": (
         "custom: {allow_url: true}",
         "FILE: custom.allow_url: unknown key. Did you mean 'allow_urls'? Known: allow_urls, "
-        "check_dataset_strategy, dataset_num_proc, datasets, max_image_pixels, media_root, readers, "
-        "split_dataset_ratio, train, train_dataset_mix_ds, train_dataset_mix_ratio, train_dataset_sample, val, "
-        "val_dataset_sample, video_timeout.",
+        "augmentation, check_dataset_strategy, dataset_num_proc, datasets, emit_norm, images_per_user_turn, "
+        "label_pattern, max_bad_fraction, max_image_pixels, media_root, object_order, object_pattern, on_error, "
+        "readers, split_dataset_ratio, summary_ratio, train, train_dataset_mix_ds, train_dataset_mix_ratio, "
+        "train_dataset_sample, val, val_dataset_sample, video_timeout.",
     ),
     "a misspelt choice": (
         "template: {truncation_strategy: rihgt}",
@@ -89,7 +90,7 @@ WRONG_FILES = {
     "an unknown section": (
         "tunner: {lora_rank: 8}",
         "FILE: unknown section 'tunner'. Did you mean 'tuner'? Known: custom, data, deepspeed, evaluation, extends, "
-        "global_max_length, inherit, model, template, training, tuner.",
+        "global_max_length, inherit, model, prompts, template, training, tuner.",
     ),
     "a key outside of its section": (
         "lora_rank: 8",
@@ -101,11 +102,13 @@ WRONG_FILES = {
     ),
     "a list for a recipe": (
         "- a",
-        "FILE: a recipe is a mapping of sections: model, template, data, tuner, training, deepspeed, evaluation.",
+        "FILE: a recipe is a mapping of sections: model, template, data, prompts, tuner, training, deepspeed, "
+        "evaluation.",
     ),
     "a number for a recipe": (
         "5",
-        "FILE: a recipe is a mapping of sections: model, template, data, tuner, training, deepspeed, evaluation.",
+        "FILE: a recipe is a mapping of sections: model, template, data, prompts, tuner, training, deepspeed, "
+        "evaluation.",
     ),
     "a bracket left open": (
         "tuner:\n  target_modules: [a, b\ntraining: {}",

@@ -23,7 +23,7 @@ from PIL import Image
 
 from qwenvl_ft.data.augment.canvas import Colour, render
 from qwenvl_ft.data.augment.geometry import IDENTITY, Size, Step, map_objects
-from qwenvl_ft.data.augment.operations import Numbers, Operation
+from qwenvl_ft.data.augment.operations import OPERATIONS, Numbers, Operation
 from qwenvl_ft.data.augment.settings import Phase, read_settings
 from qwenvl_ft.errors import DataError
 
@@ -68,6 +68,10 @@ class Drawn:
         image = image.convert("RGB") if image.mode != "RGB" else image
         for step in self.steps:
             image = render(image, step, self.fill)
+        return self.coloured(image)
+
+    def coloured(self, image: Image.Image) -> Image.Image:
+        """An RGB image of any size after the operations on colours alone."""
         for operation, numbers in self.colours:
             image = operation.apply(image, *numbers)
         return image
@@ -129,6 +133,13 @@ class Augmenter:
             else:
                 steps.add(operation, numbers)
         return Drawn((width, height), steps.done(), tuple(colours), self.fill, self.min_visible)
+
+    @property
+    def moving(self) -> list[str]:
+        """Names of the operations, of any phase, that move pixels and with them coordinates."""
+        names = {kind: name for name, kind in OPERATIONS.items()}
+        told = [op for phase in self.phases for op in phase.ops if self.enabled and op.kind != "colour"]
+        return list(dict.fromkeys(names[type(op)] for op in told))
 
     def _operations_of(self, epoch: int) -> tuple[Operation, ...]:
         return next(p.ops for p in self.phases if p.until_epoch is None or epoch < p.until_epoch)

@@ -13,16 +13,17 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from qwenvl_ft.data.augment.pipeline import Augmenter, Drawn
-from qwenvl_ft.data.conversation import Conversation
+from qwenvl_ft.data.conversation import Conversation, Source
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.data.dense.prompts import DENSE, SUMMARY
 from qwenvl_ft.data.dense.record import DenseRecord, read_dense_record
 from qwenvl_ft.data.dense.summary import summary_fault
 from qwenvl_ft.data.dense.target import dense_conversation
 from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.readers import read_to_dense
 from qwenvl_ft.errors import DataError
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same options, seed and epoch begin to give other conversations."""
 ORDER, MODE, AUGMENTATION = range(1, 4)
 """Streams of random numbers. First in the seed, because numpy takes [s, e] and [s, e, 0] for the same."""
@@ -94,6 +95,17 @@ class DenseGroups:
         size = self.options.images_per_user_turn
         return (len(self.records) + size - 1) // size
 
+    @property
+    def varies(self) -> bool:
+        """Whether epochs differ in which records meet, what they are asked, or where their objects are."""
+        drawn = self.options.draws_summaries and self.options.summary_ratio != 1
+        moved = self.augmenter is not None and bool(self.augmenter.moving)
+        return self.training and (self.options.images_per_user_turn > 1 or drawn or moved)
+
+    def measured_as(self, epoch: int) -> int:
+        """The first epoch whose samples have the same lengths; colours change no length."""
+        return epoch if self.varies else 0
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_order": None}  # made again where it is needed; a pickle stays small
 
@@ -103,7 +115,8 @@ class DenseGroups:
             raise IndexError(f"group {group} of {len(self)}")
         epoch = self._counted(epoch)
         if self._order is None or self._order[0] != epoch:
-            order = epoch_order(len(self.records), seed=self.options.seed, epoch=epoch, shuffle=self.training)
+            shuffle = self.training and self.options.images_per_user_turn > 1  # the plan shuffles single records
+            order = epoch_order(len(self.records), seed=self.options.seed, epoch=epoch, shuffle=shuffle)
             self._order = epoch, order
         size = self.options.images_per_user_turn
         return self._order[1][group * size : (group + 1) * size].tolist()
@@ -118,7 +131,11 @@ class DenseGroups:
         Raises:
             DataError: a record is malformed.
         """
-        return [read_dense_record(*self.records[index]) for index in self.indices(epoch, group)]
+        return [self._record(*told) for told in self.raw(epoch, group)]
+
+    def raw(self, epoch: int, group: int) -> list[tuple[Any, Source, str | None]]:
+        """The records of a group as they are stored, each with its source and the folder of its media."""
+        return [self.records[index] for index in self.indices(epoch, group)]
 
     def conversation(self, epoch: int, group: int) -> Conversation:
         """What a group is asked and answers.
@@ -131,17 +148,28 @@ class DenseGroups:
         drawn = [self._drawn(record, index, epoch) for record, index in zip(records, chosen, strict=True)]
         return dense_conversation(records, self.options, self.mode(epoch, group), drawn=drawn, policy=self.policy)
 
-    def conversations(self, epoch: int) -> "DenseEpoch":
+    def conversations(self, epoch: int) -> "EpochConversations":
         """All groups of an epoch."""
-        return DenseEpoch(self, epoch)
+        return EpochConversations(self, epoch)
 
     def fingerprint(self, epoch: int) -> str:
-        """Key of an epoch's conversations, for caches."""
-        told = (LAYOUT, self.records.fingerprint, self.options, self.training, self.augmenter, self._counted(epoch))
+        """Key of all that the lengths of an epoch's conversations follow from, for caches."""
+        key = self.measured_as(epoch)
+        told = (LAYOUT, self.records.fingerprint, self.options, self.training, self.augmenter, key)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _counted(self, epoch: int) -> int:
         return epoch if self.training else 0
+
+    @staticmethod
+    def _record(record: Any, source: Source, root: str | None) -> DenseRecord:
+        told = read_to_dense(record, source, root)
+        if isinstance(told, Conversation):
+            raise DataError(
+                f"{source}: no dense-caption record (keys {', '.join(map(str, record))}), though its file begins with "
+                "one. Keep the formats in files of their own."
+            )
+        return read_dense_record(told, source, root)
 
     def _drawn(self, record: DenseRecord, index: int, epoch: int) -> Drawn | None:
         if self.augmenter is None:
@@ -149,10 +177,10 @@ class DenseGroups:
         return self.augmenter.draw(*record.size, _rng(AUGMENTATION, self.options.seed, epoch, index), epoch)
 
 
-class DenseEpoch(Sequence[Conversation]):
-    """The conversations of an epoch, each made when it is asked for."""
+class EpochConversations(Sequence[Conversation]):
+    """The conversations of an epoch of groups, or of any `Epochs`, each made when it is asked for."""
 
-    def __init__(self, groups: DenseGroups, epoch: int) -> None:
+    def __init__(self, groups: Any, epoch: int) -> None:
         self.groups = groups
         self.epoch = epoch
 

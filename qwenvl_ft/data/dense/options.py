@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from qwenvl_ft.data.dense.prompts import DENSE, MODES, SCHEMES, SUMMARY, Prompt, built_in, own_prompt
 from qwenvl_ft.errors import RecipeError, unknown_name
@@ -59,6 +60,29 @@ class DenseOptions:
                 raise RecipeError(f"data.{name}={getattr(self, name)!r} must hold {{i}} once: the number goes there.")
         for name in ("system", "user", "system_summary", "user_summary"):
             object.__setattr__(self, name, own_prompt(getattr(self, name), f"prompts.{name}"))
+
+    @classmethod
+    def of(cls, recipe: Any, seed: int) -> "DenseOptions":
+        """What a recipe's ``data`` and ``prompts`` say.
+
+        Raises:
+            RecipeError: a prompt's file cannot be read, or a pattern has no number.
+        """
+        data, prompts = recipe.data, recipe.prompts
+        return cls(
+            images_per_user_turn=data.images_per_user_turn,
+            emit_norm=data.emit_norm,
+            summary_ratio=data.summary_ratio,
+            label_pattern=data.label_pattern,
+            object_pattern=data.object_pattern,
+            object_order=data.object_order,
+            scheme=prompts.scheme,
+            system=prompts.system,
+            user=prompts.user,
+            system_summary=prompts.system_summary,
+            user_summary=prompts.user_summary,
+            seed=seed,
+        )
 
     def label(self, number: int) -> str:
         """Name of a picture in its group, counted from 1."""

@@ -133,20 +133,40 @@ def read_record(
     Raises:
         DataError: no reader knows the record, or its content is malformed.
     """
+    told = _resolved(record, source, media_root, reader, until=None)
+    assert isinstance(told, Conversation)
+    return told
+
+
+def read_to_dense(record: Any, source: Source, media_root: str | None = None) -> Conversation | Record:
+    """As `read_record`, but a dense-caption record, or one that a reader makes of a record, stays a record.
+
+    Dense captions are read in groups (data/dense), not one by one.
+    """
+    return _resolved(record, source, media_root, None, until="dense")
+
+
+def _resolved(
+    record: Any, source: Source, media_root: str | None, reader: str | None, until: str | None
+) -> Conversation | Record:
+    """A record read by one format after the other, up to a conversation or to the format ``until``."""
     if not isinstance(record, dict):
         raise DataError(f"{source}: a record is a JSON object, this is a {type(record).__name__}.")
     name = reader or (record.reader if isinstance(record, Told) else None)
+    told: Conversation | Record = record
     asked: list[str] = []
-    while isinstance(record, dict):
+    while isinstance(told, dict):
         if name is None:
-            name = next((key for key, known in READERS.items() if key not in asked and known.matches(record)), None)
+            name = next((key for key, known in READERS.items() if key not in asked and known.matches(told)), None)
         if name is None:
-            raise DataError(f"{source}: {_unknown(record)}")
+            raise DataError(f"{source}: {_unknown(told)}")
+        if name == until:
+            return told
         reader_of = READERS[name] if name in READERS else _named(name, source)
-        record = _checked(reader_of.read(record, source, media_root), record, name, source)
+        told = _checked(reader_of.read(told, source, media_root), told, name, source)
         asked.append(name)
         name = None
-    return record
+    return told
 
 
 def _named(name: str, source: Source) -> Reader:

@@ -28,6 +28,7 @@ SHOWN = {
     "supervised_tokens": ("supervised", "{:,}"),
     "row_fill": ("fill", "{:.1%}"),
     "samples_seen": ("samples", "{:,}"),
+    "bad_samples": ("left out", "{:,}"),
     "peak_memory_gib": ("GiB", "{:.2f}"),
     "train_loss": ("train_loss", "{:.4f}"),
     "train_runtime": ("seconds", "{:.1f}"),

@@ -3,7 +3,7 @@
 #
 #   recipes/dry_run.sh [section.key=value ...] [--flag value ...]
 #
-# Variables: recipe (flare25), datasets, batch_size, grad_accum_steps, NPROC_PER_NODE. TMPDIR needs room for the model.
+# Variables: recipe (flare25), datasets, batch_size, grad_accum_steps, NPROC_PER_NODE.
 set -uo pipefail
 output_dir=$(mktemp -d "${TMPDIR:-/tmp}/dry_run.XXXXXX")
 trap 'rm -rf "$output_dir"' EXIT
@@ -12,8 +12,8 @@ printf '%s\nDRY RUN: %s, 5 steps on %s\n%s\n' "$line" "${recipe:-flare25}" "${da
 begin=$(date +%s)
 accelerate launch --num_processes "${NPROC_PER_NODE:-${NGPU:-1}}" -m qwenvl_ft.train recipe="${recipe:-flare25}" \
     data.train="$datasets" training.max_steps=5 training.per_device_train_batch_size="${batch_size:-1}" \
-    training.gradient_accumulation_steps="${grad_accum_steps:-2}" training.save_strategy=no training.eval_strategy=no \
-    training.logging_steps=1 training.report_to=none training.output_dir="$output_dir" "$@"
+    training.gradient_accumulation_steps="${grad_accum_steps:-2}" training.save_strategy=no training.save_final=false \
+    training.eval_strategy=no training.logging_steps=1 training.report_to=none training.output_dir="$output_dir" "$@"
 code=$?
 steps=$(grep -c '"loss"' "$output_dir/trainer_log.jsonl" 2>/dev/null)
 memory=$(grep -o '"peak_memory_gib": [0-9.]*' "$output_dir/trainer_log.jsonl" 2>/dev/null | tail -1 | cut -d' ' -f2)

@@ -265,6 +265,8 @@ class TrainingConfig:
     """Evaluations without a better metric_for_best_model after which training ends."""
     resume_from_checkpoint: str | bool | None = None
     """true or auto for the last complete checkpoint of output_dir, or a checkpoint's folder."""
+    save_final: bool = True
+    """Write the trained model into output_dir at the end, beside the checkpoints of save_strategy."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """The fields of TrainingArguments, flat under training in the file."""
 

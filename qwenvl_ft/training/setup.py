@@ -192,8 +192,9 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
 
 
 def finish(trainer: Any, told: Any, questions: Any, progress: Any) -> dict[str, float]:
-    """Save the trained model and the run's state into the output folder, and ask it the questions if there are any."""
-    trainer.save_model()
+    """Save the trained model, unless told not to, and the run's state; ask the model the questions if there are any."""
+    if trainer.recipe.training.save_final:
+        trainer.save_model()
     trainer.save_state()
     if questions is None:
         return {}

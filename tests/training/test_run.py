@@ -82,6 +82,16 @@ def test_a_run_leaves_what_is_needed_to_serve_inspect_and_repeat_it(finished):
     assert result.metrics["exact_match_count"] == 3
 
 
+def test_without_save_final_a_run_writes_no_weights(tiny_dir, data, tmp_path):
+    more = ("training.max_steps=1", "training.save_strategy=no", "training.eval_strategy=no")
+    for saved in (True, False):
+        output = tmp_path / str(saved)
+        told = settings(tiny_dir, data, output, *more, f"training.save_final={saved}")
+        assert train_function(load_recipe(None, told)).steps == 1
+        assert bool(list(output.rglob("*.safetensors"))) is saved
+        assert (output / "trainer_log.jsonl").exists()
+
+
 def test_the_log_tells_rates_speed_fill_and_progress(finished):
     output, _ = finished
     entries = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]

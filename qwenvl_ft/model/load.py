@@ -15,11 +15,12 @@ from qwenvl_ft.model.attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
+from qwenvl_ft.model.quantization import bnb_config, tell_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from qwenvl_ft.recipe.schema import ModelConfig
+    from qwenvl_ft.recipe.schema import ModelConfig, QuantizationConfig
 
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 """What ``model.torch_dtype`` accepts; ``auto`` keeps the dtype that the checkpoint names."""
@@ -39,6 +40,7 @@ def load_model(
     max_model_len: int | None = None,
     patch_embed: str = "linear",
     model_type: str | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> Any:
     """Load a Qwen-VL model, ready for packed rows: no key-value cache is built unless a call asks for one.
 
@@ -57,6 +59,7 @@ def load_model(
         max_model_len: longest sequence to prepare for; beyond the model's own only together with ``rope_scaling``.
         patch_embed: ``linear`` computes the patch embedding as a matrix product (same weights), ``conv3d`` as upstream.
         model_type: a check, not a choice: an error unless config.json says the same.
+        quantization: a recipe's section; an adapter can be trained over the result, its weights cannot.
 
     Raises:
         CheckpointError: not a model, not a supported one, or its weights are damaged or incomplete.
@@ -73,8 +76,10 @@ def load_model(
         max_model_len=max_model_len,
         patch_embed=patch_embed,
         model_type=model_type,
+        quantization=quantization,
     )
     model = _from_pretrained(plan)
+    tell_quantized(model)
     if patch_embed == "linear":
         use_linear_patch_embed(model)
     if plan.attention == TEXT_NAME:
@@ -111,6 +116,7 @@ def plan_loading(
     max_model_len: int | None = None,
     patch_embed: str = "linear",
     model_type: str | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> LoadPlan:
     """Check everything about loading a model that needs no weights; the arguments and errors of `load_model`."""
     for key, value, known in (("torch_dtype", torch_dtype, DTYPES), ("patch_embed", patch_embed, PATCH_EMBEDS)):
@@ -133,13 +139,15 @@ def plan_loading(
         "revision": revision or "main",
         "use_safetensors": True,
     } | _placement(device_map, max_memory, config)
+    if quantization is not None and quantization.quantization_bit is not None:
+        options["quantization_config"] = bnb_config(quantization, config)
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, options=options)
 
 
-def loading_options(told: ModelConfig) -> dict[str, Any]:
-    """A recipe's ``model`` section as the keyword arguments of `load_model` and `plan_loading`."""
+def loading_options(told: ModelConfig, quantization: QuantizationConfig) -> dict[str, Any]:
+    """A recipe's ``model`` and ``quantization`` as the keyword arguments of `load_model` and `plan_loading`."""
     own = {entry.name: getattr(told, entry.name) for entry in fields(told) if entry.name != "model"}
-    return own | {"revision": own.pop("model_revision")}
+    return own | {"revision": own.pop("model_revision"), "quantization": quantization}
 
 
 def load_processor(

@@ -8,7 +8,7 @@ from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
 from qwenvl_ft.recipe.refused import fixed_fields, unread_keys
-from qwenvl_ft.recipe.schema import GALORE, TrainingConfig, TunerConfig
+from qwenvl_ft.recipe.schema import GALORE, QuantizationConfig, TrainingConfig, TunerConfig
 
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 """Schedules that end above zero."""
@@ -296,6 +296,30 @@ def _lisa(recipe: Any) -> str | None:
     return None
 
 
+def _quantization(recipe: Any) -> str | None:
+    told, chosen = recipe.quantization, recipe.tuner.train_type
+    bits = told.quantization_bit
+    for name, default in vars(QuantizationConfig()).items():
+        needed = "4" if name.startswith("bnb_4bit") else "4 or 8"
+        read = bits == 4 if name.startswith("bnb_4bit") else bits is not None
+        if getattr(told, name) != default and not read:
+            return (
+                f"quantization.{name} is read only with quantization.quantization_bit={needed}. Set it, or remove "
+                f"quantization.{name}."
+            )
+    if bits is not None and chosen in ("full", "llamapro"):
+        return (
+            f"quantization.quantization_bit={bits} leaves weights that cannot train, and tuner.train_type={chosen} "
+            "trains weights. Set tuner.train_type=lora."
+        )
+    if bits is not None and recipe.deepspeed.enabled and "zero3" in str(recipe.deepspeed.config):
+        return (
+            f"quantization.quantization_bit={bits} cannot be sharded by deepspeed.config={recipe.deepspeed.config}. "
+            "Use zero2, or no DeepSpeed."
+        )
+    return None
+
+
 def _needs(recipe: Any) -> str | None:
     """What is read only where another field is set."""
     for name, needed in NEEDS.items():
@@ -379,6 +403,7 @@ CHECKS = (
     _galore,
     _lora_plus,
     _lisa,
+    _quantization,
     _needs,
     _pixels,
     _datasets,

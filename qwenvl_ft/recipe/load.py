@@ -29,6 +29,7 @@ from qwenvl_ft.recipe.schema import (
     EvaluationConfig,
     ModelConfig,
     PromptsConfig,
+    QuantizationConfig,
     TemplateConfig,
     TrainingConfig,
     TunerConfig,
@@ -40,6 +41,7 @@ class Recipe:
     """All of a run's settings, typed and checked."""
 
     model: ModelConfig
+    quantization: QuantizationConfig
     template: TemplateConfig
     data: DataConfig
     prompts: PromptsConfig

@@ -52,6 +52,22 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class QuantizationConfig:
+    """Weights in few bits, by bitsandbytes, to train an adapter over them."""
+
+    quantization_bit: Literal[4, 8] | None = None
+    """Bits of a weight; null quantises nothing."""
+    quantized_parts: list[Literal["vision", "merger", "llm"]] = field(default_factory=lambda: ["llm"])
+    """Parts whose Linear layers are quantised; embeddings, language head and experts never are."""
+    bnb_4bit_comp_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What 4-bit weights are multiplied in."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values of a 4-bit weight: spaced as a normal distribution, or as floating point."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales of 4-bit weights too."""
+
+
+@dataclass(kw_only=True)
 class TemplateConfig:
     """How conversations become tokens."""
 
@@ -301,6 +317,7 @@ class EvaluationConfig:
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
+    "quantization": QuantizationConfig,
     "template": TemplateConfig,
     "data": DataConfig,
     "prompts": PromptsConfig,

@@ -212,7 +212,7 @@ def try_model(recipe: Any) -> None:
     told = recipe.model
     if not told.model:
         return
-    plan = plan_loading(told.model, **loading_options(told))
+    plan = plan_loading(told.model, **loading_options(told, recipe.quantization))
     _names(recipe.tuner, plan.config)
     length, text = recipe.template.max_length, plan.config.get_text_config()
     if length <= text.max_position_embeddings:

@@ -134,7 +134,7 @@ def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
 def build_model(recipe: Any, args: TrainingArguments) -> nn.Module:
     """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
     set_seed(args.seed)
-    model = load_model(_model_path(recipe), **loading_options(recipe.model))
+    model = load_model(_model_path(recipe), **loading_options(recipe.model, recipe.quantization))
     model = prepare_model(model, recipe.tuner)
     if (args.bf16 or args.fp16) and args.deepspeed is None:
         keep_float32(model)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError, unknown_name
 from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, part_of
+from qwenvl_ft.model.quantization import require_adapter_over_quantized
 from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods import METHODS
+from qwenvl_ft.tuning.targets import saved_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +34,7 @@ def prepare_model(model: nn.Module, tuner: TunerConfig) -> Any:
             "the model carries an adapter already, so a second one would be trained on top of it. "
             "Set model.model to the base model, or merge the adapter into it first."
         )
+    require_adapter_over_quantized(model, tuner.train_type, saved_modules(model, tuner))
     prepared = METHODS[tuner.train_type].build(model, tuner)
     check_prepared(prepared, tuner)
     return prepared

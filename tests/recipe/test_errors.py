@@ -90,7 +90,7 @@ WRONG_FILES = {
     "an unknown section": (
         "tunner: {lora_rank: 8}",
         "FILE: unknown section 'tunner'. Did you mean 'tuner'? Known: custom, data, deepspeed, evaluation, extends, "
-        "global_max_length, inherit, model, prompts, template, training, tuner.",
+        "global_max_length, inherit, model, prompts, quantization, template, training, tuner.",
     ),
     "a key outside of its section": (
         "lora_rank: 8",
@@ -102,13 +102,13 @@ WRONG_FILES = {
     ),
     "a list for a recipe": (
         "- a",
-        "FILE: a recipe is a mapping of sections: model, template, data, prompts, tuner, training, deepspeed, "
-        "evaluation.",
+        "FILE: a recipe is a mapping of sections: model, quantization, template, data, prompts, tuner, training, "
+        "deepspeed, evaluation.",
     ),
     "a number for a recipe": (
         "5",
-        "FILE: a recipe is a mapping of sections: model, template, data, prompts, tuner, training, deepspeed, "
-        "evaluation.",
+        "FILE: a recipe is a mapping of sections: model, quantization, template, data, prompts, tuner, training, "
+        "deepspeed, evaluation.",
     ),
     "a bracket left open": (
         "tuner:\n  target_modules: [a, b\ntraining: {}",

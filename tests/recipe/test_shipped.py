@@ -90,6 +90,7 @@ def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
     ("name", "expected"),
     [
         ("lora_4b", ("lora", False, True, True, False)),
+        ("qlora_8b", ("lora", False, True, True, False)),
         ("stage_1_aligner", ("lora", True, True, False, False)),
         ("sft_4b", ("full", False, False, False, True)),
         ("sft_8b", ("full", False, False, False, True)),

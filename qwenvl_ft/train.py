@@ -43,7 +43,7 @@ def train(recipe: Any) -> TrainResult:
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     questions = setup.build_questions(recipe, train_set.encoder, args.seed)
-    model = setup.build_model(recipe, args)
+    model = setup.build_model(recipe, args, train_set)
     trainer = QwenVLTrainer(
         model,
         args,

@@ -55,7 +55,8 @@ def use_raw_patches(model: nn.Module, image_processor: Any) -> None:
     scale = 1 / image_processor.rescale_factor
     mean, std = (torch.tensor(value) * scale for value in (image_processor.image_mean, image_processor.image_std))
     for name, module in model.named_modules():
-        if name.endswith("patch_embed"):
+        hooks = module._forward_pre_hooks.values()
+        if name.endswith("patch_embed") and not any(isinstance(hook, RawPatches) for hook in hooks):
             module.register_forward_pre_hook(RawPatches(module.proj, mean, std))
 
 

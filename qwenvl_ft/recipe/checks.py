@@ -2,13 +2,15 @@
 
 import re
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
+from qwenvl_ft.recipe.keys import own_types
 from qwenvl_ft.recipe.refused import fixed_fields, unread_keys
 from qwenvl_ft.recipe.schema import GALORE, QuantizationConfig, TrainingConfig, TunerConfig
+from qwenvl_ft.recipe.tuner import PeftsOwn
 
 MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 """Schedules that end above zero."""
@@ -21,19 +23,35 @@ GALORE_KEYS = (
     "galore_scale",
     "galore_proj_type",
 )
-WITHOUT_LORA = ("full", "adapter", "reft", "llamapro")
-"""Train types without LoRA's matrices."""
 PROJECTED = ("galore", "apollo")
 """Beginnings of the names of optimizers that project the gradients of chosen modules."""
+LORAS = ("lora", "longlora")
+OPTIONS_ONLY = get_args(PeftsOwn)
+"""Train types of peft whose own settings are in peft_options."""
+WITH_LORA = (*LORAS, "adalora")
+"""Train types that have LoRA's matrices."""
+PEFT = ("lora", "longlora", "adalora", "vera", "boft", "fourierft", "bone", *OPTIONS_ONLY)
+KEYS_OF: dict[str, tuple[str, ...]] = {
+    "lora_ga_": LORAS,
+    "eva_": LORAS,
+    "adalora_": ("adalora",),
+    "adapter_": ("adapter",),
+    "reft_": ("reft",),
+    "llamapro_": ("llamapro",),
+    "longlora_": ("longlora",),
+    "vera_": ("vera",),
+    "boft_": ("boft",),
+    "fourier_": ("fourierft",),
+    "bone_": ("bone",),
+}
+"""Beginning of keys of ``tuner`` -> the train types that read them."""
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("target_modules", "target_regex"), ("lora", "longlora", "adapter")),
-    **dict.fromkeys(
-        ("lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora"), ("lora", "longlora")
-    ),
-    **dict.fromkeys(("adapter_length", "adapter_act"), ("adapter",)),
-    **dict.fromkeys(("reft_layers", "reft_rank", "reft_intervention_type", "reft_positions"), ("reft",)),
-    "llamapro_num_new_blocks": ("llamapro",),
-    **dict.fromkeys(("longlora_group_size", "longlora_embeddings_and_norms"), ("longlora",)),
+    **dict.fromkeys(("target_modules", "target_regex"), (*PEFT, "adapter")),
+    **dict.fromkeys(("lora_rank", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"), LORAS),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "lora_bias", "lora_dtype"), WITH_LORA),
+    **dict.fromkeys(("target_parameters", "init_weights"), LORAS),
+    **{key: readers for begin, readers in KEYS_OF.items() for key in own_types("tuner") if key.startswith(begin)},
+    "peft_options": OPTIONS_ONLY,
 }
 """Key of ``tuner`` -> the train types that read it; the other keys are read by all."""
 NEEDS = {
@@ -109,6 +127,27 @@ def _method(recipe: Any) -> str | None:
                 f"tuner.{name}={shown(value)} is not read by tuner.train_type={chosen}. Remove tuner.{name}, or set "
                 f"tuner.train_type={readers[0]}."
             )
+    return _start(recipe)
+
+
+def _start(recipe: Any) -> str | None:
+    """A start of LoRA that changes weights which cannot be changed, or a setting of one that is not chosen."""
+    chosen = recipe.tuner.init_weights
+    bits = recipe.quantization.quantization_bit
+    if bits and str(chosen).startswith(("pissa", "olora", "lora-ga")):
+        return (
+            f"tuner.init_weights={chosen} changes the base weights, which quantization.quantization_bit={bits} fixes. "
+            "Use tuner.init_weights=loftq."
+        )
+    for begin, reader in (("lora_ga_", "lora-ga"), ("eva_", "eva")):
+        for key in own_types("tuner"):
+            if key.startswith(begin) and f"tuner.{key}" in recipe.origins and chosen != reader:
+                value = getattr(recipe.tuner, key)
+                if value != getattr(TunerConfig(), key):
+                    return (
+                        f"tuner.{key}={shown(value)} is not read with tuner.init_weights={chosen}. Remove tuner.{key}, "
+                        f"or set tuner.init_weights={reader}."
+                    )
     return None
 
 
@@ -276,7 +315,7 @@ def _galore(recipe: Any) -> str | None:
 def _lora_plus(recipe: Any) -> str | None:
     told, chosen = recipe.training, recipe.tuner.train_type
     wanted = told.lorap_lr_ratio is not None or told.optimizer == "lorap"
-    if wanted and chosen in WITHOUT_LORA:
+    if wanted and chosen not in WITH_LORA:
         key = "lorap_lr_ratio" if told.lorap_lr_ratio is not None else "optimizer=lorap"
         return f"training.{key} is for LoRA's B matrices, and tuner.train_type={chosen} has none. Remove it."
     return None

@@ -18,6 +18,7 @@ STEPS = "must be a whole number of steps, or a share of all steps from 0 to belo
 LIMITS: dict[str, Any] = {
     ">0": (lambda x: x > 0, "must be above 0"),
     ">=0": (lambda x: x >= 0, "must not be negative"),
+    "between 0 and 1": (lambda x: 0 < x < 1, "must be above 0 and below 1"),
     "0..1": (lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     "0 to 1": (lambda x: 0 <= x <= 1, "must be from 0 to 1"),
     "steps or -1": (lambda x: x > 0 or x == -1, "must be above 0, or -1 for all of num_train_epochs"),

@@ -120,6 +120,7 @@ ALIASES: dict[str, Alias] = {
     "video_max_token_num": tokens("template.video_frame_max_pixels"),
     "sft_type": same("tuner.train_type"),
     "tuner_type": same("tuner.train_type"),
+    "init_lora_weights": same("tuner.init_weights"),
     "optimizer": Alias(
         keys=("training.optimizer", "training.optim"),
         kind=str,

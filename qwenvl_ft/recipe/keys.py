@@ -4,7 +4,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
-from qwenvl_ft.recipe.schema import HF_LIMITS, HF_TYPES, SECTIONS, Positive
+from qwenvl_ft.recipe.limits import Positive
+from qwenvl_ft.recipe.schema import HF_LIMITS, HF_TYPES, SECTIONS
 
 LENGTH = Positive | None
 """Type of ``global_max_length``."""

@@ -35,6 +35,7 @@ On the command line, `section.key=value` overrides; `--key value` does too, by t
 
 LIMIT_WORDS = {">0": "above 0", ">=0": "from 0", "0..1": "from 0 to below 1"} | {
     "0 to 1": "from 0 to 1",
+    "between 0 and 1": "above 0, below 1",
     "steps or -1": "above 0, or -1",
     "count or -1": "above 0, or -1",
     "share or steps": "(steps, or a share of them below 1)",

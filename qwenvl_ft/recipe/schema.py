@@ -5,15 +5,10 @@ we change (`HF_DEFAULTS`), are in ``Recipe.training.arguments``.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-Positive = Annotated[int, ">0"]
-NonNegative = Annotated[int, ">=0"]
-PositiveFloat = Annotated[float, ">0"]
-NonNegativeFloat = Annotated[float, ">=0"]
-Fraction = Annotated[float, "0..1"]
-Share = Annotated[float, "0 to 1"]
-Count = Annotated[int, "count or -1"]
+from qwenvl_ft.recipe.limits import Count, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share
+from qwenvl_ft.recipe.tuner import TunerConfig as TunerConfig
 
 
 @dataclass(kw_only=True)
@@ -175,61 +170,6 @@ class PromptsConfig:
     """System prompt of groups that are asked for summaries; null is the scheme's."""
     user_summary: str | None = None
     """User prompt of groups that are asked for summaries; null is the scheme's."""
-
-
-@dataclass(kw_only=True)
-class TunerConfig:
-    """Which weights are trained, and how."""
-
-    train_type: Literal["full", "lora", "adapter", "reft", "llamapro", "longlora"] = "lora"
-    """How weights are trained: all of the parts that are not frozen (full), low-rank updates (lora), small networks
-    after their MLPs (adapter), edits of hidden states (reft), new blocks in the language model (llamapro), or lora with
-    attention in shifted groups for long samples (longlora)."""
-    freeze_llm: bool = False
-    """Leave the language model as it is."""
-    freeze_vit: bool = True
-    """Leave the vision tower as it is."""
-    freeze_aligner: bool = True
-    """Leave the merger and all deepstack mergers as they are."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Modules that get an adapter: all-linear (of the parts that are not frozen) or endings of names."""
-    target_regex: str | None = None
-    """Full names that get an adapter, instead of target_modules; '^$' is none."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Modules trained in full and saved beside the adapter, as model.visual.merger."""
-    lora_rank: Positive = 8
-    """Rank of the update."""
-    lora_alpha: Positive = 32
-    """The update is scaled by alpha / rank."""
-    lora_dropout: Fraction = 0.05
-    """Dropout before the adapter."""
-    lora_bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
-    use_dora: bool = False
-    """Train magnitude and direction apart (DoRA)."""
-    adapter_length: Positive = 128
-    """Width of the network that train_type adapter puts after an MLP."""
-    adapter_act: str = "gelu"
-    """Its activation, by transformers' name."""
-    reft_layers: list[NonNegative] | None = None
-    """Layers of the language model whose output is edited; null is all."""
-    reft_rank: Positive = 4
-    """Rank of an edit."""
-    reft_intervention_type: Literal["LoreftIntervention", "NoreftIntervention", "ConsreftIntervention"] = (
-        "LoreftIntervention"
-    )
-    """Form of the edit: in an orthonormal subspace, in any, or to a constant."""
-    reft_positions: str = "f1+l1"
-    """Tokens that are edited: fP, the first P of each sample; lS, the last S of each prompt; fP+lS; or all."""
-    llamapro_num_new_blocks: Positive = 4
-    """New blocks, spread evenly over the language model; each starts as the identity."""
-    longlora_group_size: Positive = 2048
-    """Tokens that attend to one another while training; half of the heads shift by half of it. The paper takes a
-    quarter of the context."""
-    longlora_embeddings_and_norms: bool = True
-    """Train embeddings and normalisation layers of the language model too, as the paper does."""
 
 
 @dataclass(kw_only=True)

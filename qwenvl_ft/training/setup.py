@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -11,6 +12,7 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments, set_seed
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
+from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
 from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.dense.groups import EpochConversations
 from qwenvl_ft.data.dense.options import DenseOptions
@@ -22,8 +24,11 @@ from qwenvl_ft.data.pixels import obstacle
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
+from qwenvl_ft.model.patch_embed import use_raw_patches
+from qwenvl_ft.recipe.schema import TunerConfig
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
+from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
 
@@ -131,23 +136,57 @@ def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
     return questions
 
 
-def build_model(recipe: Any, args: TrainingArguments) -> nn.Module:
+def build_model(recipe: Any, args: TrainingArguments, train_set: SampleDataset) -> nn.Module:
     """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
     set_seed(args.seed)
     model = load_model(_model_path(recipe), **loading_options(recipe.model, recipe.quantization))
-    model = prepare_model(model, recipe.tuner)
+    batches = None
+    if wants_data(recipe.tuner):
+        if train_set.encoder.raw_pixels:
+            use_raw_patches(model, train_set.encoder.processor.image_processor)
+        model.to(args.device)
+        batches = start_batches(recipe.tuner, train_set, args.seed)
+    model = prepare_model(model, recipe.tuner, batches=batches)
     if (args.bf16 or args.fp16) and args.deepspeed is None:
-        keep_float32(model)
+        keep_float32(model, keep_adapter=recipe.tuner.lora_dtype is not None)
     return model
 
 
-def keep_float32(model: nn.Module) -> None:
+def start_batches(tuner: TunerConfig, train_set: SampleDataset, seed: int) -> list[dict[str, Any]]:
+    """The batches that a data-driven start of LoRA looks at: samples drawn by the seed, the same on every process.
+
+    Raises:
+        RecipeError: too few samples are as short as ``lora_ga_max_length``.
+    """
+    gradient = tuner.init_weights == "lora-ga"
+    size, count = (
+        (tuner.lora_ga_batch_size, tuner.lora_ga_iters) if gradient else (tuner.eva_batch_size, tuner.eva_iters)
+    )
+    order = np.random.default_rng(seed).permutation(len(train_set))
+    short = order[train_set.lengths[order] <= tuner.lora_ga_max_length] if gradient else order
+    if len(short) == 0:
+        raise RecipeError(
+            f"tuner.lora_ga_max_length={tuner.lora_ga_max_length} is below the shortest sample's "
+            f"{train_set.lengths.min()} tokens. Raise it."
+        )
+    drawn = np.resize(short, size * count).reshape(count, size)
+    raw = train_set.encoder.raw_pixels
+    collate = QwenVLCollator(vision_fillers(train_set.encoder.processor, train_set.media_kinds, raw_pixels=raw))
+    return [collate([train_set[int(index)] for index in batch]) for batch in drawn]
+
+
+def keep_float32(model: nn.Module, *, keep_adapter: bool = False) -> None:
     """Hold every trained weight in float32; autocast computes in the lower precision.
+
+    Args:
+        keep_adapter: ``tuner.lora_dtype`` has said what LoRA's own weights are held in.
 
     AdamW at 1e-5 changes a bfloat16 weight by less than its last bit, so a model trained in plain bfloat16 loses most
     of its updates. DeepSpeed keeps a float32 copy of its own and is left alone.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if keep_adapter and ".lora_" in name:
+            continue
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
 

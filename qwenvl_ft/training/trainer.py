@@ -22,10 +22,12 @@ from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import DataError, RecipeError, TrainingError
 from qwenvl_ft.model.patch_embed import use_raw_patches
+from qwenvl_ft.training.callbacks.method import MethodCallback
 from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
+from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import (
     MIN_LR_SCHEDULES,
     build_optimizer,
@@ -116,6 +118,8 @@ class QwenVLTrainer(Trainer):
         self.gradients = PartGradients(zero_gradient_steps, has_media=has_media)
         self.meter = Meter(args)
         self.add_callback(self.meter)
+        if isinstance(model, TrainedPeftModel):
+            self.add_callback(MethodCallback(model))
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -246,6 +250,9 @@ class QwenVLTrainer(Trainer):
         """
         total = loss_sum(model, inputs, label_smoothing=self.args.label_smoothing_factor if model.training else 0.0)
         loss = total * self.args.world_size / torch.clamp(num_items_in_batch, min=1)
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if isinstance(inner, TrainedPeftModel) and (penalty := inner.penalty()) is not None:
+            loss = loss + penalty / self.current_gradient_accumulation_steps  # once a step, and averaged over ranks
         return (loss, None) if return_outputs else loss
 
     def check_losses(self) -> None:
@@ -422,6 +429,11 @@ class QwenVLTrainer(Trainer):
         self._settle()
         with self.meter.paused():
             super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.model, TrainedPeftModel) and self.args.should_save:
+            self.model.save_state(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights, processor and recipe; served checkpoints generate with a cache, so the config says so again."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError, unknown_name
-from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, part_of
-from qwenvl_ft.model.quantization import require_adapter_over_quantized
+from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, canonical_name, part_of
+from qwenvl_ft.model.quantization import quantized_modules, require_adapter_over_quantized
 from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.targets import saved_modules
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
 
 
-def prepare_model(model: nn.Module, tuner: TunerConfig) -> Any:
+def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Any = None) -> Any:
     """Freeze and adapt a model as ``tuner`` says. Call it once, before the trainer is built.
+
+    Args:
+        batches: a list of the collator's batches, for ``init_weights`` lora-ga and eva, which look at data.
 
     Returns:
         The model itself for ``full``, a PeftModel around it for adapters.
@@ -34,8 +37,10 @@ def prepare_model(model: nn.Module, tuner: TunerConfig) -> Any:
             "the model carries an adapter already, so a second one would be trained on top of it. "
             "Set model.model to the base model, or merge the adapter into it first."
         )
-    require_adapter_over_quantized(model, tuner.train_type, saved_modules(model, tuner))
-    prepared = METHODS[tuner.train_type].build(model, tuner)
+    if quantized_modules(model):
+        require_adapter_over_quantized(model, tuner.train_type, saved_modules(model, tuner))
+    method = METHODS[tuner.train_type]
+    prepared = method.build(model, tuner, **({"batches": batches} if method.reads_data else {}))
     check_prepared(prepared, tuner)
     return prepared
 
@@ -94,9 +99,10 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
             total      846,464     40,960  40,960  4.84% trainable
     """
     counts = {part: {"parameters": 0, "trainable": 0, "LoRA": 0} for part in PARTS}
-    out_of_reach = 0
+    out_of_reach = on_experts = 0
     prefix = _adapter_prefix(model)
-    experts = {name for name, _ in model.named_parameters() if ".mlp.experts." in name or ".mlp.gate.weight" in name}
+    names = [name for name, _ in model.named_parameters() if prefix and prefix in name]
+    adapted = {canonical_name(name).partition(prefix)[0] for name in names}
     for name, parameter in model.named_parameters():
         count = counts[part_of(name)]
         size: int = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
@@ -104,7 +110,10 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
         count["LoRA"] += size * adapter
         count["trainable"] += size * parameter.requires_grad
         count["parameters"] += size * (not adapter and ".modules_to_save." not in name)
-        out_of_reach += size * (name in experts and bool(prefix) and not parameter.requires_grad)
+        on_experts += size * (adapter and ".mlp.experts." in name)
+        owner = canonical_name(name).rpartition(".")[0]
+        left_out = owner.endswith((".mlp.experts", ".mlp.gate")) and owner not in adapted
+        out_of_reach += size * (left_out and bool(prefix) and not parameter.requires_grad)
     rows: list[tuple[str, ...]] = [("part", "parameters", "trainable", "LoRA", "learning rate")]
     for part, count in counts.items():
         rate = f"{learning_rates[part]:g}" if count["trainable"] else "frozen"
@@ -112,6 +121,8 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
     total = [sum(count[column] for count in counts.values()) for column in ("parameters", "trainable", "LoRA")]
     rows.append(("total", *(f"{value:,}" for value in total), f"{total[1] / max(1, total[0]):.2%} trainable"))
     lines = _align(rows)
+    if on_experts:
+        lines.append(f"experts: {on_experts:,} of the LoRA weights; tuner.target_parameters=[] leaves them out")
     if out_of_reach:
         lines.append(f"not reached by LoRA: experts and routers, no Linear layers, {out_of_reach:,} parameters")
     return "\n".join(lines)

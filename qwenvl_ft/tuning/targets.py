@@ -6,6 +6,7 @@ A name stands for every module whose full name is it or ends with it after a dot
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 
@@ -48,6 +51,62 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
             raise _unmatched_target(wanted, model, linears, frozen)
         chosen |= set(hits)
     return [name for name in free if name in chosen]
+
+
+def parameter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
+    """Full names of the weights outside of Linear layers that get LoRA: experts of MoE models, routers.
+
+    Experts are one tensor of three axes for a layer, which ``all-linear`` stands for too unless ``target_parameters``
+    says otherwise; the router is taken only when it is named.
+
+    Raises:
+        RecipeError: a name matches nothing there, or LoRA as told cannot reach such weights.
+    """
+    frozen, saved = frozen_parts(tuner), saved_modules(model, tuner)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    every = [
+        name
+        for name, value in model.named_parameters()
+        if value.dim() in (2, 3) and ".mlp." in name and name.rpartition(".")[0] not in linears
+    ]
+    free = [name for name in every if part_of(name) not in frozen and not inside(name, saved)]
+    wanted = tuner.target_parameters
+    if wanted is None:
+        if tuner.target_regex is not None or ALL_LINEAR not in tuner.target_modules:
+            return []
+        experts = [name for name in free if ".mlp.experts." in name]
+        if experts and not reaches_parameters(tuner):
+            logger.warning("tuner.target_modules=all-linear leaves the experts out: %s.", _OUT_OF_REACH)
+            return []
+        return experts
+    chosen: set[str] = set()
+    for name in wanted:
+        hits = _matches(name, free)
+        if not hits:
+            elsewhere = _matches(name, every)
+            if elsewhere:
+                raise _taken("target_parameters", name, elsewhere, frozen)
+            raise RecipeError(
+                f"tuner.target_parameters names {name!r}, which is no weight of experts or a router."
+                + hint(name, {_tail(full, name.count(".") + 1) for full in every})
+            )
+        chosen |= set(hits)
+    if chosen and not reaches_parameters(tuner):
+        raise RecipeError(f"tuner.target_parameters={wanted} cannot be adapted: {_OUT_OF_REACH}. Set it to [].")
+    return [name for name in free if name in chosen]
+
+
+def reaches_parameters(tuner: TunerConfig) -> bool:
+    """Whether LoRA as told can adapt weights that are no layers: peft has neither DoRA nor other starts for them."""
+    return plain_start(tuner) and not tuner.use_dora
+
+
+def plain_start(tuner: TunerConfig) -> bool:
+    """Whether LoRA starts with numbers alone, from neither weights nor data."""
+    return str(tuner.init_weights).lower() in ("true", "false", "gaussian")
+
+
+_OUT_OF_REACH = "experts and routers are no layers, and peft has neither use_dora nor this init_weights for them"
 
 
 def saved_modules(model: nn.Module, tuner: TunerConfig) -> list[str]:

@@ -34,6 +34,7 @@ MEANINGS = {
     "template_type": ("qwen", {"template.template": "qwen"}),
     "sft_type": ("full", {"tuner.train_type": "full"}),
     "tuner_type": ("full", {"tuner.train_type": "full"}),
+    "init_lora_weights": ("pissa", {"tuner.init_weights": "pissa"}),
     "optimizer": ("adamw_torch", {"training.optim": "adamw_torch", "training.optimizer": "multimodal"}),
     "deepspeed": ("zero3_offload", {"deepspeed.enabled": True, "deepspeed.config": "zero3_offload"}),
     "debug": ("underflow_overflow", {"training.debug": "underflow_overflow"}),

@@ -59,7 +59,7 @@ WRONG_FILES = {
     ),
     "a misspelt key": (
         "tuner: {lora_rnak: 8}",
-        "FILE: tuner.lora_rnak: unknown key. Did you mean 'lora_rank'? Known: adapter_act, adapter_length, ...",
+        "FILE: tuner.lora_rnak: unknown key. Did you mean 'lora_rank'? Known: adalora_beta1, adalora_beta2, ...",
     ),
     "a misspelt key of transformers": (
         "training: {num_train_epoch: 3}",

@@ -68,14 +68,16 @@ def test_full_training_changes_exactly_what_is_not_frozen(fresh, tuner, train, k
 @pytest.mark.parametrize(
     "frozen", COMBINATIONS, ids=lambda c: "-".join(f[7:] for f, on in zip(FLAGS, c, strict=True) if on)
 )
-def test_lora_adapts_exactly_the_linear_layers_that_are_not_frozen(fresh, tuner, train, kind, frozen):
+def test_lora_adapts_exactly_the_linear_layers_and_experts_that_are_not_frozen(fresh, tuner, train, kind, frozen):
     settings = dict(zip(FLAGS, frozen, strict=True))
     model = fresh(kind)
     flags, before = flag_of(model), snapshot(model)
     expected = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head" and not settings[flags[name]]
+        if (isinstance(module, nn.Linear) or name.endswith(".experts"))
+        and name != "lm_head"
+        and not settings[flags[name]]
     }
     if not expected:
         with pytest.raises(RecipeError, match=r"leaves nothing to train"):
@@ -84,6 +86,7 @@ def test_lora_adapts_exactly_the_linear_layers_that_are_not_frozen(fresh, tuner,
     model = prepare_model(model, tuner(**settings))
     adapters = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     assert {canonical_name(name).partition(".lora_")[0] for name in adapters} == expected
+    assert any(name.endswith(".experts") for name in expected) == (kind == "moe" and not settings["freeze_llm"])
     train(model)
     assert not changed(model, before), "a weight of the base model moved"
     named = dict(model.named_parameters())

@@ -186,13 +186,15 @@ def test_the_table_counts_what_trains(fresh, tuner):
     assert full["total"][:3] == [f"{total:,}", f"{total:,}", "0"]
 
 
-def test_the_table_says_that_lora_does_not_reach_experts(fresh, tuner):
+def test_the_table_says_that_an_adapter_does_not_reach_experts(fresh, tuner):
     rates = {"vision": 1e-4, "merger": 1e-4, "llm": 1e-4}
     model = fresh("moe")
     experts = sum(v.numel() for n, v in model.named_parameters() if "experts" in n or n.endswith("mlp.gate.weight"))
     assert experts > 0
     assert f"not reached by LoRA: experts and routers, no Linear layers, {experts:,} parameters" in trainable_table(
-        prepare_model(model, tuner()), rates
+        prepare_model(model, tuner(target_parameters=[])), rates
     )
+    routers = sum(v.numel() for n, v in fresh("moe").named_parameters() if n.endswith("mlp.gate.weight"))
+    assert f"{routers:,} parameters" in trainable_table(prepare_model(fresh("moe"), tuner()), rates)
     assert "not reached" not in trainable_table(prepare_model(fresh("moe"), tuner(train_type="full")), rates)
     assert "not reached" not in trainable_table(prepare_model(fresh(), tuner()), rates)

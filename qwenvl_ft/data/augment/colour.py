@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from qwenvl_ft.data.augment.clahe import equalize_adaptively
 from qwenvl_ft.data.augment.ranges import Range, between, checked_range
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.schema import NonNegativeFloat, Positive, PositiveFloat
+from qwenvl_ft.recipe.limits import NonNegativeFloat, Positive, PositiveFloat
 
 Picture = Image.Image
 

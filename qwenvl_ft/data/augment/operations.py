@@ -18,7 +18,7 @@ from qwenvl_ft.data.augment.colour import COLOUR
 from qwenvl_ft.data.augment.geometry import IDENTITY, Size, Step
 from qwenvl_ft.data.augment.ranges import between, check_order, check_share
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.schema import NonNegativeFloat, Positive, PositiveFloat
+from qwenvl_ft.recipe.limits import NonNegativeFloat, Positive, PositiveFloat
 
 Numbers = tuple[float, ...]
 """What an operation has drawn."""

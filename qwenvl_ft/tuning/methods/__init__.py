@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qwenvl_ft.recipe.checks import OPTIONS_ONLY
+from qwenvl_ft.tuning.methods.adalora import build_adalora
 from qwenvl_ft.tuning.methods.adapter import build_adapter
 from qwenvl_ft.tuning.methods.full import build_full
 from qwenvl_ft.tuning.methods.llamapro import build_llamapro, check_llamapro
 from qwenvl_ft.tuning.methods.longlora import build_longlora
 from qwenvl_ft.tuning.methods.lora import build_lora
+from qwenvl_ft.tuning.methods.peft_methods import OWN_KEYS, build_by_config
 from qwenvl_ft.tuning.methods.reft import build_reft
 
 
@@ -16,11 +19,14 @@ from qwenvl_ft.tuning.methods.reft import build_reft
 class Method:
     """How a train type prepares a model, and what has to be true afterwards."""
 
-    build: Callable[[Any, Any], Any]
+    build: Callable[..., Any]
     """(model, tuner config) -> prepared model; raises RecipeError for names and sizes that do not fit."""
 
     adapter: bool
     """Whether the result is a PeftModel in which the weights of the base model are frozen."""
+
+    reads_data: bool = False
+    """Whether ``build`` takes ``batches``, for starts that look at data."""
 
     check: Callable[[Any, Any], None] | None = None
     """(model, tuner config): refuses a model in which more than the method's own weights would train."""
@@ -28,9 +34,11 @@ class Method:
 
 METHODS = {
     "full": Method(build_full, adapter=False),
-    "lora": Method(build_lora, adapter=True),
+    "lora": Method(build_lora, adapter=True, reads_data=True),
     "adapter": Method(build_adapter, adapter=True),
     "reft": Method(build_reft, adapter=True),
     "llamapro": Method(build_llamapro, adapter=False, check=check_llamapro),
-    "longlora": Method(build_longlora, adapter=True),
+    "longlora": Method(build_longlora, adapter=True, reads_data=True),
+    "adalora": Method(build_adalora, adapter=True),
+    **{name: Method(build_by_config, adapter=True) for name in (*OWN_KEYS, *OPTIONS_ONLY)},
 }

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_longlora(model: Any, tuner: TunerConfig) -> nn.Module:
+def build_longlora(model: Any, tuner: TunerConfig, *, batches: Any = None) -> nn.Module:
     """LoRA as the recipe says, with the language model's attention in shifted groups while it trains.
 
     Raises:
@@ -53,7 +53,7 @@ def build_longlora(model: Any, tuner: TunerConfig) -> nn.Module:
         tuner = replace(tuner, modules_to_save=[*saved, *more])
     use_shifted_attention(model, tuner.longlora_group_size)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return build_lora(model, tuner, tied_copies=tied and tuner.longlora_embeddings_and_norms)
+    return build_lora(model, tuner, batches=batches, tied_copies=tied and tuner.longlora_embeddings_and_norms)
 
 
 def embeddings_and_norms(model: Any) -> list[str]:

@@ -1,14 +1,17 @@
-"""LoRA and its variants, by peft: low-rank updates on Linear layers, and modules trained in full beside them."""
+"""LoRA and its variants, by peft: low-rank updates of Linear layers and experts, and modules trained in full."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.tuning.freeze import frozen_parts
-from qwenvl_ft.tuning.targets import adapter_targets, saved_modules
+from qwenvl_ft.tuning.methods.starts import start_of
+from qwenvl_ft.tuning.targets import adapter_targets, parameter_targets, plain_start, saved_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,33 +21,51 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_lora(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = False) -> nn.Module:
+def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tied_copies: bool = False) -> nn.Module:
     """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trained weights are LoRA's and full copies.
 
     Args:
+        batches: for a start that looks at data, see `starts`.
         tied_copies: a full copy of an embedding that shares its weight with the language head is shared too; without
             it such a copy is refused.
     """
     from peft import LoraConfig
 
+    start = start_of(tuner, batches)
+    if not plain_start(tuner):
+        require_whole_weights(model, f"init_weights={tuner.init_weights}")
+    where = place(model, tuner, tied_copies=tied_copies, parameters=True)
     config = LoraConfig(
         r=tuner.lora_rank,
         lora_alpha=tuner.lora_alpha,
-        lora_dropout=tuner.lora_dropout,
+        # peft has no dropout for weights that are no layers, and one setting for all: `_set_dropout` puts it back.
+        lora_dropout=0.0 if where["target_parameters"] else tuner.lora_dropout,
         bias=tuner.lora_bias,
         use_rslora=tuner.use_rslora,
         use_dora=tuner.use_dora,
+        rank_pattern=dict(tuner.rank_pattern),
+        alpha_pattern=dict(tuner.alpha_pattern),
         task_type="CAUSAL_LM",
         ensure_weight_tying=tied_copies,
-        **place(model, tuner, tied_copies=tied_copies),
+        **start.settings(tuner),
+        **where,
     )
-    if tuner.use_dora and not isinstance(config.target_modules, set | list):
+    targets = where["target_modules"] if isinstance(where["target_modules"], list) else []
+    _check_patterns(tuner, [*targets, *(where["target_parameters"] or [])])
+    if tuner.use_dora and not targets:
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
-    return wrap(model, config, tuner)
+    start.prepare(model, config)
+    wrapped = start.finish(wrap(model, config, tuner, start.kind))
+    if where["target_parameters"]:
+        _set_dropout(wrapped, tuner.lora_dropout)
+    return wrapped
 
 
-def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[str, Any]:
+def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, parameters: bool = False) -> dict[str, Any]:
     """``target_modules`` and ``modules_to_save`` of a peft config, by full names.
+
+    Args:
+        parameters: the method reaches weights outside of Linear layers too, so ``target_parameters`` is answered.
 
     Raises:
         RecipeError: names that match nothing, and recipes that leave nothing to adapt or train.
@@ -54,23 +75,33 @@ def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[
     saved = saved_modules(model, tuner)
     embeddings = model.get_input_embeddings() if tied_copies else None
     _refuse_tied(model, [name for name in saved if model.get_submodule(name) is not embeddings])
+    weights = parameter_targets(model, tuner) if parameters else []
     targets = adapter_targets(model, tuner)
-    if not targets and not saved:
+    if not targets and not saved and not weights:
         raise RecipeError(
             f"tuner.train_type={tuner.train_type} leaves nothing to train: no Linear layer in an unfrozen part "
             f"(frozen: {', '.join(frozen_parts(tuner)) or 'none'}) and no tuner.modules_to_save. Unfreeze a part, "
             "e.g. tuner.freeze_llm=false."
         )
     # peft refuses an empty list of targets, but lets this name match nothing.
-    return {"target_modules": targets or DUMMY_TARGET_MODULES, "modules_to_save": saved or None}
+    told = {"target_modules": targets or DUMMY_TARGET_MODULES, "modules_to_save": saved or None}
+    return told | ({"target_parameters": weights or None} if parameters else {})
 
 
-def wrap(model: nn.Module, config: Any, tuner: TunerConfig) -> nn.Module:
-    """The PeftModel, with biases of frozen parts frozen again: ``lora_bias=all`` makes peft train every bias."""
+def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) -> nn.Module:
+    """The PeftModel, with biases of frozen parts frozen again: ``lora_bias=all`` makes peft train every bias.
+
+    Args:
+        kind: the class of the PeftModel, a `TrainedPeftModel`; None is peft's own.
+    """
     from peft import get_peft_model
     from peft.utils import ModulesToSaveWrapper
 
-    peft_model: Any = get_peft_model(model, config)
+    if kind is None:
+        peft_model: Any = get_peft_model(model, config)
+    else:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        peft_model = kind(model, config)
     frozen = frozen_parts(tuner)
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and ".modules_to_save." not in name and part_of(name) in frozen:
@@ -78,7 +109,49 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig) -> nn.Module:
     base = peft_model.get_base_model()
     for name in config.modules_to_save or []:
         assert isinstance(base.get_submodule(name), ModulesToSaveWrapper), f"no copy of {name}"
+    if tuner.lora_dtype is not None:
+        for name, parameter in peft_model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(getattr(torch, tuner.lora_dtype))
     return peft_model
+
+
+def require_whole_weights(model: nn.Module, key: str) -> None:
+    """Refuse weights that ZeRO-3 has cut among the processes, for what computes with whole ones.
+
+    Args:
+        key: the setting of ``tuner`` that does, for the error.
+
+    Raises:
+        RecipeError: they are cut.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise RecipeError(f"tuner.{key} needs whole weights, and ZeRO-3 has cut them. Use deepspeed.config=zero2.")
+
+
+def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:
+    """Refuse a pattern that no target's name ends with; peft passes over it."""
+    from peft.utils.other import get_pattern_key
+
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(tuner, key):
+            if not any(get_pattern_key([pattern], target) == pattern for target in targets):
+                example = targets[0] if targets else "none is left"
+                raise RecipeError(
+                    f"tuner.{key} names {pattern!r}, which no adapted layer's name ends with. A target: {example}."
+                )
+
+
+def _set_dropout(model: Any, share: float) -> None:
+    """Dropout before the adapters of Linear layers, where peft was told none."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from torch import nn
+
+    for module in model.modules():
+        if share and isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(p=share)
 
 
 def _refuse_tied(model: Any, saved: list[str]) -> None:

@@ -1,0 +1,171 @@
+"""AdaLoRA (Zhang and others 2023, arXiv 2303.10512), by peft: ranks are cut while training, where they matter least.
+
+peft leaves three things to the loop, which `AdaLoraPeftModel` does when the trainer asks: it learns the run's length,
+adds the orthogonality term to the loss, and cuts ranks after each optimizer step. A checkpoint holds the ranks that are
+not zero, as peft's own do, and beside them ``adalora_state.safetensors`` with all rows and the importance so far, so
+that a resumed run cuts as the uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.tuning.methods.lora import place, require_whole_weights, wrap
+from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
+
+if TYPE_CHECKING:
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+STATE = "adalora_state.safetensors"
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What peft's rank allocator keeps for each weight."""
+
+
+def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
+    """Wrap the model in a PeftModel whose layers start with ``adalora_init_r`` ranks.
+
+    Raises:
+        RecipeError: the final rank is not below the first, or no layer is there to adapt.
+    """
+    from peft import AdaLoraConfig
+
+    if tuner.adalora_target_r >= tuner.adalora_init_r:
+        raise RecipeError(
+            f"tuner.adalora_target_r={tuner.adalora_target_r} is not below tuner.adalora_init_r="
+            f"{tuner.adalora_init_r}, so no rank could be cut. Raise the second, or use tuner.train_type=lora."
+        )
+    require_whole_weights(model, "train_type=adalora")
+    where = place(model, tuner)
+    if not isinstance(where["target_modules"], list):
+        raise RecipeError("tuner.train_type=adalora has no layer to act on. Use tuner.train_type=lora, or full.")
+    config = AdaLoraConfig(
+        target_r=tuner.adalora_target_r,
+        init_r=tuner.adalora_init_r,
+        tinit=tuner.adalora_tinit,
+        tfinal=tuner.adalora_tfinal,
+        deltaT=tuner.adalora_deltaT,
+        beta1=tuner.adalora_beta1,
+        beta2=tuner.adalora_beta2,
+        orth_reg_weight=tuner.adalora_orth_reg_weight,
+        total_step=tuner.adalora_tinit + tuner.adalora_tfinal + 1,  # `begin` says the real one
+        lora_alpha=tuner.lora_alpha,
+        lora_dropout=tuner.lora_dropout,
+        bias=tuner.lora_bias,
+        task_type="CAUSAL_LM",
+        **where,
+    )
+    return wrap(model, config, tuner, AdaLoraPeftModel)
+
+
+class AdaLoraPeftModel(TrainedPeftModel):
+    """Cuts ranks while it trains; see the module."""
+
+    @property
+    def _config(self) -> Any:
+        return self.peft_config[self.active_adapter]
+
+    def begin(self, total_steps: int) -> None:
+        config = self._config
+        if config.tinit + config.tfinal >= total_steps:
+            raise RecipeError(
+                f"tuner.adalora_tinit={config.tinit} steps before and tuner.adalora_tfinal={config.tfinal} steps after "
+                f"the cuts leave none of the run's {total_steps} for them. Lower them: adalora_tfinal counts from the "
+                "end of the run."
+            )
+        config.total_step = total_steps
+
+    def penalty(self) -> Tensor | None:
+        """``orth_reg_weight`` times the mean distance of the A and B from orthonormal ones, in float32 (source: the
+        paper's equation 4; peft adds it only to a loss that the model itself computes)."""
+        distances = []
+        for name, value in self.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                with torch.autocast(value.device.type, enabled=False):
+                    factor = value.float() if ".lora_A." in name else value.float().T  # [R, features]
+                    distances.append(torch.linalg.norm(factor @ factor.T - torch.eye(len(factor), device=value.device)))
+        weight = self._config.orth_reg_weight
+        return weight * torch.stack(distances).mean() if weight and distances else None
+
+    def after_step(self, step: int) -> None:
+        tuner: Any = self.base_model
+        tuner.update_and_allocate(step)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in peft, with the ranks that are in use now; peft would leave out what has grown since the last cut."""
+        config, kept = self._config, self._config.rank_pattern
+        named = self._adapter_weights()
+        used = {_short(name): (value != 0).flatten().tolist() for name, value in named if ".lora_E." in name}
+        config.rank_pattern = used
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            config.rank_pattern = kept
+
+    def save_state(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        allocator: Any = self.base_model.rankallocator
+        tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in self._adapter_weights()}
+        for kind in IMPORTANCE:
+            tensors |= {f"{kind}/{name}": value for name, value in getattr(allocator, kind).items()}
+        for name, mask in (self._config.rank_pattern or {}).items():
+            tensors[f"rank_pattern/{name}"] = torch.tensor(mask)
+        save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, folder / STATE)
+
+    def restore(self, folder: Path, adapter_name: str) -> Any:
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        self._config.rank_pattern = None  # with one, peft would resize the layers
+        saved = load_peft_weights(str(folder), device="cpu")
+        if not (folder / STATE).is_file():
+            return set_peft_model_state_dict(self, self._padded(saved, folder), adapter_name=adapter_name)
+        others = {name: value for name, value in saved.items() if ".lora_" not in name}
+        result = set_peft_model_state_dict(self, others, adapter_name=adapter_name)
+        state, weights = load_file(folder / STATE), dict(self._adapter_weights())
+        allocator: Any = self.base_model.rankallocator
+        allocator.reset_ipt()
+        pattern = {}
+        with torch.no_grad():
+            for key, value in state.items():
+                kind, _, name = key.partition("/")
+                if kind == "weight":
+                    weights[name].copy_(value)
+                elif kind == "rank_pattern":
+                    pattern[name] = value.tolist()
+                else:
+                    place_of = weights[f"base_model.model.{name}"].device
+                    getattr(allocator, kind)[name] = value.to(place_of)
+        self._config.rank_pattern = pattern or None
+        return result
+
+    def _adapter_weights(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.named_parameters() if ".lora_" in name]
+
+    def _padded(self, saved: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """A saved adapter with rows of zeros where ranks were left out: the same function."""
+        from peft import AdaLoraConfig
+
+        config: Any = AdaLoraConfig.from_pretrained(str(folder))
+        whole = dict(saved)
+        for name, mask in (config.rank_pattern or {}).items():
+            used = torch.tensor(mask)
+            prefix = f"base_model.model.{name.removesuffix('.lora_E')}"
+            for matrix, axis in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+                part = saved[f"{prefix}.{matrix}"]
+                shape = list(part.shape)
+                shape[axis] = len(mask)
+                full = part.new_zeros(shape)
+                full.index_copy_(axis, used.nonzero().flatten(), part)
+                whole[f"{prefix}.{matrix}"] = full
+        return whole
+
+
+def _short(name: str) -> str:
+    """As peft names weights in ``rank_pattern``."""
+    return name.removeprefix("base_model.model.")

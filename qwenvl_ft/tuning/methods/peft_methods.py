@@ -1,0 +1,160 @@
+"""Methods that peft has and that need no more than a config: one table from our keys to peft's.
+
+A train type with keys of its own (``vera_rank``) stands in `OWN_KEYS`; all others take peft's own fields through
+``tuner.peft_options``. Where a layer's size does not suit a method, the error names the layer before peft stumbles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.tuning.methods.lora import place, wrap
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+Sizes = Callable[[Any, int, int], str | None]
+"""(config, in_features, out_features) -> what is wrong, or None."""
+
+
+def _vera(tuner: TunerConfig) -> dict[str, Any]:
+    return {"r": tuner.vera_rank, "vera_dropout": tuner.vera_dropout, "d_initial": tuner.vera_d_initial}
+
+
+def _boft(tuner: TunerConfig) -> dict[str, Any]:
+    size = tuner.boft_block_size
+    if tuner.boft_block_num:
+        if size not in (0, 4):
+            raise RecipeError(
+                f"tuner.boft_block_size={size} and tuner.boft_block_num={tuner.boft_block_num} both cut a layer into "
+                "blocks. Keep one."
+            )
+        size = 0
+    elif not size:
+        raise RecipeError("tuner.boft_block_size=0 needs tuner.boft_block_num. Give one of them.")
+    return {
+        "boft_block_size": size,
+        "boft_block_num": tuner.boft_block_num,
+        "boft_n_butterfly_factor": tuner.boft_n_butterfly_factor,
+        "boft_dropout": tuner.boft_dropout,
+    }
+
+
+def _fourierft(tuner: TunerConfig) -> dict[str, Any]:
+    return {"n_frequency": tuner.fourier_n_frequency, "scaling": tuner.fourier_scaling}
+
+
+def _bone(tuner: TunerConfig) -> dict[str, Any]:
+    return {"r": tuner.bone_rank, "init_weights": True if tuner.bone_init == "default" else tuner.bone_init}
+
+
+def _boft_size(config: Any, width: int, height: int) -> str | None:
+    blocks = config.boft_block_num or (width // config.boft_block_size if width % config.boft_block_size == 0 else 0)
+    if not blocks or width % blocks:
+        key = "boft_block_num" if config.boft_block_num else "boft_block_size"
+        return f"is {width} wide, which tuner.{key}={getattr(config, key)} does not divide"
+    spread = 2 ** (config.boft_n_butterfly_factor - 1)
+    if blocks % spread or (config.boft_n_butterfly_factor > 1 and width // blocks % 2):
+        return f"has {blocks} blocks, too few or odd for tuner.boft_n_butterfly_factor={config.boft_n_butterfly_factor}"
+    return None
+
+
+def _fourier_size(config: Any, width: int, height: int) -> str | None:
+    if config.n_frequency > width * height:
+        return f"has {width * height} frequencies, fewer than tuner.fourier_n_frequency={config.n_frequency}"
+    return None
+
+
+def _bat_size(config: Any, width: int, height: int) -> str | None:
+    if config.init_weights == "bat" and (width % config.r or height % config.r):
+        return f"is {width} x {height}, which tuner.bone_rank={config.r} does not divide (bone_init=bat needs it)"
+    return None
+
+
+OWN_KEYS: dict[str, tuple[str, Callable[[Any], dict[str, Any]], Sizes | None]] = {
+    "vera": ("VERA", _vera, None),
+    "boft": ("BOFT", _boft, _boft_size),
+    "fourierft": ("FOURIERFT", _fourierft, _fourier_size),
+    "bone": ("MISS", _bone, _bat_size),
+}
+"""Train type -> peft's name, our keys as peft's fields, and the sizes that suit. Bone is called MiSS in peft."""
+
+PLACED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type")
+"""Fields of peft's configs that follow from our keys."""
+DEFAULTS: dict[str, dict[str, Any]] = {"ia3": {"feedforward_modules": []}}
+"""Fields that peft cannot guess for these models. IA3 scales outputs."""
+
+
+def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
+    """Wrap the model in a PeftModel of the method that ``train_type`` names.
+
+    Raises:
+        RecipeError: an option that the method does not have or refuses, a layer that does not suit it, or no target.
+    """
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    kind, options, suits = tuner.train_type, dict(tuner.peft_options), None
+    if kind in OWN_KEYS:
+        name, told, suits = OWN_KEYS[kind]
+        options = told(tuner)
+    else:
+        name = kind.upper()
+    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
+    _check_options(kind, options, config_class)
+    where = place(model, tuner)
+    if not isinstance(where["target_modules"], list):
+        raise RecipeError(
+            f"tuner.train_type={kind} has no layer to act on: only tuner.modules_to_save would train. Use "
+            "tuner.train_type=lora with target_regex '^$', or full."
+        )
+    try:
+        config = config_class(task_type="CAUSAL_LM", **(DEFAULTS.get(kind, {}) | options), **where)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"tuner.train_type={kind}: {_one_line(error)} (peft {peft.__version__})") from error
+    for target in where["target_modules"]:
+        layer: Any = model.get_submodule(target)
+        wrong = suits(config, layer.in_features, layer.out_features) if suits else None
+        if wrong:
+            raise RecipeError(f"tuner.train_type={kind}: {target} {wrong}. Change it, or leave the layer out.")
+    try:
+        wrapped = wrap(model, config, tuner)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RecipeError(f"tuner.train_type={kind} does not fit the model: {_one_line(error)}") from error
+    factors = tuner.boft_n_butterfly_factor
+    if kind == "boft" and factors > 1 and not all(getattr(m, "fbd_cuda_available", True) for m in wrapped.modules()):
+        raise RecipeError(
+            f"tuner.boft_n_butterfly_factor={factors} needs peft's CUDA extension, which it could not build here (a "
+            "GPU, nvcc and ninja); without it peft would use 1. Set it to 1."
+        )
+    return wrapped
+
+
+def option_names(config_class: Any) -> Iterator[str]:
+    """The fields of a peft config that ``tuner.peft_options`` may set."""
+    from peft import PeftConfig
+
+    common = {entry.name for entry in fields(PeftConfig)}
+    for entry in fields(config_class):
+        if entry.name not in common and entry.name not in PLACED:
+            assert entry.default is not MISSING or entry.default_factory is not MISSING, entry.name
+            yield entry.name
+
+
+def _check_options(kind: str, options: dict[str, Any], config_class: Any) -> None:
+    known = list(option_names(config_class))
+    for name in options:
+        if name not in known:
+            raise RecipeError(
+                f"tuner.peft_options.{name}: tuner.train_type={kind} has no such field.{hint(name, known)}"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

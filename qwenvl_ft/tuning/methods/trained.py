@@ -1,0 +1,40 @@
+"""A PeftModel that takes part in training, beyond holding weights: what the trainer asks of it, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModelForCausalLM
+from torch import Tensor
+
+
+class TrainedPeftModel(PeftModelForCausalLM):
+    """The base of such models; each of these does nothing here."""
+
+    def begin(self, total_steps: int) -> None:
+        """Called once before the first step, with the run's last step.
+
+        Raises:
+            RecipeError: the method's schedule does not fit into the run.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of each optimizer step, a scalar."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimizer's step number ``step`` (from 1), before gradients are cleared."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write what a resumed run needs beside the adapter; `load_adapter` reads it."""
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in peft, but an adapter that this model trains is put back to where the checkpoint left it."""
+        if adapter_name in self.peft_config and (Path(str(model_id)) / "adapter_model.safetensors").is_file():
+            return self.restore(Path(str(model_id)), adapter_name)
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    def restore(self, folder: Path, adapter_name: str) -> Any:
+        """Put a saved adapter's weights in place of the trained ones; returns peft's load result."""
+        raise NotImplementedError

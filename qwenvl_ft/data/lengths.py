@@ -113,12 +113,12 @@ class _Measured(Dataset[tuple[Row, list[File], str]]):
 
     def _row(self, conversation: Conversation) -> Row:
         try:
-            draft = self.encoder.draft(conversation)
+            told = self.encoder.extent(conversation)
         except (TooLong, Unsupervised) as error:
             if self.encoder.truncation_strategy == "raise":
                 raise
             return 0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0
-        return draft.length, draft.patches, bool(draft.videos), KEPT, draft.cut_tokens, draft.cut_media
+        return told.tokens, told.patches, told.has_video, KEPT, told.cut_tokens, told.cut_media
 
 
 def conversation_files(conversation: Conversation) -> list[str]:

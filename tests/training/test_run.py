@@ -174,8 +174,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir,
     (token,) = tokens(4) - tokens(5)
     build = setup.build_model
 
-    def poisoned(recipe, args):
-        model = build(recipe, args)
+    def poisoned(recipe, args, train_set):
+        model = build(recipe, args, train_set)
 
         def spoil(module, inputs, output):
             return torch.where((inputs[0] == token)[..., None], float("nan"), output)

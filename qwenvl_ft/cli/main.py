@@ -11,9 +11,11 @@ COMMANDS = {
     "check": "look at every record before training does: qwenvl-ft check RECIPE or FILE ...",
     "show": "write a page of what the model will see: images, objects, tokens, packed rows",
     "stats": "count what is in the data: lengths, images, answers, objects, how varied they are",
+    "monitor": "show where a run stands: progress, loss, speed, time left, GPUs",
     "recipe": "print what a recipe resolves to, and which file each value came from",
     "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
+    "doctor": "say whether this machine can train, and what with",
     "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",
 }
 """Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""

@@ -58,18 +58,18 @@ def resolve_attn_impl(name: str, torch_dtype: str = "bfloat16") -> str:
         raise unknown_name("model.attn_impl", name, ATTENTION_NAMES)
     name = ALIASES.get(name, name)
     if name == "auto":
-        usable = (flash for flash in FLASH if torch_dtype != "float32" and not _obstacle(flash))
+        usable = (flash for flash in FLASH if torch_dtype != "float32" and not obstacle(flash))
         return next(usable, "packed_sdpa")
     if name in FLASH:
-        obstacle = _obstacle(name)
-        if not obstacle and torch_dtype == "float32":
-            obstacle = "it computes in 16 bits; set model.torch_dtype=bfloat16"
-        if obstacle:
-            raise RecipeError(f"model.attn_impl={name} cannot be used: {obstacle}. Or set model.attn_impl=auto.")
+        reason = obstacle(name)
+        if not reason and torch_dtype == "float32":
+            reason = "it computes in 16 bits; set model.torch_dtype=bfloat16"
+        if reason:
+            raise RecipeError(f"model.attn_impl={name} cannot be used: {reason}. Or set model.attn_impl=auto.")
     return name
 
 
-def _obstacle(name: str) -> str:
+def obstacle(name: str) -> str:
     """Why a flash implementation cannot run here; empty if it can."""
     import torch
 

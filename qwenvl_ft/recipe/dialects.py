@@ -134,6 +134,7 @@ ALIASES: dict[str, Alias] = {
         told="a preset, file or mapping enables it; null does not",
         also=("training",),
     ),
+    "zero_hpz_partition_size": same("deepspeed.zero_hpz_partition_size", also=("training",)),
     "debug": Alias(
         keys=("training.log_level", "training.debug"),
         kind=bool | str,
@@ -202,10 +203,12 @@ ENVIRONMENT = {
 than overrides. Their VIDEO_MAX_PIXELS is the area of one frame."""
 
 REMOVED = {
+    "sequence_parallel_size": "a sample is not split over GPUs. Remove it; for long samples: deepspeed.config=zero3, "
+    "training.activation_checkpointing=true.",
     "overwrite_output_dir": "a run writes to output_dir whatever is there. Remove it.",
     "save_safetensors": "checkpoints are always safetensors. Remove it.",
 }
-"""Older field of TrainingArguments that no key stands for -> what to do instead."""
+"""Setting elsewhere that no key stands for -> what to do instead."""
 
 FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
 """Argument that names a file -> its place: the base is weaker."""

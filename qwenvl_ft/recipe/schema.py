@@ -187,6 +187,16 @@ class TrainingConfig:
     """true is an error: lengths are planned before the first step, and samples are tokenized when needed anyway."""
     logging_dir: str | None = None
     """Folder of TensorBoard's files; null is a new one in output_dir."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases; null is WANDB_PROJECT of the environment, or huggingface."""
+    wandb_entity: str | None = None
+    """Account or team of Weights & Biases."""
+    swanlab_project: str | None = None
+    """Project of SwanLab."""
+    swanlab_mode: Literal["cloud", "local", "offline", "disabled"] | None = None
+    """Where SwanLab keeps a run."""
+    swanlab_token: str | None = None
+    """Key of SwanLab, as ${oc.env:NAME}; never printed or saved."""
     optimizer: Literal["multimodal", "lorap", "galore"] = "multimodal"
     """Parameter groups by part, each with its own learning rate; the algorithm is optim. lorap is that with
     lorap_lr_ratio (16 if not given), galore that with use_galore."""
@@ -235,6 +245,8 @@ class DeepspeedConfig:
     """Use it."""
     config: str | dict[str, Any] = "zero2"
     """zero2, zero2_offload, zero3, zero3_offload, a JSON file, or the config itself."""
+    zero_hpz_partition_size: Positive | None = None
+    """ZeRO++: GPUs that keep a second copy of the sharded weights among them, as those of a node; ZeRO-3 only."""
 
 
 @dataclass(kw_only=True)
@@ -359,8 +371,8 @@ HF_TYPES: dict[str, Any] = {
 }
 """Fields of TrainingArguments whose annotation there is any text -> what they may be."""
 
-SECRETS = ("hub_token",)
-"""Fields of TrainingArguments that are never printed or saved. Give them as ${oc.env:NAME}."""
+SECRETS = ("hub_token", "swanlab_token")
+"""Keys under ``training`` that are never printed or saved. Give them as ${oc.env:NAME}."""
 
 TOP_LEVEL = ("extends", "inherit", "global_max_length", *SECTIONS, "custom")
 """Keys at the top of a recipe file; ``inherit`` is ``extends``, ``custom`` is ``data``."""

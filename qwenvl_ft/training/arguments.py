@@ -15,13 +15,21 @@ from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
 from qwenvl_ft.recipe.refused import FIXED
-from qwenvl_ft.recipe.schema import GALORE
+from qwenvl_ft.recipe.schema import GALORE, SECRETS
 from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
 """Where the recipe gives none: 1e-5 moves all weights, adapters start from nothing and take 1e-4."""
+TRACKERS = {
+    "wandb_project": ("wandb", "WANDB_PROJECT"),
+    "wandb_entity": ("wandb", "WANDB_ENTITY"),
+    "swanlab_project": ("swanlab", "SWANLAB_PROJECT"),
+    "swanlab_mode": ("swanlab", "SWANLAB_MODE"),
+    "swanlab_token": ("swanlab", "SWANLAB_API_KEY"),
+}
+"""Key under ``training`` -> the tracker of ``report_to`` that reads it, and by which environment variable."""
 DECIDED_HERE = {
     "optimizer": "training.optim and the learning rates of the parts",
     "scheduler": "training.lr_scheduler_type and warmup_steps",
@@ -64,6 +72,23 @@ def deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
         if section in config:
             raise RecipeError(f'deepspeed.config has its own "{section}". Remove it: {keys} decide.')
     return config
+
+
+def hierarchical(config: dict[str, Any], told: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration with ``deepspeed.zero_hpz_partition_size``, if there is one (ZeRO++, arXiv 2306.10209).
+
+    Raises:
+        RecipeError: the configuration is not ZeRO-3's, so that no weights are sharded.
+    """
+    if told.zero_hpz_partition_size is None:
+        return config
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage") != 3:
+        raise RecipeError(
+            f"deepspeed.zero_hpz_partition_size={told.zero_hpz_partition_size} is for weights that are sharded, and "
+            f"the stage is {zero.get('stage', 0)}. Set deepspeed.config=zero3, or remove it."
+        )
+    return config | {"zero_optimization": zero | {"zero_hpz_partition_size": told.zero_hpz_partition_size}}
 
 
 def galore(recipe: Any) -> dict[str, Any]:
@@ -131,7 +156,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     if "ddp_backend" in told:
         told["ddp_backend"] = connection(told["ddp_backend"])
     if recipe.deepspeed.enabled:
-        told["deepspeed"] = deepspeed_config(recipe.deepspeed.config)
+        told["deepspeed"] = hierarchical(deepspeed_config(recipe.deepspeed.config), recipe.deepspeed)
     if told["activation_checkpointing"]:
         told.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
@@ -146,7 +171,27 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     preflight(recipe, args)
     if recipe.training.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = recipe.training.logging_dir
+    tell_trackers(recipe.training, list(args.report_to or []))
     return args
+
+
+def tell_trackers(told: Any, report_to: list[str]) -> None:
+    """Set the environment variables that trackers are configured by; without any tracker nothing is read.
+
+    Raises:
+        RecipeError: ``report_to`` names others than the tracker that would read a setting.
+    """
+    for name, (tracker, variable) in TRACKERS.items():
+        value = getattr(told, name)
+        if value is None or not report_to:
+            continue
+        if tracker not in report_to:
+            given = "" if name in SECRETS else f"={value}"
+            raise RecipeError(
+                f"training.{name}{given} is read by {tracker} alone, and training.report_to is "
+                f"{', '.join(report_to)}. Add {tracker} to it, or remove training.{name}."
+            )
+        os.environ[variable] = value
 
 
 def join_processes(args: TrainingArguments) -> None:

@@ -28,7 +28,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", GUIDE + README, flags=re.DOTALL)
     for line in block.splitlines()
 ]
-OTHERS = ("make", "uv", "python -c", "tail", "tensorboard", "nvidia-smi")
+OTHERS = ("make", "uv", "python -c", "tail", "tensorboard", "nvidia-smi", "qwenvl-ft monitor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -36,6 +36,7 @@ MEANINGS = {
     "tuner_type": ("full", {"tuner.train_type": "full"}),
     "init_lora_weights": ("pissa", {"tuner.init_weights": "pissa"}),
     "optimizer": ("adamw_torch", {"training.optim": "adamw_torch", "training.optimizer": "multimodal"}),
+    "zero_hpz_partition_size": ("8", {"deepspeed.zero_hpz_partition_size": 8}),
     "deepspeed": ("zero3_offload", {"deepspeed.enabled": True, "deepspeed.config": "zero3_offload"}),
     "debug": ("underflow_overflow", {"training.debug": "underflow_overflow"}),
     "model_name_or_path": ("m", {"model.model": "m"}),

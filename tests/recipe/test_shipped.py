@@ -20,7 +20,7 @@ from qwenvl_ft.recipe.schema import DataConfig
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 YAML = sorted(RECIPES.glob("*.yaml"))
 SCRIPTS = sorted(RECIPES.glob("*.sh"))
-LAUNCHERS = [path for path in SCRIPTS if path.stem != "dry_run"]
+LAUNCHERS = [path for path in SCRIPTS if path.stem not in ("dry_run", "train")]
 DEEPSPEED = sorted((RECIPES / "deepspeed").glob("*.json"))
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
@@ -91,6 +91,7 @@ def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
     [
         ("lora_4b", ("lora", False, True, True, False)),
         ("qlora_8b", ("lora", False, True, True, False)),
+        ("lora_30b_a3b", ("lora", False, True, True, True)),
         ("stage_1_aligner", ("lora", True, True, False, False)),
         ("sft_4b", ("full", False, False, False, True)),
         ("sft_8b", ("full", False, False, False, True)),
@@ -163,9 +164,37 @@ def test_a_script_launches_its_recipe_and_passes_everything_through(path, gpus, 
     assert words[words.index("-m") + 1] == "qwenvl_ft.train"
     recipe = recipe_from_argv(words[words.index("-m") + 2 :])
     assert (recipe.data.train, recipe.training.learning_rate) == ("my file.jsonl", 5e-6)
-    size = re.search(r"\d+b", path.stem).group().upper().replace("7B", "8B")
+    size = re.search(r"30a3b|\d+b", path.stem).group().upper().replace("7B", "8B").replace("30A", "30B-A")
     assert recipe.model.model == f"Qwen/Qwen3-VL-{size}-Instruct"
     assert ("There is no Qwen3-VL-7B" in done.stderr) == (path.stem == "sft_7b")
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "expected"),
+    [
+        (["config=lora_4b"], {}, ("python", "0", [])),
+        (["recipe=lora_4b", "gpus=3"], {}, ("python", "3", [])),
+        (["config=lora_4b", "gpus=0,2,5"], {}, ("torchrun", "0,2,5", ["--nproc_per_node", "3"])),
+        ([], {"config": "lora_4b", "gpus": "1,2"}, ("torchrun", "1,2", ["--nproc_per_node", "2"])),
+        (["gpus="], {"config": "lora_4b"}, ("python", "", [])),
+    ],
+)
+def test_train_starts_python_for_one_gpu_and_torchrun_for_several(words, environment, expected, tmp_path):
+    launcher, gpus, first = expected
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$CUDA_VISIBLE_DEVICES" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment
+    command = [RECIPES / "train.sh", *words, "data.train=my file.jsonl"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    told = done.stdout.splitlines()
+    assert told == [launcher, gpus, *first, "-m", "qwenvl_ft.train", "recipe=lora_4b", "data.train=my file.jsonl"]
+
+
+def test_train_without_a_recipe_says_so():
+    done = subprocess.run([RECIPES / "train.sh", "gpus=0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: name a recipe: recipes/train.sh config=mine.yaml gpus=0\n"
 
 
 def test_the_table_lists_every_file_and_links_to_none_that_is_missing():

@@ -4,11 +4,12 @@ import json
 import os
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
-from qwenvl_ft.training.arguments import build_arguments, deepspeed_config
+from qwenvl_ft.training.arguments import build_arguments, deepspeed_config, hierarchical, tell_trackers
 from qwenvl_ft.training.preflight import preflight
 
 
@@ -188,6 +189,35 @@ def test_the_folder_of_tensorboard_is_told_to_transformers(tiny_dir, tmp_path, m
 
     callback = TensorBoardCallback()
     assert callback.logging_dir == str(tmp_path / "logs")
+
+
+def test_trackers_are_told_by_their_environment_and_only_those_that_are_asked_for(tiny_dir, tmp_path, monkeypatch):
+    told = {"WANDB_PROJECT": "scans", "WANDB_ENTITY": "clinic", "SWANLAB_API_KEY": "secret"}
+    for variable in told:
+        monkeypatch.delenv(variable, raising=False)
+    words = ["training.wandb_project=scans", "training.wandb_entity=clinic", "training.swanlab_token=secret"]
+    silent = load_recipe(None, settings(tiny_dir, tmp_path, *words, "training.report_to=none"))
+    build_arguments(silent)
+    assert not told.keys() & os.environ.keys(), "vacuous: something is set where nothing is read"
+    tell_trackers(silent.training, ["wandb", "swanlab"])
+    assert {name: os.environ[name] for name in told} == told
+    assert "secret" not in silent.to_yaml()
+    other = load_recipe(None, settings(tiny_dir, tmp_path, words[0], "training.report_to=tensorboard"))
+    with pytest.raises(RecipeError, match=r"wandb_project=scans is read by wandb alone, and .* is tensorboard\. Add"):
+        build_arguments(other)
+    with pytest.raises(RecipeError, match=r"training\.swanlab_token is read by swanlab alone"):
+        tell_trackers(silent.training, ["wandb"])
+
+
+def test_a_second_copy_of_sharded_weights_reaches_deepspeed_with_zero_3_only():
+    told = load_recipe(None, ["deepspeed.zero_hpz_partition_size=8"]).deepspeed
+    config = deepspeed_config("zero3")
+    filled = hierarchical(config, told)
+    assert filled["zero_optimization"] == config["zero_optimization"] | {"zero_hpz_partition_size": 8}
+    read = {key: value for key, value in filled["zero_optimization"].items() if value != "auto"}
+    assert DeepSpeedZeroConfig(**read).zero_hpz_partition_size == 8
+    with pytest.raises(RecipeError, match=r"zero_hpz_partition_size=8 is for weights .* the stage is 2"):
+        hierarchical(deepspeed_config("zero2"), told)
 
 
 def test_one_process_with_several_gpus_or_a_locked_folder_is_refused(tiny_dir, tmp_path, monkeypatch):

@@ -1,0 +1,105 @@
+"""``qwenvl-ft doctor``: whether this machine can train, and what it would train with."""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import typer
+
+GIB = 1024**3
+SHARED_MEMORY = 1.0
+"""GiB of /dev/shm below which loader workers may not be able to hand over their batches."""
+
+
+def doctor() -> None:
+    """Print packages, devices, attention, and room; exit code 1 if something that training needs is missing."""
+    faults: list[str] = []
+    for title, look in LOOKS.items():
+        typer.echo(f"{title}")
+        for line in look(faults):
+            typer.echo(f"  {line}")
+    typer.echo("\n".join(["", *(f"fault: {fault}" for fault in faults)]) if faults else "\nready to train")
+    if faults:
+        raise typer.Exit(1)
+
+
+def machine(faults: list[str]) -> Iterator[str]:
+    """Processor, memory and the places that workers need."""
+    from qwenvl_ft.data.workers import require_short_tempdir
+    from qwenvl_ft.errors import RecipeError
+
+    yield f"Python {platform.python_version()}, {platform.platform()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    yield f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory"
+    if Path("/dev/shm").is_dir():
+        room = shutil.disk_usage("/dev/shm").free / GIB
+        yield f"/dev/shm: {room:.1f} GiB free"
+        if room < SHARED_MEMORY:
+            faults.append(f"/dev/shm has {room:.2f} GiB free for the loaders' batches; in Docker: --shm-size=8g")
+    yield f"TMPDIR: {tempfile.gettempdir()}, {shutil.disk_usage(tempfile.gettempdir()).free / GIB:.0f} GiB free"
+    try:
+        require_short_tempdir()
+    except RecipeError as error:
+        faults.append(str(error))
+
+
+def packages(faults: list[str]) -> Iterator[str]:
+    """What is required and what is optional: the version that is here beside the one that is asked for."""
+    from packaging.requirements import Requirement
+
+    for text in requires("qwenvl-ft") or []:
+        needed = Requirement(text)
+        extra = str(needed.marker or "").partition("==")[2].strip(" '\"")
+        if extra in ("dev", "demo"):
+            continue
+        try:
+            here = version(needed.name)
+        except PackageNotFoundError:
+            here = ""
+        fits = bool(here) and needed.specifier.contains(here, prereleases=True)
+        wanted = "" if fits or not here else f", wanted {needed.specifier}"
+        yield f"{needed.name} {here or 'absent'}{wanted}" + (f" (extra {extra})" if extra else "")
+        if not extra and not fits:
+            faults.append(
+                f"{needed.name}{needed.specifier} is required, and {here or 'nothing'} is here: pip install -e ."
+            )
+
+
+def devices(faults: list[str]) -> Iterator[str]:
+    """GPUs as torch sees them."""
+    import torch
+
+    built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"
+    yield f"{built}; {torch.cuda.device_count()} usable GPUs"
+    for index in range(torch.cuda.device_count()):
+        told = torch.cuda.get_device_properties(index)
+        with torch.cuda.device(index):
+            bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bfloat16"
+        yield f"{index}: {told.name}, {told.total_memory / GIB:.0f} GiB, capability {told.major}.{told.minor}{bf16}"
+    if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        faults.append(
+            "nvidia-smi is here, but torch sees no GPU: the driver is too old for its CUDA, or CUDA_VISIBLE_DEVICES "
+            "hides them"
+        )
+
+
+def attention(faults: list[str]) -> Iterator[str]:
+    """What ``model.attn_impl: auto`` takes, and why not the others."""
+    from qwenvl_ft.model.attention import FLASH, obstacle, resolve_attn_impl
+
+    yield f"auto is {resolve_attn_impl('auto')} in 16 bits, {resolve_attn_impl('auto', 'float32')} in float32"
+    yield from (f"{name}: {obstacle(name) or 'usable'}" for name in FLASH)
+
+
+LOOKS: dict[str, Callable[[list[str]], Iterator[Any]]] = {
+    "machine": machine,
+    "packages": packages,
+    "devices": devices,
+    "attention": attention,
+}
+"""Heading -> lines below it; what hinders training is added to the list."""

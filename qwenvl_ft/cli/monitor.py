@@ -1,0 +1,153 @@
+"""``qwenvl-ft monitor DIR``: where a run stands, from the files that it writes, and what the GPUs do meanwhile."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+WINDOW = 20
+"""Logged steps that the moving average of the loss is taken over."""
+WIDTH = 60
+"""Characters of the bar and of the loss history."""
+GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu")
+FIGURES = ("grad_norm", "learning_rate", "tokens_per_second", "row_fill", "peak_memory_gib", "eval_loss")
+"""Logged keys that are shown as they were last."""
+
+
+def monitor(
+    directory: Annotated[Path | None, typer.Argument(help="The run's training.output_dir.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", "--output-dir", help="The same.")] = None,
+    refresh: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
+    tail: Annotated[int | None, typer.Option(min=1, help="Print so many last lines of training.log, and end.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once; so it is where the output is no terminal.")] = False,
+) -> None:
+    """Show a run's progress, loss, speed and remaining time, and the GPUs of this machine, until it ends.
+
+    Raises:
+        RecipeError: no folder is named, or several are.
+        CheckpointError: the folder is not one of a run.
+    """
+    from qwenvl_ft.errors import CheckpointError, RecipeError
+
+    given = {folder for folder in (directory, output_dir) if folder is not None}
+    if len(given) != 1:
+        raise RecipeError("name one folder, the run's training.output_dir: qwenvl-ft monitor output/my_run.")
+    folder = given.pop()
+    log = folder / "training.log"
+    if not log.is_file():
+        raise CheckpointError(f"{log} does not exist. Name a run's training.output_dir; it is written at its start.")
+    if tail is not None:
+        with log.open(encoding="utf-8") as lines:
+            typer.echo("".join(deque(lines, tail)), nl=False)
+        return
+    if once or not sys.stdout.isatty():
+        typer.echo(screen(folder))
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(Text(screen(folder)), auto_refresh=False, screen=False) as live:
+        while not ended(entries(folder)):
+            time.sleep(refresh)
+            live.update(Text(screen(folder)), refresh=True)
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, in the order of steps.
+
+    A resumed run writes behind what was there: steps that it did again count once, as they went last. A line that is
+    being written is left for the next look.
+    """
+    path = folder / "trainer_log.jsonl"
+    logged: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if logged and entry["step"] < logged[-1]["step"]:
+            logged = [kept for kept in logged if kept["step"] < entry["step"]]
+        logged.append(entry)
+    return logged
+
+
+def ended(logged: list[dict[str, Any]]) -> bool:
+    """Whether the last entry is the one that closes a run."""
+    return bool(logged) and "train_loss" in logged[-1]
+
+
+def screen(folder: Path) -> str:
+    """All that is known of a run, as lines."""
+    logged = entries(folder)
+    steps = [entry for entry in logged if "loss" in entry]
+    lines = [str(folder), *(progress(logged, steps) if steps else ["no step is logged yet; see training.log"])]
+    return "\n".join([*lines, *gpus()])
+
+
+def progress(logged: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
+    """Bar, times, loss and its history, and the other figures as they were last."""
+    last = logged[-1]
+    share = last["step"] / last["total_steps"]
+    bar = "#" * round(share * WIDTH)
+    losses = [entry["loss"] for entry in steps]
+    known: dict[str, Any] = {}
+    for entry in logged:
+        known |= entry
+    left = "ended" if ended(logged) else f"left {_clock(known['eta_seconds'])}" if "eta_seconds" in known else ""
+    figures = "  ".join(f"{name} {known[name]:.4g}" for name in FIGURES if name in known)
+    return [
+        f"[{bar:<{WIDTH}}] {share:.1%}  step {last['step']:,} of {last['total_steps']:,}",
+        f"elapsed {_clock(last['elapsed_seconds'])}  {left}".rstrip(),
+        f"loss {losses[-1]:.4f}  mean of the last {min(WINDOW, len(losses))}: {_mean(losses[-WINDOW:]):.4f}",
+        history(losses),
+        *([figures] if figures else []),
+    ]
+
+
+def history(values: list[float], width: int = WIDTH) -> str:
+    """All values in at most ``width`` blocks, each as high as the mean of its share, with the range in front."""
+    count = min(width, len(values))
+    edges = [len(values) * k // count for k in range(count + 1)]
+    means = [_mean(values[first:last]) for first, last in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    drawn = "".join(BLOCKS[round((value - low) / span * (len(BLOCKS) - 1))] for value in means)
+    return f"{high:.3f} {drawn} {low:.3f}" if means[0] >= means[-1] else f"{low:.3f} {drawn} {high:.3f}"
+
+
+def gpus() -> list[str]:
+    """A line for each GPU of this machine: load, memory, temperature; none where nvidia-smi is not there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ["no nvidia-smi here: nothing is known of GPUs"]
+    query = [tool, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return ["nvidia-smi does not answer"]
+    if done.returncode != 0:
+        return [f"nvidia-smi: {' '.join((done.stderr or done.stdout).split())}"]
+    told = (line.split(", ") for line in done.stdout.splitlines() if line.strip())
+    return [
+        f"GPU {index} {name}: {load}% busy, {used} of {total} MiB, {heat} C"
+        for index, name, load, used, total, heat in told
+    ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

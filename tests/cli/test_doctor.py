@@ -1,0 +1,44 @@
+"""``qwenvl-ft doctor``: what it says of a machine that can train, and of one that cannot."""
+
+import re
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import torch
+
+from qwenvl_ft.cli import doctor
+from qwenvl_ft.cli.main import main
+
+
+def test_a_machine_that_runs_the_tests_is_ready(capsys):
+    code = main(["doctor"])
+    told = capsys.readouterr().out
+    assert code == 0, told
+    assert told.endswith("\nready to train\n")
+    for name in ("torch", "transformers", "peft"):
+        assert re.search(rf"^  {name} {re.escape(version(name))}$", told, flags=re.MULTILINE)
+    assert f"{torch.cuda.device_count()} usable GPUs" in told
+    assert re.search(r"^  flash-attn \S+ \(extra flash\)$", told, flags=re.MULTILINE)
+
+
+def test_an_old_package_and_one_that_is_not_there_are_faults(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "requires", lambda name: ["peft>=99", "no-such-package>=1", "torch>=2"])
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert f"fault: peft>=99 is required, and {version('peft')} is here: pip install -e ." in told
+    assert "fault: no-such-package>=1 is required, and nothing is here" in told
+    assert told.count("fault: ") == 2
+
+
+def test_little_shared_memory_a_long_tempdir_and_an_old_driver_are_faults(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(doctor.tempfile, "tempdir", str(long))
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "fault: /dev/shm has 0.06 GiB free" in told
+    assert "fault: TMPDIR=" in told
+    assert "fault: nvidia-smi is here, but torch sees no GPU" in told

@@ -9,7 +9,7 @@ LAYERS = [
     {"recipe"},
     {"model", "data"},
     {"tuning"},
-    {"checkpoint"},
+    {"checkpoint", "export"},
     {"training", "evaluation", "look"},
     {"cli", "train", "flare"},
 ]

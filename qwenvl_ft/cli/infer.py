@@ -62,7 +62,7 @@ def load(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str) 
     import torch
 
     from qwenvl_ft.errors import CheckpointError
-    from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor
+    from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor, with_adapter
 
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter} has no adapter_config.json, so it is not an adapter's directory.")
@@ -70,10 +70,5 @@ def load(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str) 
     own_processor = adapter is not None and any((adapter / name).is_file() for name in PROCESSOR_FILES)
     processor = load_processor(str(adapter) if own_processor else model)
     if adapter is not None:
-        from peft import PeftModel
-
-        try:
-            loaded = PeftModel.from_pretrained(loaded, str(adapter))
-        except (ValueError, RuntimeError, OSError, TypeError) as error:
-            raise CheckpointError(f"{adapter} does not fit {model}: {' '.join(str(error).split())[:300]}") from error
+        loaded = with_adapter(loaded, adapter)
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), processor

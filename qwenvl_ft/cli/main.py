@@ -15,6 +15,7 @@ COMMANDS = {
     "recipe": "print what a recipe resolves to, and which file each value came from",
     "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
+    "merge": "make one model of an adapter and its base, for serving",
     "doctor": "say whether this machine can train, and what with",
     "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",
 }

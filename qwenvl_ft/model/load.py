@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import textwrap
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +87,7 @@ def load_model(
     if plan.attention == TEXT_NAME:
         use_packed_attention(model)
     turn_cache_off(model)
-    return model if plan.adapter is None else _with_adapter(model, plan.adapter)
+    return model if plan.adapter is None else with_adapter(model, plan.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ def plan_loading(
     path, adapter = local_directory(dir_or_id), None
     if path is not None and (path / "adapter_config.json").is_file():
         adapter = path
-        dir_or_id, revision = _base_of_adapter(path)
+        dir_or_id, revision = base_of_adapter(path)
         path = local_directory(dir_or_id)
         if path is not None and (path / "adapter_config.json").is_file():
             raise CheckpointError(f"{adapter} is an adapter of {path}, an adapter too. Merge that one first.")
@@ -186,7 +188,7 @@ def load_processor(
     if path is not None and not any((path / name).is_file() for name in PROCESSOR_FILES):
         if not (path / "adapter_config.json").is_file():
             raise CheckpointError(f"{path} has no processor: none of {', '.join(PROCESSOR_FILES)} is in it.")
-        dir_or_id, revision = _base_of_adapter(path)
+        dir_or_id, revision = base_of_adapter(path)
         path = local_directory(dir_or_id)
     try:
         processor = AutoProcessor.from_pretrained(str(path or dir_or_id), revision=revision or "main")
@@ -300,16 +302,45 @@ def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
     return model
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
+def with_adapter(model: Any, adapter: str | Path) -> Any:
+    """The model with an adapter on it, as a PeftModel for inference.
+
+    Raises:
+        CheckpointError: the adapter is not of this model, or not whole.
+    """
     from peft import PeftModel
+    from peft.utils import load_peft_weights
 
     from qwenvl_ft.model.adapters import register_adapters
 
     register_adapters()
-    return PeftModel.from_pretrained(model, str(adapter))
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(error)}") from error
+    for warning in told:
+        if "missing adapter keys" in str(warning.message):
+            raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(warning.message)}")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    own = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)|\.weight$")  # what peft leaves out of names in the file
+    known = {own.sub("", name) for name in wrapped.state_dict()}
+    saved = load_peft_weights(str(adapter), device="cpu")
+    strange = sorted(name for name in saved if own.sub("", name) not in known)
+    if strange:
+        raise CheckpointError(
+            f"{adapter} does not fit {model.name_or_path}, which has no place for {strange[0]} ({len(strange)} such)."
+        )
+    return wrapped
 
 
-def _base_of_adapter(path: Path) -> tuple[str, str | None]:
+def base_of_adapter(path: Path) -> tuple[str, str | None]:
+    """Directory or hub id of an adapter's base model, and its revision.
+
+    Raises:
+        CheckpointError: adapter_config.json names none, or one that does not exist.
+    """
     try:
         written = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = written["base_model_name_or_path"], written.get("revision")
@@ -359,5 +390,5 @@ def _set_frames(processor: Any, area: int | None, fps: float | None, least: int 
             processor.max_frames = processor.min_frames
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Warning | Exception | str) -> str:
     return textwrap.shorten(str(error), width=300) or type(error).__name__

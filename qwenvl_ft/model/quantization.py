@@ -83,6 +83,11 @@ def quantized_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _is_quantized(module)]
 
 
+def dequantized(model: Any) -> Any:
+    """A model that bitsandbytes quantised, with weights of the model's dtype that compute the same."""
+    return model.dequantize(dtype=model.config.dtype)
+
+
 def require_adapter_over_quantized(model: nn.Module, train_type: str, saved: list[str]) -> None:
     """Refuse to train quantised weights themselves.
 

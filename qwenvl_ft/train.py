@@ -25,8 +25,10 @@ def train(recipe: Any) -> TrainResult:
     """Run a recipe from model and data to checkpoint and evaluation.
 
     Raises:
-        QwenVLError: the recipe, the data or a checkpoint is wrong; nothing was written before that was known.
+        QwenVLError: the recipe, the data or a checkpoint is wrong; nothing was written before that was known. Or
+            training cannot go on: a loss is not finite, or memory is not enough.
     """
+    import torch
     from transformers import PrinterCallback
 
     from qwenvl_ft.checkpoint import resolve_resume
@@ -35,6 +37,7 @@ def train(recipe: Any) -> TrainResult:
     from qwenvl_ft.training.arguments import build_arguments, lora_plus
     from qwenvl_ft.training.callbacks.progress import ProgressCallback
     from qwenvl_ft.training.callbacks.signals import SignalCallback
+    from qwenvl_ft.training.memory import out_of_memory
     from qwenvl_ft.training.trainer import QwenVLTrainer
 
     args = build_arguments(recipe)
@@ -67,6 +70,8 @@ def train(recipe: Any) -> TrainResult:
     setup.tell(trainer, progress, resume)
     try:
         output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(recipe, args, trainer.state.global_step, error) from error
     finally:
         signals.restore()
     stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from qwenvl_ft.errors import DataError, TrainingError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
 from qwenvl_ft.training.callbacks.signals import SignalCallback
+from qwenvl_ft.training.memory import remedies
+from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,41 @@ def test_save_strategy_best_keeps_the_best_and_early_stopping_ends_the_run(tiny_
     kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
     final = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(kept[name], final[name]) for name in kept)
+
+
+def test_a_full_device_is_one_line_with_what_this_run_has_left_to_try(tiny_dir, data, tmp_path, monkeypatch, capsys):
+    step = QwenVLTrainer.training_step
+
+    def full(self, *arguments, **more):
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Much more of it.")
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(QwenVLTrainer, "training_step", full)
+    more = ("training.gradient_accumulation_steps=3", "training.per_device_train_batch_size=2")
+    assert main([*settings(tiny_dir, data, tmp_path, *more), "model.attn_impl=sdpa"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == (
+        "error: out of memory after step 2: CUDA out of memory. Tried to allocate 2 GiB. Try, in this order: "
+        "training.activation_checkpointing=true; "
+        "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=6, the same batch; "
+        "model.attn_impl=auto; a lower template.max_pixels; tuner.train_type=lora; "
+        "deepspeed.enabled=true deepspeed.config=zero3_offload."
+    )
+
+
+def test_memory_is_first_saved_where_it_costs_least():
+    recipe = load_recipe("lora_4b", ["training.gradient_accumulation_steps=4"])
+    args = SimpleNamespace(**recipe.training.arguments, world_size=2)
+    assert remedies(recipe, args) == [
+        "template.max_length=2048",
+        "a lower template.max_pixels",
+        "deepspeed.enabled=true deepspeed.config=zero3",
+        "quantization.quantization_bit=4",
+        "deepspeed.enabled=true deepspeed.config=zero3_offload",
+    ]
+    words = ["template.max_length=2048", "deepspeed.enabled=true", "deepspeed.config=zero3_offload"]
+    assert remedies(load_recipe("sft_4b", words), args) == ["a lower template.max_pixels", "tuner.train_type=lora"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir, data, tmp_path):

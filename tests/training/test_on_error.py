@@ -1,0 +1,103 @@
+"""Records that cannot be read: the run stops and names them, or goes on by the same plan without their labels."""
+
+import json
+
+import pytest
+import torch
+from dense_cases import dense_settings, write_dense
+from safetensors.torch import load_file
+
+from qwenvl_ft import train as train_function
+from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.training.setup import build_datasets, build_processor
+
+SINGLE = ("data.images_per_user_turn=1", "training.num_train_epochs=2", "template.max_length=800")
+SKIP = ("data.on_error=skip", "data.max_bad_fraction=0.2")
+
+
+def run(tiny_dir, data, output, *more):
+    return train_function(load_recipe(None, dense_settings(tiny_dir, data, output, *SINGLE, *more)))
+
+
+def truncate(path):
+    """A header that promises a picture, and half of its pixels."""
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def logged(output, key):
+    entries = map(json.loads, (output / "trainer_log.jsonl").read_text().splitlines())
+    return [entry[key] for entry in entries if key in entry]
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    data = write_dense(tmp_path / "data", 12)
+    truncate(tmp_path / "data" / "4.png")
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_by_default_the_run_stops_and_names_the_record(tiny_dir, damaged, tmp_path, workers):
+    with pytest.raises(DataError, match=r"dense.jsonl:5: image .*4.png is damaged"):
+        run(tiny_dir, damaged, tmp_path / "run", f"training.dataloader_num_workers={workers}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skip_trains_by_the_same_plan_as_if_the_record_had_no_labels(
+    tiny_dir, damaged, tmp_path, monkeypatch, caplog, workers
+):
+    more = (*SKIP, f"training.dataloader_num_workers={workers}", f"data.val={damaged}", "training.eval_strategy=epoch")
+    result = run(tiny_dir, damaged, tmp_path / "skip", *more)
+    told = [entry.message for entry in caplog.records if "left out" in entry.message]
+    assert len(told) == 4, "once an epoch, in training and in evaluation"
+    assert all("dense.jsonl:5: image " in line and "4.png is damaged" in line for line in told)
+    assert logged(tmp_path / "skip", "bad_samples")[-1] == 1
+    assert set(logged(tmp_path / "skip", "eval_bad_samples")) == {1}
+    whole = write_dense(tmp_path / "whole", 12)
+    plain = SampleDataset._sample
+
+    def unlabelled(self, ticket):
+        sample = plain(self, ticket)
+        if sample["source"].record.endswith(":5"):
+            sample["labels"] = torch.full_like(sample["labels"], IGNORE)
+        return sample
+
+    labelled = run(tiny_dir, whole, tmp_path / "labelled")
+    monkeypatch.setattr(SampleDataset, "_sample", unlabelled)
+    reference = run(tiny_dir, whole, tmp_path / "reference")
+    assert result.steps == reference.steps == labelled.steps
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("skip", "reference", "labelled")]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-5) for name in weights[0])
+    assert not all(torch.allclose(weights[0][name], weights[2][name], atol=2e-5) for name in weights[0]), "vacuous"
+
+
+def test_more_than_the_fraction_stops_the_run_after_all(tiny_dir, damaged, tmp_path):
+    with pytest.raises(DataError, match=r"1 of the epoch's 12 samples could not be made.*max_bad_fraction=0.05"):
+        run(tiny_dir, damaged, tmp_path / "run", "data.on_error=skip", "data.max_bad_fraction=0.05")
+
+
+def test_what_cannot_be_measured_is_left_out_counted_and_told(tiny_dir, tmp_path):
+    data = write_dense(tmp_path / "data", 12)
+    (tmp_path / "data" / "7.png").unlink()
+    data.write_text(data.read_text().replace('"width": 160', '"width": 161', 1))
+    recipe = load_recipe(None, dense_settings(tiny_dir, data, tmp_path / "run", *SINGLE, *SKIP))
+    processor = build_processor(recipe)
+    for _ in range(2):  # measured, then read from the cache
+        dataset, _ = build_datasets(recipe, processor, 42)
+        assert len(dataset) == 10
+        assert dataset.at(0).measured.dropped() == {"that cannot be read": 2}
+        assert "left out: 2 that cannot be read (the first: " in dataset.summary()
+        assert "dense.jsonl:1: image " in dataset.summary()
+    (tmp_path / "data" / "7.png").write_bytes((tmp_path / "data" / "6.png").read_bytes())
+    assert len(build_datasets(recipe, processor, 42)[0]) == 11, "a file that is there now"
+    recipe.data.max_bad_fraction = 0.05
+    with pytest.raises(DataError, match=r"data.train: 1 of 12 samples cannot be made, more than data.max_bad_fraction"):
+        build_datasets(recipe, processor, 42)
+    recipe.data.on_error = "raise"
+    with pytest.raises(
+        DataError, match=r"dense.jsonl:1: image .* is 160 x 128 pixels, but its record states width=161"
+    ):
+        build_datasets(recipe, processor, 42)

@@ -43,6 +43,7 @@ KEYS_OF: dict[str, tuple[str, ...]] = {
     "boft_": ("boft",),
     "fourier_": ("fourierft",),
     "bone_": ("bone",),
+    **dict.fromkeys(("freeze_parameters", "trainable_", "unfreeze_topk_"), ("full",)),
 }
 """Beginning of keys of ``tuner`` -> the train types that read them."""
 METHOD_KEYS: dict[str, tuple[str, ...]] = {

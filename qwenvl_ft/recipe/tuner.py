@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwenvl_ft.recipe.limits import Fraction, NonNegative, NonNegativeFloat, OpenFraction, Positive, PositiveFloat
+from qwenvl_ft.recipe.limits import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    OpenFraction,
+    Positive,
+    PositiveFloat,
+    Share,
+)
 
 PeftsOwn = Literal[
     "c3a",
@@ -144,6 +152,20 @@ class TunerConfig:
     """Blocks that are added, or that also depend on the weight (Bat)."""
     peft_options: dict[str, Any] = field(default_factory=dict)
     """Fields of peft's config, for the train types without keys of their own: {r: 8, alpha: 16}."""
+    freeze_parameters: list[str] = field(default_factory=list)
+    """Beginnings of names that stay as they are, as model.layers.0; language_model may be left out."""
+    freeze_parameters_regex: str | None = None
+    """Weights that stay as they are, by what is found in their names: model.layers.[0-5].* is six layers."""
+    freeze_parameters_ratio: Share = 0.0
+    """Share of all weights that stay as they are, from the pixels upwards."""
+    trainable_parameters: list[str] = field(default_factory=list)
+    """Beginnings of names that train whatever freezes them, as lm_head."""
+    trainable_parameters_regex: str | None = None
+    """Weights that train whatever freezes them, by what is found in their names."""
+    unfreeze_topk_llm: NonNegative = 0
+    """Last layers of the language model that train although freeze_llm is true."""
+    unfreeze_topk_vit: NonNegative = 0
+    """Last blocks of the vision tower that train although freeze_vit is true."""
     adapter_length: Positive = 128
     """Width of the network that train_type adapter puts after an MLP."""
     adapter_act: str = "gelu"

@@ -5,27 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.model.anatomy import FREEZE_FLAGS, part_of
+from qwenvl_ft.model.anatomy import FREEZE_FLAGS
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qwenvl_ft.recipe.schema import TunerConfig
 
 
 def frozen_parts(tuner: TunerConfig) -> list[str]:
     """The parts whose flag (``freeze_vit``, ``freeze_aligner``, ``freeze_llm``) is set."""
     return [part for part, flag in FREEZE_FLAGS.items() if getattr(tuner, flag)]
-
-
-def freeze_parts(model: nn.Module, parts: list[str]) -> None:
-    """Let the parameters of ``parts`` require no gradient, and all others one.
-
-    Set on parameters: ``requires_grad`` on a module changes nothing. A tied ``lm_head`` is one parameter with the
-    embedding, and both are in ``llm``.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in parts)
 
 
 def freeze_flags_of(parts: list[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError, unknown_name
-from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, canonical_name, part_of
+from qwenvl_ft.model.anatomy import PARTS, canonical_name, part_of
 from qwenvl_ft.model.quantization import quantized_modules, require_adapter_over_quantized
 from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods import METHODS
@@ -54,9 +54,10 @@ def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         frozen = frozen_parts(tuner)
+        fix = f"Unfreeze a part ({freeze_flags_of(frozen)})" if frozen else "Freeze less by tuner.freeze_parameters"
         raise RecipeError(
-            f"nothing is left to train: tuner.train_type={tuner.train_type} with {', '.join(frozen)} frozen. "
-            f"Unfreeze a part ({freeze_flags_of(frozen)}) or name modules in tuner.modules_to_save."
+            f"nothing is left to train: tuner.train_type={tuner.train_type} with {', '.join(frozen) or 'all'} frozen. "
+            f"{fix} or name modules in tuner.modules_to_save."
         )
     method = METHODS[tuner.train_type]
     if method.check is not None:
@@ -74,13 +75,6 @@ def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:
                 f"tuner.train_type={tuner.train_type}, but {len(base)} weights of the base model would train too, "
                 f"the first is {base[0]}. Hand the result of prepare_model to the trainer as it is."
             )
-        return
-    astray = [name for name in trained if part_of(name) in frozen_parts(tuner)] if not tuner.modules_to_save else []
-    if astray:
-        flag = FREEZE_FLAGS[part_of(astray[0])]
-        raise RecipeError(
-            f"tuner.{flag}=true, but {astray[0]} would train. Call prepare_model(model, recipe.tuner) before training."
-        )
 
 
 def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from qwenvl_ft.recipe.checks import OPTIONS_ONLY
 from qwenvl_ft.tuning.methods.adalora import build_adalora
 from qwenvl_ft.tuning.methods.adapter import build_adapter
-from qwenvl_ft.tuning.methods.full import build_full
+from qwenvl_ft.tuning.methods.full import build_full, check_full
 from qwenvl_ft.tuning.methods.llamapro import build_llamapro, check_llamapro
 from qwenvl_ft.tuning.methods.longlora import build_longlora
 from qwenvl_ft.tuning.methods.lora import build_lora
@@ -33,7 +33,7 @@ class Method:
 
 
 METHODS = {
-    "full": Method(build_full, adapter=False),
+    "full": Method(build_full, adapter=False, check=check_full),
     "lora": Method(build_lora, adapter=True, reads_data=True),
     "adapter": Method(build_adapter, adapter=True),
     "reft": Method(build_reft, adapter=True),

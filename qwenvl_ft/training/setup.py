@@ -213,7 +213,7 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
     args = trainer.args
     say = progress.say
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    say(f"{versions}, {args.device}, processes: {args.world_size}")
+    say(f"{type(trainer.model).__name__}, {versions}, {args.device}, processes: {args.world_size}")
     if reason := obstacle(trainer.processing_class.image_processor):
         say(f"images are normalised in the loader's workers, at eight times the bytes: {reason}")
     rates = {"llm": args.learning_rate, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}

@@ -11,6 +11,7 @@ COMMANDS = {
     "check": "look at every record before training does: qwenvl-ft check RECIPE or FILE ...",
     "show": "write a page of what the model will see: images, objects, tokens, packed rows",
     "stats": "count what is in the data: lengths, images, answers, objects, how varied they are",
+    "split": "part dense captions by how many objects they have, for training from the simple to the full",
     "monitor": "show where a run stands: progress, loss, speed, time left, GPUs",
     "recipe": "print what a recipe resolves to, and which file each value came from",
     "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",

@@ -2,9 +2,11 @@
 
 import copy
 
+import pyarrow
 import pytest
 import torch
 from cases import picture
+from PIL import Image as PILImage
 
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
 from qwenvl_ft.data.encode import Encoder
@@ -36,6 +38,22 @@ def test_normalised_and_repeated_they_are_the_processors(processor, size, mode):
     assert torch.equal(made.flatten(1), told["pixel_values"])
     assert raw.dtype == torch.uint8
     assert raw.nbytes * 8 == told["pixel_values"].nbytes
+
+
+def test_an_image_that_pil_holds_in_several_blocks_is_the_same(processor, monkeypatch):
+    image, part = picture(640, 480), processor.image_processor
+    grid = tuple(part(images=[image], return_tensors="pt")["image_grid_thw"][0].tolist())
+    shared = raw_patches(image, grid, part)
+    big = PILImage.new("RGB", (4000, 3000), (1, 2, 3))
+    assert raw_patches(big, (1, 4, 6), part)[0, ::256].tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="contiguous"):
+        pyarrow.array(big)
+    monkeypatch.setattr(pyarrow, "array", refuse)
+    assert torch.equal(raw_patches(image, grid, part), shared)
+
+
+def refuse(image):
+    raise ValueError("Image rows are not contiguous in memory.")
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

@@ -3,7 +3,7 @@
 Letters: T tokens of the row, S samples in it, K supervised tokens, P patches, N images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class QwenVLCollator:
         fillers: tiny samples without labels (`vision_fillers`), added where a row lacks their medium. With them every
             rank runs the vision tower in every pass, which sharded training needs; they attend to themselves only
             and are not supervised, so no logit, loss or gradient of the row's samples changes.
+        places: what a model's towers would compute from ids and grids (`MediaPlaces`), added to the batch.
 
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
@@ -39,8 +40,11 @@ class QwenVLCollator:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
     """
 
-    def __init__(self, fillers: Sequence[Sample] = ()) -> None:
+    def __init__(
+        self, fillers: Sequence[Sample] = (), places: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None
+    ) -> None:
         self.fillers = tuple(fillers)
+        self.places = places
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if not samples:
@@ -62,6 +66,8 @@ class QwenVLCollator:
                 frames, height, width = batch[f"{kind}_grid_thw"].T
                 patches = (height * width).repeat_interleave(frames)
                 batch[f"{kind}_cu_seqlens"], batch[f"{kind}_max_seqlen"] = _borders(patches), int(patches.max())
+        if self.places is not None:
+            batch |= self.places(batch)
         return batch | _told(samples)
 
 

@@ -17,6 +17,7 @@ from qwenvl_ft.model.attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
+from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.quantization import bnb_config, tell_quantized
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def load_model(
         use_linear_patch_embed(model)
     if plan.attention == TEXT_NAME:
         use_packed_attention(model)
+    use_media_places(model)
     turn_cache_off(model)
     return model if plan.adapter is None else with_adapter(model, plan.adapter)
 

@@ -71,13 +71,14 @@ class RawPatches:
     def __init__(self, projection: Any, mean: Tensor, std: Tensor) -> None:
         self.channels = projection.in_channels
         self.time, self.side, _ = projection.kernel_size
-        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        self.scale: tuple[Tensor, ...] = mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
         (patches,) = arguments
         if patches.shape[-1] != self.channels * self.side**2:
             return None
         pictures = patches.view(-1, self.channels, self.side, self.side).float()
-        normal = (pictures - self.mean.to(patches.device)) / self.std.to(patches.device)
+        mean, std = self.scale = tuple(value.to(patches.device) for value in self.scale)  # moved once, not each step
+        normal = (pictures - mean) / std
         dtype = patches.dtype if patches.is_floating_point() else normal.dtype
         return normal.to(dtype)[:, :, None].expand(-1, -1, self.time, -1, -1)

@@ -22,6 +22,7 @@ from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import DataError, RecipeError, TrainingError
 from qwenvl_ft.model.patch_embed import use_raw_patches
+from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.callbacks.method import MethodCallback
 from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels
@@ -154,7 +155,7 @@ class QwenVLTrainer(Trainer):
         args = self.args
         workers = args.dataloader_num_workers
         collator = (
-            QwenVLCollator(self.fillers)
+            QwenVLCollator(self.fillers, MediaPlaces.of(cast(nn.Module, self.model)))
             if self.padding_free
             else PaddedCollator(cast(Any, self.processing_class).tokenizer.pad_token_id, self.fillers)
         )
@@ -217,10 +218,18 @@ class QwenVLTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs(split_labels(inputs))
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As transformers', but the host does not wait for a copy to a GPU, and float32 stays float32."""
+        if not isinstance(data, Tensor):
+            return super()._prepare_input(data)
+        if data.device.type == "cpu" and self.args.device.type == "cuda" and not data.is_pinned():
+            data = data.pin_memory()
+        return data.to(self.args.device, non_blocking=True)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Supervised tokens of the global batch: all passes of the step, all ranks."""
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
-        count = torch.tensor(tokens, device=device, dtype=torch.int64)
+        count = torch.full((), tokens, device=device, dtype=torch.int64)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count, reduction="sum")
         self.meter.supervised(count)

@@ -11,7 +11,7 @@ LAYERS = [
     {"tuning"},
     {"checkpoint", "export"},
     {"training", "evaluation", "look"},
-    {"cli", "train", "flare"},
+    {"bench", "cli", "flare", "train"},
 ]
 """From the bottom up; what stands together may know each other."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

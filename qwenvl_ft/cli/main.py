@@ -18,13 +18,14 @@ COMMANDS = {
     "infer": "ask a model about images",
     "merge": "make one model of an adapter and its base, for serving",
     "doctor": "say whether this machine can train, and what with",
+    "bench": "measure data path, training step, loss, attention; fit the planner to this machine",
     "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",
 }
 """Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""
 
 FLAGS_PASS = ("recipe", "check", "show", "stats")
 """Commands that take the flags of recipes beside their own options."""
-OWN_OPTIONS = ("convert",)
+OWN_OPTIONS = ("convert", "bench")
 """Commands whose function takes the words behind its name and returns the exit code."""
 
 

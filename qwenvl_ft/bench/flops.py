@@ -1,0 +1,225 @@
+"""How much matrix work a training step needs, and what share of a device's peak that is: true MFU.
+
+Counted are the products that the result needs, and nothing else: not padding, not what gradient checkpointing computes
+again, not the score matrix that attention's backward pass computes again, not pairs of tokens that cannot see each
+other, not logits of tokens without a label, not the gradient of a frozen weight. An image enters the patch embedding
+once, not repeated in time. A product of [m, k] and [k, n] is 2 m n k floating point operations.
+
+Letters: L tokens of a sample, F patches of an image (or frame), K supervised tokens.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from qwenvl_ft.model.anatomy import canonical_name, part_of
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.5,
+    "H100": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.1,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.2,
+}
+"""Part of a GPU's name -> its dense 16-bit tensor peak with float32 sums, in TFLOP/s, as NVIDIA's data sheets say."""
+
+FLOW = (
+    r"visual\.patch_embed",
+    r"visual\.pos_embed",
+    r"visual\.blocks\.(\d+)",
+    r"visual\.(?:merger|deepstack_merger_list)",
+    r"language_model\.embed_tokens",
+    r"language_model\.layers\.(\d+)",
+    r"language_model\.norm",
+    r"lm_head",
+)
+"""Modules in the order in which data goes through them; the number counts within."""
+IN_LAYER = (
+    r"\.(norm1?|input_layernorm)$",
+    r"\.(attn\.qkv|[qkv]_proj)(\.|$)",
+    r"\.[qk]_norm$",
+    r"\.(attn\.proj|o_proj)(\.|$)",
+    r"\.(norm2|post_attention_layernorm)$",
+    r"\.(linear_fc1|gate_proj|up_proj|gate|experts)(\.|$)",
+    r"\.(linear_fc2|down_proj)(\.|$)",
+)
+"""The same within a layer or merger. What stands on one line has the same input."""
+ATTENTION = 1
+"""The line of queries, keys and values."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """A GPU's 16-bit peak by the name that torch gives it; None where the table has none."""
+    words = device_name.replace("-", " ").split()
+    known = [name for name in PEAK_TFLOPS if all(word in words for word in name.split())]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What of a row decides its matrix work."""
+
+    samples: list[int]
+    """L of each."""
+    frames: list[int]
+    """F of each image."""
+    supervised: int
+    """K"""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.samples)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One weight and what is multiplied with it."""
+
+    name: str
+    unit: str
+    """What it is multiplied with: every ``token``, ``supervised`` token, ``patch`` or ``merged`` patch."""
+    size: float
+    """Multiplications for each."""
+    weight_grad: bool
+    input_grad: bool
+    """Whether anything before it trains, so that its input needs a gradient."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The two products of one attention layer."""
+
+    unit: str
+    """``token`` (causal: a token sees itself and those before it) or ``patch`` (every patch of a frame)."""
+    width: int
+    """Heads times head size."""
+    grad: bool
+    """Whether queries, keys or values need a gradient."""
+
+
+@dataclass
+class Work:
+    """All matrix work of a model."""
+
+    products: list[Product] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    merged: int = 4
+    """Patches that one token of the language model stands for."""
+
+    def flops(self, rows: Iterable[Row]) -> dict[str, int]:
+        """FLOPs of forward and backward pass over rows, by what takes them.
+
+        Returns:
+            ``text``, ``vision``, ``head`` and the two ``attention`` s; ``total``.
+        """
+        counts, pairs = _counted(rows, self.merged)
+        told: Counter[str] = Counter()
+        for product in self.products:
+            passes = 1 + product.weight_grad + product.input_grad
+            kind = {"token": "text", "supervised": "head"}.get(product.unit, "vision")
+            told[kind] += int(2 * product.size * counts[product.unit]) * passes
+        for layer in self.attentions:
+            kind = "text attention" if layer.unit == "token" else "vision attention"
+            told[kind] += 4 * layer.width * pairs[layer.unit] * (3 if layer.grad else 1)
+        return dict(told) | {"total": sum(told.values())}
+
+
+def _counted(rows: Iterable[Row], merged: int) -> tuple[Counter[str], Counter[str]]:
+    """How many of each unit, and pairs that attend to each other, there are."""
+    counts: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
+    for row in rows:
+        counts["token"] += row.tokens
+        counts["supervised"] += row.supervised
+        counts["patch"] += sum(row.frames)
+        counts["merged"] += sum(row.frames) // merged
+        pairs["token"] += sum(length * (length + 1) // 2 for length in row.samples)
+        pairs["patch"] += sum(patches * patches for patches in row.frames)
+    return counts, pairs
+
+
+def model_work(model: nn.Module) -> Work:
+    """The matrix work of a dense or MoE Qwen3-VL, in full or with LoRA; weights may be on the meta device.
+
+    Which gradients are needed follows from what trains: a weight's if it does, an input's if anything before it does.
+    """
+    config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
+    text, vision = config.text_config, config.vision_config
+    told = Work(merged=vision.spatial_merge_size**2)
+    active = text.num_experts_per_tok / text.num_experts if hasattr(text, "num_experts") else 1.0
+    weighted = [
+        (canonical_name(name), module)
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    before = False
+    for place, stage in groupby(sorted(weighted, key=_entry_place), key=_entry_place):
+        modules = list(stage)
+        for name, module in modules:
+            told.products += _products(name, module, before, active)
+        before |= any(p.requires_grad for _, module in modules for p in module.parameters(recurse=False))
+        if place[2] == ATTENTION:
+            unit, width = _unit(modules[0][0]), text.num_attention_heads * text.head_dim
+            told.attentions.append(Attention(unit, width if unit == "token" else vision.hidden_size, before))
+    return told
+
+
+def _entry_place(entry: tuple[str, nn.Module]) -> tuple[int, int, int]:
+    return _place(entry[0])
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Where a module stands in the flow: of `FLOW`, within it, of `IN_LAYER`."""
+    for stage, pattern in enumerate(FLOW):
+        if found := re.search(rf"(?:^|\.){pattern}(?=\.|$)", name):
+            number = int(found.group(1)) if found.groups() else 0
+            inner = (i for i, ending in enumerate(IN_LAYER) if re.search(ending, name[found.start() :]))
+            return stage, number, next(inner, len(IN_LAYER))
+    raise AssertionError(f"{name} has weights, and its work is not known")
+
+
+def _products(name: str, module: nn.Module, before: bool, active: float) -> list[Product]:
+    """The products of one module's own weights; none for tables, norms and biases.
+
+    Args:
+        active: share of the experts that a token goes through.
+    """
+    if isinstance(module, nn.Embedding):
+        return []
+    told = []
+    for key, weight in module.named_parameters(recurse=False):
+        if weight.dim() < 2:
+            continue
+        size = weight.numel() * (active if ".experts" in name else 1.0)
+        if weight.dim() == 3:
+            before |= key == "down_proj" and any(p.requires_grad for p in module.parameters())
+        if weight.dim() == 5:  # of a patch in space and time
+            size /= weight.shape[2]
+        after_a = ".lora_B." in name and weight.requires_grad
+        told.append(Product(f"{name}.{key}", _unit(name), size, weight.requires_grad, before or after_a))
+    return told
+
+
+def _unit(name: str) -> str:
+    if re.search(r"(^|\.)lm_head", name):
+        return "supervised"
+    return {"llm": "token", "vision": "patch", "merger": "merged"}[part_of(name)]

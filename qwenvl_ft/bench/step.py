@@ -1,0 +1,323 @@
+"""How fast a real training step is: the trainer, its loader, plan, loss and optimizer, over a model of random weights.
+
+Only the records are made up. The rest is what `qwenvl_ft.train` runs, told by a recipe like any other.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+
+from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
+from qwenvl_ft.bench.sizes import random_model, write_size
+from qwenvl_ft.bench.workload import filled_records
+from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.model.load import load_config
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.training import setup
+from qwenvl_ft.training.arguments import build_arguments, lora_plus
+from qwenvl_ft.training.meter import peak_memory_gib
+from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.tuning.prepare import prepare_model
+
+TOP_COSTS = 10
+"""Operations that a profile prints."""
+PROFILED_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What is trained on what."""
+
+    size: str = "tiny"
+    """One of `qwenvl_ft.bench.sizes.SIZES`."""
+    train_type: str = "full"
+    """full (of all parts) or lora (on the language model)."""
+    row_length: int = 8192
+    """Tokens of a packed row."""
+    image_share: float = 0.5
+    """Share of the tokens that are images."""
+    supervised_share: float = 0.25
+    """Share of the tokens that are answers."""
+    mean_sample: int | None = None
+    """Tokens of a sample, log-normal around it; None is 512, or less in short rows."""
+    rows: int = 1
+    """Rows of a step."""
+    steps: int = 8
+    warmup: int = 2
+    """Steps before the clock starts."""
+    compile: bool = False
+    """torch.compile."""
+    checkpointing: bool = True
+    """Gradient checkpointing."""
+    settings: tuple[str, ...] = ()
+    """More of the recipe, as section.key=value."""
+    profile: Path | None = None
+    """Folder for a trace of two more steps."""
+
+
+@dataclass
+class StepResult:
+    """What was measured; totals over all measured steps."""
+
+    device: str
+    size: str
+    train_type: str
+    attention: str
+    dtype: str
+    row_length: int
+    steps: int
+    seconds: float
+    step_ms: list[float]
+    """Of each step; on a GPU as they are launched, so only their sum says how fast it is."""
+    tokens: int
+    supervised_tokens: int
+    images: int
+    samples: int
+    peak_memory_gib: float
+    model_flops: dict[str, int]
+    """Needed matrix work, by what takes it."""
+    peak_tflops: float
+    peak_source: str
+    """table, or measured: the fastest matrix product of this device."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs per second over the device's peak."""
+        return self.model_flops["total"] / self.seconds / (self.peak_tflops * 1e12)
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self) | {
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "supervised_tokens_per_second": round(self.supervised_tokens / self.seconds, 1),
+            "tflops_per_second": round(self.model_flops["total"] / self.seconds / 1e12, 3),
+            "mfu": round(self.mfu, 4),
+        }
+
+
+class Clock(TrainerCallback):
+    """Times the steps after the first few, and keeps what each row had; waits for the device only at both ends."""
+
+    def __init__(self, device: torch.device, warmup: int, steps: int) -> None:
+        self.device, self.warmup, self.last = device, warmup, warmup + steps
+        self.ends: list[float] = []
+        self.seen: list[tuple[int, Tensor, Tensor | None, int]] = []
+        self.step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._tick()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step = state.global_step
+        if self.step <= self.last:
+            self._tick()
+
+    def rows(self) -> list[Row]:
+        """The rows of the measured steps."""
+        told = [entry[1:] for entry in self.seen if self.warmup <= entry[0] < self.last]
+        return [
+            Row(text.diff().tolist(), [] if vision is None else vision.diff().tolist(), supervised)
+            for text, vision, supervised in told
+        ]
+
+    def seconds(self) -> list[float]:
+        """Of each measured step."""
+        ends = self.ends[self.warmup : self.last + 1]
+        return [after - before for before, after in pairwise(ends)]
+
+    def _tick(self) -> None:
+        at_an_end = self.step in (self.warmup, self.last)
+        self.ends.append(_now(self.device) if at_an_end else time.perf_counter())
+
+    def _see(self, module: nn.Module, positional: Any, told: dict[str, Any]) -> None:
+        borders = told["cu_seq_lens_q"], told.get("image_cu_seqlens")
+        self.seen.append((self.step, *borders, told["logits_to_keep"].numel()))
+
+
+class Profiler(TrainerCallback):
+    """Records the steps after the measured ones."""
+
+    def __init__(self, after: int) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.after = after
+        self.profile = torch.profiler.profile(activities=activities)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.after:
+            self.profile.start()
+        if state.global_step == self.after + PROFILED_STEPS:
+            self.profile.stop()
+
+    def write(self, folder: Path) -> str:
+        """A Chrome trace, and the table of the top costs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.profile.export_chrome_trace(str(folder / "trace.json.gz"))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        return self.profile.key_averages().table(sort_by=by, row_limit=TOP_COSTS, max_name_column_width=60)
+
+
+def step_recipe(options: StepOptions, folder: Path) -> Any:
+    """The recipe of a bench: quiet, without checkpoints, two threads of data a process."""
+    on_gpu = torch.cuda.is_available()
+    full = options.train_type == "full"
+    profiled = PROFILED_STEPS if options.profile else 0
+    return load_recipe(
+        None,
+        [
+            f"model.model={folder}",
+            f"model.torch_dtype={'bfloat16' if on_gpu else 'float32'}",
+            f"template.max_length={options.row_length}",
+            f"tuner.train_type={options.train_type}",
+            f"tuner.freeze_vit={str(not full).lower()}",
+            f"tuner.freeze_aligner={str(not full).lower()}",
+            f"training.per_device_train_batch_size={options.rows}",
+            f"training.max_steps={options.warmup + options.steps + profiled}",
+            f"training.gradient_checkpointing={str(options.checkpointing).lower()}",
+            f"training.torch_compile={str(options.compile).lower()}",
+            f"training.dataloader_num_workers={4 if on_gpu else 0}",
+            "training.save_strategy=no",
+            "training.save_final=false",
+            "training.report_to=none",
+            "training.disable_tqdm=true",
+            "training.logging_steps=1000000",
+            "training.logging_first_step=false",
+            f"training.output_dir={folder / 'output'}",
+            *options.settings,
+        ],
+    )
+
+
+def bench_step(options: StepOptions) -> tuple[StepResult, str]:
+    """Train for a few steps.
+
+    Returns:
+        What was measured, and the table of the profile, if one was asked for.
+
+    Raises:
+        RecipeError: an option or a setting does not fit.
+    """
+    with TemporaryDirectory() as name:
+        return _measured(options, Path(name))
+
+
+def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
+    write_size(options.size, folder)
+    recipe = step_recipe(options, folder)
+    args = build_arguments(recipe)
+    device = args.device
+    trainer = bench_trainer(recipe, args, options, folder)
+    clock = Clock(device, options.warmup, options.steps)
+    trainer.add_callback(clock)
+    profiler = Profiler(options.warmup + options.steps) if options.profile else None
+    if profiler:
+        trainer.add_callback(profiler)
+    trainer.train()
+    model: Any = trainer.model
+    rows, seconds = clock.rows(), clock.seconds()
+    dtype = recipe.model.torch_dtype
+    peak, source = device_peak(device, dtype)
+    result = StepResult(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        size=options.size,
+        train_type=options.train_type,
+        attention=_attention_name(model),
+        dtype=dtype,
+        row_length=options.row_length,
+        steps=len(seconds),
+        seconds=round(sum(seconds), 4),
+        step_ms=[round(1e3 * second, 1) for second in seconds],
+        tokens=sum(row.tokens for row in rows),
+        supervised_tokens=sum(row.supervised for row in rows),
+        images=sum(len(row.frames) for row in rows),
+        samples=sum(len(row.samples) for row in rows),
+        peak_memory_gib=peak_memory_gib(device),
+        model_flops=model_work(model).flops(rows),
+        peak_tflops=peak,
+        peak_source=source,
+    )
+    return result, profiler.write(options.profile) if profiler and options.profile else ""
+
+
+def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) -> QwenVLTrainer:
+    """The trainer of a recipe over made-up records, as `qwenvl_ft.train` builds it."""
+    processor = setup.build_processor(recipe)
+    steps = options.warmup + options.steps + PROFILED_STEPS
+    records = filled_records(
+        processor.tokenizer,
+        tokens=int(1.1 * steps * options.rows * options.row_length * args.world_size),
+        mean_sample=options.mean_sample or min(512, options.row_length // 8),
+        longest=options.row_length,
+        image_share=options.image_share,
+        supervised_share=options.supervised_share,
+        seed=args.seed,
+    )
+    dataset = SampleDataset(records, setup.build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths")
+    torch.manual_seed(args.seed)
+    model = random_model(load_config(str(folder)), recipe.model, args.device)
+    model = prepare_model(model, recipe.tuner)
+    if (args.bf16 or args.fp16) and args.deepspeed is None:
+        setup.keep_float32(model)
+    trainer = QwenVLTrainer(
+        model,
+        args,
+        processor=processor,
+        train_dataset=dataset,
+        max_length=recipe.template.max_length,
+        packing=recipe.training.packing,
+        padding_free=recipe.training.padding_free,
+        vit_lr=recipe.training.vit_lr,
+        aligner_lr=recipe.training.aligner_lr,
+        lorap_lr_ratio=lora_plus(recipe),
+        recipe=recipe,
+    )
+    for quiet in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(quiet)
+    return trainer
+
+
+def device_peak(device: torch.device, dtype: str) -> tuple[float, str]:
+    """TFLOP/s of 16-bit products by the data sheet where there is one, else as measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    told = peak_tflops(name) if dtype != "float32" else None
+    return (told, "table") if told else (measured_peak(device, dtype), "measured")
+
+
+@cache
+def measured_peak(device: torch.device, dtype: str) -> float:
+    """TFLOP/s of the best of several large matrix products."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, dtype=getattr(torch, dtype), device=device)
+    best = 0.0
+    for _ in range(5):
+        begin = _now(device)
+        a @ a
+        best = max(best, 2 * side**3 / (_now(device) - begin))
+    return round(best / 1e12, 4)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _attention_name(model: Any) -> str:
+    """What computes attention in the language model."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return str(inner.config.get_text_config()._attn_implementation)

@@ -1,0 +1,77 @@
+"""`qwenvl-ft bench step`: a real step, counted as it was."""
+
+import json
+
+import pytest
+import torch
+
+from qwenvl_ft.bench.report import step_text
+from qwenvl_ft.bench.sizes import bench_processor
+from qwenvl_ft.bench.step import StepOptions, StepResult, bench_step
+from qwenvl_ft.bench.workload import filled_records
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.training.trainer import QwenVLTrainer
+
+
+def test_a_step_is_the_trainers_and_counts_what_the_model_was_given(monkeypatch, tmp_path):
+    given = []
+    plain = QwenVLTrainer.training_step
+
+    def seen(self, model, inputs, count=None):
+        given.append((inputs["input_ids"].numel(), int((inputs["labels"][:, 1:] != -100).sum())))
+        return plain(self, model, inputs, count)
+
+    monkeypatch.setattr(QwenVLTrainer, "training_step", seen)
+    options = StepOptions(row_length=512, steps=2, warmup=1, checkpointing=False, profile=tmp_path / "trace")
+    result, costs = bench_step(options)
+    assert len(given) == 1 + 2 + 2, "a step before the clock starts, two measured, two profiled"
+    assert result.steps == 2
+    assert result.tokens == sum(tokens for tokens, _ in given[1:3])
+    assert result.supervised_tokens == sum(count for _, count in given[1:3])
+    assert result.tokens > 0.8 * 2 * 512
+    assert 0.15 < result.supervised_tokens / result.tokens < 0.35
+    assert result.attention == "packed_sdpa"
+    assert "aten::" in costs
+    assert (tmp_path / "trace" / "trace.json.gz").stat().st_size > 1000
+    assert f"{result.tokens_per_second:,.1f}" in step_text(result)
+
+
+def test_the_command_prints_json_of_a_lora_step_with_a_setting_of_the_recipe(capsys):
+    words = ["bench", "step", "--train-type", "lora", "--row-length", "256", "--steps", "1", "--warmup", "1", "--json"]
+    assert main([*words, "--image-share", "0", "--attn-impl", "sdpa", "tuner.lora_rank=2"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["train_type"] == "lora"
+    assert told["attention"] == "sdpa"
+    assert told["tokens_per_second"] == pytest.approx(told["tokens"] / told["seconds"], abs=0.1)
+    assert 0 < told["mfu"] < 1
+
+
+def test_an_unknown_size_is_an_error_in_one_line(capsys):
+    assert main(["bench", "step", "--size", "5b"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown size '5b'.")
+
+
+def test_the_share_of_the_peak_is_needed_work_over_time():
+    result = StepResult(
+        *("cpu", "tiny", "full", "sdpa", "float32", 10, 2), 4.0, [2000.0, 2000.0], *(20, 5, 1, 1), 1.0,
+        {"text": int(1e12), "total": int(2e12)}, 1.0, "table",
+    )  # fmt: skip
+    assert result.mfu == 0.5
+    assert result.told()["tflops_per_second"] == 0.5
+    assert "MFU                         50.0%   text 50%" in step_text(result)
+
+
+@pytest.mark.parametrize("image_share", [0.0, 0.5, 0.8])
+def test_the_records_have_the_shares_that_were_asked_for(image_share):
+    processor = bench_processor()
+    told = {"tokens": 6000, "mean_sample": 400, "longest": 1000, "image_share": image_share, "supervised_share": 0.15}
+    records = filled_records(processor.tokenizer, **told)
+    samples = [Encoder(processor)(record) for record, _, _ in (records[i] for i in range(len(records)))]
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    images = sum(int(sample["image_grid_thw"].prod()) // 4 for sample in samples if "image_grid_thw" in sample)
+    answers = sum(int((sample["labels"] != -100).sum()) for sample in samples)
+    assert tokens == pytest.approx(6000, rel=0.15)
+    assert images / tokens == pytest.approx(image_share, abs=0.04)
+    assert answers / tokens == pytest.approx(0.15, abs=0.04)
+    assert torch.tensor([len(sample["input_ids"]) for sample in samples]).float().std() > 50, "all of one length"

@@ -10,7 +10,9 @@ def infer(
     model: Annotated[str, typer.Option(help="Directory or hub id of a model, or an adapter's directory.")],
     prompt: Annotated[str, typer.Option(help="The question. <image> says where an image stands; else all come first.")],
     image: Annotated[list[str] | None, typer.Option(help="File or URL; may be given several times.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Directory of an adapter to put on the model.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="Directory of an adapter to put on the model; of several, each answers.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, if the model was trained with one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token; above, it samples.")] = 0.0,
@@ -34,16 +36,21 @@ def infer(
         raise typer.BadParameter(f"{temperature} is below 0", param_hint="--temperature")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    loaded, processor = load(model, adapter, torch_dtype=torch_dtype, attn_impl=attn_impl)
-    encoder = Encoder(processor, system_prompt=system, policy=MediaPolicy(allow_urls=True))
-    torch.manual_seed(seed)
-    start = time.perf_counter()
+    loaded, voices = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    (answer,) = generate(
-        loaded, processor, [record(prompt, image or [])], encoder=encoder, max_new_tokens=max_new_tokens, **sampling
-    )
-    told = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
-    typer.echo(json.dumps(told, ensure_ascii=False) if as_json else answer)
+    for number, (source, processor) in enumerate(voices):
+        if adapter:
+            loaded.set_adapter(f"adapter_{number}")
+        encoder = Encoder(processor, system_prompt=system, policy=MediaPolicy(allow_urls=True))
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        (answer,) = generate(
+            loaded, processor, [record(prompt, image or [])], encoder=encoder, max_new_tokens=max_new_tokens, **sampling
+        )
+        told = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
+        told |= {"adapter": source} if adapter else {}
+        line = f"{source}: {answer}" if len(voices) > 1 else answer
+        typer.echo(json.dumps(told, ensure_ascii=False) if as_json else line)
 
 
 def record(prompt: str, images: list[str]) -> dict[str, Any]:
@@ -53,22 +60,25 @@ def record(prompt: str, images: list[str]) -> dict[str, Any]:
     return {"id": "prompt", "image": places, "conversations": [{"from": "human", "value": tags + prompt}]}
 
 
-def load(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str) -> tuple[Any, Any]:
-    """The model, on a GPU if there is one, and the processor that was saved with what was trained.
+def load(model: str, adapters: list[Path], *, torch_dtype: str, attn_impl: str) -> tuple[Any, list[tuple[str, Any]]]:
+    """The model, on a GPU if there is one, with its adapters named adapter_0, adapter_1, ..., and who can answer: each
+    adapter, or the model itself, by its directory and with the processor that was saved with it.
 
     Raises:
-        CheckpointError: either directory is not what it should be.
+        CheckpointError: a directory is not what it should be, or the adapters are not of one method.
     """
     import torch
 
     from qwenvl_ft.errors import CheckpointError
     from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor, with_adapter
 
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter} has no adapter_config.json, so it is not an adapter's directory.")
+    for adapter in adapters:
+        if not (adapter / "adapter_config.json").is_file():
+            raise CheckpointError(f"{adapter} has no adapter_config.json, so it is not an adapter's directory.")
     loaded = load_model(model, torch_dtype=torch_dtype, attn_impl=attn_impl)
-    own_processor = adapter is not None and any((adapter / name).is_file() for name in PROCESSOR_FILES)
-    processor = load_processor(str(adapter) if own_processor else model)
-    if adapter is not None:
-        loaded = with_adapter(loaded, adapter)
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    voices = []
+    for number, adapter in enumerate(adapters):
+        loaded = with_adapter(loaded, adapter, name=f"adapter_{number}")
+        own_processor = any((adapter / name).is_file() for name in PROCESSOR_FILES)
+        voices.append((str(adapter), load_processor(str(adapter) if own_processor else model)))
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), voices or [(model, load_processor(model))]

@@ -81,7 +81,8 @@ def model_answerer(model: str, adapter: Path | None, *, torch_dtype: str, attn_i
     from qwenvl_ft.evaluation.generate import generate
 
     logging.disable_progress_bar()
-    loaded, processor = load(model, adapter, torch_dtype=torch_dtype, attn_impl=attn_impl)
+    adapters = [] if adapter is None else [adapter]
+    loaded, [(_, processor)] = load(model, adapters, torch_dtype=torch_dtype, attn_impl=attn_impl)
     return lambda prompts: generate(loaded, processor, prompts, progress=show_progress, **options)
 
 

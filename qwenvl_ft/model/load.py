@@ -304,8 +304,8 @@ def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
     return model
 
 
-def with_adapter(model: Any, adapter: str | Path) -> Any:
-    """The model with an adapter on it, as a PeftModel for inference.
+def with_adapter(model: Any, adapter: str | Path, *, name: str = "default") -> Any:
+    """The model with an adapter on it, as a PeftModel for inference; a further one is there for ``set_adapter(name)``.
 
     Raises:
         CheckpointError: the adapter is not of this model, or not whole.
@@ -319,17 +319,23 @@ def with_adapter(model: Any, adapter: str | Path) -> Any:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            wrapped = PeftModel.from_pretrained(model, str(adapter))
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(adapter), name)
+                wrapped = model
+            else:
+                wrapped = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
     except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
         raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(error)}") from error
     for warning in told:
         if "missing adapter keys" in str(warning.message):
             raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(warning.message)}")
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    own = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)|\.weight$")  # what peft leaves out of names in the file
-    known = {own.sub("", name) for name in wrapped.state_dict()}
+    own = re.compile(
+        r"(\.modules_to_save)?\." + name + r"(?=\.|$)|\.weight$"
+    )  # what peft leaves out of names in the file
+    known = {own.sub("", key) for key in wrapped.state_dict()}
     saved = load_peft_weights(str(adapter), device="cpu")
-    strange = sorted(name for name in saved if own.sub("", name) not in known)
+    strange = sorted(key for key in saved if own.sub("", key) not in known)
     if strange:
         raise CheckpointError(
             f"{adapter} does not fit {model.name_or_path}, which has no place for {strange[0]} ({len(strange)} such)."

@@ -360,6 +360,24 @@ def _quantization(recipe: Any) -> str | None:
     return None
 
 
+def _stage(recipe: Any) -> str | None:
+    """What cannot go on from an adapter."""
+    told, chosen = recipe.tuner.resume_from_checkpoint, recipe.tuner
+    if not told:
+        return None
+    if chosen.train_type in ("full", "llamapro"):
+        return (
+            f"tuner.resume_from_checkpoint={told} goes on with an adapter, and tuner.train_type={chosen.train_type} "
+            "has none. Merge it first (qwenvl-ft merge) and set model.model to the result."
+        )
+    if str(chosen.init_weights).lower() not in ("true", "gaussian"):
+        return (
+            f"tuner.init_weights={chosen.init_weights} would change the model that the adapter of "
+            "tuner.resume_from_checkpoint was trained on. Remove tuner.init_weights."
+        )
+    return None
+
+
 def _needs(recipe: Any) -> str | None:
     """What is read only where another field is set."""
     for name, needed in NEEDS.items():
@@ -444,6 +462,7 @@ CHECKS = (
     _lora_plus,
     _lisa,
     _quantization,
+    _stage,
     _needs,
     _pixels,
     _datasets,

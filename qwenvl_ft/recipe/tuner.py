@@ -73,6 +73,9 @@ class TunerConfig:
     mlp.gate.weight (the router). null is all experts if target_modules is all-linear; [] is none."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full and saved beside the adapter, as model.visual.merger."""
+    resume_from_checkpoint: str | None = None
+    """Folder of an adapter that goes on training, beside new layers if there are any: a second stage. The run itself
+    begins anew."""
     lora_rank: Positive = 8
     """Rank of the update."""
     lora_alpha: Positive = 32

@@ -21,6 +21,7 @@ from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.tuning.methods.lora import place
+from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import saved_modules
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
@@ -213,6 +214,12 @@ def try_model(recipe: Any) -> None:
     if not told.model:
         return
     plan = plan_loading(told.model, **loading_options(told, recipe.quantization))
+    if plan.adapter is not None:
+        raise RecipeError(
+            f"model.model={told.model} is an adapter. To go on with it, set model.model={plan.source} and "
+            f"tuner.resume_from_checkpoint={told.model}; or merge it first (qwenvl-ft merge)."
+        )
+    Earlier.of(recipe.tuner)
     _names(recipe.tuner, plan.config)
     length, text = recipe.template.max_length, plan.config.get_text_config()
     if length <= text.max_position_embeddings:

@@ -10,6 +10,7 @@ from qwenvl_ft.model.anatomy import PARTS, canonical_name, part_of
 from qwenvl_ft.model.quantization import quantized_modules, require_adapter_over_quantized
 from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods import METHODS
+from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import saved_modules
 
 if TYPE_CHECKING:
@@ -34,13 +35,17 @@ def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Any = None) 
         raise unknown_name("tuner.train_type", tuner.train_type, METHODS)
     if hasattr(model, "peft_config"):
         raise RecipeError(
-            "the model carries an adapter already, so a second one would be trained on top of it. "
-            "Set model.model to the base model, or merge the adapter into it first."
+            "the model carries an adapter already, so a second one would be trained on top of it. Set model.model to "
+            "the base model and tuner.resume_from_checkpoint to the adapter, or merge it first (qwenvl-ft merge)."
         )
-    if quantized_modules(model):
-        require_adapter_over_quantized(model, tuner.train_type, saved_modules(model, tuner))
+    earlier, quantized = Earlier.of(tuner), bool(quantized_modules(model))
+    saved = saved_modules(model, tuner) if earlier or quantized else []
+    if quantized:
+        require_adapter_over_quantized(model, tuner.train_type, saved)
     method = METHODS[tuner.train_type]
     prepared = method.build(model, tuner, **({"batches": batches} if method.reads_data else {}))
+    if earlier is not None:
+        earlier.load(prepared, tuner, saved)
     check_prepared(prepared, tuner)
     return prepared
 

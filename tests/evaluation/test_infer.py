@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -71,6 +72,32 @@ def test_an_adapter_is_used_with_its_own_processor(tiny_dir, adapter, images):
     asked = record(PROMPT, [str(images[0])])
     assert generate(model, processor, [asked], max_new_tokens=12) == [put_on.removesuffix("\n")]
     assert processor.image_processor.size["longest_edge"] == 2048
+
+
+@pytest.fixture
+def others(tiny_dir, tmp_path):
+    """More adapters: one with other targets and a full merger, one of another method."""
+    for name, config in (
+        ("other", LoraConfig(r=2, lora_alpha=64, target_modules=["up_proj"], modules_to_save=["visual.merger"])),
+        ("foreign", VeraConfig(r=4, target_modules=["q_proj"])),
+    ):
+        model = get_peft_model(load_model(tiny_dir, torch_dtype="float32"), config)
+        with torch.no_grad():
+            for value in model.parameters():
+                if value.requires_grad:
+                    value += torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+        model.save_pretrained(tmp_path / name)
+    return tmp_path / "other", tmp_path / "foreign"
+
+
+def test_several_adapters_answer_in_turn_as_each_alone(tiny_dir, adapter, others, images):
+    arguments = ["--model", tiny_dir, "--image", images[0], "--prompt", PROMPT, "--max-new-tokens", 12]
+    alone = [ask(*arguments, "--adapter", folder).stdout for folder in (adapter, others[0])]
+    assert alone[0] != alone[1], "vacuous: both say the same"
+    told = ask(*arguments, "--adapter", adapter, "--adapter", others[0], "--adapter", adapter).stdout
+    assert told == f"{adapter}: {alone[0]}{others[0]}: {alone[1]}{adapter}: {alone[0]}"
+    with pytest.raises(CheckpointError, match="foreign does not fit"):
+        ask(*arguments, "--adapter", adapter, "--adapter", others[1])
 
 
 def test_sampling_repeats_with_its_seed(tiny_dir):

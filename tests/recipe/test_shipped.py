@@ -30,7 +30,16 @@ def stem(path):
 
 
 def test_the_expected_files_are_there():
-    assert {"base", "digits", "sft_4b", "sft_8b", "lora_4b", "stage_1_aligner", "flare25"} <= set(map(stem, YAML))
+    assert {
+        "base",
+        "digits",
+        "sft_4b",
+        "sft_8b",
+        "lora_4b",
+        "stage_1_aligner",
+        "stage_2_llm_aligner",
+        "flare25",
+    } <= set(map(stem, YAML))
     assert {"sft_4b", "sft_8b", "lora_4b", "sft_7b", "sft_qwen3_4b_flare", "dry_run"} <= set(map(stem, SCRIPTS))
     assert set(map(stem, DEEPSPEED)) == {"zero2", "zero2_offload", "zero3", "zero3_offload"}
     assert {"ddp", "fsdp2"} <= set(map(stem, ACCELERATE))
@@ -93,6 +102,7 @@ def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
         ("qlora_8b", ("lora", False, True, True, False)),
         ("lora_30b_a3b", ("lora", False, True, True, True)),
         ("stage_1_aligner", ("lora", True, True, False, False)),
+        ("stage_2_llm_aligner", ("lora", False, True, False, False)),
         ("sft_4b", ("full", False, False, False, True)),
         ("sft_8b", ("full", False, False, False, True)),
         ("flare25", ("full", False, False, False, True)),

@@ -11,6 +11,7 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.tuning.freeze import frozen_parts
 from qwenvl_ft.tuning.methods.starts import start_of
+from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import adapter_targets, parameter_targets, plain_start, saved_modules
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, paramete
     _refuse_tied(model, [name for name in saved if model.get_submodule(name) is not embeddings])
     weights = parameter_targets(model, tuner) if parameters else []
     targets = adapter_targets(model, tuner)
-    if not targets and not saved and not weights:
+    if not targets and not saved and not weights and not tuner.resume_from_checkpoint:
         raise RecipeError(
             f"tuner.train_type={tuner.train_type} leaves nothing to train: no Linear layer in an unfrozen part "
             f"(frozen: {', '.join(frozen_parts(tuner)) or 'none'}) and no tuner.modules_to_save. Unfreeze a part, "
@@ -97,6 +98,9 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) ->
     from peft import get_peft_model
     from peft.utils import ModulesToSaveWrapper
 
+    earlier = Earlier.of(tuner)
+    if earlier is not None:
+        earlier.widen(config, model)
     if kind is None:
         peft_model: Any = get_peft_model(model, config)
     else:

@@ -1,0 +1,200 @@
+"""An adapter from an earlier run goes on training, beside new layers if the recipe names any: one adapter comes out.
+
+``tuner.resume_from_checkpoint`` names its folder. Weights alone are taken from it; optimizer, schedule and data begin
+anew. The result holds the layers of both runs, each with its own rank and scale, and the modules that either trained in
+full, so that peft loads it on the base model without the first. What came along goes on training in the parts that are
+not frozen, and stays as it is in the others; ``tuner.modules_to_save`` train anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qwenvl_ft.errors import CheckpointError, RecipeError
+from qwenvl_ft.model.anatomy import part_of
+from qwenvl_ft.tuning.freeze import frozen_parts
+from qwenvl_ft.tuning.targets import inside
+
+if TYPE_CHECKING:
+    from qwenvl_ft.recipe.schema import TunerConfig
+
+logger = logging.getLogger(__name__)
+
+KEY = "tuner.resume_from_checkpoint"
+ROOT = "base_model.model."
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+FREE = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "ensure_weight_tying"),
+    *("total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+}
+"""Fields of a peft config that two stages may have otherwise, beside dropout, starts, and LoRA's rank and alpha."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An adapter's folder, read as far as its names."""
+
+    folder: Path
+    config: Any
+    layers: list[str]
+    """Full names of the modules that have an adapter."""
+
+    @classmethod
+    def of(cls, tuner: TunerConfig) -> Earlier | None:
+        """What a recipe goes on from; None if it begins anew.
+
+        Raises:
+            CheckpointError: the folder holds no adapter.
+            RecipeError: the recipe's method or start cannot go on from one.
+        """
+        if not tuner.resume_from_checkpoint:
+            return None
+        folder = Path(tuner.resume_from_checkpoint).expanduser()
+        if not all((folder / name).is_file() for name in FILES):
+            raise CheckpointError(f"{KEY}={folder} {_what_it_is(folder)}")
+        from peft import PeftConfig
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+        from safetensors import safe_open
+
+        from qwenvl_ft.model.adapters import register_adapters
+
+        register_adapters()
+        try:
+            config: Any = PeftConfig.from_pretrained(str(folder))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder}/adapter_config.json is not one of peft's: {error}") from error
+        with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
+            keys = list(opened.keys())
+        mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+        names = (key.partition(mark)[0].removeprefix(ROOT) for key in keys if mark in key and key.startswith(ROOT))
+        owners = {str(name).rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}
+        layers = [name for name in names if not any(f".{name}".endswith(f".{owner}") for owner in owners)]
+        return cls(folder, config, list(dict.fromkeys(name for name in layers if ".base_layer" not in name)))
+
+    def widen(self, config: Any, model: nn.Module) -> None:
+        """Let a config of this run cover what the earlier one did too.
+
+        Raises:
+            RecipeError: the two have other methods or settings that an adapter has only one of, or one trains in full
+                what the other adapts.
+        """
+        self._require_same_method(config)
+        ours, theirs = list(config.modules_to_save or []), self.saved(model)
+        new = set() if isinstance(config.target_modules, str) else set(config.target_modules or [])
+        for layer in self.layers:
+            if inside(layer, ours):
+                raise RecipeError(
+                    f"tuner.modules_to_save trains {layer} in full, but {self.folder} has an adapter for it. Leave it "
+                    "out, or merge that adapter first (qwenvl-ft merge) and start from the merged model."
+                )
+        for name in ours:
+            clash = [other for other in theirs if other != name and (inside(other, [name]) or inside(name, [other]))]
+            if clash:
+                raise RecipeError(
+                    f"tuner.modules_to_save names {name}, and {self.folder} was trained with {clash[0]} in full. Name "
+                    "the same modules."
+                )
+        wide = {name for name in new if not inside(name, theirs)} | set(self.layers)
+        config.target_modules = wide or config.target_modules
+        config.modules_to_save = list(dict.fromkeys([*ours, *theirs])) or None
+        if hasattr(config, "ensure_weight_tying"):
+            config.ensure_weight_tying = config.ensure_weight_tying or self.config.ensure_weight_tying
+        if config.peft_type.value == "LORA":
+            weights = list(self.config.target_parameters or [])
+            config.target_parameters = list(dict.fromkeys([*(config.target_parameters or []), *weights])) or None
+            self._keep_sizes(config, [*self.layers, *weights])
+
+    def load(self, peft_model: Any, tuner: TunerConfig, saved: list[str]) -> None:
+        """Put the weights into a model that was made by a widened config, and freeze those of frozen parts.
+
+        Args:
+            saved: full names of ``tuner.modules_to_save``, which train anywhere.
+
+        Raises:
+            CheckpointError: weights that have no place in the model, or another shape.
+        """
+        base = peft_model.get_base_model()
+        told, given = self.config.base_model_name_or_path, getattr(base, "name_or_path", "")
+        if told and Path(told).absolute() != Path(given).absolute():
+            logger.warning("%s was trained on %s, and goes on with %s", self.folder, told, given)
+        try:
+            with TemporaryDirectory() as alone:  # AdaLoRA would also take up where its ranks were cut
+                for name in FILES:
+                    (Path(alone) / name).symlink_to((self.folder / name).resolve())
+                result = peft_model.load_adapter(alone, peft_model.active_adapter, is_trainable=True)
+        except (RuntimeError, ValueError, KeyError) as error:
+            cause = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{KEY}={self.folder} does not fit {given}: {cause}") from error
+        if result.unexpected_keys:
+            raise CheckpointError(
+                f"{KEY}={self.folder} does not fit {given}, which has no place for {result.unexpected_keys[0]}."
+            )
+        frozen = frozen_parts(tuner)
+        for name, parameter in peft_model.named_parameters():
+            if part_of(name) in frozen and not inside(name.removeprefix(ROOT), saved):
+                parameter.requires_grad_(False)
+        for name, module in peft_model.named_modules():
+            if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and part_of(name) in frozen:
+                for adapter in module.lora_dropout:
+                    module.lora_dropout[adapter] = nn.Identity()
+
+    def saved(self, model: nn.Module) -> list[str]:
+        """Full names of the modules that were trained in full."""
+        names = []
+        for wanted in self.config.modules_to_save or []:
+            hits = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{wanted}")]
+            if not hits:
+                raise CheckpointError(f"{KEY}={self.folder} was trained with {wanted} in full, which the model lacks.")
+            names += hits
+        return names
+
+    def _require_same_method(self, config: Any) -> None:
+        if config.peft_type != self.config.peft_type:
+            raise RecipeError(
+                f"{KEY}={self.folder} is an adapter of type {self.config.peft_type.value}, and this recipe makes one "
+                f"of type {config.peft_type.value}. Set tuner.train_type as it was trained."
+            )
+        free = FREE | ({"r", "lora_alpha"} if config.peft_type.value == "LORA" else set())
+        for entry in fields(config):
+            name = entry.name
+            if name in free or "dropout" in name or name.startswith("init") or name.endswith("_config"):
+                continue
+            then, now = getattr(self.config, name), getattr(config, name)
+            if then != now:
+                raise RecipeError(
+                    f"{KEY}={self.folder} was trained with {name}={then}, and this recipe says {now}. An adapter has "
+                    "one; set it as it was."
+                )
+
+    def _keep_sizes(self, config: Any, names: list[str]) -> None:
+        """Patterns that give each earlier layer its own rank and scale, where this run's are others."""
+        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            own = {name: _size(self.config, field, pattern, name) for name in names}
+            kept = {name: size for name, size in own.items() if size != _size(config, field, pattern, name)}
+            setattr(config, pattern, kept | getattr(config, pattern))
+
+
+def _size(config: Any, field: str, pattern: str, name: str) -> Any:
+    from peft.utils.other import get_pattern_key
+
+    patterns = getattr(config, pattern)
+    key = get_pattern_key(patterns.keys(), name)
+    return patterns[key] if key in patterns else getattr(config, field)
+
+
+def _what_it_is(folder: Path) -> str:
+    """The end of an error about a folder without an adapter."""
+    if not folder.is_dir():
+        return "does not exist. Give the folder of an adapter, as output/stage_1."
+    if (folder / "config.json").is_file():
+        return f"is a whole model. Set model.model={folder} instead."
+    inner = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=lambda path: path.stat().st_mtime)
+    return "holds no adapter." + (f" Did you mean {inner[-1].parent}?" if inner else "")

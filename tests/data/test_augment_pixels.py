@@ -1,122 +1,37 @@
 """Pixels and coordinates move together: marks drawn into an image are found again where their coordinates went."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from cases import picture
-from PIL import Image
-from scipy import ndimage
+from mark_cases import (
+    HEIGHT,
+    PICTURES,
+    WIDTH,
+    centre,
+    differences,
+    mark_objects,
+    random_chain,
+    to_nearest,
+)
 
 from qwenvl_ft.data.augment.canvas import render
 from qwenvl_ft.data.augment.colour import COLOUR
 from qwenvl_ft.data.augment.geometry import IDENTITY, Step, compose
-from qwenvl_ft.data.augment.operations import OPERATIONS, Rotate
+from qwenvl_ft.data.augment.operations import Rotate
 from qwenvl_ft.data.augment.pipeline import Augmenter, Drawn
 from qwenvl_ft.errors import DataError
-
-WIDTH, HEIGHT, RADIUS = 320, 240, 7
-INKS = ((230, 60, 20), (90, 200, 110))
-FINE = 8
-"""Marks are drawn this many times larger and averaged down, so that their centres are exact."""
-WIDE = {
-    "rotate": {"max_deg": 30},
-    "scale": {"lo": 0.7, "hi": 1.4},
-    "resize_by_scale": {"lo": 0.7, "hi": 1.5, "align_multiple": 7},
-    "random_crop": {"lo": 0.6},
-    "clahe": {"clip_limit": 2, "tile_grid_size": [2, 2]},
-}
-"""Wider than the defaults, for the geometry to have something to do."""
-
-
-def marks():
-    """Centres of the marks, at no particular fraction of a pixel."""
-    rng = np.random.default_rng(5)
-    grid = itertools.product(range(24, WIDTH, 45), range(24, HEIGHT, 45))
-    return [(x + rng.uniform(-4, 4), y + rng.uniform(-4, 4)) for x, y in grid]
-
-
-def marked_pictures():
-    """One soft ground, twice, with discs of two inks in turn; the other picture has the inks exchanged.
-
-    Both have the same levels about equally often, so that an operation which looks at the whole picture (equalize)
-    treats both alike, and they differ at the discs alone.
-    """
-    x, y = np.meshgrid((np.arange(WIDTH * FINE) + 0.5) / FINE, (np.arange(HEIGHT * FINE) + 0.5) / FINE)
-    pictures = [picture(WIDTH // 8, HEIGHT // 8).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for _ in range(2)]
-    for index, (mark_x, mark_y) in enumerate(marks()):
-        disc = (x - mark_x) ** 2 + (y - mark_y) ** 2 < RADIUS**2
-        coverage = Image.fromarray((disc * 255).astype(np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BOX)
-        for image, ink in zip(pictures, (INKS, INKS[::-1])[index % 2], strict=True):
-            image.paste(ink, mask=coverage)
-    return pictures
-
-
-PICTURES = marked_pictures()
-
-
-def mark_objects():
-    """Each mark as an object centred on it, of all three kinds in turn."""
-    r = RADIUS + 1
-    objects = []
-    for index, (x, y) in enumerate(marks()):
-        shapes = (
-            {"bbox_2d": [x - r, y - r, x + r, y + r]},
-            {"quad": [x - r, y - r, x + r, y - r, x + r, y + r, x - r, y + r]},
-            {"line": [x - r, y, x, y - r, x + r, y, x, y + r]},
-        )
-        objects.append(shapes[index % 3] | {"desc": "mark"})
-    return objects
-
-
-def centre(entry):
-    """Where an object says that its mark is."""
-    points = np.reshape(next(entry[key] for key in ("bbox_2d", "quad", "line") if key in entry), (-1, 2))
-    return points.mean(axis=0)
-
-
-def found(drawn):
-    """Centres of what differs between the two pictures."""
-    first, second = (np.asarray(drawn.image(image)).astype(float) for image in PICTURES)
-    difference = np.abs(first - second).sum(axis=2)
-    labels, count = ndimage.label(difference > 0.2 * difference.max())
-    index = np.arange(1, count + 1)
-    sizes = ndimage.sum_labels(labels > 0, labels, index)
-    centres = np.array(ndimage.center_of_mass(difference, labels, index)).reshape(-1, 2)[:, ::-1] + 0.5
-    return centres[sizes > 12]
 
 
 def offsets(drawn, told=None):
     """From where each wholly visible mark is said to be, to the nearest one found: float[marks, 2] in pixels."""
     objects, _ = (told or drawn).objects(mark_objects())
-    places = found(drawn)
-    apart = np.array([places - centre(entry) for entry in objects])  # [marks, found, 2]
-    nearest = np.hypot(*apart.T).argmin(axis=0)
-    return apart[np.arange(len(objects)), nearest]
+    return to_nearest([centre(entry) for entry in objects], differences(*map(drawn.image, PICTURES)))
 
 
 def distances(drawn, told=None):
     return np.hypot(*offsets(drawn, told).T).tolist()
-
-
-def random_chain(rng):
-    """One to six operations in any order, any of them.
-
-    Of solarize, clahe and equalize no two: together they can give both inks one level, and the marks are gone.
-    """
-    names = rng.permutation(sorted(OPERATIONS)).tolist()
-    folding = [name for name in names if name in ("solarize", "clahe", "equalize")]
-    names = [name for name in names if name not in folding[1:]][: rng.integers(1, 7)]
-    ops = []
-    for name in names:
-        params = dict(WIDE[name]) if name in WIDE else {}
-        if name != "pad_to_multiple":
-            params["prob"] = 1
-        if name == "rotate":
-            params["expand"] = bool(rng.random() < 0.5)
-        ops.append({"name": name, "params": params})
-    return ops
 
 
 def draw(ops, seed=0, **settings):

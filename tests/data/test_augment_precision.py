@@ -1,7 +1,7 @@
 """How far the answers' coordinates are from what the model sees, through the whole path: augmentation, text, resizing.
 
-Marks are drawn into images. Each chain of operations comes from a recipe's section and is drawn by epoch and record as in
-training; the processor resizes; the answer's text is read from the learned tokens; the marks are found again in the
+Marks are drawn into images. A chain of operations is read from a section and drawn by epoch and record, as in
+training; the processor resizes; the answer is read from the learned tokens; the marks are found again in the
 patches. The figures:  python -m pytest -s tests/data/test_augment_precision.py
 """
 

@@ -52,6 +52,10 @@ class Epochs(Protocol):
         ...
 
 
+class MovedTextError(DataError):
+    """The augmentation moves pixels of records whose text may name places."""
+
+
 class RecordEpochs:
     """Records that are a conversation each.
 
@@ -61,7 +65,7 @@ class RecordEpochs:
         options: of dense-caption records among the others; each is asked for its objects by itself.
 
     Raises:
-        DataError: the augmenter moves pixels.
+        MovedTextError: the augmenter moves pixels.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class RecordEpochs:
         options: DenseOptions = ALONE,
     ) -> None:
         if augmenter is not None and augmenter.moving:
-            raise DataError(
+            raise MovedTextError(
                 f"{records[0][1]}: data.augmentation has {augmenter.moving[0]}, which moves pixels, and this is no "
                 "dense-caption record: what its text says of places would be wrong. Keep the operations on colours, "
                 "or give records with objects."

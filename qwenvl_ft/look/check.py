@@ -12,16 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.media import MediaPolicy
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
 from qwenvl_ft.look.files import TRAIN, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.record import Inspected, Inspector
+from qwenvl_ft.look.sample import Drawing, GroupLook, Measured
 from qwenvl_ft.look.walk import walk
 
 ENCODED = 5
-"""Records of each data set that are made samples with their pixels, as training makes them."""
+"""Records of each data set, and groups, that are made samples with their pixels, as training makes them."""
+
+
+UNFIT = ("json", "structure", "tags", "geometry", "missing", "corrupt", "size", "unforeseen")
+"""Faults of a record that keep its group from being a sample."""
 
 
 @dataclass
@@ -37,19 +43,30 @@ class Split:
     datasets: Counter[str] = field(default_factory=Counter)
     """Data set -> records."""
     encoded: int = 0
+    groups: int = 0
+    """Of dense captions: each is a sample."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each sample, those that are left out or cut too, as they would be whole."""
+    samples: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of each sample that is trained on: tokens, those of images, those that are learned."""
     forecast: Forecast | None = None
     """Of an epoch over its samples."""
 
     def add(self, seen: Inspected) -> None:
+        """A record, and its sample if it becomes one by itself."""
         self.records += 1
         self.images += seen.num_images
         self.media.update(seen.media)
         self.datasets[seen.dataset] += 1
+        self.measure(seen)
+
+    def measure(self, seen: Measured) -> None:
+        """A sample."""
         self.encoded += seen.encoded
         if seen.tokens:
             self.lengths.append(seen.tokens)
+        if seen.kept:
+            self.samples.append((seen.kept, seen.vision_tokens, seen.supervised))
 
 
 @dataclass
@@ -113,6 +130,7 @@ def _split_told(split: Split) -> dict[str, Any]:
         "datasets": dict(split.datasets),
         "images": split.images,
         "different_media": len(split.media),
+        "groups": split.groups,
         "encoded": split.encoded,
         "lengths": [{"from": low, "to": high, "count": count} for low, high, count in histogram(split.lengths)],
         "epoch": asdict(split.forecast) if split.forecast else None,
@@ -138,25 +156,45 @@ def check_recipe(
     levels = _levels(recipe.template.truncation_strategy, allow)
     workers = num_proc or sensible_workers(recipe)
     encoder, policy = optional_encoder(recipe), MediaPolicy.of(recipe.data)
+    drawing = Drawing.of(recipe)
     start = perf_counter()
     report = Report({}, [], levels, recipe.model.model)
     homes: dict[str, Homes] = {}
     for name, opened in open_splits(recipe, num_proc=workers).items():
         report.faults += opened.faults
         split, homes[name] = Split(name), Homes(homes[TRAIN] if TRAIN in homes else None)
-        samples: list[tuple[int, int, int]] = []  # tokens, those of images, those that are learned
         for part in opened.parts:
-            inspector = Inspector(policy, encoder, first_places(part.summary()))
-            for seen in walk(part, inspector, num_proc=workers, told=name, quiet=quiet):
-                split.add(seen)
-                report.faults += homes[name].new(seen)
-                if seen.kept:
-                    samples.append((seen.kept, seen.vision_tokens, seen.supervised))
-        if samples:
-            split.forecast = forecast(recipe, *zip(*samples, strict=True), processes=processes)
+            parts, fault = drawing.parts(part, policy, training=name == TRAIN)
+            report.faults += [fault] if fault else []
+            for records, epochs in parts:
+                inspector = Inspector(policy, encoder, first_places(records.summary()), epochs, drawing.summaries)
+                report.faults += _looked(split, homes[name], records, inspector, num_proc=workers, quiet=quiet)
+        if split.samples:
+            split.forecast = forecast(recipe, *zip(*split.samples, strict=True), processes=processes)
         report.splits[name] = split
     report.seconds = perf_counter() - start
     return report
+
+
+def _looked(split: Split, homes: "Homes", records: Any, inspector: Inspector, **how: Any) -> Iterator[Fault]:
+    """Look at records one by one and then, of dense captions, at the groups of those that are sound.
+
+    Args:
+        how: of `walk`.
+    """
+    unfit: list[int] = []
+    for index, seen in enumerate(walk(records, inspector, told=split.name, **how)):
+        split.add(seen)
+        yield from homes.new(seen)
+        if any(fault.reason in UNFIT for fault in seen.faults):
+            unfit.append(index)
+    groups = inspector.epochs
+    if inspector.sample is not None and isinstance(groups, DenseGroups):
+        split.groups += len(groups)
+        look = GroupLook(inspector.sample.encoder, frozenset(unfit), ENCODED)
+        for told in walk(groups, look, told=f"{split.name}, groups", **how):
+            split.measure(told)
+            yield from homes.untold(told.faults)
 
 
 class Homes:
@@ -177,7 +215,12 @@ class Homes:
 
         A record that is drawn twice is told once, and is no duplicate of itself.
         """
-        faults = seen.faults + [Fault(reason, seen.where, told, seen.id) for reason, told in self._again(seen)]
+        return self.untold(
+            seen.faults + [Fault(reason, seen.where, told, seen.id) for reason, told in self._again(seen)]
+        )
+
+    def untold(self, faults: list[Fault]) -> list[Fault]:
+        """Those that were not told yet."""
         faults = [fault for fault in faults if fault not in self.told]
         self.told.update(faults)
         return faults

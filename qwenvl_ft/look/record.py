@@ -1,19 +1,20 @@
 """One record, looked at from every side: all that is wrong with it, and what the planner needs to know of it."""
 
-import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Source, Text, Video
 from qwenvl_ft.data.dense import record as dense
+from qwenvl_ft.data.dense.groups import DenseGroups
+from qwenvl_ft.data.dense.summary import summary_fault
 from qwenvl_ft.data.dense.target import DenseImage
-from qwenvl_ft.data.draft import Unsupervised, cut
 from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.media import MediaPolicy, resolve_path
 from qwenvl_ft.data.readers import Told, read_record
 from qwenvl_ft.data.readers.conversations import TagsError
@@ -22,37 +23,25 @@ from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.look.media import Looked, MediaLooker
 from qwenvl_ft.look.objects import Named, named_objects
+from qwenvl_ft.look.sample import Case, Measured, SampleLook
 
 NORM = 1000
 """Largest coordinate in thousandths, the unit that Qwen3-VL answers in."""
 GEOMETRY = re.compile(r"\"(bbox_2d|quad|line)\"")
 
-Case = tuple[str, str]
-"""(reason, message)"""
 
-
-@dataclass(slots=True)
-class Inspected:
-    """What is known of a record."""
+@dataclass(slots=True, kw_only=True)
+class Inspected(Measured):
+    """What is known of a record, and of its sample where it becomes one by itself."""
 
     where: str
     id: str = ""
     dataset: str = ""
-    faults: list[Fault] = field(default_factory=list)
-    tokens: int = 0
-    """Of the sample as it would be without ``max_length``; 0 if there is none, or no model."""
-    kept: int = 0
-    """Of the sample that is trained on; 0 if it is left out."""
-    vision_tokens: int = 0
-    """Of the sample that is trained on; likewise below."""
-    supervised: int = 0
     num_images: int = 0
     key: bytes = b""
     """The same for the same media and text; empty if it cannot be read."""
     media: tuple[bytes, ...] = ()
     """Keys of its media's content."""
-    encoded: bool = False
-    """Whether it was made a sample with its pixels, as training does."""
 
 
 class Inspector:
@@ -61,24 +50,32 @@ class Inspector:
     Args:
         encoder: None looks at everything but tokens.
         encode: indices of the records that are made samples, pixels and all.
+        epochs: what training makes of the records; None if it refuses them.
+        summaries: every dense caption needs a summary.
     """
 
-    def __init__(self, policy: MediaPolicy, encoder: Encoder | None = None, encode: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        policy: MediaPolicy,
+        encoder: Encoder | None = None,
+        encode: frozenset[int] = frozenset(),
+        epochs: Epochs | None = None,
+        summaries: bool = False,
+    ) -> None:
         self.media = MediaLooker(policy)
-        self.encoder = encoder
         self.encode = encode
-        self.whole = copy.copy(encoder)
-        if self.whole is not None:
-            self.whole.max_length = None
+        self.epochs = epochs
+        self.summaries = summaries
+        self.sample = None if encoder is None else SampleLook(encoder)
 
     def __call__(self, records: Any, index: int) -> Inspected:
         try:
             record, source, root = records[index]
         except DataError as error:
             where, _, told = str(error).partition(": ")
-            return Inspected(where, faults=[Fault("json", where, told)])
-        seen = Inspected(source.record, source.id, source.dataset)
-        for reason, told in self._all_cases(record, source, root, seen, index in self.encode):
+            return Inspected(where=where, faults=[Fault("json", where, told)])
+        seen = Inspected(where=source.record, id=source.id, dataset=source.dataset)
+        for reason, told in self._all_cases(record, source, root, seen, index):
             message = told.removeprefix(str(source)).removeprefix(": ")
             seen.faults.append(Fault(reason, source.record, message, source.id))
         return seen
@@ -90,10 +87,13 @@ class Inspector:
         except Exception as error:
             yield "unforeseen", f"{type(error).__name__}: {error}"
 
-    def _cases(self, record: Any, source: Source, root: str | None, seen: Inspected, encode: bool) -> Iterator[Case]:
+    def _cases(self, record: Any, source: Source, root: str | None, seen: Inspected, index: int) -> Iterator[Case]:
         """Everything that is wrong; fills in what is right."""
         objects = list(object_cases(record, source))
         yield from objects
+        captioned = isinstance(record, Mapping) and dense.matches(record)
+        if captioned and self.summaries and (fault := summary_fault(record.get("summary"))):
+            yield "structure", f"summary: {fault}, and data.summary_ratio is above 0"
         if objects:  # without them the rest can be looked at too
             rest = {**record, "objects": []}
             record = Told(rest, record.reader) if isinstance(record, Told) else rest
@@ -115,15 +115,29 @@ class Inspector:
         seen.key = content_key(conversation, media)
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
         broken += size_cases(record, conversation, images)
-        if self.whole is not None and not broken:
-            broken += film_cases(conversation, self.whole)
+        if self.sample is not None and not broken:
+            broken += film_cases(conversation, self.sample.encoder)
         yield from broken
         yield from answer_cases(record, conversation, images)
-        if self.encoder is None or self.whole is None or broken:
+        if self.sample is None or broken:
             if not any(is_learned(message) for message in conversation.messages):
                 yield "unsupervised", "no assistant turn is learned from"
-        elif not objects:
-            yield from self._draft_cases(conversation, seen, encode)
+        elif not objects and not isinstance(self.epochs, DenseGroups):
+            yield from self._sample_cases(self.sample, conversation, captioned, seen, index)
+
+    def _sample_cases(
+        self, look: SampleLook, conversation: Conversation, captioned: bool, seen: Inspected, index: int
+    ) -> Iterator[Case]:
+        """What the sample of a record by itself will be, asked and coloured as training has it."""
+        if isinstance(self.epochs, RecordEpochs) and (captioned or self.epochs.augmenter is not None):
+            try:
+                conversation = self.epochs.conversation(0, index)
+            except DataError as error:
+                yield "structure", str(error)
+                return
+        elif captioned:
+            return  # training refuses its file, so nobody knows how it would be asked about
+        yield from look.cases(conversation, seen, index in self.encode)
 
     def _absent(self, record: Any, root: str | None) -> Iterator[Case]:
         """Images that a record which cannot be read names, and that cannot be opened."""
@@ -133,41 +147,6 @@ class Inspector:
             looked = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
             if looked is not None and looked.fault is not None:
                 yield looked.fault
-
-    def _draft_cases(self, conversation: Conversation, seen: Inspected, encode: bool) -> Iterator[Case]:
-        """What template, lengths and processor say of it."""
-        encoder: Any = self.encoder
-        whole: Any = self.whole
-        try:
-            draft = whole.draft(conversation)
-        except Unsupervised:
-            yield "unsupervised", "no assistant turn is learned from"
-            return
-        except DataError as error:
-            yield "encoding", str(error)
-            return
-        seen.tokens, limit = draft.length, encoder.max_length
-        if limit is not None and draft.length > limit:
-            if encoder.truncation_strategy not in ("left", "right"):
-                yield "too_long", f"{draft.length} tokens, template.max_length is {limit}"
-                return
-            draft = cut(draft, limit, encoder.truncation_strategy)
-            if not draft.supervised[1:].any():
-                yield "unsupervised", f"{seen.tokens} tokens; nothing is learned in the {draft.length} that are kept"
-                return
-            yield "cut", f"{seen.tokens} tokens, {draft.length} of them are kept"
-        seen.kept = draft.length
-        seen.vision_tokens = int(draft.counts[draft.widths > 0].sum())
-        seen.supervised = int((draft.supervised * draft.counts)[1:].sum())
-        if encode:
-            try:
-                sample = encoder(conversation)
-            except DataError as error:
-                yield "encoding", str(error)
-                return
-            seen.encoded = True
-            if len(sample["input_ids"]) != seen.kept:
-                yield "encoding", f"planned with {seen.kept} tokens, encoded to {len(sample['input_ids'])}"
 
 
 def stored(value: Any) -> Any:

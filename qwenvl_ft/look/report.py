@@ -53,6 +53,8 @@ def _splits(report: Report) -> Iterator[str]:
         yield f"{name}: {split.records:,} records, {split.images:,} images, {len(split.media):,} different media"
         if len(split.datasets) > 1:
             yield from (f"    {dataset}: {count:,}" for dataset, count in split.datasets.items())
+        if split.groups:
+            yield f"  asked about in {split.groups:,} groups, as the first epoch draws them"
         if split.lengths:
             yield from lengths(split)
         if split.forecast is not None:

@@ -37,6 +37,7 @@ def train(recipe: Any) -> TrainResult:
     from qwenvl_ft.training.arguments import build_arguments, lora_plus
     from qwenvl_ft.training.callbacks.progress import ProgressCallback
     from qwenvl_ft.training.callbacks.signals import SignalCallback
+    from qwenvl_ft.training.checkpointing import chosen_parts
     from qwenvl_ft.training.memory import out_of_memory
     from qwenvl_ft.training.trainer import QwenVLTrainer
 
@@ -60,6 +61,7 @@ def train(recipe: Any) -> TrainResult:
         aligner_lr=recipe.training.aligner_lr,
         lorap_lr_ratio=lora_plus(recipe),
         zero_gradient_steps=recipe.training.zero_gradient_steps,
+        checkpointed=chosen_parts(recipe.training),
         recipe=recipe,
         callbacks=setup.callbacks(recipe, args.seed),
     )

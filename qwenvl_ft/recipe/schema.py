@@ -227,6 +227,11 @@ class TrainingConfig:
     """Steps between two draws."""
     zero_gradient_steps: NonNegative = 20
     """Steps in a row without any gradient in a part that trains, after which a warning says why; 0 is never."""
+    llm_gradient_checkpointing: bool | None = None
+    """Compute the language model's layers again in the backward pass instead of keeping their activations; null is
+    activation_checkpointing."""
+    vit_gradient_checkpointing: bool | None = None
+    """The same of the vision tower's layers."""
     early_stopping_patience: Positive | None = None
     """Evaluations without a better metric_for_best_model after which training ends."""
     resume_from_checkpoint: str | bool | None = None

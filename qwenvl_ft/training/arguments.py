@@ -16,6 +16,7 @@ from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
 from qwenvl_ft.recipe.refused import FIXED
 from qwenvl_ft.recipe.schema import GALORE, SECRETS
+from qwenvl_ft.training.checkpointing import chosen_parts
 from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 
@@ -157,6 +158,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         told["ddp_backend"] = connection(told["ddp_backend"])
     if recipe.deepspeed.enabled:
         told["deepspeed"] = hierarchical(deepspeed_config(recipe.deepspeed.config), recipe.deepspeed)
+    told["activation_checkpointing"] = any(chosen_parts(recipe.training).values())
     if told["activation_checkpointing"]:
         told.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":

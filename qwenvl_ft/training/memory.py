@@ -3,6 +3,7 @@
 from typing import Any
 
 from qwenvl_ft.errors import TrainingError
+from qwenvl_ft.training.checkpointing import chosen_parts
 
 
 def out_of_memory(recipe: Any, args: Any, step: int, cause: BaseException) -> TrainingError:
@@ -19,10 +20,13 @@ def out_of_memory(recipe: Any, args: Any, step: int, cause: BaseException) -> Tr
 
 def remedies(recipe: Any, args: Any) -> list[str]:
     """Settings that this run does not have yet and that take less memory, as they are given."""
+    parts = chosen_parts(recipe.training)
     rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     chosen, length, zero = recipe.tuner.train_type, recipe.template.max_length, recipe.deepspeed
     applies = {
         "training.activation_checkpointing=true": not args.activation_checkpointing,
+        "training.llm_gradient_checkpointing=true": args.activation_checkpointing and not parts["llm"],
+        "training.vit_gradient_checkpointing=true": args.activation_checkpointing and not parts["vision"],
         "training.per_device_train_batch_size=1 "
         f"training.gradient_accumulation_steps={accumulated * rows}, the same batch": rows > 1,
         "model.attn_impl=auto": recipe.model.attn_impl in ("sdpa", "eager"),

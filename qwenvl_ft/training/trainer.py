@@ -24,6 +24,7 @@ from qwenvl_ft.errors import DataError, RecipeError, TrainingError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.callbacks.method import MethodCallback
+from qwenvl_ft.training.checkpointing import narrow_checkpointing
 from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
@@ -56,6 +57,7 @@ class QwenVLTrainer(Trainer):
         aligner_lr: of all four mergers; None is ``args.learning_rate``.
         lorap_lr_ratio: LoRA's B matrices learn at this many times their part's rate (LoRA+); None is once.
         zero_gradient_steps: steps in a row without a gradient in a trained part before a warning says why; 0 is never.
+        checkpointed: of ``args.activation_checkpointing``, whether ``llm`` and ``vision`` take part; None is both.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
 
     Raises:
@@ -77,6 +79,7 @@ class QwenVLTrainer(Trainer):
         aligner_lr: float | None = None,
         lorap_lr_ratio: float | None = None,
         zero_gradient_steps: int = 20,
+        checkpointed: dict[str, bool] | None = None,
         recipe: Any = None,
         **more: Any,
     ) -> None:
@@ -88,6 +91,7 @@ class QwenVLTrainer(Trainer):
         self.vit_lr = vit_lr
         self.aligner_lr = aligner_lr
         self.lorap_lr_ratio = lorap_lr_ratio
+        self.checkpointed = checkpointed or {}
         self.recipe = recipe
         self.part_rates: dict[str, float] = {}
         self.bad_samples = 0
@@ -191,6 +195,12 @@ class QwenVLTrainer(Trainer):
             samples = sum(len(sampler.dataset.at(epoch)) for epoch in range(whole))
             samples += math.ceil(rest * len(sampler.dataset.at(whole))) if rest else 0
         return epochs, steps, examples, samples, batch, passes, max_steps
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        """Before the model is wrapped: which layers are recomputed."""
+        if self.args.activation_checkpointing:
+            narrow_checkpointing(cast(nn.Module, self.model), self.checkpointed)
+        return super()._prepare_for_training(*arguments, **options)
 
     def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
         """Where a resumed run goes on: epochs that are over, passes done in the next."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
     "merge": "make one model of an adapter and its base, for serving",
+    "inspect": "say what a checkpoint holds: method, weights by part, ranks, sizes",
     "doctor": "say whether this machine can train, and what with",
     "bench": "measure data path, training step, loss, attention; fit the planner to this machine",
     "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",

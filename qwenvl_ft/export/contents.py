@@ -1,0 +1,235 @@
+"""What a checkpoint's folder holds: method, weights by part, ranks, sizes, and what can be done with it.
+
+    qwenvl-ft inspect output/my_run/checkpoint-500 --keys merger
+
+Weights are read one tensor at a time, so a large model needs no more memory than its largest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenvl_ft.checkpoint import NO_OPTIMIZER, missing
+from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.model.anatomy import canonical_name, part_of
+
+ROWS = ("vision", "merger", "llm", "head", "shared")
+"""Where a weight can be: the parts, the language head by itself, and what an adapter keeps once for all layers."""
+FILES = {
+    "weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin"),
+    "optimizer, schedule, random states": (
+        "optimizer*",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state*",
+        "global_step*/**/*",
+    ),
+    "processor": ("*token*", "chat_template*", "*processor*", "vocab*", "merges.txt"),
+}
+"""Kind of file -> patterns; the first that matches, all else is ``other``."""
+
+
+@dataclass
+class Weights:
+    """The tensors of one place."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    square: float = 0.0
+    """Sum of squares."""
+
+    def add(self, value: Tensor) -> None:
+        self.tensors += 1
+        self.parameters += value.numel()
+        self.bytes += value.numel() * value.element_size()
+        self.square += float(value.detach().double().square().sum()) if value.is_floating_point() else 0.0
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """With the Euclidean norm of all of them together."""
+        size = round(self.bytes / 2**20, 3)
+        return {"tensors": self.tensors, "parameters": self.parameters, "mib": size, "norm": self.square**0.5}
+
+
+@dataclass
+class Contents:
+    """What `read_contents` found."""
+
+    folder: str
+    kind: str
+    """``adapter`` or ``model``."""
+    method: str
+    """peft_type of an adapter, model_type of a model."""
+    recipe: dict[str, Any]
+    """What the run was told of training, from recipe.yaml; empty without one."""
+    base: str | None
+    weights: dict[str, dict[str, Any]]
+    """Place -> counts of the adapter's own weights, or of the model's."""
+    in_full: dict[str, dict[str, Any]]
+    """Place -> counts of modules trained in full beside the adapter."""
+    ranks: dict[int, int]
+    """Rank -> layers that have it, for LoRA and AdaLoRA."""
+    modules_to_save: list[str]
+    files_mib: dict[str, float]
+    loads: str
+    """What opens the folder."""
+    resumes: str
+    keys: list[tuple[str, list[int], str, float]] = field(default_factory=list)
+    """Name, shape, dtype and norm of the tensors that were asked for."""
+
+
+def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Contents:
+    """Read a checkpoint's folder, or a model's.
+
+    Args:
+        keys: text; tensors with it in their name are listed.
+
+    Raises:
+        CheckpointError: there are no weights, a file is damaged, or no name has ``keys`` in it.
+    """
+    folder = Path(checkpoint).expanduser()
+    config = next((path for name in ("adapter_config.json", "config.json") if (path := folder / name).is_file()), None)
+    if config is None:
+        inner = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        hint = f" Did you mean {inner[-1]}?" if inner else ""
+        raise CheckpointError(f"{folder} holds neither adapter_config.json nor config.json.{hint}")
+    told = json.loads(config.read_text(encoding="utf-8"))
+    adapter = config.name == "adapter_config.json"
+    copies = [f".{name}." for name in told["modules_to_save"] or []] if adapter else []
+    own, full = {row: Weights() for row in ROWS}, {row: Weights() for row in ROWS}
+    ranks: Counter[int] = Counter()
+    listed: list[tuple[str, list[int], str, float]] = []
+    for name, value in _tensors(folder, adapter):
+        (full if any(copy in name for copy in copies) else own)[_row(name)].add(value)
+        if name.endswith((".lora_A.weight", ".lora_A", ".lora_embedding_A")):
+            ranks[value.shape[0]] += 1
+        if keys is not None and keys in name:
+            shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
+            listed.append((name, shape, dtype, float(value.double().norm())))
+    if keys is not None and not listed:
+        raise CheckpointError(f"no weight of {folder} has {keys!r} in its name.")
+    return Contents(
+        folder=str(folder),
+        kind="adapter" if adapter else "model",
+        method=told["peft_type" if adapter else "model_type"],
+        recipe=_recipe(folder),
+        base=told["base_model_name_or_path"] if adapter else None,
+        weights={row: found.told for row, found in own.items() if found.tensors},
+        in_full={row: found.told for row, found in full.items() if found.tensors},
+        ranks=dict(sorted(ranks.items())),
+        modules_to_save=[copy.strip(".") for copy in copies],
+        files_mib=_sizes(folder),
+        loads=_loads(told, adapter),
+        resumes=_resumes(folder),
+        keys=listed,
+    )
+
+
+def as_text(contents: Contents) -> str:
+    """For people: a head, a table by part, ranks, files."""
+    told = contents.recipe
+    lines = [
+        f"{contents.folder}: {contents.method} {contents.kind}" + (f" on {contents.base}" if contents.base else "")
+    ]
+    lines += [f"recipe: {' '.join(f'{key}={value}' for key, value in told.items())}"] if told else []
+    rows = [("", "tensors", "parameters", "MiB", "norm")]
+    for title, found in (("", contents.weights), (", in full", contents.in_full)):
+        for place, count in found.items():
+            numbers = (f"{count['tensors']:,}", f"{count['parameters']:,}", f"{count['mib']:,.2f}")
+            rows.append((place + title, *numbers, f"{count['norm']:.4g}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        middle = "  ".join(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
+        lines.append(f"{row[0].ljust(widths[0])}  {middle}")
+    if contents.ranks:
+        lines.append("ranks: " + ", ".join(f"{rank} in {count} layers" for rank, count in contents.ranks.items()))
+    if contents.modules_to_save:
+        lines.append(f"modules_to_save: {', '.join(contents.modules_to_save)}")
+    files = ", ".join(f"{name} {size:,.1f}" for name, size in contents.files_mib.items())
+    lines.append(f"MiB on disk: {files}; together {sum(contents.files_mib.values()):,.1f}")
+    lines += [f"opens with: {contents.loads}", f"resumes: {contents.resumes}"]
+    lines += [f"{name}  {shape}  {dtype}  norm {norm:.4g}" for name, shape, dtype, norm in contents.keys]
+    return "\n".join(lines)
+
+
+def _row(name: str) -> str:
+    try:
+        return "head" if canonical_name(name).startswith("lm_head") else part_of(name)
+    except CheckpointError:
+        return "shared"
+
+
+def _tensors(folder: Path, adapter: bool) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of all weights of a folder, from safetensors, else from torch's own files."""
+    from safetensors import SafetensorError, safe_open
+
+    stem = "adapter_model" if adapter else "model"
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    old = sorted(folder.glob("adapter_model.bin" if adapter else "pytorch_model*.bin"))
+    if not files and not old:
+        raise CheckpointError(f"{folder} holds no weights: no {stem}*.safetensors.")
+    for path in files or old:
+        try:
+            if path.suffix == ".bin":
+                yield from torch.load(path, weights_only=True, map_location="cpu", mmap=True).items()
+                continue
+            with safe_open(str(path), framework="pt") as opened:
+                for name in list(opened.keys()):
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """The keys of recipe.yaml that say what was trained."""
+    import yaml
+
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return {}
+    written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    told = {"model": (written.get("model") or {}).get("model")}
+    for section, names in (
+        ("quantization", ("quantization_bit",)),
+        ("tuner", ("train_type", "freeze_llm", "freeze_vit", "freeze_aligner", "lora_rank", "lora_alpha")),
+        ("training", ("learning_rate", "vit_lr", "aligner_lr", "num_train_epochs")),
+    ):
+        values = written.get(section) or {}
+        told |= {name: values[name] for name in names if values.get(name) is not None}
+    return told
+
+
+def _sizes(folder: Path) -> dict[str, float]:
+    sizes: Counter[str] = Counter()
+    for path in folder.rglob("*"):
+        inside_run = path.relative_to(folder).parts[0].startswith(("checkpoint-", "runs"))
+        if path.is_file() and not inside_run:
+            kinds = (
+                kind for kind, patterns in FILES.items() if any(path.relative_to(folder).match(p) for p in patterns)
+            )
+            sizes[next(kinds, "other")] += path.stat().st_size
+    return {kind: round(sizes[kind] / 2**20, 3) for kind in (*FILES, "other") if sizes[kind]}
+
+
+def _loads(told: dict[str, Any], adapter: bool) -> str:
+    if not adapter:
+        return "plain transformers"
+    if told["peft_type"] in ("BOTTLENECK", "REFT"):
+        return "qwenvl_ft.load_model, on its base model; cannot be merged"
+    return "plain peft, on its base model; can be merged by qwenvl-ft merge"
+
+
+def _resumes(folder: Path) -> str:
+    reason = missing(folder)
+    if reason is None:
+        return f"yes: training.resume_from_checkpoint={folder}"
+    return f"no, {reason}" if reason == NO_OPTIMIZER else "no, it is the result of a run or of a merge"

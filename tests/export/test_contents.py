@@ -1,0 +1,124 @@
+"""`inspect` counts what is in the files, by part, and says what opens them."""
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.export.contents import as_text, read_contents
+from qwenvl_ft.model.load import load_model
+from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.tuning.prepare import prepare_model
+
+ALL = {"freeze_vit": False, "freeze_aligner": False, "lora_rank": 4}
+
+
+def saved(folder, checkpoint, **told):
+    torch.manual_seed(0)
+    prepare_model(load_model(checkpoint, torch_dtype="float32"), TunerConfig(**told)).save_pretrained(folder)
+    return folder
+
+
+def by_hand(tensors, *words, but=()):
+    """Counts over the tensors whose name has one of ``words``."""
+    chosen = [v for k, v in tensors.items() if any(w in k for w in words) and not any(w in k for w in but)]
+    return {
+        "tensors": len(chosen),
+        "parameters": sum(value.numel() for value in chosen),
+        "mib": pytest.approx(sum(value.numel() * value.element_size() for value in chosen) / 2**20, abs=1e-3),
+        "norm": pytest.approx(math.sqrt(sum(float((value.double() ** 2).sum()) for value in chosen))),
+    }
+
+
+def test_weights_are_counted_by_part_and_full_copies_by_themselves(checkpoints, tmp_path):
+    merger = "model.visual.merger"
+    folder = saved(tmp_path, checkpoints["dense"], **ALL, modules_to_save=[merger], rank_pattern={"q_proj": 2})
+    found, tensors = read_contents(folder), load_file(folder / "adapter_model.safetensors")
+    assert found.weights == {
+        "vision": by_hand(tensors, ".blocks."),
+        "merger": by_hand(tensors, "deepstack"),
+        "llm": by_hand(tensors, "language_model"),
+    }
+    assert found.in_full == {"merger": by_hand(tensors, "visual.merger")}
+    assert (found.kind, found.method, found.base) == ("adapter", "LORA", str(checkpoints["dense"]))
+    assert found.modules_to_save == [merger]
+    assert found.ranks == {2: 4, 4: 46}
+    assert "plain peft" in found.loads
+    told = as_text(found)
+    assert "ranks: 2 in 4 layers, 4 in 46 layers" in told
+    assert "merger, in full" in told
+    peft.PeftModel.from_pretrained(load_model(checkpoints["dense"], torch_dtype="float32"), folder)
+
+
+def test_the_language_head_of_a_model_is_a_row_of_its_own(checkpoints):
+    for kind in ("dense", "moe"):
+        found, tensors = read_contents(checkpoints[kind]), load_file(checkpoints[kind] / "model.safetensors")
+        assert found.weights["llm"] == by_hand(tensors, "language_model")
+        assert found.weights["merger"] == by_hand(tensors, "merger")
+        assert found.weights["vision"] == by_hand(tensors, "visual", but=("merger",))
+        assert ("head" in found.weights) == ("lm_head.weight" in tensors)
+        assert sum(count["tensors"] for count in found.weights.values()) == len(tensors)
+        assert (found.kind, found.loads, found.base) == ("model", "plain transformers", None)
+        disk = sum(path.stat().st_size for path in checkpoints[kind].iterdir())
+        assert sum(found.files_mib.values()) == pytest.approx(disk / 2**20, abs=0.01)
+
+
+def test_ranks_of_adalora_are_those_that_are_left(checkpoints, tmp_path):
+    model = load_model(checkpoints["dense"], torch_dtype="float32")
+    told = TunerConfig(train_type="adalora", adalora_init_r=6, adalora_target_r=2)
+    prepared = prepare_model(model, told)
+    with torch.no_grad():
+        for number, (_, value) in enumerate((k, v) for k, v in prepared.named_parameters() if ".lora_E." in k):
+            value.copy_((torch.arange(6)[:, None] < 1 + number % 5).float())
+    prepared.save_pretrained(tmp_path)
+    found = read_contents(tmp_path)
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    kept = [sum(mask) for mask in pattern.values()]
+    assert found.ranks == {rank: kept.count(rank) for rank in sorted(set(kept))}
+    assert set(found.ranks) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(("train_type", "opener"), [("adapter", "cannot be merged"), ("vera", "plain peft")])
+def test_what_opens_it_is_told(checkpoints, tmp_path, train_type, opener):
+    found = read_contents(saved(tmp_path, checkpoints["dense"], train_type=train_type))
+    assert opener in found.loads
+    assert ("shared" in found.weights) == (train_type == "vera")
+    assert not found.in_full
+
+
+def test_keys_are_listed_with_shape_and_norm_from_old_files_too(checkpoints, tmp_path, capsys):
+    folder = saved(tmp_path / "new", checkpoints["dense"], **ALL)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    torch.save(tensors, old / "adapter_model.bin")
+    for where in (folder, old):
+        assert main(["inspect", str(where), "--keys", "merger", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)["keys"]
+        expected = {key: value for key, value in tensors.items() if "merger" in key}
+        assert {name: tuple(shape) for name, shape, _, _ in told} == {k: tuple(v.shape) for k, v in expected.items()}
+        assert all(norm == pytest.approx(float(expected[name].norm()), rel=1e-5) for name, _, _, norm in told)
+        assert len(told) == 16
+    assert main(["inspect", str(folder), "--keys", "merge_r"]) == 2
+    assert "no weight" in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_is_one_line(checkpoints, tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds neither adapter_config.json nor config.json"):
+        read_contents(tmp_path)
+    folder = saved(tmp_path / "checkpoint-3", checkpoints["dense"])
+    with pytest.raises(CheckpointError, match=r"Did you mean .*checkpoint-3"):
+        read_contents(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is damaged"):
+        read_contents(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_contents(folder)

@@ -14,6 +14,8 @@ PUBLIC = {
     "load_processor": "qwenvl_ft.model.load",
     "register_dataset": "qwenvl_ft.data.registry",
     "DATASETS": "qwenvl_ft.data.registry",
+    "load_jsonl": "qwenvl_ft.data.readers.json_text",
+    "AugmentationPreprocessor": "qwenvl_ft.data.dense.preprocessor",
     "Encoder": "qwenvl_ft.data.encode",
     "QwenVLCollator": "qwenvl_ft.data.collate",
     "pack_lengths": "qwenvl_ft.data.packing",
@@ -25,8 +27,10 @@ PUBLIC = {
 
 if TYPE_CHECKING:
     from qwenvl_ft.data.collate import QwenVLCollator as QwenVLCollator
+    from qwenvl_ft.data.dense.preprocessor import AugmentationPreprocessor as AugmentationPreprocessor
     from qwenvl_ft.data.encode import Encoder as Encoder
     from qwenvl_ft.data.packing import pack_lengths as pack_lengths
+    from qwenvl_ft.data.readers.json_text import load_jsonl as load_jsonl
     from qwenvl_ft.data.registry import DATASETS as DATASETS
     from qwenvl_ft.data.registry import register_dataset as register_dataset
     from qwenvl_ft.model.load import load_model as load_model

@@ -21,6 +21,7 @@ from qwenvl_ft.data.conversation import Conversation, Image, Video
 from qwenvl_ft.data.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import file_of
+from qwenvl_ft.data.progress import with_progress
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 
@@ -166,10 +167,10 @@ def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tu
     measured = _Measured(records, encoder, on_error)
     workers = min(num_proc, len(os.sched_getaffinity(0))) if len(measured) >= PARALLEL_FROM else 0
     if workers > 1:
-        loader: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
-        told = (entry for chunk in loader for entry in chunk)
+        chunks: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
     else:
-        told = (measured[index] for index in range(len(measured)))
+        chunks = ([measured[index]] for index in range(len(measured)))
+    told = (entry for chunk in with_progress(chunks, len(measured), "measuring lengths") for entry in chunk)
     rows: list[Row] = []
     files: dict[str, File] = {}
     faults: list[str] = []

@@ -17,7 +17,7 @@ from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.draws import Rows, drawn, held_out, shared, split_places
 from qwenvl_ft.data.files import DataFile, default_cache, find_file, open_tables
 from qwenvl_ft.data.readers import Told, code_state, own_readers, register_reader
-from qwenvl_ft.data.registry import find_dataset, parse_selection
+from qwenvl_ft.data.registry import find_dataset, matching_files, parse_selection
 from qwenvl_ft.errors import DataError
 
 Selection = str | list[str] | Mapping[str, float]
@@ -143,7 +143,8 @@ def load_records(
 ) -> Records:
     """Open the data sets of a selection.
 
-    ``a%50`` is half of a, drawn without replacement; ``a%200`` is a twice, ``a%150`` once and a drawn half.
+    ``a%50`` is half of a, drawn without replacement; ``a%200`` is a twice, ``a%150`` once and a drawn half; ``a#1000``
+    is a thousand records of it. A pattern (``shards/*.tar``) is one data set of several files.
     ``{"a": 3, "b": 1}`` takes three records of a for each of b, as many as there are without repeats. What is drawn
     depends on the seed and the data set's name only, so all processes draw alike. Media start at the registered
     ``data_path``, else at ``media_root``, else beside the file.
@@ -155,21 +156,29 @@ def load_records(
     Raises:
         DataError: a name or file does not exist, a file cannot be parsed, it is empty, or its rate takes no record.
     """
-    chosen = [(name, rate, find_dataset(name)) for name, rate in parse_selection(selection)]
-    files = [_file(name, entry["annotation_path"]) for name, _, entry in chosen]
+    chosen = [(name, amount, find_dataset(name)) for name, amount in parse_selection(selection)]
+    files = [[_file(name, path) for path in matching_files(entry["annotation_path"])] for name, _, entry in chosen]
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
-    tables = open_tables(files, folder, num_proc)
-    rates = [rate for _, rate, _ in chosen]
+    opened = iter(open_tables([file for several in files for file in several], folder, num_proc))
+    tables = [[next(opened) for _ in several] for several in files]
+    sizes = [sum(table.num_rows for table in several) for several in tables]
+    rates = [
+        amount / size if isinstance(amount, int) else amount for (_, amount, _), size in zip(chosen, sizes, strict=True)
+    ]
     if isinstance(selection, Mapping):
-        rates = shared([table.num_rows for table in tables], rates)
-    parts = []
-    for (name, _, entry), rate, file, table in zip(chosen, rates, files, tables, strict=True):
-        beside = file.path if file.is_folder else file.path.parent
-        root = os.path.abspath(entry["data_path"] or media_root or beside)  # noqa: PTH100 - keeps symbolic links
-        rows = drawn(range(table.num_rows), rate, f"{seed}:{name}")
-        if not len(rows):
-            raise DataError(f"data set {name}: {rate * 100:g}% of {table.num_rows} records is none. Raise the rate.")
-        parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows))
+        rates = shared(sizes, rates)
+    parts: list[Part] = []
+    for (name, _, entry), rate, size, several, opened_files in zip(chosen, rates, sizes, files, tables, strict=True):
+        places = drawn(range(size), rate, f"{seed}:{name}")
+        if not len(places):
+            raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is none. Raise the rate.")
+        spans = [range(table.num_rows) for table in opened_files]
+        taken = spans if rate == 1 else split_places(spans, places)
+        for file, table, rows in zip(several, opened_files, taken, strict=True):
+            beside = file.path if file.is_folder else file.path.parent
+            root = os.path.abspath(entry["data_path"] or media_root or beside)  # noqa: PTH100 - keeps symbolic links
+            if len(rows):
+                parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows))
     return Records(parts)
 
 

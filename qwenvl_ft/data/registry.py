@@ -1,5 +1,6 @@
-"""Names of data sets, and what a selection like ``a%50,b,my.jsonl%200`` means."""
+"""Names of data sets, and what a selection like ``a%50,b#1000,my.jsonl%200,shards/*.tar`` means."""
 
+import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,17 @@ ENTRY = ("annotation_path", "data_path", "reader")
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".tar")
 """How the name of a data set's file may end; a folder that `datasets` saved is one too."""
 
+Amount = float | int
+"""How much of a data set is taken: a float is a share, 1.0 for all; an int is so many records."""
+
 
 def register_dataset(name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None) -> None:
     """Give a data set a name for recipes; a second registration replaces the first.
 
     Args:
         annotation_path: a file ending in one of `FILES`, or a folder that ``Dataset.save_to_disk`` wrote
-            (``folder:split`` for one of several); it may be created later, but before training.
+            (``folder:split`` for one of several), or a pattern of such files (``shards/*.tar``); they may be created
+            later, but before training.
         data_path: folder that relative media paths start at.
         reader: name of the format, or the import path ``module:name`` of one's own; None recognises the format record
             by record.
@@ -31,21 +36,24 @@ def register_dataset(name: str, annotation_path: str, data_path: str = "", *, re
     Raises:
         DataError: the name is empty or would be read as part of a selection.
     """
-    if not name or re.search(r"[,%\s/]", name):
+    if not name or re.search(r"[,%#\s/]", name):
         raise DataError(f"data set name {name!r}: use letters, digits, '_', '-' and '.' only.")
     DATASETS[name] = {"annotation_path": annotation_path, "data_path": data_path} | (
         {"reader": reader} if reader else {}
     )
 
 
-def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tuple[str, float]]:
-    """``"a%50,b"`` or ``["a%50", "b"]`` -> ``[("a", 0.5), ("b", 1.0)]``; ``{"a": 3}`` is weights -> ``[("a", 3.0)]``.
+def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tuple[str, Amount]]:
+    """``"a%50,b,c#9"`` or ``["a%50", "b", "c#9"]`` -> ``[("a", 0.5), ("b", 1.0), ("c", 9)]``; ``{"a": 3}`` is weights
+    -> ``[("a", 3.0)]``.
 
     A string is split at its commas; the path of a file that has one stands in a list.
 
     Raises:
-        DataError: an empty selection, a rate that is not a positive number of percent, or a weight that is none.
+        DataError: an empty selection, a rate that is not a positive number of percent, a number that is no count of
+            records, or a weight that is none.
     """
+    chosen: list[tuple[str, Amount]]
     if isinstance(selection, Mapping):
         chosen = [(name, _weight(name, weight)) for name, weight in selection.items()]
     else:
@@ -62,9 +70,16 @@ def _weight(name: str, weight: float) -> float:
     return float(weight)
 
 
-def _parse(part: str) -> tuple[str, float]:
+def _parse(part: str) -> tuple[str, Amount]:
+    if part.endswith(FILES):  # no rate ends so: a % or # belongs to the file's name
+        return part, 1.0
+    name, mark, count = part.rpartition("#")
+    if mark and name and count.isdecimal() and int(count):
+        return name, int(count)
+    if mark and not set(count) & {"%", "/", "."}:
+        raise DataError(f"data set {part!r}: behind # stands the number of records to draw, 1 or more, as in a#1000.")
     name, percent, rate = part.rpartition("%")
-    if not percent or part.endswith(FILES):  # no rate ends so: the % belongs to the file's name
+    if not percent:
         return part, 1.0
     try:
         share = float(rate) / 100
@@ -90,6 +105,9 @@ def find_dataset(name: str) -> dict[str, str]:
         return {"data_path": ""} | entry
     path = Path(name)
     folder, _, split = name.rpartition(":")
+    if is_pattern(name):
+        matching_files(name)
+        return {"annotation_path": name, "data_path": ""}
     if path.is_dir() or (split and folder and Path(folder).is_dir()):
         return {"annotation_path": name, "data_path": ""}
     if path.suffix in FILES:
@@ -101,3 +119,24 @@ def find_dataset(name: str) -> dict[str, str]:
     raise DataError(
         f"do not find {name}.{hint(name, DATASETS)} Or give the path of a file ending in {', '.join(FILES)}."
     )
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for several files, as ``shards/*.tar``."""
+    return glob.has_magic(path) and not Path(path).exists()
+
+
+def matching_files(path: str) -> list[str]:
+    """The files of a pattern in the order of their names; a path that is none is itself.
+
+    Raises:
+        DataError: no file matches, or one is no data set.
+    """
+    if not is_pattern(path):
+        return [path]
+    files = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))  # noqa: PTH207 - a whole path, not a folder
+    if not files:
+        raise DataError(f"do not find {path}: no file matches.")
+    if wrong := [file for file in files if not file.endswith(FILES)]:
+        raise DataError(f"{path} matches {wrong[0]}, but a data set is a file ending in {', '.join(FILES)}.")
+    return files

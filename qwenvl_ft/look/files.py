@@ -15,7 +15,7 @@ from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.mixture import load_mixture, val_selections
 from qwenvl_ft.data.readers.json_text import BLANK, read_json
 from qwenvl_ft.data.records import Selection, load_records
-from qwenvl_ft.data.registry import find_dataset, parse_selection
+from qwenvl_ft.data.registry import find_dataset, is_pattern, matching_files, parse_selection
 from qwenvl_ft.errors import DataError, RecipeError, hint
 from qwenvl_ft.look.faults import Fault
 
@@ -116,10 +116,10 @@ def open_selection(selection: Selection, options: dict[str, Any]) -> Opened:
         options: of `load_records`.
     """
     opened = Opened()
-    for name, rate in parse_selection(selection):
-        share = 100 if isinstance(selection, Mapping) else rate * 100  # weights say nothing of one set by itself
+    for name, amount in parse_selection(selection):
+        part = [f"{name}#{amount}"] if isinstance(amount, int) else [f"{name}%{amount * 100:.12g}"]
         try:
-            opened.parts.append(load_records([f"{name}%{share:.12g}"], **options))
+            opened.parts.append(load_records({name: 1} if isinstance(selection, Mapping) else part, **options))
         except DataError as error:
             _salvage(name, str(error), options["media_root"], opened)
     return opened
@@ -131,6 +131,12 @@ def _salvage(name: str, error: str, media_root: str | None, opened: Opened) -> N
         entry = find_dataset(name)
     except DataError:
         opened.faults.append(Fault("file", name, error))
+        return
+    if is_pattern(entry["annotation_path"]):
+        for file in matching_files(entry["annotation_path"]):
+            found = open_selection([file], {"media_root": entry["data_path"] or media_root})
+            opened.parts += found.parts
+            opened.faults += found.faults
         return
     path = Path(entry["annotation_path"])
     readers = {".jsonl": _jsonl, ".json": _json}

@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
+
+from qwenvl_ft.data.progress import with_progress
 
 CHUNK = 32
 """Records that a process looks at before it answers."""
@@ -38,17 +38,12 @@ def walk(
     Args:
         look: it and its results must pickle.
         num_proc: processes that share the work.
-        told: what stands before the progress bar, on stderr, where that is a terminal.
-        quiet: no progress bar.
+        told: what stands before the progress, on stderr.
+        quiet: no progress.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer warns of the fork
     looked = _Looked(records, look)
     workers = num_proc if num_proc > 1 and len(looked) >= PARALLEL_FROM else 0
     chunks: Any = DataLoader(looked, batch_size=CHUNK, num_workers=workers, collate_fn=list)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(told, total=len(looked))
-        for chunk in chunks:
-            yield from chunk
-            bar.advance(task, len(chunk))
+    for chunk in with_progress(chunks, len(looked), told, quiet=quiet):
+        yield from chunk

@@ -91,7 +91,7 @@ class TemplateConfig:
     system_prompt: str | None = None
     """System message of conversations that have none."""
     tools_prompt: str | None = None
-    """JSON list of function schemas, for conversations that have none."""
+    """JSON list of function schemas, or a .json file with one, for conversations that have none."""
     add_vision_id: bool = False
     """Let the template number the media (Picture 1: ...)."""
 

@@ -32,6 +32,10 @@ from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
 
+TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes", "default")
+"""What ms-swift calls ways of writing tools into the system prompt."""
+
+
 def build_processor(recipe: Any) -> Any:
     return load_processor(
         _model_path(recipe),
@@ -54,26 +58,45 @@ def build_encoder(recipe: Any, processor: Any) -> Encoder:
         RecipeError: ``template.tools_prompt`` is not a JSON list of function schemas.
     """
     template = recipe.template
-    tools = None
-    if template.tools_prompt:
-        try:
-            tools = json.loads(template.tools_prompt)
-        except ValueError:
-            tools = None
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise RecipeError(
-                f"template.tools_prompt={template.tools_prompt!r} is not a JSON list of function schemas. "
-                'Example: \'[{"type": "function", "function": {"name": "measure", "parameters": {}}}]\'.'
-            )
     return Encoder(
         processor,
         max_length=template.max_length,
         truncation_strategy=template.truncation_strategy,
         system_prompt=template.system_prompt,
-        tools=tools,
+        tools=read_tools(template.tools_prompt) if template.tools_prompt else None,
         add_vision_id=template.add_vision_id,
         policy=MediaPolicy.of(recipe.data),
         raw_pixels=not obstacle(processor.image_processor),
+    )
+
+
+def read_tools(told: str) -> list[dict[str, Any]]:
+    """Function schemas, from their JSON or the ``.json`` file that has it.
+
+    Raises:
+        RecipeError: the file cannot be read, it is no list of schemas, or a form's name of ms-swift, which the model's
+            own template has no use for.
+    """
+    text = told
+    if told.endswith(".json"):
+        try:
+            text = Path(told).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"template.tools_prompt: {told} cannot be read: {error}.") from None
+    try:
+        tools = json.loads(text)
+    except ValueError:
+        tools = None
+    if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools):
+        return tools
+    if told in TOOL_FORMS:
+        raise RecipeError(
+            f"template.tools_prompt={told} is a form of tool prompts, but a Qwen-VL model is trained in the form of its "
+            "own chat template. Leave the key out if records have 'tools' of their own, or give function schemas."
+        )
+    raise RecipeError(
+        f"template.tools_prompt={told!r:.200} is not a JSON list of function schemas, nor a .json file with one. "
+        'Example: \'[{"type": "function", "function": {"name": "measure", "parameters": {}}}]\'.'
     )
 
 

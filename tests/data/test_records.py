@@ -255,3 +255,42 @@ def test_wrong_files_are_one_clear_line(load, tmp_path):
         with pytest.raises(DataError, match=message) as caught:
             ids(load(str(tmp_path / name)))
         assert "\n" not in str(caught.value)
+
+
+def numbered_files(folder, sizes):
+    """Files 0.jsonl, 1.jsonl, ... whose records are numbered through."""
+    count = 0
+    for name, size in enumerate(sizes):
+        lines = [json.dumps({"id": count + k, "query": "a", "response": "b"}) for k in range(size)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        count += size
+
+
+def test_a_pattern_is_one_data_set_of_its_files(tmp_path):
+    numbered_files(tmp_path, (30, 50, 20))
+    pattern = str(tmp_path / "?.jsonl")
+    assert ids(load_records(pattern)) == list(range(100))
+    half = ids(load_records([f"{pattern}%50"], seed=1))
+    assert len(half) == len(set(half)) == 50
+    assert half == sorted(half)
+    assert {number // 10 for number in half} > {0, 1, 4, 6, 9}, "drawn from all files"
+    assert half != ids(load_records([f"{pattern}%50"], seed=2))
+    assert load_records([f"{pattern}%50"], seed=1).fingerprint == load_records([f"{pattern}%50"], seed=1).fingerprint
+    weighted = ids(load_records({pattern: 1, str(tmp_path / "2.jsonl"): 1}))
+    assert sum(number < 80 for number in weighted) + weighted.count(80) <= 40, "a pattern is weighted as a whole"
+    with pytest.raises(DataError, match=r"do not find .*nowhere-\*\.tar: no file matches"):
+        load_records(str(tmp_path / "nowhere-*.tar"))
+    (tmp_path / "3.txt").write_text("x")
+    with pytest.raises(DataError, match=r"matches .*3\.txt, but a data set is a file ending in"):
+        load_records(str(tmp_path / "*"))
+
+
+def test_a_number_of_records_is_drawn_without_repeats_as_long_as_there_are_enough(tmp_path):
+    numbered_files(tmp_path, (30,))
+    path = str(tmp_path / "0.jsonl")
+    for count in (1, 7, 29, 30):
+        told = ids(load_records(f"{path}#{count}"))
+        assert len(told) == len(set(told)) == count
+    told = ids(load_records(f"{path}#70"))
+    assert len(told) == 70
+    assert {told.count(number) for number in range(30)} == {2, 3}

@@ -27,6 +27,15 @@ def test_rates_are_percent_and_default_to_all():
     assert parse_selection(["a%12.5", "x/y.jsonl"]) == [("a", 0.125), ("x/y.jsonl", 1.0)]
 
 
+def test_a_number_of_records_is_told_from_a_rate():
+    chosen = parse_selection("a#1000,b%1,x/y.jsonl#3,x/y#3.jsonl")
+    assert chosen == [("a", 1000), ("b", 0.01), ("x/y.jsonl", 3), ("x/y#3.jsonl", 1.0)]
+    assert [type(amount) for _, amount in chosen] == [int, float, int, float]
+    for wrong in ("a#", "a#0", "a#x", "a#-3", "#3"):
+        with pytest.raises(DataError, match=r"behind # stands the number of records"):
+            parse_selection(wrong)
+
+
 @pytest.mark.parametrize("selection", ["a%", "a%x", "a%0", "a%-5", "%50", "a%inf", "a%nan"])
 def test_a_wrong_rate_is_an_error(selection):
     with pytest.raises(DataError, match="must be a positive number of percent"):
@@ -60,6 +69,6 @@ def test_entries_put_in_by_hand_are_checked():
 
 
 def test_names_that_a_selection_cannot_hold_are_refused():
-    for name in ("a,b", "a%5", "", "a b", "a/b"):
+    for name in ("a,b", "a%5", "a#5", "", "a b", "a/b"):
         with pytest.raises(DataError, match="data set name"):
             register_dataset(name, "x.json")

@@ -63,7 +63,7 @@ class DenseImage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """A record as the model gets it."""
 
     objects: Sequence[Mapping[str, Any]]
@@ -99,14 +99,14 @@ def dense_conversation(
     content: list[Part] = []
     answer: dict[str, Any] = {}
     for number, (record, change) in enumerate(zip(records, drawn or [None] * len(records), strict=True), 1):
-        seen, label = _seen(record, change), options.label(number)
+        told, label = seen(record, change), options.label(number)
         for image in record.images:
-            content += [Text(f"{label}: "), Image(DenseImage(image, record.size, seen.drawn, policy or MediaPolicy()))]
+            content += [Text(f"{label}: "), Image(DenseImage(image, record.size, told.drawn, policy or MediaPolicy()))]
         if mode == SUMMARY:
             own = require_summary(record.summary, record.source)
-            answer[label] = seen.summary or own
+            answer[label] = told.summary or own
         else:
-            answer[label] = dense_target(seen.objects, seen.size, options)
+            answer[label] = dense_target(told.objects, told.size, options)
     prompt = options.prompts[mode]
     messages = (
         Message("system", (Text(prompt.system),)),
@@ -174,14 +174,15 @@ def _shown(part: Part) -> dict[str, Any]:
     return {"type": kind, kind: value}
 
 
-def _seen(record: DenseRecord, drawn: Drawn | None) -> _Seen:
-    plain = _Seen(record.objects, record.size, None, None)
+def seen(record: DenseRecord, drawn: Drawn | None) -> Seen:
+    """A record after its augmentation, unless that leaves none of its objects in the frame."""
+    plain = Seen(record.objects, record.size, None, None)
     if drawn is None:
         return plain
     objects, dropped = drawn.objects(record.objects)
     if record.objects and not objects:
         return plain
-    return _Seen(objects, drawn.size, build_summary(objects) if dropped else None, drawn)
+    return Seen(objects, drawn.size, build_summary(objects) if dropped else None, drawn)
 
 
 def _reading_place(entry: Mapping[str, Any]) -> tuple[float, float]:

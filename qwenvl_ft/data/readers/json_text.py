@@ -8,7 +8,7 @@ which of them share a row is the plan's to say.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from qwenvl_ft.errors import DataError
 
@@ -38,6 +38,24 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
                 ) from None
             if text:
                 yield from _unpacked(text, path, f":{number}")
+
+
+def load_jsonl(path: str | Path) -> list[Any]:
+    """All records of a .jsonl file, to look at or to change; blank lines are skipped.
+
+    Raises:
+        DataError: there is no such file, or a line is not UTF-8 or not JSON; it names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.")
+    records = []
+    for place, text in read_jsonl(path):
+        try:
+            records.append(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}{place}: not valid JSON: {error}.") from None
+    return records
 
 
 def read_json(path: Path) -> Iterator[tuple[str, str]]:

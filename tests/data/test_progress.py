@@ -1,0 +1,34 @@
+"""A pass over all records says how far it is, and changes nothing of them."""
+
+import pytest
+from rich.console import Console
+
+from qwenvl_ft.data import progress
+from qwenvl_ft.data.progress import with_progress
+
+CHUNKS = [[1, 2], [3, 4], [5]]
+
+
+def test_a_log_gets_a_line_now_and_then_and_a_quick_pass_none(capsys):
+    assert list(with_progress(CHUNKS, 5, "counting")) == CHUNKS
+    assert capsys.readouterr().err == ""
+    assert list(with_progress(CHUNKS, 5, "counting", line_seconds=0)) == CHUNKS
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["counting: 2 of 5", "counting: 4 of 5"]
+    assert list(with_progress(CHUNKS, 5, "counting", quiet=True, line_seconds=0)) == CHUNKS
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "Console", lambda **told: Console(**told, force_terminal=True))
+    assert list(with_progress(CHUNKS, 5, "counting")) == CHUNKS
+    assert "counting" in capsys.readouterr().err
+
+
+def test_an_error_on_the_way_comes_through():
+    def broken():
+        yield [1]
+        raise ValueError("second")
+
+    with pytest.raises(ValueError, match="second"):
+        list(with_progress(broken(), 2, "counting"))

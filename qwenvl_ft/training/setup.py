@@ -31,7 +31,6 @@ from qwenvl_ft.training.callbacks.stopping import PatienceCallback
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
-
 TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes", "default")
 """What ms-swift calls ways of writing tools into the system prompt."""
 
@@ -87,12 +86,12 @@ def read_tools(told: str) -> list[dict[str, Any]]:
         tools = json.loads(text)
     except ValueError:
         tools = None
-    if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools):
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
     if told in TOOL_FORMS:
         raise RecipeError(
-            f"template.tools_prompt={told} is a form of tool prompts, but a Qwen-VL model is trained in the form of its "
-            "own chat template. Leave the key out if records have 'tools' of their own, or give function schemas."
+            f"template.tools_prompt={told} is a form of tool prompts, but a Qwen-VL model is trained in the form "
+            "of its own chat template. Leave the key out if records have 'tools' of their own, or give function schemas."
         )
     raise RecipeError(
         f"template.tools_prompt={told!r:.200} is not a JSON list of function schemas, nor a .json file with one. "

@@ -43,7 +43,6 @@ def test_schemas_are_shown_to_conversations_without_any(tiny_dir, tmp_path):
         ("react_en", "react_en is a form of tool prompts"),
         ("nowhere.json", "nowhere.json cannot be read"),
         ("You may use tools.", "is not a JSON list of function schemas"),
-        ("[]", "is not a JSON list of function schemas"),
         ('{"name": "measure"}', "is not a JSON list of function schemas"),
     ],
 )

@@ -91,7 +91,7 @@ def read_tools(told: str) -> list[dict[str, Any]]:
     if told in TOOL_FORMS:
         raise RecipeError(
             f"template.tools_prompt={told} is a form of tool prompts, but a Qwen-VL model is trained in the form "
-            "of its own chat template. Leave the key out if records have 'tools' of their own, or give function schemas."
+            "of its own chat template. Leave the key out, give records 'tools' of their own, or give schemas here."
         )
     raise RecipeError(
         f"template.tools_prompt={told!r:.200} is not a JSON list of function schemas, nor a .json file with one. "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
@@ -167,7 +168,8 @@ def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tu
     measured = _Measured(records, encoder, on_error)
     workers = min(num_proc, len(os.sched_getaffinity(0))) if len(measured) >= PARALLEL_FROM else 0
     if workers > 1:
-        chunks: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list)
+        generator = torch.Generator()  # or the loader draws its seed from the global one, which training goes on with
+        chunks: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list, generator=generator)
     else:
         chunks = ([measured[index]] for index in range(len(measured)))
     told = (entry for chunk in with_progress(chunks, len(measured), "measuring lengths") for entry in chunk)

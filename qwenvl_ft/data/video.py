@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, floor
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from qwenvl_ft.data.conversation import Sampling, Source, Video
+from qwenvl_ft.data.deadline import within
 from qwenvl_ft.data.grids import Grid, exact_size
 from qwenvl_ft.data.media import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.pixels import resized
@@ -92,7 +92,12 @@ def clip_pixels(video: Video, clip: Clip, processor: Any, policy: MediaPolicy, s
     if isinstance(video.value, (list, tuple)):
         frames: Iterator[NDArray[np.uint8]] = (np.array(open_image(frame, policy)) for frame in video.value)
     else:
-        frames = _decoded(video.value, clip.indices, policy)
+        value, count = video.value, len(clip.indices)
+        frames = within(
+            lambda: _decoded(value, clip.indices, policy),
+            policy.video_timeout,
+            lambda came: _late(value, policy, (came, count)),
+        )
     shown = []
     try:
         for frame in frames:
@@ -125,6 +130,21 @@ def _listed(video: Video, policy: MediaPolicy) -> Footage:
 
 
 def _filmed(value: Any, policy: MediaPolicy) -> Footage:
+    """A file's header."""
+    (footage,) = within(lambda: _header(value, policy), policy.video_timeout, lambda _: _late(value, policy))
+    return footage
+
+
+def _late(value: Any, policy: MediaPolicy, frames: tuple[int, int] | None = None) -> DataError:
+    """The error for a file that takes too long; (frames that came, frames that are shown)."""
+    shown = f": {frames[0]} of its {frames[1]} frames came" if frames else ""
+    return DataError(
+        f"video {medium_name(value)} cannot be read within data.video_timeout={policy.video_timeout:g} s{shown}. Is "
+        "its disk or network slow? Re-encode it, drop the record, or raise the limit."
+    )
+
+
+def _header(value: Any, policy: MediaPolicy) -> Iterator[Footage]:
     """A file's header; of containers that may turn a video also its first frame, which alone says so."""
     with _opened(value, policy) as container:
         stream = container.streams.video[0]
@@ -146,7 +166,7 @@ def _filmed(value: Any, policy: MediaPolicy) -> Footage:
             )
         if not rate or frames < 1:
             raise DataError(f"video {medium_name(value)} is damaged: it has {frames} frames at a rate of {rate}.")
-        return Footage(frames, float(rate), *((width, height) if turned else (height, width)))
+        yield Footage(frames, float(rate), *((width, height) if turned else (height, width)))
 
 
 def _chosen(video: Video, footage: Footage, processor: Any) -> NDArray[np.int64]:
@@ -205,16 +225,10 @@ def _size(video: Video, footage: Footage, frames: int, processor: Any) -> tuple[
 
 def _decoded(value: Any, indices: tuple[int, ...], policy: MediaPolicy) -> Iterator[NDArray[np.uint8]]:
     """uint8[H, W, 3] of each index, upright; indices ascend."""
-    begin = monotonic()
     wanted = iter(indices)
     index, seen = next(wanted), 0
     with _opened(value, policy) as container:
         for frame in container.decode(container.streams.video[0]):
-            if monotonic() - begin > policy.video_timeout:
-                raise DataError(
-                    f"video {medium_name(value)} takes longer than data.video_timeout={policy.video_timeout:g} s to "
-                    f"decode: frame {seen} of {indices[-1] + 1}. Shorten or re-encode it, or raise the limit."
-                )
             if seen == index:
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
                 index = next(wanted, -1)
@@ -248,10 +262,7 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
     except IsADirectoryError:
         raise DataError(f"video {name} is a folder. Give a file or a list of frames.") from None
     except av.error.ExitError:
-        raise DataError(
-            f"video {name} cannot be read within data.video_timeout={policy.video_timeout:g} s. Is its disk or network "
-            "slow? Raise the limit."
-        ) from None
+        raise _late(value, policy) from None
     except (av.FFmpegError, StopIteration, OSError) as error:
         told = " ".join(str(error).split()) or "no frame can be decoded"
         raise DataError(f"video {name} is damaged or no video: {told}. Replace the file or drop the record.") from None

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_ft.data.progress import with_progress
@@ -44,6 +45,7 @@ def walk(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer warns of the fork
     looked = _Looked(records, look)
     workers = num_proc if num_proc > 1 and len(looked) >= PARALLEL_FROM else 0
-    chunks: Any = DataLoader(looked, batch_size=CHUNK, num_workers=workers, collate_fn=list)
+    generator = torch.Generator()  # or the loader draws its seed from the global one, which training goes on with
+    chunks: Any = DataLoader(looked, batch_size=CHUNK, num_workers=workers, collate_fn=list, generator=generator)
     for chunk in with_progress(chunks, len(looked), told, quiet=quiet):
         yield from chunk

@@ -123,7 +123,9 @@ def test_a_second_start_reads_the_cache(processor, tmp_path, monkeypatch):
 def test_workers_measure_the_same(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(lengths_module, "PARALLEL_FROM", 1)
     records = ListRecords([turn("word " * (k % 40 + 1)) for k in range(600)])
+    state = torch.get_rng_state()
     parallel = measure(records, Encoder(processor), num_proc=2, cache_dir=tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state), "what is cached draws nothing either"
     alone = measure(records, Encoder(processor), num_proc=1, cache_dir=tmp_path / "b")
     assert parallel.tokens.tolist() == alone.tokens.tolist()
     assert len(set(alone.tokens.tolist())) > 10

@@ -1,9 +1,14 @@
 """Video files: frames, times and tokens against transformers; what cannot be decoded is one line."""
 
 import io
+import os
 import re
 import socket
+import threading
+import time
+from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -281,14 +286,46 @@ def test_what_cannot_be_shown_is_one_line_with_file_and_record(processor, films,
         Encoder(processor, policy=MediaPolicy(max_image_pixels=100))(asked(films["plain"]))
 
 
-def test_a_film_that_decodes_too_slowly_is_an_error(processor, films, monkeypatch):
-    clock = iter(range(0, 10_000, 7))
-    monkeypatch.setattr(video_module, "monotonic", lambda: next(clock))
-    policy = MediaPolicy(video_timeout=20)
+def stall(path, share):
+    """Put a pipe in a file's place that gives a share of its bytes and then nothing more, as a disk that is gone."""
+    told = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+
+    def write():
+        with path.open("wb", buffering=0) as pipe:
+            with suppress(BrokenPipeError):
+                pipe.write(told[: int(share * len(told))])
+            time.sleep(30)
+
+    threading.Thread(target=write, daemon=True).start()
+
+
+@pytest.fixture
+def long_film(tmp_path):
+    return Path(film(str(tmp_path / "long.mkv"), frames=300, size=(320, 240)))
+
+
+def test_a_decoder_that_hangs_is_left_after_the_time(processor, films, long_film):
+    part, video = processor.video_processor, Video(str(long_film))
+    clip = plan_clip(video, part, MediaPolicy(), SOURCE)
+    stall(long_film, 0.6)
+    begin = time.monotonic()
     with pytest.raises(
-        DataError, match=r"plain\.mp4 takes longer than data\.video_timeout=20 s to decode: frame 2 of 30"
+        DataError,
+        match=r"d\.jsonl:7: video .*long\.mkv cannot be read within .*=1 s: ([5-9]|\d\d) of its 60 frames came",
     ):
-        Encoder(processor, policy=policy)(asked(films["plain"]))
+        clip_pixels(video, clip, part, MediaPolicy(video_timeout=1), SOURCE)
+    assert time.monotonic() - begin < 3
+    assert Encoder(processor, policy=MediaPolicy(video_timeout=20))(asked(films["plain"])), "the next one is read"
+
+
+def test_a_header_that_never_comes_is_left_after_the_time(processor, long_film):
+    stall(long_film, 0)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"long\.mkv cannot be read within data\.video_timeout=0\.5 s\. Is its disk"):
+        plan_clip(Video(str(long_film)), processor.video_processor, MediaPolicy(video_timeout=0.5), SOURCE)
+    assert time.monotonic() - begin < 2
 
 
 def test_a_film_shorter_than_its_header_says_is_an_error(processor, films, monkeypatch):

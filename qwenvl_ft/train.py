@@ -61,6 +61,7 @@ def train(recipe: Any) -> TrainResult:
         aligner_lr=recipe.training.aligner_lr,
         lorap_lr_ratio=lora_plus(recipe),
         zero_gradient_steps=recipe.training.zero_gradient_steps,
+        z_loss=recipe.training.z_loss,
         checkpointed=chosen_parts(recipe.training),
         recipe=recipe,
         callbacks=setup.callbacks(recipe, args.seed),

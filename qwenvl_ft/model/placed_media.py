@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -84,14 +83,14 @@ def use_media_places(model: nn.Module) -> int:
         visual: Any = getattr(inner, "visual", None)
         if "forward" in vars(inner) or not hasattr(text, "_deepstack_process") or not _interpolates_as_known(visual):
             continue
-        inner.forward = MethodType(_forward, inner)
+        inner.forward = _PlacedForward(inner)
         text._deepstack_process = _AddAtPlaces(text._deepstack_process)
         found += 1
     return found
 
 
 def _is_changed(module: nn.Module) -> bool:
-    return getattr(module.__dict__.get("forward"), "__func__", None) is _forward
+    return isinstance(vars(module).get("forward"), _PlacedForward)
 
 
 def _interpolates_as_known(visual: Any) -> bool:
@@ -99,36 +98,48 @@ def _interpolates_as_known(visual: Any) -> bool:
     return told == ("bilinear", True)
 
 
-def _forward(self: Any, input_ids: Tensor | None = None, **given: Any) -> Any:
-    """``Qwen3VLModel.forward`` of a row whose places are known; the class's own of anything else."""
-    kinds = [kind for kind in KINDS if f"{kind}_places" in given]
-    if not kinds:
-        return type(self).forward(self, input_ids=input_ids, **given)
-    embeds = self.get_input_embeddings()(input_ids)  # [1, T, D]
-    media = [_seen(self, kind, given) for kind in kinds]
+class _PlacedForward:
+    """``Qwen3VLModel.forward`` of a row whose places are known; the class's own of anything else.
+
+    An object, because a method that is put onto an instance cannot be pickled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor | None = None, **given: Any) -> Any:
+        kinds = [kind for kind in KINDS if f"{kind}_places" in given]
+        if not kinds:
+            return type(self.model).forward(self.model, input_ids=input_ids, **given)
+        return _placed(self.model, input_ids, given, kinds)
+
+
+def _placed(model: Any, input_ids: Tensor | None, given: dict[str, Any], kinds: list[str]) -> Any:
+    embeds = model.get_input_embeddings()(input_ids)  # [1, T, D]
+    media = [_seen(model, kind, given) for kind in kinds]
     own = [name for name in given if name.startswith(tuple(f"{kind}_" for kind in KINDS))]
     rest = {name: value for name, value in given.items() if name not in (*own, *KINDS.values())}
     for name in ("mm_token_type_ids", "mm_encoder_outputs"):
         rest.pop(name, None)
-    attention = self.config.get_text_config()._attn_implementation
+    attention = model.config.get_text_config()._attn_implementation
     if "cu_seq_lens_q" in rest and (attention == TEXT_NAME or attention.startswith("flash")):
         rest["position_ids"] = rest["position_ids"][-3:]  # with the text's, transformers looks for borders, and waits
     places = torch.cat([given[f"{kind}_places"] for kind in kinds])
     merged, *deep = (torch.cat(features).to(embeds.dtype) for features in zip(*media, strict=True))
-    return self.language_model(
+    return model.language_model(
         **(rest | {"input_ids": None, "inputs_embeds": embeds.index_copy(1, places.to(embeds.device), merged[None])}),
         visual_pos_masks=places,
         deepstack_visual_embeds=deep,
     )
 
 
-def _seen(self: Any, kind: str, given: dict[str, Any]) -> list[Tensor]:
+def _seen(model: Any, kind: str, given: dict[str, Any]) -> list[Tensor]:
     """Features of a kind's media: those that take the tokens' places, and those that are added to deeper layers."""
     grid = given[f"{kind}_grid_thw"]
     known = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
     told = {name: given[f"{kind}_{name}"] for name in known if f"{kind}_{name}" in given}
-    pixels = given[KINDS[kind]].type(self.visual.dtype)
-    seen = self.visual(pixels, grid_thw=grid, return_dict=True, **told)
+    pixels = given[KINDS[kind]].type(model.visual.dtype)
+    seen = model.visual(pixels, grid_thw=grid, return_dict=True, **told)
     return [seen.pooler_output, *seen.deepstack_features]
 
 

@@ -232,6 +232,8 @@ class TrainingConfig:
     activation_checkpointing."""
     vit_gradient_checkpointing: bool | None = None
     """The same of the vision tower's layers."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of each softmax's sum, added to the loss in training, as 1e-4; 0 is off."""
     early_stopping_patience: Positive | None = None
     """Evaluations without a better metric_for_best_model after which training ends."""
     resume_from_checkpoint: str | bool | None = None

@@ -40,7 +40,7 @@ def split_labels(batch: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
     """Sum of the cross entropy over the batch's targets: float32 for each, float64 for the sum.
 
     The head turns hidden states into losses a chunk at a time and, where there is more than one, again in the backward
@@ -48,6 +48,7 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
 
     Args:
         batch: from `split_labels`, on the model's device.
+        z_loss: weight of the squared logarithm of each softmax's sum, which keeps logits near 0 (PaLM, 2204.02311).
 
     Returns:
         A scalar; 0 with a (zero) gradient where nothing is supervised, so that every rank still runs backward.
@@ -57,7 +58,7 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     if targets.numel() == 0:
         return model(**inputs).logits.double().sum() * 0.0
     head = _head_loss(model)
-    head.targets, head.label_smoothing = targets, label_smoothing
+    head.targets, head.label_smoothing, head.z_loss = targets, label_smoothing, z_loss
     try:
         return model(**inputs).logits.double().sum()
     finally:
@@ -74,24 +75,26 @@ class HeadLoss:
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self.forward = forward
         self.targets: Tensor | None = None
-        self.label_smoothing = 0.0
+        self.label_smoothing = self.z_loss = 0.0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> logits ``[..., V]``, or losses float32 ``[..., 1]`` with targets."""
         if self.targets is None:
             return self.forward(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
+        weights = self.label_smoothing, self.z_loss  # as arguments: set anew before the backward pass computes again
         parts = list(zip(flat.split(HEAD_CHUNK), self.targets.split(HEAD_CHUNK), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
-            losses = [checkpoint(self._losses, *part, self.label_smoothing, use_reentrant=False) for part in parts]
+            losses = [checkpoint(self._losses, *part, *weights, use_reentrant=False) for part in parts]
         else:
-            losses = [self._losses(*part, self.label_smoothing) for part in parts]
+            losses = [self._losses(*part, *weights) for part in parts]
         return torch.cat(losses).view(*hidden.shape[:-1], 1)
 
-    def _losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    def _losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
         logits = self.forward(hidden).float()
         targets = targets.to(logits.device)
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+        return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
 
 
 def _head_loss(model: nn.Module) -> HeadLoss:

@@ -58,6 +58,7 @@ class QwenVLTrainer(Trainer):
         lorap_lr_ratio: LoRA's B matrices learn at this many times their part's rate (LoRA+); None is once.
         zero_gradient_steps: steps in a row without a gradient in a trained part before a warning says why; 0 is never.
         checkpointed: of ``args.activation_checkpointing``, whether ``llm`` and ``vision`` take part; None is both.
+        z_loss: weight of the squared logarithm of each softmax's sum, in training alone.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
 
     Raises:
@@ -80,6 +81,7 @@ class QwenVLTrainer(Trainer):
         lorap_lr_ratio: float | None = None,
         zero_gradient_steps: int = 20,
         checkpointed: dict[str, bool] | None = None,
+        z_loss: float = 0.0,
         recipe: Any = None,
         **more: Any,
     ) -> None:
@@ -92,6 +94,7 @@ class QwenVLTrainer(Trainer):
         self.aligner_lr = aligner_lr
         self.lorap_lr_ratio = lorap_lr_ratio
         self.checkpointed = checkpointed or {}
+        self.z_loss = z_loss
         self.recipe = recipe
         self.part_rates: dict[str, float] = {}
         self.bad_samples = 0
@@ -267,7 +270,8 @@ class QwenVLTrainer(Trainer):
         The sum is divided once, by the tokens of all passes and ranks, and multiplied by the ranks because gradients
         are averaged over them. Summed over passes and averaged over ranks it is the mean.
         """
-        total = loss_sum(model, inputs, label_smoothing=self.args.label_smoothing_factor if model.training else 0.0)
+        smoothing, z_loss = (self.args.label_smoothing_factor, self.z_loss) if model.training else (0.0, 0.0)
+        total = loss_sum(model, inputs, label_smoothing=smoothing, z_loss=z_loss)
         loss = total * self.args.world_size / torch.clamp(num_items_in_batch, min=1)
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(inner, TrainedPeftModel) and (penalty := inner.penalty()) is not None:

@@ -21,13 +21,13 @@ def batch(encoder):
     return split_labels(QwenVLCollator()([encoder(record) for record in RECORDS[:4]]))
 
 
-def plain(model, batch, smoothing=0.0):
+def plain(model, batch, smoothing=0.0, z_loss=0.0):
     """All logits at once, in float32."""
     inputs = {key: value for key, value in batch.items() if key != "targets"}
     logits = model(**inputs).logits
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), batch["targets"], reduction="sum", label_smoothing=smoothing
-    )
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    penalty = z_loss * logits.exp().sum(-1).log().square().sum()
+    return penalty + F.cross_entropy(logits, batch["targets"], reduction="sum", label_smoothing=smoothing)
 
 
 def gradients(model):
@@ -38,22 +38,26 @@ def gradients(model):
 
 HEADS = {
     "tied": None,
+    "untied": None,
     "LoRA": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
     "trained copy": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 }
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, tiny_dir, batch, head, smoothing):
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
+def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, tiny_dir, batch, head, smoothing, z_loss):
     model = load_model(str(tiny_dir), torch_dtype="float32")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    if head == "untied":
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
     if HEADS[head] is not None:
         model = get_peft_model(model, copy.deepcopy(HEADS[head]))
-    plain(model, batch, smoothing).backward()
-    expected_loss, expected = plain(model, batch, smoothing).item(), gradients(model)
+    plain(model, batch, smoothing, z_loss).backward()
+    expected_loss, expected = plain(model, batch, smoothing, z_loss).item(), gradients(model)
     for chunk in (batch["targets"].numel(), 7, 1):
         monkeypatch.setattr(loss_module, "HEAD_CHUNK", chunk)
-        total = loss_sum(model, batch, label_smoothing=smoothing)
+        total = loss_sum(model, batch, label_smoothing=smoothing, z_loss=z_loss)
         assert total.item() == pytest.approx(expected_loss, rel=1e-6)
         total.backward()
         actual = gradients(model)

@@ -26,15 +26,22 @@ def missing(folder: Path) -> str | None:
     Trainer writes the weights first and ``trainer_state.json`` last, so a run killed while it saved leaves a folder
     without a readable state.
     """
-    try:
-        json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not finished(folder):
         return f"it has no complete {STATE}: the run ended while it was saved"
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS + OPTIMIZERS[3:4]):
         return "it holds no weights"
     if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
         return NO_OPTIMIZER
     return None
+
+
+def finished(folder: Path) -> bool:
+    """Whether the state is there, which is written last: of a checkpoint when it is whole, of a run at its end."""
+    try:
+        json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -22,12 +22,14 @@ class TrainResult:
 
 
 def train(recipe: Any) -> TrainResult:
-    """Run a recipe from model and data to checkpoint and evaluation.
+    """Run a recipe from model and data to checkpoint and evaluation; one with phases, each of them in turn.
 
     Raises:
         QwenVLError: the recipe, the data or a checkpoint is wrong; nothing was written before that was known. Or
             training cannot go on: a loss is not finite, or memory is not enough.
     """
+    if recipe.phases:
+        return train_phases(recipe)
     import torch
     from transformers import PrinterCallback
 
@@ -43,7 +45,8 @@ def train(recipe: Any) -> TrainResult:
 
     args = build_arguments(recipe)
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
-    check_before_training(recipe)
+    if not recipe.phase:  # before the first phase, all were checked
+        check_before_training(recipe)
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     questions = setup.build_questions(recipe, train_set.encoder, args.seed)
@@ -67,7 +70,7 @@ def train(recipe: Any) -> TrainResult:
         callbacks=setup.callbacks(recipe, args.seed),
     )
     trainer.remove_callback(PrinterCallback)
-    progress, signals = ProgressCallback(), SignalCallback()
+    progress, signals = ProgressCallback(recipe.phase), SignalCallback()
     trainer.add_callback(progress)
     trainer.add_callback(signals)
     setup.tell(trainer, progress, resume)
@@ -84,6 +87,29 @@ def train(recipe: Any) -> TrainResult:
     elif trainer.is_world_process_zero():
         cause = f"stopped by {signal.Signals(stopped_by).name} at step {output.global_step}"
         progress.say(f"{cause}; to go on, add training.resume_from_checkpoint=true")
+    return result
+
+
+def train_phases(recipe: Any) -> TrainResult:
+    """Run the phases of a recipe one after the other, those that are not finished yet.
+
+    Returns:
+        The last phase's metrics, and the steps of all that were run now.
+
+    Raises:
+        QwenVLError: as `train` does; what can be known of any phase, before the first begins.
+    """
+    from qwenvl_ft.training import phases
+
+    result = TrainResult(phases.folder_of(recipe))
+    for run in phases.open_phases(recipe):
+        phases.between()
+        done = train(run)
+        result.metrics, result.stopped_by = done.metrics, done.stopped_by
+        result.steps += done.steps
+        if done.stopped_by is not None:
+            return result
+    phases.publish(recipe)
     return result
 
 

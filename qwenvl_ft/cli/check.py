@@ -19,7 +19,8 @@ def check(
 ) -> None:
     """Look at every record before training does. Exit code 0, or 1 if something is wrong.
 
-    Files alone are checked for all but tokens; give --model DIR for those too, --val FILE to look for leaks.
+    Files alone are checked for all but tokens; give --model DIR for those too, --val FILE to look for leaks. Of a
+    recipe with phases, each is looked at.
     """
     import json
 
@@ -27,7 +28,14 @@ def check(
     from qwenvl_ft.look.report import text
     from qwenvl_ft.look.target import target_recipe
 
-    report = check_recipe(target_recipe(words), allow=allow or [], processes=processes, quiet=as_json)
-    typer.echo(json.dumps(report.told(), ensure_ascii=False) if as_json else text(report, show))
-    if not report.ok or (strict and report.faults):
+    reports = {}
+    for phase, recipe in target_recipe(words).by_phase().items():
+        report = check_recipe(recipe, allow=allow or [], processes=processes, quiet=as_json)
+        reports[phase] = report
+        if not as_json:
+            typer.echo((f"\n{phase}\n" if phase else "") + text(report, show))
+    if as_json:
+        told = {phase: report.told() for phase, report in reports.items()}
+        typer.echo(json.dumps(told[""] if "" in told else told, ensure_ascii=False))
+    if not all(report.ok and not (strict and report.faults) for report in reports.values()):
         raise typer.Exit(1)

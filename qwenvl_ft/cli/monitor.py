@@ -63,7 +63,7 @@ def monitor(
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, in the order of steps.
+    """What was logged, in the order of steps; of a run with phases, in its last one.
 
     A resumed run writes behind what was there: steps that it did again count once, as they went last. A line that is
     being written is left for the next look.
@@ -75,6 +75,8 @@ def entries(folder: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
+        if logged and phase_of(entry) != phase_of(logged[-1]):
+            logged = []
         if logged and entry["step"] < logged[-1]["step"]:
             logged = [kept for kept in logged if kept["step"] < entry["step"]]
         logged.append(entry)
@@ -82,8 +84,16 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def ended(logged: list[dict[str, Any]]) -> bool:
-    """Whether the last entry is the one that closes a run."""
-    return bool(logged) and "train_loss" in logged[-1]
+    """Whether the last entry is the one that closes a run, or the last of its phases."""
+    if not logged or "train_loss" not in logged[-1]:
+        return False
+    number, _, count = phase_of(logged[-1]).partition(" ")[0].partition("/")
+    return number == count
+
+
+def phase_of(entry: dict[str, Any]) -> str:
+    """``2/3 medium``; empty in a run without phases."""
+    return entry["phase"] if "phase" in entry else ""
 
 
 def screen(folder: Path) -> str:
@@ -105,7 +115,9 @@ def progress(logged: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[
         known |= entry
     left = "ended" if ended(logged) else f"left {_clock(known['eta_seconds'])}" if "eta_seconds" in known else ""
     figures = "  ".join(f"{name} {known[name]:.4g}" for name in FIGURES if name in known)
+    phase = phase_of(last)
     return [
+        *([f"phase {phase}"] if phase else []),
         f"[{bar:<{WIDTH}}] {share:.1%}  step {last['step']:,} of {last['total_steps']:,}",
         f"elapsed {_clock(last['elapsed_seconds'])}  {left}".rstrip(),
         f"loss {losses[-1]:.4f}  mean of the last {min(WINDOW, len(losses))}: {_mean(losses[-WINDOW:]):.4f}",

@@ -19,12 +19,18 @@ def recipe(
     from qwenvl_ft.recipe.argv import recipe_from_argv
 
     resolved = recipe_from_argv([f"recipe={name}", *(overrides or [])])
-    DenseOptions.of(resolved, seed=0)  # these two read what the schema leaves open
-    Augmenter.from_config(resolved.data.augmentation)
+    for run in resolved.by_phase().values():
+        DenseOptions.of(run, seed=0)  # these two read what the schema leaves open
+        Augmenter.from_config(run.data.augmentation)
     if plain:
         typer.echo(resolved.to_yaml(), nl=False)
         return
-    rows = [(key, as_text(value), resolved.origin(key)) for key, value in flatten(resolved.to_dict())]
+    told = resolved.to_dict()
+    phases = told.pop("phases", [])
+    rows = [(key, as_text(value), resolved.origin(key)) for key, value in flatten(told)]
+    for phase, run in zip(phases, resolved.phases, strict=True):
+        name = phase.pop("name")
+        rows += [(f"phases.{name}.{key}", as_text(value), run.origin(key)) for key, value in flatten(phase)]
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(44, max(len(value) for _, value, _ in rows))
     for key, value, origin in rows:

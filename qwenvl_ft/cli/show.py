@@ -19,11 +19,16 @@ def show(
         str, typer.Option(help="Of coordinates in answers: norm1000, norm100, unit (0 to 1), pixels, or auto.")
     ] = "auto",
 ) -> None:
-    """Write one HTML page with images, objects, tokens and packed rows. Files alone need --model DIR."""
+    """Write one HTML page with images, objects, tokens and packed rows. Files alone need --model DIR.
+
+    Of a recipe with phases, each has its page: show_phase_1_simple.html.
+    """
     from qwenvl_ft.look.placing import check_units
     from qwenvl_ft.look.show import show_recipe
     from qwenvl_ft.look.target import target_recipe
 
     check_units(units)
-    recipe = target_recipe(words)
-    typer.echo(show_recipe(recipe, out, split=split, samples=samples, rows=rows, epoch=epoch, units=units))
+    for phase, recipe in target_recipe(words).by_phase().items():
+        page = out.with_stem(f"{out.stem}_{phase}") if phase else out
+        told = show_recipe(recipe, page, split=split, samples=samples, rows=rows, epoch=epoch, units=units, title=phase)
+        typer.echo(told)

@@ -21,8 +21,15 @@ def stats(
     from qwenvl_ft.look.stats import count_recipe, text, write_page
     from qwenvl_ft.look.target import target_recipe
 
-    counted = count_recipe(target_recipe(words), split=split, quiet=as_json)
-    typer.echo(json.dumps(counted.told(), ensure_ascii=False) if as_json else text(counted, show))
-    if out is not None:
-        write_page(counted, out)
-        typer.echo(f"\nplots: {out}", err=as_json)
+    told = {}
+    for phase, recipe in target_recipe(words).by_phase().items():
+        counted = count_recipe(recipe, split=split, quiet=as_json)
+        told[phase] = counted.told()
+        if not as_json:
+            typer.echo((f"\n{phase}\n" if phase else "") + text(counted, show))
+        if out is not None:
+            page = out.with_stem(f"{out.stem}_{phase}") if phase else out
+            write_page(counted, page)
+            typer.echo(f"\nplots: {page}", err=as_json)
+    if as_json:
+        typer.echo(json.dumps(told[""] if "" in told else told, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """Where recipe files are, and what each says under our own names: a file and those it extends, the weakest first."""
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,8 +20,21 @@ from qwenvl_ft.recipe.schema import SECTIONS, TOP_LEVEL
 
 Values = dict[str, Any]
 OVERRIDE = "override"
+ENVIRONMENT_LAYER = "environment"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = (".yaml", ".yml")
+PHASE_EXAMPLE = (
+    "Example: phases: [{name: simple, data: {train: simple.jsonl}}, {name: full, data: {train: all.jsonl}}]."
+)
+RUN_KEYS = {
+    "model.model": "is for the first phase and stands outside of phases: each goes on from the one before.",
+    "tuner.resume_from_checkpoint": "is for the first phase and stands outside of phases: each goes on from the one "
+    "before.",
+    "training.output_dir": "is one for all phases, which have a folder each in it. Set it outside of phases.",
+    "training.resume_from_checkpoint": "is one for all phases. Set it outside of phases.",
+    "training.save_final": "is one for all phases. Set it outside of phases.",
+}
+"""Key that a phase cannot have -> what is said of it."""
 DOTTED = ("model.device_map",)
 """Mappings whose keys have dots of their own."""
 
@@ -35,6 +49,8 @@ class Layer:
     """Our sections -> keys -> values."""
     spelled: dict[str, str] = field(default_factory=dict)
     """Our dotted key -> the name that it was given by, where that is another."""
+    phases: "dict[str, Layer] | None" = None
+    """Name -> what a phase says; None if nothing is said of phases. A file's are all; overrides change some."""
 
     def set(self, key: str, value: Any, spelled: str) -> None:
         """Set a value by its dotted key; the last one counts."""
@@ -177,12 +193,47 @@ def _layer(where: str, values: Values) -> Layer:
             raise RecipeError(f"{where}: unknown section {section!r}.{_section_hint(section)}")
         if section == "global_max_length":
             layer.set(section, content, section)
+        elif section == "phases":
+            layer.phases = _phases(where, content)
         elif isinstance(content, dict):
             for name, value in content.items():
                 layer.put(section, str(name), value)
         elif content is not None:
             raise RecipeError(f"{where}: {section} is {shown(content)}, but a section is a mapping of keys.")
     return layer
+
+
+def _phases(where: str, content: Any) -> dict[str, Layer]:
+    """The phases of a file in their order; a phase without a name has its number for one."""
+    if content is None:
+        return {}
+    if not isinstance(content, list):
+        raise RecipeError(f"{where}: phases is {shown(content)}, but it is a list. {PHASE_EXAMPLE}")
+    phases: dict[str, Layer] = {}
+    for number, entry in enumerate(content, 1):
+        if not isinstance(entry, dict):
+            raise RecipeError(f"{where}: phase {number} is {shown(entry)}, not a mapping of sections. {PHASE_EXAMPLE}")
+        values = {str(key): value for key, value in entry.items()}
+        name = str(values.pop("name", number))
+        label = f"{where}: phase {number}" + (f" ({name})" if name != str(number) else "")
+        if not re.fullmatch(r"[A-Za-z]\w*|\d+", name) or (name.isdigit() and name != str(number)):
+            raise RecipeError(f"{label}: a name begins with a letter, followed by letters, digits and _, as medium.")
+        if name in phases:
+            raise RecipeError(f"{label}: another phase has that name. Names differ.")
+        for key in ("extends", "inherit", "phases"):
+            if key in values:
+                raise RecipeError(f"{label}: {key} stands at the top of a recipe, not in a phase.")
+        phases[name] = _layer(label, values)
+        _require_own_run(phases[name])
+    return phases
+
+
+def _require_own_run(layer: Layer) -> None:
+    """Refuse in a phase what is one for the whole run."""
+    for key, why in RUN_KEYS.items():
+        section, _, name = key.partition(".")
+        if section in layer.values and name in layer.values[section]:
+            raise RecipeError(f"{layer.where}: {key} {why}")
 
 
 def _section_hint(name: str) -> str:
@@ -193,7 +244,7 @@ def _section_hint(name: str) -> str:
 
 def environment_layer() -> Layer:
     """What the environment variables of other libraries say about areas and frames."""
-    layer = Layer("environment")
+    layer = Layer(ENVIRONMENT_LAYER)
     for variable, name in ENVIRONMENT.items():
         if os.environ.get(variable):
             for key, told in flag_values(name, os.environ[variable], f"{layer.where}: {variable}").items():
@@ -229,6 +280,8 @@ def set_override(layer: Layer, key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if key == "global_max_length":
         layer.set(key, value, key)
+    elif section == "phases":
+        _override_phase(layer, name, value, key)
     elif key in ("extends", "inherit"):
         raise RecipeError(f"{OVERRIDE}: {key} stands in a file. Name a weaker recipe by base_config={value}.")
     elif section not in (*SECTIONS, "custom"):
@@ -239,3 +292,17 @@ def set_override(layer: Layer, key: str, value: Any) -> None:
         layer.set(_inside(section, name), parse_text(value) if isinstance(value, str) else value, key)
     else:
         layer.put(section, name, value)
+
+
+def _override_phase(layer: Layer, name: str, value: Any, spelled: str) -> None:
+    """``phases.NAME.section.key`` from the command line."""
+    phase, _, key = name.partition(".")
+    if not key:
+        raise RecipeError(
+            f"{OVERRIDE}: {spelled} is not phases.NAME.section.key=value. Example: "
+            "phases.simple.training.learning_rate=1e-5. Phases themselves stand in a file."
+        )
+    layer.phases = layer.phases or {}
+    inner = layer.phases.setdefault(phase, Layer(f"{OVERRIDE}: phases.{phase}"))
+    set_override(inner, key, value)
+    _require_own_run(inner)

@@ -13,12 +13,21 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.recipe.checks import METHOD_KEYS, check
 from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.dialects import REMOVED
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
-from qwenvl_ft.recipe.layers import Layer, Values, environment_layer, find_recipe, override_layer, read_layers
+from qwenvl_ft.recipe.layers import (
+    ENVIRONMENT_LAYER,
+    OVERRIDE,
+    Layer,
+    Values,
+    environment_layer,
+    find_recipe,
+    override_layer,
+    read_layers,
+)
 from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
 from qwenvl_ft.recipe.schema import (
     HF_DEFAULTS,
@@ -52,9 +61,16 @@ class Recipe:
     global_max_length: int | None = None
     origins: dict[str, str] = field(default_factory=dict, compare=False)
     """``section.key`` -> the file that set it, or ``override``; keys that nobody set are not in it."""
+    phases: "list[Recipe]" = field(default_factory=list)
+    """The recipe of each phase, all its settings; empty if the run has none."""
+    phase: str = ""
+    """Of a phase's recipe: which of how many it is, and its name, as ``2/3 medium``."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Sections as in a file: ``training`` flat, the top-level length only if it was given, no secrets."""
+        """Sections as in a file: ``training`` flat, the top-level length only if it was given, no secrets.
+
+        Of phases, what they have otherwise.
+        """
         told: dict[str, Any] = {}
         if self.global_max_length is not None:
             told["global_max_length"] = self.global_max_length
@@ -62,6 +78,8 @@ class Recipe:
             values = {f.name: getattr(getattr(self, name), f.name) for f in fields(section)}
             values |= values.pop("arguments", {})
             told[name] = {key: value for key, value in values.items() if key not in SECRETS}
+        if self.phases:
+            told["phases"] = [{"name": phase.phase.split()[1]} | _otherwise(phase, told) for phase in self.phases]
         return told
 
     def to_yaml(self) -> str:
@@ -77,6 +95,10 @@ class Recipe:
         partial = target.with_suffix(".partial")
         partial.write_text(header() + self.to_yaml(), encoding="utf-8")
         partial.replace(target)
+
+    def by_phase(self) -> "dict[str, Recipe]":
+        """Folder's name -> recipe of each phase; of a recipe without phases, itself under an empty name."""
+        return {Path(run.training.arguments["output_dir"]).name: run for run in self.phases} or {"": self}
 
     def origin(self, key: str) -> str:
         """Where a dotted key's value came from: a file, ``override`` or ``default``."""
@@ -101,7 +123,56 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str]
 
 
 def build_recipe(layers: list[Layer]) -> Recipe:
-    """Merge, resolve interpolations, type and check."""
+    """Merge, resolve interpolations, type and check; of a recipe with phases, each of them."""
+    recipe = _typed(layers)
+    told = {layer.where: layer.phases for layer in layers if layer.phases is not None}
+    changes = told.pop(OVERRIDE, {})
+    phases = list(told.values())[-1] if told else {}
+    for name in changes:
+        if name not in phases:
+            raise unknown_name("phase", name, phases)
+    for number, (name, phase) in enumerate(phases.items(), 1):
+        recipe.phases.append(_phase(layers, phase, changes, f"{number}/{len(phases)} {name}"))
+    if not phases:
+        check(recipe)
+    return recipe
+
+
+def _phase(layers: list[Layer], phase: Layer, changes: dict[str, Layer], told: str) -> Recipe:
+    """The recipe of a phase: it outweighs all files, and yields to the environment and the command line."""
+    name = told.split()[1]
+    strong = [layer for layer in layers if layer.where in (ENVIRONMENT_LAYER, OVERRIDE)]
+    weak = [layer for layer in layers if layer not in strong]
+    recipe = _typed([*weak, phase, *strong, *([changes[name]] if name in changes else [])])
+    recipe.phase = told
+    training = recipe.training
+    folder = f"phase_{told.split('/')[0]}" + ("" if name.isdigit() else f"_{name}")
+    training.arguments["output_dir"] = str(Path(training.arguments["output_dir"]) / folder)
+    training.logging_dir = training.logging_dir and str(Path(training.logging_dir) / folder)
+    try:
+        check(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"phase {told}: {error}") from None
+    return recipe
+
+
+def _otherwise(phase: Recipe, base: dict[str, Any]) -> dict[str, Any]:
+    """What a phase says otherwise than the recipe around it; folders follow from that."""
+    own = phase.to_dict()
+    told: dict[str, Any] = {}
+    for name, values in own.items():
+        if not isinstance(values, dict):
+            told |= {name: values} if name not in base or values != base[name] else {}
+            continue
+        changed = {key: value for key, value in values.items() if key not in base[name] or value != base[name][key]}
+        for key in ("output_dir", "logging_dir") if name == "training" else ():
+            changed.pop(key, None)
+        told |= {name: changed} if changed else {}
+    return told
+
+
+def _typed(layers: list[Layer]) -> Recipe:
+    """Merge, resolve interpolations and type."""
     merged: Values = {}
     origins: dict[str, str] = {}
     spelled: dict[tuple[str, str], str] = {}
@@ -121,7 +192,6 @@ def build_recipe(layers: list[Layer]) -> Recipe:
     recipe = Recipe(**told, global_max_length=length, origins=origins)
     _derive(recipe)
     _drop_outweighed(recipe, [layer.where for layer in layers])
-    check(recipe)
     return recipe
 
 

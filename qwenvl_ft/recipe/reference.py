@@ -27,6 +27,8 @@ A recipe is a YAML file with the sections below. Above them may stand:
   this file outweighs all. `inherit` is the same.
 - `global_max_length`: tokens of the longest conversation. It sets `model.max_model_len` and `template.max_length`, and
   outweighs both.
+- `phases`: a list of runs one after the other, each with a `name` and the keys that it has otherwise: see
+  [Phases](training.md#phases).
 
 Mappings are merged key by key. `${section.key}` takes another key's value, `${oc.env:NAME}` an environment variable.
 On the command line, `section.key=value` overrides; `--key value` does too, by the key's bare name (not for the sections

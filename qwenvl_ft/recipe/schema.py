@@ -381,5 +381,5 @@ HF_TYPES: dict[str, Any] = {
 SECRETS = ("hub_token", "swanlab_token")
 """Keys under ``training`` that are never printed or saved. Give them as ${oc.env:NAME}."""
 
-TOP_LEVEL = ("extends", "inherit", "global_max_length", *SECTIONS, "custom")
+TOP_LEVEL = ("extends", "inherit", "global_max_length", *SECTIONS, "custom", "phases")
 """Keys at the top of a recipe file; ``inherit`` is ``extends``, ``custom`` is ``data``."""

@@ -228,12 +228,13 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
     """What is about to be trained, on what, from where: printed before the first step, and saved to be run again."""
     if not trainer.is_world_process_zero():
         return
-    progress.folder = Path(trainer.args.output_dir)
-    progress.folder.mkdir(parents=True, exist_ok=True)
-    trainer.recipe.save(progress.folder / "recipe.yaml")
+    progress.follow(trainer.args)
+    trainer.recipe.save(Path(trainer.args.output_dir) / "recipe.yaml")
     sampler = trainer.plan_sampler(trainer.train_dataset)
     args = trainer.args
     say = progress.say
+    if trainer.recipe.phase:
+        say(f"goes on from {trainer.recipe.tuner.resume_from_checkpoint or trainer.recipe.model.model}")
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     say(f"{type(trainer.model).__name__}, {versions}, {args.device}, processes: {args.world_size}")
     if reason := obstacle(trainer.processing_class.image_processor):

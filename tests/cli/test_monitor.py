@@ -85,6 +85,18 @@ def test_a_run_that_ended_says_so_and_one_that_has_not_begun_too(run, no_gpu, ca
     assert "no step is logged yet; see training.log" in shown(capsys, folder)[1]
 
 
+def test_of_a_run_with_phases_the_last_one_is_shown_and_the_run_ends_with_it(run, no_gpu, capsys):
+    first = [entry(39, loss=9.0, phase="1/2 few"), entry(40, train_loss=9.0, phase="1/2 few")]
+    assert not monitor.ended(monitor.entries(run(*first)))
+    second = [entry(k, loss=2.0, phase="2/2 all", eta_seconds=7) for k in (1, 2)]
+    folder = run(*first, *second)
+    assert [one["step"] for one in monitor.entries(folder)] == [1, 2]
+    lines = shown(capsys, folder)[1]
+    assert lines[1] == "phase 2/2 all"
+    assert lines[4] == "loss 2.0000  mean of the last 2: 2.0000"
+    assert monitor.ended(monitor.entries(run(*first, *second, entry(40, train_loss=2.0, phase="2/2 all"))))
+
+
 def test_tail_prints_the_last_lines_of_the_log(run, capsys):
     assert shown(capsys, run(), "--tail", "2")[1] == ["second", "third"]
 

@@ -90,7 +90,7 @@ WRONG_FILES = {
     "an unknown section": (
         "tunner: {lora_rank: 8}",
         "FILE: unknown section 'tunner'. Did you mean 'tuner'? Known: custom, data, deepspeed, evaluation, extends, "
-        "global_max_length, inherit, model, prompts, quantization, template, training, tuner.",
+        "global_max_length, inherit, model, phases, prompts, quantization, template, training, tuner.",
     ),
     "a key outside of its section": (
         "lora_rank: 8",

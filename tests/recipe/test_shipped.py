@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
+from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.recipe.argv import recipe_from_argv
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import DataConfig
@@ -40,6 +41,7 @@ def test_the_expected_files_are_there():
         "stage_2_llm_aligner",
         "flare25",
     } <= set(map(stem, YAML))
+    assert "curriculum" in set(map(stem, YAML))
     assert {"sft_4b", "sft_8b", "lora_4b", "sft_7b", "sft_qwen3_4b_flare", "dry_run"} <= set(map(stem, SCRIPTS))
     assert set(map(stem, DEEPSPEED)) == {"zero2", "zero2_offload", "zero3", "zero3_offload"}
     assert {"ddp", "fsdp2"} <= set(map(stem, ACCELERATE))
@@ -114,6 +116,23 @@ def test_recipes_train_what_their_first_lines_say(name, expected):
     tuner = recipe.tuner
     told = (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner, recipe.deepspeed.enabled)
     assert told == expected
+
+
+def test_the_curriculum_thaws_and_varies_more_from_phase_to_phase():
+    recipe = load_recipe("curriculum")
+    told = [
+        (run.data.train, run.training.arguments["num_train_epochs"], run.tuner.freeze_llm, run.training.learning_rate)
+        for run in recipe.phases
+    ]
+    assert told == [
+        ("data/full.simple.jsonl", 30, True, 1e-4),
+        ("data/full.medium.jsonl", 30, False, 1e-4),
+        ("data/full.jsonl", 40, False, 5e-5),
+    ]
+    turned = [Augmenter.from_config(run.data.augmentation) for run in recipe.phases]
+    assert len({repr(augmenter) for augmenter in turned}) == 3
+    folders = [run.training.arguments["output_dir"] for run in recipe.phases]
+    assert folders == [f"output/curriculum/phase_{name}" for name in ("1_simple", "2_medium", "3_full")]
 
 
 def autos(value):

@@ -1,7 +1,8 @@
 """What a run tells: a line (or, on a terminal, a bar) on the console, and two files beside the checkpoints.
 
 ``training.log`` is for people and `tail -f`; ``trainer_log.jsonl`` has one object per line, with ``step``,
-``total_steps`` and ``elapsed_seconds``, for monitors and plots.
+``total_steps`` and ``elapsed_seconds``, for monitors and plots. The phases of a run share both, in the run's folder;
+each line says its ``phase``.
 """
 
 import json
@@ -47,17 +48,27 @@ def describe(logs: dict[str, Any]) -> str:
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes both files and the console, from the first process alone."""
+    """Writes both files and the console, from the first process alone.
 
-    def __init__(self) -> None:
+    Args:
+        phase: which of a run's phases this is, as ``2/3 medium``; their files are beside the phases' folders.
+    """
+
+    def __init__(self, phase: str = "") -> None:
+        self.phase = phase
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.start = time.perf_counter()
         self.folder = Path()
 
+    def follow(self, args: Any) -> None:
+        """Take the folder of a run for the files."""
+        folder = Path(args.output_dir)
+        self.folder = folder.parent if self.phase else folder
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.start = time.perf_counter()
-        self.folder = Path(args.output_dir)
+        self.follow(args)
         if not state.is_world_process_zero:
             return
         rows = state.train_batch_size or args.per_device_train_batch_size
@@ -80,11 +91,12 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        self.folder = Path(args.output_dir)
+        self.follow(args)
         entry = {
             "step": state.global_step,
             "total_steps": state.max_steps,
             "elapsed_seconds": round(time.perf_counter() - self.start, 2),
+            **({"phase": self.phase} if self.phase else {}),
             **logs,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +117,7 @@ class ProgressCallback(TrainerCallback):
 
     def say(self, line: str) -> None:
         """One line, on the console and in ``training.log``."""
+        line = f"phase {self.phase}: {line}" if self.phase else line
         if self.progress is not None:
             self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:

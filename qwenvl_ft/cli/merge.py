@@ -1,7 +1,7 @@
-"""``qwenvl-ft merge``: an adapter and its base model as one model that plain transformers loads."""
+"""``qwenvl-ft merge``: an adapter and its base model as one model, in few bits if asked for."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +12,52 @@ def merge(
     base: Annotated[str | None, typer.Option(help="Base model, if it moved from where the adapter says.")] = None,
     torch_dtype: Annotated[str, typer.Option(help="Of the result; auto is the base model's.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    quant_method: Annotated[
+        str | None,
+        typer.Option("--quant-method", "--quant_method", help="gptq or awq: the language model in few bits."),
+    ] = None,
+    quant_bits: Annotated[int, typer.Option("--quant-bits", "--quant_bits", help="Bits of a weight.")] = 4,
+    group_size: Annotated[
+        int, typer.Option("--group-size", "--gptq_group_size", help="Weights that share a scale.")
+    ] = 128,
+    n_samples: Annotated[int, typer.Option("--n-samples", "--quant_n_samples", help="Samples to calibrate on.")] = 128,
+    dataset: Annotated[str | None, typer.Option(help="Records to calibrate on, as data.train.")] = None,
 ) -> None:
     """Write a model whose weights have the adapter's update in them, with processor and generation config."""
+    from tempfile import TemporaryDirectory
+
     from transformers.utils import logging
 
     from qwenvl_ft.export.merge import merge as merge_adapter
+    from qwenvl_ft.export.merge import require_new
+    from qwenvl_ft.export.quantize import check_quantization, quantize, require_no_quantization
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    done = merge_adapter(checkpoint, out, base=base, torch_dtype=torch_dtype, max_shard_size=max_shard_size)
-    typer.echo(
-        f"{done.folder}: {done.method} merged into {done.layers} layers, modules trained in full: {done.copies}; "
-        f"{done.dtype}, {done.mebibytes:,.1f} MiB"
-        + ("; the language head has a weight of its own now" if done.untied else "")
-    )
+    told: dict[str, Any] = {"base": base, "torch_dtype": torch_dtype, "max_shard_size": max_shard_size}
+    if quant_method is None:
+        done = merge_adapter(checkpoint, out, **told)
+        typer.echo(
+            f"{done.folder}: {done.method} merged into {done.layers} layers, modules trained in full: {done.copies}; "
+            f"{done.dtype}, {done.mebibytes:,.1f} MiB"
+            + ("; the language head has a weight of its own now" if done.untied else "")
+        )
+        return
+    check_quantization(quant_method, quant_bits, dataset)
+    target = require_new(out)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as whole:
+        source = checkpoint
+        if (checkpoint / "adapter_config.json").is_file():
+            source = merge_adapter(checkpoint, whole, **told).folder
+        require_no_quantization(str(source))
+        quantize(
+            source,
+            target,
+            method=quant_method,
+            bits=quant_bits,
+            group_size=group_size,
+            dataset=dataset or "",
+            n_samples=n_samples,
+        )
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 2**20
+    typer.echo(f"{target}: {quant_method}, {quant_bits} bits in groups of {group_size}, {size:,.1f} MiB")

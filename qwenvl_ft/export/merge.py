@@ -69,7 +69,7 @@ def merge(
         CheckpointError: the checkpoint is no adapter, its method changes no weight, the base model does not fit or is
             quantised itself, or ``out`` holds something. Nothing is written then.
     """
-    folder, target = _adapter(checkpoint), _empty(out)
+    folder, target = _adapter(checkpoint), require_new(out)
     told = trained_over(folder)
     whole = told.quantization_bit is None
     source, revision = (base, None) if base else base_of_adapter(folder)
@@ -151,7 +151,12 @@ def _adapter(checkpoint: str | Path) -> Path:
     return folder
 
 
-def _empty(out: str | Path) -> Path:
+def require_new(out: str | Path) -> Path:
+    """A folder to write into, by its full path.
+
+    Raises:
+        CheckpointError: it holds something.
+    """
     target = Path(out).expanduser().absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(f"{out} holds something already. Give a folder that is empty or not there yet.")

@@ -18,7 +18,7 @@ from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_m
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
-from qwenvl_ft.model.quantization import bnb_config, tell_quantized
+from qwenvl_ft.model.quantization import bnb_config, require_kernels, tell_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -143,6 +143,7 @@ def plan_loading(
         "revision": revision or "main",
         "use_safetensors": True,
     } | _placement(device_map, max_memory, config)
+    require_kernels(config)
     if quantization is not None and quantization.quantization_bit is not None:
         options["quantization_config"] = bnb_config(quantization, config)
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, options=options)

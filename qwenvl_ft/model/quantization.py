@@ -11,7 +11,7 @@ import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.anatomy import PARTS, family_of, part_of
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+INSTALL = "BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum"
+"""How GPTQ and AWQ come here; its own kernels are compiled when they are first used."""
 KEPT = ("lm_head",)
 """Modules that stay as they are in every part."""
 SKIPPED = {
@@ -65,6 +67,21 @@ def bnb_config(told: QuantizationConfig, config: PreTrainedConfig) -> Any:
         }
     skipped = [SKIPPED[part] for part in PARTS if part not in told.quantized_parts]
     return BitsAndBytesConfig(llm_int8_skip_modules=[*KEPT, *skipped], **options)
+
+
+def require_kernels(config: PreTrainedConfig) -> None:
+    """Refuse a GPTQ or AWQ checkpoint where nothing here could compute with it.
+
+    Raises:
+        CheckpointError: a package is missing.
+    """
+    own = getattr(config, "quantization_config", None)
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
+    lacking = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
+    if method in ("gptq", "awq") and lacking:
+        raise CheckpointError(
+            f"the model is quantised by {method}, which needs {' and '.join(lacking)}. Install by {INSTALL}."
+        )
 
 
 def tell_quantized(model: Any) -> None:
@@ -115,7 +132,16 @@ def require_adapter_over_quantized(model: nn.Module, train_type: str, saved: lis
             )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear layer, or one of GPTQ's and AWQ's, which are no subclass of it."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear) or hasattr(module, "qweight")
+
+
 def _is_quantized(module: nn.Module) -> bool:
+    from torch import Tensor
+
     weight: Any = getattr(module, "weight", None)
-    integer = weight is not None and not (weight.is_floating_point() or weight.is_complex())
+    integer = isinstance(weight, Tensor) and not (weight.is_floating_point() or weight.is_complex())
     return integer or hasattr(module, "qweight")

@@ -15,6 +15,7 @@ from torch import nn
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import current_name, part_of
+from qwenvl_ft.model.quantization import is_linear
 from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     """
     frozen = frozen_parts(tuner)
     saved = saved_modules(model, tuner)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     free = [name for name in linears if part_of(name) not in frozen and not inside(name, saved)]
     if tuner.target_regex is not None:
         return _by_regex(tuner.target_regex, linears, free, frozen)

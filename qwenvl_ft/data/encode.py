@@ -18,11 +18,13 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Sample, Source, Text, Video
 from qwenvl_ft.data.counting import TokenCounter
+from qwenvl_ft.data.deadline import within
 from qwenvl_ft.data.draft import (
     IGNORE,
     IMAGE_PAD,
@@ -40,7 +42,7 @@ from qwenvl_ft.data.draft import (
     too_long,
 )
 from qwenvl_ft.data.grids import Grid, checked_grids, image_grid
-from qwenvl_ft.data.media import MediaPolicy, open_image
+from qwenvl_ft.data.media import MediaPolicy, medium_name, open_image
 from qwenvl_ft.data.pixels import raw_patches, resized
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.rope import mrope_positions
@@ -355,7 +357,9 @@ class Encoder:
 
     def _image_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            images = [open_image(image.value, self.policy) for image in draft.images]
+            images = list(
+                within(lambda: self._decoded(draft), self.policy.image_timeout, lambda came: self._late(draft, came))
+            )
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
         processor = self.processor.image_processor
@@ -374,6 +378,15 @@ class Encoder:
             ]
             told = processor(images=sized, do_resize=False, return_tensors="pt")
         return told["pixel_values"], checked_grids(told["image_grid_thw"], grids, draft.source)
+
+    def _decoded(self, draft: Draft) -> Iterator[PILImage.Image]:
+        return (open_image(image.value, self.policy) for image in draft.images)
+
+    def _late(self, draft: Draft, came: int) -> DataError:
+        return DataError(
+            f"image {medium_name(draft.images[came].value)} cannot be read within data.image_timeout="
+            f"{self.policy.image_timeout:g} s. Is its disk or network slow? Drop the record, or raise the limit."
+        )
 
     def _video_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         processor = self.processor.video_processor

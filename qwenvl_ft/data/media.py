@@ -39,13 +39,15 @@ class MediaPolicy:
     """Fetch http(s) images while training."""
     max_image_pixels: int = 200_000_000
     """Largest stored image, in pixels; protects against decompression bombs."""
+    image_timeout: float = 60.0
+    """Seconds that decoding the images of one sample may take."""
     video_timeout: float = 60.0
     """Seconds that opening or decoding one video file may take."""
 
     @classmethod
     def of(cls, data: Any) -> "MediaPolicy":
         """The rules of a recipe's ``data`` section."""
-        return cls(data.allow_urls, data.max_image_pixels, data.video_timeout)
+        return cls(data.allow_urls, data.max_image_pixels, data.image_timeout, data.video_timeout)
 
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:

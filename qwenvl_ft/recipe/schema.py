@@ -127,6 +127,8 @@ class DataConfig:
     """Processes that measure lengths before training."""
     max_image_pixels: Positive = 200_000_000
     """Largest stored image, in pixels; protects against decompression bombs."""
+    image_timeout: PositiveFloat = 60.0
+    """Seconds that decoding the images of one sample may take."""
     video_timeout: PositiveFloat = 60.0
     """Seconds that one video file may take to decode."""
     images_per_user_turn: Positive = 2
@@ -298,7 +300,8 @@ HF_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "activation_checkpointing": True,
-    "dataloader_num_workers": 2,
+    "dataloader_num_workers": "auto",
+    "dataloader_persistent_workers": True,
     "logging_steps": 10,
     "logging_first_step": True,
     "eval_strategy": "no",
@@ -338,7 +341,6 @@ HF_LIMITS: dict[str, str] = {
     "eval_delay": ">=0",
     "save_steps": "some steps",
     "save_total_limit": ">0",
-    "dataloader_num_workers": ">=0",
     "dataloader_prefetch_factor": ">0",
     "seed": ">=0",
 }
@@ -366,6 +368,7 @@ Tracker = Literal[
 
 HF_TYPES: dict[str, Any] = {
     "output_dir": str,
+    "dataloader_num_workers": NonNegative | Literal["auto"],
     "report_to": Tracker | list[Tracker] | None,
     "log_level": LogLevel,
     "log_level_replica": LogLevel,

@@ -4,8 +4,10 @@ import base64
 import io
 import struct
 import threading
+import time
 import warnings
 import zlib
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,6 +17,8 @@ from cases import SHARED, picture
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 from transformers.image_utils import load_image
 
+from qwenvl_ft.data.conversation import Image as ImagePart
+from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import MediaPolicy, image_size, open_image, resolve_path
 from qwenvl_ft.errors import DataError
 
@@ -231,3 +235,34 @@ def test_relative_paths_start_at_the_media_root():
     assert resolve_path(b"raw", "/data") == b"raw"
     assert resolve_path("iVBORw0KGgoAAAA", "/data") == "iVBORw0KGgoAAAA"
     assert resolve_path("iVBORw0KGgo.png", "/data") == "/data/iVBORw0KGgo.png"
+
+
+class Stalled:
+    """An image whose disk does not answer."""
+
+    value = "/far/away/slow.png"
+
+    def size(self):
+        return 64, 64
+
+    def open(self):
+        threading.Event().wait()
+
+    def __str__(self):
+        return self.value
+
+
+def test_an_image_that_hangs_is_named_after_its_time(processor):
+    encoder = Encoder(processor, policy=MediaPolicy(image_timeout=0.3))
+    turns = [{"from": "human", "value": "<image><image>a"}, {"from": "gpt", "value": "b"}]
+    conversation = encoder.conversation({"image": [picture(64, 64), picture(64, 64)], "conversations": turns})
+    assert len(encoder(conversation)["image_grid_thw"]) == 2
+    user = conversation.messages[0]
+    content = (user.content[0], ImagePart(Stalled()), *user.content[2:])
+    late = replace(conversation, messages=(replace(user, content=content), *conversation.messages[1:]))
+    begin = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"record: image /far/away/slow.png cannot be read within data.image_timeout=0.3 s"
+    ):
+        encoder(late)
+    assert time.monotonic() - begin < 10

@@ -62,3 +62,15 @@ def test_workers_start_the_way_that_is_asked_for(tiny_dir, encoder, tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
     loader = make_trainer(tmp_path, tiny_dir, encoder, **options).get_train_dataloader()
     assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (16, 4, 3), (128, 8, 8)])
+def test_workers_share_the_cores_unless_the_recipe_says_how_many(monkeypatch, tmp_path, cores, processes, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    told = [f"training.output_dir={tmp_path}", "training.use_cpu=true", "training.report_to=none"]
+    assert build_arguments(load_recipe(None, told)).dataloader_num_workers == workers
+    own = load_recipe(None, [*told, "training.dataloader_num_workers=5"])
+    assert build_arguments(own).dataloader_num_workers == 5
+    with pytest.raises(RecipeError, match="dataloader_num_workers"):
+        load_recipe(None, [*told, "training.dataloader_num_workers=-1"])

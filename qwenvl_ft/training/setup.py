@@ -14,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
 from qwenvl_ft.data.dataset import SampleDataset
-from qwenvl_ft.data.dense.groups import EpochConversations
+from qwenvl_ft.data.dense.groups import DenseGroups, EpochConversations
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.epochs import open_epochs
@@ -125,6 +125,11 @@ def build_dataset(
         training=training,
         policy=encoder.policy,
     )
+    if training and recipe.template.system_prompt and isinstance(epochs, DenseGroups):
+        raise RecipeError(
+            f"template.system_prompt is of no use in {name}: dense captions are told their own. Give prompts.system, "
+            "and prompts.system_summary for summaries."
+        )
     return SampleDataset(
         epochs,
         encoder,

@@ -221,6 +221,17 @@ def test_what_the_schema_leaves_open_is_refused_before_data_are_measured(tiny_di
         build_arguments(load_recipe(None, dense_settings(tiny_dir, data, tmp_path, setting)))
 
 
+def test_a_system_prompt_that_no_dense_caption_would_be_told_is_refused(dataset_of, data, tmp_path, write_jsonl):
+    with pytest.raises(RecipeError, match=r"template.system_prompt is of no use in data.train: .* Give prompts.system"):
+        dataset_of("template.system_prompt=Be brief.")
+    told = dataset_of("prompts.system=Be brief.")
+    assert "Be brief." in told.encoder.processor.tokenizer.decode(told[0]["input_ids"])
+    other = write_jsonl([turn(0) | {"image": str(data.parent / "0.png")}], name="other.jsonl")
+    joined = dataset_of("template.system_prompt=Be brief.", data=f"{other},{data}")
+    texts = [joined.encoder.processor.tokenizer.decode(joined[k]["input_ids"]) for k in (0, 1)]
+    assert ["Be brief." in text for text in texts] == [True, False]
+
+
 @pytest.mark.parametrize("setting", ["data.summary_ratio=1.5", "prompts.scheme=C", "data.emit_norm=norm10"])
 def test_what_the_schema_knows_is_refused_when_it_is_read(setting):
     with pytest.raises(RecipeError, match=setting.partition("=")[0]):

@@ -1,6 +1,8 @@
 """The planner's length is the encoded length, and it comes from headers alone."""
 
 import io
+import multiprocessing
+import os
 import time
 
 import numpy as np
@@ -227,3 +229,38 @@ def test_planning_a_million_samples_is_a_matter_of_seconds():
     print(f"1,000,000 lengths in {time.process_time() - start:.2f} s, {fill(rows, sizes, 8192):.2%} full")
     assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(1_000_000))
     assert fill(rows, sizes, 8192) >= 0.98
+
+
+class LoggedRecords(ListRecords):
+    """Writes down who reads a record."""
+
+    def __init__(self, records, log):
+        super().__init__(records)
+        self.log = log
+
+    def __getitem__(self, index):
+        with self.log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().__getitem__(index)
+
+
+def test_of_processes_that_start_together_one_measures_and_the_others_read(processor, tmp_path):
+    records = LoggedRecords([turn("a" * (k % 9 + 1)) for k in range(200)], tmp_path / "log")
+    encoder, context = Encoder(processor), multiprocessing.get_context("fork")
+    start, told = context.Barrier(3), context.Queue()
+
+    def run(folder):
+        start.wait(60)
+        told.put(measure(records, encoder, cache_dir=folder).tokens.tolist())
+
+    for folders, measured in (["shared"] * 3, 1), (["a", "b", "c"], 3):
+        records.log.write_text("")
+        ranks = [context.Process(target=run, args=(tmp_path / folder,)) for folder in folders]
+        for rank in ranks:
+            rank.start()
+        lengths = [told.get(timeout=60) for _ in ranks]
+        for rank in ranks:
+            rank.join(60)
+        assert lengths[0] == lengths[1] == lengths[2]
+        read = records.log.read_text().split()
+        assert (len(set(read)), len(read)) == (measured, measured * 200), "with folders of their own each measures"

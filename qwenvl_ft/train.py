@@ -63,6 +63,7 @@ def train(recipe: Any) -> TrainResult:
         vit_lr=recipe.training.vit_lr,
         aligner_lr=recipe.training.aligner_lr,
         lorap_lr_ratio=lora_plus(recipe),
+        loss_weights=recipe.data.loss_weights,
         zero_gradient_steps=recipe.training.zero_gradient_steps,
         z_loss=recipe.training.z_loss,
         checkpointed=chosen_parts(recipe.training),

@@ -9,12 +9,16 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import ASSIGNMENT, recipe_from_argv
 from qwenvl_ft.recipe.layers import SUFFIXES
 
+NAMING = ("recipe=", "config=", "--recipe", "--config", "data.train=")
+"""How a command line of training names what it is about."""
+
 
 def target_recipe(words: list[str]) -> Any:
     """A command line's recipe.
 
     ``mine training.packing=true`` is a recipe and what it is told. ``a.jsonl%50 b.json --model DIR`` are data files in
-    a recipe that says nothing else. Files beside a recipe are looked at instead of its training data.
+    a recipe that says nothing else. Files beside a recipe are looked at instead of its training data. A command line
+    of training (``recipe=mine data.train=a.jsonl``) means what it means there.
 
     Raises:
         RecipeError: nothing is named, several recipes are, or what is told is wrong.
@@ -23,7 +27,7 @@ def target_recipe(words: list[str]) -> Any:
     named, told = words[:number], words[number:]
     files = [word for word in named if _is_data(word)]
     recipes = [word for word in named if word not in files]
-    if not named:
+    if not named and not any(word.startswith(NAMING) for word in told):
         raise RecipeError("name a recipe or data files first. Example: mine, or a.jsonl b.json.")
     if len(recipes) > 1:
         raise RecipeError(f"{' and '.join(recipes)} are several recipes. Name one; data files end in .jsonl or .json.")

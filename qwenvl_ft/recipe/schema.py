@@ -115,6 +115,8 @@ class DataConfig:
     """Records of train_dataset_mix_ds for each training record; they repeat if there are too few."""
     train_dataset_mix_ds: str | list[str] | None = None
     """What is mixed in, as train; null is all data sets of train but the first."""
+    loss_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Name of a data set in train -> weight of its tokens in the training loss, a weighted mean; others 1."""
     media_root: str | None = None
     """Folder that relative media paths start at; null is the folder of the annotation file."""
     allow_urls: bool = False

@@ -1,6 +1,7 @@
 """A recipe's sections -> the objects of a run, and what is said and saved before and after it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qwenvl_ft.data.media import MediaPolicy
 from qwenvl_ft.data.mixture import joined, load_mixture
 from qwenvl_ft.data.pixels import obstacle
 from qwenvl_ft.data.records import load_records
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.recipe.schema import TunerConfig
@@ -104,6 +105,7 @@ def build_datasets(
 ) -> tuple[SampleDataset, SampleDataset | dict[str, SampleDataset] | None]:
     """Training and, if the recipe has any, validation samples; several sets by name."""
     train, val = load_mixture(recipe.data, seed)
+    require_known(recipe.data.loss_weights, train.summary(), "data.loss_weights")
     encoder = build_encoder(recipe, processor)
     train_set = build_dataset(recipe, train, encoder, seed, "data.train", training=True)
     sets = {
@@ -111,6 +113,13 @@ def build_datasets(
         for name, records in val.items()
     }
     return train_set, sets[""] if "" in sets else sets or None
+
+
+def require_known(told: Iterable[str], names: Iterable[str], key: str) -> None:
+    """Raises RecipeError if what a key tells of is none of the training data."""
+    names = list(names)
+    if unknown := [name for name in told if name not in names]:
+        raise RecipeError(f"{key}: {unknown[0]!r} is none of the data sets in data.train.{hint(unknown[0], names)}")
 
 
 def build_dataset(

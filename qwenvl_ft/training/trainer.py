@@ -26,7 +26,7 @@ from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.callbacks.method import MethodCallback
 from qwenvl_ft.training.checkpointing import narrow_checkpointing
 from qwenvl_ft.training.gradients import PartGradients
-from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.training.loss import loss_sum, split_labels, target_weights
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
@@ -56,6 +56,7 @@ class QwenVLTrainer(Trainer):
         vit_lr: of the vision tower; None is ``args.learning_rate``.
         aligner_lr: of all four mergers; None is ``args.learning_rate``.
         lorap_lr_ratio: LoRA's B matrices learn at this many times their part's rate (LoRA+); None is once.
+        loss_weights: data set -> weight of its tokens in training; None is 1 for all.
         zero_gradient_steps: steps in a row without a gradient in a trained part before a warning says why; 0 is never.
         checkpointed: of ``args.activation_checkpointing``, whether ``llm`` and ``vision`` take part; None is both.
         z_loss: weight of the squared logarithm of each softmax's sum, in training alone.
@@ -79,6 +80,7 @@ class QwenVLTrainer(Trainer):
         vit_lr: float | None = None,
         aligner_lr: float | None = None,
         lorap_lr_ratio: float | None = None,
+        loss_weights: dict[str, float] | None = None,
         zero_gradient_steps: int = 20,
         checkpointed: dict[str, bool] | None = None,
         z_loss: float = 0.0,
@@ -93,6 +95,7 @@ class QwenVLTrainer(Trainer):
         self.vit_lr = vit_lr
         self.aligner_lr = aligner_lr
         self.lorap_lr_ratio = lorap_lr_ratio
+        self.loss_weights = loss_weights or None
         self.checkpointed = checkpointed or {}
         self.z_loss = z_loss
         self.recipe = recipe
@@ -229,7 +232,10 @@ class QwenVLTrainer(Trainer):
     # -- loss ------------------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs(split_labels(inputs))
+        told = split_labels(inputs, self.loss_weights)
+        weights = told.pop("target_weights", None)  # DeepSpeed would round them to the model's precision
+        ready = super()._prepare_inputs(told)
+        return ready if weights is None else ready | {"target_weights": weights.to(self.args.device)}
 
     def _prepare_input(self, data: Any) -> Any:
         """As transformers', but the host does not wait for a copy to a GPU, and float32 stays float32."""
@@ -240,13 +246,19 @@ class QwenVLTrainer(Trainer):
         return data.to(self.args.device, non_blocking=True)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Supervised tokens of the global batch: all passes of the step, all ranks."""
+        """Supervised tokens of the global batch, or their weights' sum: all passes of the step, all ranks."""
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
         count = torch.full((), tokens, device=device, dtype=torch.int64)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count, reduction="sum")
         self.meter.supervised(count)
-        return count
+        return count if self.loss_weights is None else self._summed_weights(batch_samples, device)
+
+    def _summed_weights(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        assert self.loss_weights is not None
+        told = sum(float(target_weights(batch, self.loss_weights).sum()) for batch in batch_samples)
+        total = torch.full((), told, device=device, dtype=torch.float64)
+        return cast(Tensor, self.accelerator.reduce(total, reduction="sum")) if self.args.world_size > 1 else total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.noise is not None:
@@ -272,7 +284,9 @@ class QwenVLTrainer(Trainer):
         """
         smoothing, z_loss = (self.args.label_smoothing_factor, self.z_loss) if model.training else (0.0, 0.0)
         total = loss_sum(model, inputs, label_smoothing=smoothing, z_loss=z_loss)
-        loss = total * self.args.world_size / torch.clamp(num_items_in_batch, min=1)
+        loss = (
+            total * self.args.world_size / torch.clamp(num_items_in_batch, min=1 if self.loss_weights is None else 1e-9)
+        )
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(inner, TrainedPeftModel) and (penalty := inner.penalty()) is not None:
             loss = loss + penalty / self.current_gradient_accumulation_steps  # once a step, and averaged over ranks
@@ -403,6 +417,7 @@ class QwenVLTrainer(Trainer):
             for inputs in cast(Iterable[dict[str, Any]], dataloader):
                 bad += _warn(inputs)
                 batch = self._prepare_inputs(inputs)
+                batch.pop("target_weights", None)
                 with self.compute_loss_context_manager():
                     total[0] += loss_sum(model, batch).double()
                 total[1] += batch["targets"].numel()

@@ -295,6 +295,9 @@ def test_warnings_fail_only_where_they_are_asked_to(data, capsys):
 def test_a_recipe_and_files_are_told_apart(tmp_path):
     assert target_recipe(["digits"]).data.train == ".demo/digits/train.jsonl"
     assert target_recipe(["a.jsonl%50", "b,c.json", "--max_length", "7"]).data.train == ["a.jsonl%50", "b,c.json"]
+    trained = target_recipe(["recipe=digits", "data.train=a.jsonl"])
+    assert (trained.data.train, trained.template) == ("a.jsonl", target_recipe(["digits"]).template)
+    assert target_recipe(["--config", "recipes/digits.yaml"]).template == trained.template
     mixed = target_recipe(["digits", "a.jsonl", "training.packing=false"])
     assert (mixed.data.train, mixed.training.packing) == (["a.jsonl"], False)
     with pytest.raises(RecipeError, match="are several recipes"):

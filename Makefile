@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check clean
+.PHONY: help setup demo test methods lint check clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ demo: $(STAMP) ## train a tiny Qwen3-VL to read handwritten digits and ask it ab
 
 test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+methods: $(STAMP) ## try every training method on tiny models and write the table of docs/tuning.md
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/methods_table.py --write
 
 lint: $(STAMP) ## format, lint and types, without the tests
 	$(PY) -m ruff format --check .

@@ -57,7 +57,7 @@ class TunerConfig:
     train_type: TrainType = "lora"
     """How weights are trained: all of the parts that are not frozen (full), low-rank updates (lora), small networks
     after their MLPs (adapter), edits of hidden states (reft), new blocks in the language model (llamapro), lora with
-    attention in shifted groups for long samples (longlora), or another of peft's methods, see docs/methods.md."""
+    attention in shifted groups for long samples (longlora), or another of peft's methods, see docs/tuning.md."""
     freeze_llm: bool = False
     """Leave the language model as it is."""
     freeze_vit: bool = True

@@ -1,0 +1,436 @@
+"""What each training method keeps, tried on tiny models: the table of docs/tuning.md, cell by cell.
+
+    make methods                                    # all of it, written into the document (minutes on 2 cores)
+    python tests/methods_table.py [NAME ...]        # those rows, printed
+
+`tried` runs one method on one architecture and returns a word for each column; no cell is written by hand.
+"""
+
+import copy
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from cases import ListRecords, picture
+from peft import PeftModel
+from transformers import PrinterCallback, TrainingArguments
+
+from qwenvl_ft.data.collate import QwenVLCollator
+from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.export.merge import merge
+from qwenvl_ft.model.adapters import register_adapters
+from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.model.tiny import make_tiny
+from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.training.setup import start_batches
+from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.tuning.methods.starts import wants_data
+from qwenvl_ft.tuning.optimizer import param_groups
+from qwenvl_ft.tuning.prepare import prepare_model
+
+GUIDE = Path(__file__).resolve().parents[1] / "docs" / "tuning.md"
+BEGIN, END = "<!-- by make methods -->", "<!-- end -->"
+"""Around the table in the document."""
+KINDS = ("dense", "moe")
+COLUMNS = {
+    "start": "the untrained model computes what the base model does",
+    "own": "training moves every weight it names and no other bit",
+    "learns": "the loss on handwritten digits falls in 8 steps",
+    "loads": "a checkpoint opened by plain peft (or transformers) on the base model gives the same logits",
+    "resumes": "a resumed run ends at the bits of the uninterrupted one",
+    "merges": "merged into the base model, plain transformers gives the same logits",
+    "packs": "packed samples have the logits and gradients that they have alone",
+    "recomputes": "activation checkpointing changes no gradient",
+    "experts": "what it does with the experts of MoE models by default",
+}
+"""Column -> what a yes there says."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: settings at toy size, and what the method cannot do, with the reason."""
+
+    tuner: dict = field(default_factory=dict)
+    cannot: dict = field(default_factory=dict)
+    """Column -> why not; the run checks that it is so."""
+    rate: float = 3e-3
+    """Learning rate of the run on digits."""
+
+
+LLM_ONLY = {"freeze_vit": True, "freeze_aligner": True}
+NO_FIXED_START = {"start": "random by design"}
+CASES = {
+    "full": Case({"train_type": "full"}),
+    "lora": Case(),
+    "lora, dropout": Case({"lora_dropout": 0.2}, {"packs": "other draws"}),
+    "lora, all biases": Case({"lora_bias": "all"}),
+    "lora, aligner in full": Case({"modules_to_save": ["model.visual.merger", "model.visual.deepstack_merger_list"]}),
+    "lora, router too": Case(
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]},
+    ),
+    "lora, rank_pattern": Case({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"mlp.linear_fc1": 8}}),
+    "use_rslora": Case({"use_rslora": True}),
+    "use_dora": Case({"use_dora": True}),
+    "init_weights: gaussian": Case({"init_weights": "gaussian"}),
+    "init_weights: pissa": Case({"init_weights": "pissa"}),
+    "init_weights: pissa_niter_4": Case({"init_weights": "pissa_niter_4", "use_rslora": True}),
+    "init_weights: olora": Case({"init_weights": "olora"}),
+    "init_weights: lora-ga": Case({"init_weights": "lora-ga"}),
+    "init_weights: eva": Case({"init_weights": "eva"}),
+    "pissa and use_dora": Case({"init_weights": "pissa", "use_dora": True}),
+    "longlora": Case({"train_type": "longlora", "longlora_group_size": 16, **LLM_ONLY}),
+    "adalora": Case(
+        {
+            "train_type": "adalora",
+            "adalora_init_r": 6,
+            "adalora_target_r": 3,
+            "adalora_tinit": 2,
+            "adalora_tfinal": 2,
+            "adalora_deltaT": 2,
+        },
+        rate=3e-2,
+    ),
+    "llamapro": Case({"train_type": "llamapro", "llamapro_num_new_blocks": 2, **LLM_ONLY}),
+    "adapter": Case({"train_type": "adapter", "adapter_length": 8}, {"merges": "no change of a weight"}, rate=1e-2),
+    "vera": Case({"train_type": "vera", "vera_rank": 16}, rate=0.1),
+    "boft": Case({"train_type": "boft"}, rate=1e-2),
+    "boft, blocks": Case({"train_type": "boft", "boft_block_num": 8}),
+    "fourierft": Case({"train_type": "fourierft", "fourier_n_frequency": 200}, NO_FIXED_START, rate=3e-2),
+    "reft": Case(
+        {"train_type": "reft", "reft_positions": "f7+l7", "reft_rank": 8, **LLM_ONLY},
+        {"merges": "it depends on the position"},
+        rate=3e-2,
+    ),
+    "bone": Case({"train_type": "bone", "bone_rank": 16}),
+    "bone, bat": Case({"train_type": "bone", "bone_rank": 16, "bone_init": "bat"}),
+    "c3a": Case({"train_type": "c3a", "peft_options": {"block_size": 32}}, NO_FIXED_START, rate=3e-2),
+    "deft": Case({"train_type": "deft"}),
+    "delora": Case({"train_type": "delora"}),
+    "gralora": Case({"train_type": "gralora", "peft_options": {"r": 8}}),
+    "hira": Case({"train_type": "hira", "peft_options": {"r": 8}}, rate=3e-2),
+    "hra": Case({"train_type": "hra"}),
+    "ia3": Case({"train_type": "ia3"}, rate=1e-1),
+    "loha": Case({"train_type": "loha"}, rate=1e-2),
+    "lokr": Case({"train_type": "lokr"}),
+    "miss": Case({"train_type": "miss", "peft_options": {"r": 16}}),
+    "oft": Case({"train_type": "oft", "peft_options": {"oft_block_size": 8}}),
+    "psoft": Case({"train_type": "psoft", "peft_options": {"r": 8}}, rate=1e-2),
+    "randlora": Case({"train_type": "randlora", "peft_options": {"r": 16}}),
+    "road": Case({"train_type": "road", "peft_options": {"group_size": 16}}, rate=1e-1),
+    "shira": Case({"train_type": "shira", "peft_options": {"r": 4}}),
+    "tinylora": Case({"train_type": "tinylora", "peft_options": {"r": 8, "u": 256}}, rate=1e-1),
+    "vblora": Case(
+        {"train_type": "vblora", "peft_options": {"vector_length": 16, "num_vectors": 32}}, NO_FIXED_START, rate=3e-2
+    ),
+    "waveft": Case({"train_type": "waveft", "peft_options": {"n_frequency": 100}}),
+}
+DENSE_ONLY_KEYS = ("target_parameters",)
+"""Settings that have no meaning without experts."""
+
+
+def tuner_of(case: Case, kind: str) -> TunerConfig:
+    unfrozen = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
+    told = {k: v for k, v in case.tuner.items() if kind == "moe" or k not in DENSE_ONLY_KEYS}
+    return TunerConfig(**(unfrozen | told))
+
+
+# -- what is tried on --------------------------------------------------------------------------------------------------
+
+
+@cache
+def checkpoint(kind: str) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"qwenvl-ft-methods-{os.getpid()}" / kind
+    return make_tiny(folder, moe=kind == "moe")
+
+
+@cache
+def base_model(kind: str):
+    return load_model(str(checkpoint(kind)), torch_dtype="float32", attn_impl="sdpa").eval()
+
+
+@cache
+def encoder() -> Encoder:
+    return Encoder(load_processor(str(checkpoint("dense"))))
+
+
+@cache
+def digits() -> SampleDataset:
+    """48 handwritten digits of scikit-learn, drawn at 64 x 64."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    told = load_digits()
+    records = [
+        {
+            "image": [Image.fromarray((ink * 15.9).astype("uint8")).resize((64, 64)).convert("RGB")],
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhich digit is this?"},
+                {"from": "gpt", "value": str(digit)},
+            ],
+        }
+        for ink, digit in zip(told.images[:48], told.target[:48], strict=True)
+    ]
+    return Encoded(ListRecords(records, "digits"), encoder(), cache_dir=checkpoint("dense") / "cache")
+
+
+class Encoded(SampleDataset):
+    """Samples that are encoded once: what is tried here is not the encoder."""
+
+    def __getitem__(self, index: int):
+        known = self.__dict__.setdefault("known", {})
+        if index not in known:
+            known[index] = super().__getitem__(index)
+        return dict(known[index])
+
+
+@cache
+def samples() -> list:
+    """Neighbours of a row that differ in every respect."""
+    turn = lambda who, text: {"from": who, "value": text}  # noqa: E731
+    told = [
+        {
+            "image": [picture(96, 64)],
+            "conversations": [turn("human", "<image>\nWhat is it?"), turn("gpt", "A blur.")],
+        },
+        {"conversations": [turn("human", "Say hello."), turn("gpt", "Hello, hello there.")]},
+        {
+            "image": [picture(64, 128, 1), picture(50, 70, 2)],
+            "conversations": [
+                turn("human", "<image>\n<image>\nSame?"),
+                turn("gpt", "No."),
+                turn("human", "Why?"),
+                turn("gpt", "Colours differ."),
+            ],
+        },
+    ]
+    return [encoder()(record) for record in told]
+
+
+def rows(together: bool) -> list[dict]:
+    groups = [samples()] if together else [[sample] for sample in samples()]
+    return [QwenVLCollator()(group) for group in groups]
+
+
+def fresh(kind: str):
+    return copy.deepcopy(base_model(kind))
+
+
+def prepared(case: Case, kind: str):
+    torch.manual_seed(0)
+    tuner = tuner_of(case, kind)
+    batches = start_batches(tuner, digits(), 0) if wants_data(tuner) else None
+    return prepare_model(fresh(kind), tuner, batches=batches)
+
+
+def logits(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        told = [{k: v for k, v in row.items() if k not in ("labels", "sources")} for row in rows(together=False)]
+        return torch.cat([model(**row).logits for row in told], dim=1)
+
+
+def run(model, together: bool):
+    """Logits in training mode, and the gradients of the summed loss, of all samples."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    batches = rows(together)
+    with torch.no_grad():
+        plain = [{k: v for k, v in row.items() if k not in ("labels", "sources")} for row in batches]
+        found = torch.cat([model(**row).logits for row in plain], dim=1)
+    sum(loss_sum(model, split_labels(row)) for row in batches).backward()
+    return found, {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+# -- the columns -------------------------------------------------------------------------------------------------------
+
+
+def close(found, expected, tolerance=2e-5) -> bool:
+    return bool(torch.allclose(found, expected, rtol=1e-4, atol=tolerance))
+
+
+def check_start(case, kind):
+    return close(logits(prepared(case, kind)), logits(fresh(kind)))
+
+
+def trained(case, kind):
+    """A model after three steps, and the state before and after."""
+    model = prepared(case, kind)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model.train()
+    optimizer = torch.optim.AdamW(param_groups(model, learning_rate=1e-2, weight_decay=0.0))
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(loss_sum(model, split_labels(row)) for row in rows(together=True)).backward()
+        optimizer.step()
+    return model, before
+
+
+def check_own(model, before):
+    named = {name for name, value in model.named_parameters() if value.requires_grad}
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    return bool(named) and moved == named
+
+
+def check_loads(model, kind, expected, folder):
+    model.save_pretrained(folder)
+    assert not list(folder.glob("*.bin"))
+    return close(logits(opened(folder, kind)), expected, 1e-5)
+
+
+def opened(folder, kind):
+    if (folder / "adapter_config.json").is_file():
+        register_adapters()
+        return PeftModel.from_pretrained(fresh(kind), str(folder))
+    return load_model(str(folder), torch_dtype="float32", attn_impl="sdpa")
+
+
+def check_merges(kind, expected, folder):
+    if not (folder / "adapter_config.json").is_file():
+        return close(logits(opened(folder, kind)), expected)
+    try:
+        merge(folder, folder.with_name("merged"))
+    except CheckpointError:
+        return False
+    model = opened(folder.with_name("merged"), kind)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in base_model(kind).named_parameters()}
+    return close(logits(model), expected, 1e-4)
+
+
+def check_packs(model):
+    (alone, grads_alone), (packed, grads_packed) = run(model, False), run(model, True)
+    same = close(packed, alone) and grads_packed.keys() == grads_alone.keys()
+    return same and same_gradients(grads_packed, grads_alone)
+
+
+def same_gradients(found, expected):
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    return all(
+        torch.allclose(found[name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()) + 1e-6 * scale)
+        for name, grad in expected.items()
+    )
+
+
+def check_recomputes(model):
+    torch.manual_seed(1)
+    _, plain = run(model, True)
+    torch.manual_seed(1)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    _, again = run(model, True)
+    return plain.keys() == again.keys() and same_gradients(again, plain)
+
+
+def training(case, kind, folder, resume=None):
+    """Eight steps of 16 digits, saved at the fourth; the weights that trained, and the model."""
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=8,
+        save_steps=4,
+        learning_rate=case.rate,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=1,
+        weight_decay=0.1,
+        gradient_accumulation_steps=2,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        logging_steps=1,
+        seed=3,
+    )
+    model = prepared(case, kind)
+    trainer = QwenVLTrainer(model, args, processor=encoder().processor, train_dataset=digits(), max_length=256)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}, model
+
+
+def digit_loss(model) -> float:
+    """The summed loss of an answer to each digit, without dropout."""
+    model.eval()
+    with torch.no_grad():
+        row = QwenVLCollator()([digits()[index] for index in range(16)])
+        return float(loss_sum(model, split_labels(row)))
+
+
+def experts_of(model):
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    adapted = any(".experts." in name for name in names)
+    return "adapted" if adapted else "left out"
+
+
+def tried(name: str, kind: str) -> dict[str, str]:
+    """One method on one architecture: column -> yes, or no with the reason."""
+    case, found = CASES[name], {}
+    found["start"] = check_start(case, kind)
+    model, before = trained(case, kind)
+    found["own"] = check_own(model, before)
+    with tempfile.TemporaryDirectory() as told:
+        folder = Path(told)
+        expected = logits(model)
+        assert not close(expected, logits(fresh(kind)), 1e-3), "vacuous: nothing was learnt"
+        found["loads"] = check_loads(model, kind, expected, folder / "saved")
+        found["merges"] = check_merges(kind, expected, folder / "saved")
+        experts = experts_of(model) if kind == "moe" else "none"
+        found["packs"] = check_packs(model)
+        found["recomputes"] = check_recomputes(model)
+        whole, model = training(case, kind, folder / "run")
+        found["learns"] = digit_loss(model) < 0.95 * digit_loss(prepared(case, kind))
+        again, _ = training(case, kind, folder / "run", str(folder / "run" / "checkpoint-4"))
+        found["resumes"] = whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+    cells = {}
+    for column in COLUMNS:
+        if column == "experts":
+            cells[column] = experts
+        elif column in case.cannot:
+            assert not found[column], f"{name}: {column} is said to be impossible, and works"
+            cells[column] = f"no: {case.cannot[column]}"
+        else:
+            cells[column] = "yes" if found[column] else "no"
+    return cells
+
+
+def row(name: str) -> str:
+    """A row of the table in Markdown; a cell that differs between the architectures says both, dense first."""
+    torch.set_num_threads(1)
+    both = {kind: tried(name, kind) for kind in KINDS}
+    return f"| {name} | " + " | ".join(joined(both, column) for column in COLUMNS) + " |"
+
+
+def table(rows: list[str]) -> str:
+    return "\n".join(["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
+
+
+def joined(both: dict[str, dict[str, str]], column: str) -> str:
+    dense, moe = (both[kind][column] for kind in KINDS)
+    return moe if dense in (moe, "none") else f"{dense} / {moe}"
+
+
+def written(document: str, told: str) -> str:
+    """The document with another table between its marks."""
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{told}\n{END}{rest.split(END)[1]}"
+
+
+def main(names: list[str]) -> None:
+    write = names == ["--write"]
+    rows = []
+    with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        for line in pool.map(row, list(CASES) if write or not names else names):
+            print(line, flush=True)
+            rows.append(line)
+    if write:
+        GUIDE.write_text(written(GUIDE.read_text(encoding="utf-8"), table(rows)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,75 @@
+"""The table of docs/tuning.md: every method has a row, some are run again here and compared cell by cell."""
+
+import methods_table
+import pytest
+from methods_table import CASES, COLUMNS, GUIDE, joined, table, tried, written
+
+from qwenvl_ft.tuning.methods import METHODS
+
+AGAIN = [("init_weights: pissa", "dense"), ("adalora", "dense"), ("lora, router too", "moe")]
+"""Rows that take part in every run of the tests; `make methods` runs all."""
+
+
+def documented():
+    lines = [line for line in GUIDE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    start = next(i for i, line in enumerate(lines) if line.startswith("| method | start |"))
+    told = {}
+    for line in lines[start + 2 :]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != len(COLUMNS) + 1:
+            break
+        told[cells[0]] = dict(zip(COLUMNS, cells[1:], strict=True))
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), AGAIN)
+def test_a_method_keeps_what_the_table_says(name, kind):
+    told = documented()[name]
+    for column, found in tried(name, kind).items():
+        dense, _, moe = told[column].partition(" / ")
+        expected = {"dense": dense, "moe": moe or dense}[kind]
+        assert found == (expected if (kind, column) != ("dense", "experts") else "none"), column
+
+
+def test_the_table_has_a_row_for_every_method_and_no_other():
+    told = documented()
+    assert list(told) == list(CASES)
+    types = {case.tuner["train_type"] if "train_type" in case.tuner else "lora" for case in CASES.values()}
+    assert types == set(METHODS)
+
+
+def test_what_cannot_hold_has_a_reason_and_nothing_else_is_a_no():
+    for name, row in documented().items():
+        for column, cell in row.items():
+            if column != "experts":
+                expected = f"no: {CASES[name].cannot[column]}" if column in CASES[name].cannot else "yes"
+                assert cell == expected, f"{name}: {column}"
+
+
+def test_the_document_explains_every_column():
+    text = GUIDE.read_text(encoding="utf-8")
+    assert [column for column in COLUMNS if f"- **{column}**: " not in text] == []
+
+
+def test_cells_of_both_architectures_are_joined():
+    same = {"dense": {"own": "yes", "experts": "none"}, "moe": {"own": "yes", "experts": "adapted"}}
+    assert (joined(same, "own"), joined(same, "experts")) == ("yes", "adapted")
+    assert joined({"dense": {"own": "yes"}, "moe": {"own": "no"}}, "own") == "yes / no"
+
+
+def test_the_table_takes_the_place_of_the_last_one():
+    document = GUIDE.read_text(encoding="utf-8")
+    told = written(document, table(["| a | yes |"]))
+    assert "| a | yes |" in told
+    assert "| lora |" not in told
+    assert written(told, table([])).count("\n") == told.count("\n") - 1
+    assert told.split(methods_table.END)[1] == document.split(methods_table.END)[1] != ""
+
+
+def test_a_weight_that_moves_and_should_not_is_seen():
+    model, before = methods_table.trained(CASES["lora"], "dense")
+    assert methods_table.check_own(model, before)
+    stray = next(value for value in model.parameters() if not value.requires_grad)
+    stray.data.view(-1)[0] += 1
+    assert not methods_table.check_own(model, before)

@@ -43,3 +43,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> RecipeError:
 
 class TrainingError(QwenVLError):
     """Training cannot go on: a loss or a gradient is not finite."""
+
+
+class BenchError(QwenVLError):
+    """A measurement cannot be relied on."""

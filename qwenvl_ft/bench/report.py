@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qwenvl_ft.bench.memory import Memory
 from qwenvl_ft.bench.step import StepResult
 
 
@@ -41,3 +42,51 @@ def step_text(result: StepResult) -> str:
             f"  MFU                  {told['mfu']:>12.1%}   {shares}",
         ]
     )
+
+
+def data_text(told: dict[str, Any]) -> str:
+    """The data path's figures."""
+    again = told["plan_seconds"] / told["plan_again_seconds"]
+    return "\n".join(
+        [
+            f"{told['records']} records, {told['images']} images, {told['tokens']:,} tokens; seconds of one core",
+            f"  planning, records/s  {told['planned_per_second']:>10,.0f}   {again:,.0f} times as fast from the cache",
+            f"  row fill             {told['fill']:>10.1%}",
+            f"  encoding, samples/s  {told['samples_per_second']:>10,.1f}",
+            f"  times the floor      {told['times_floor']:>10.2f}   (decode and resize alone: "
+            f"{told['records'] / told['floor_seconds']:,.1f} samples/s)",
+            f"  bytes of an image    {told['bytes_per_image']:>10,.0f}   the processor's: "
+            f"{told['processor_bytes_per_image']:,.0f}",
+        ]
+    )
+
+
+def loss_text(told: dict[str, Any]) -> str:
+    """Both losses beside each other."""
+    plain, chunked = told["plain"], told["chunked"]
+    heads = ("loss", "peak GiB", "seconds", "sum")
+    rows = [
+        (name, f"{part['gib']:.2f}", f"{part['seconds']:.1f}", f"{part['loss']:.2f}")
+        for name, part in (("all logits", plain), ("supervised, in chunks", chunked))
+    ]
+    return f"{table(heads, rows)}\n{plain['gib'] / chunked['gib']:.1f} times less memory"
+
+
+def attention_text(told: dict[str, Any]) -> str:
+    """Both forms of attention beside each other."""
+    return (
+        f"{told['tokens']:,} tokens of {told['samples']} samples, forward and backward: per sample "
+        f"{told['per_sample']:.3f} s, block mask {told['block_mask']:.3f} s, {told['times_faster']:.1f} times faster; "
+        f"largest difference {told['largest_difference']:.1e}"
+    )
+
+
+def memory_text(told: Sequence[Memory]) -> str:
+    """A row for each model, way of training and row length, in GiB."""
+    names = ("weights", "gradients", "optimizer", "copies", "checkpoints", "layer", "head")
+    rows = [
+        (f"{entry.size} {entry.train_type}", f"{entry.row_length:,}", f"{entry.total:.0f}")
+        + tuple(f"{getattr(entry, name):.1f}" for name in names)
+        for entry in told
+    ]
+    return table(("model", "row", "GiB", *names), rows)

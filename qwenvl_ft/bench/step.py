@@ -75,6 +75,8 @@ class StepResult:
     row_length: int
     steps: int
     seconds: float
+    cpu_seconds: float
+    """Of all threads of this process."""
     step_ms: list[float]
     """Of each step; on a GPU as they are launched, so only their sum says how fast it is."""
     tokens: int
@@ -113,6 +115,7 @@ class Clock(TrainerCallback):
     def __init__(self, device: torch.device, warmup: int, steps: int) -> None:
         self.device, self.warmup, self.last = device, warmup, warmup + steps
         self.ends: list[float] = []
+        self.cpu: list[float] = []
         self.seen: list[tuple[int, Tensor, Tensor | None, int]] = []
         self.step = 0
 
@@ -141,6 +144,7 @@ class Clock(TrainerCallback):
     def _tick(self) -> None:
         at_an_end = self.step in (self.warmup, self.last)
         self.ends.append(_now(self.device) if at_an_end else time.perf_counter())
+        self.cpu.append(time.process_time())
 
     def _see(self, module: nn.Module, positional: Any, told: dict[str, Any]) -> None:
         borders = told["cu_seq_lens_q"], told.get("image_cu_seqlens")
@@ -240,6 +244,7 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
         row_length=options.row_length,
         steps=len(seconds),
         seconds=round(sum(seconds), 4),
+        cpu_seconds=round(clock.cpu[clock.last] - clock.cpu[clock.warmup], 4),
         step_ms=[round(1e3 * second, 1) for second in seconds],
         tokens=sum(row.tokens for row in rows),
         supervised_tokens=sum(row.supervised for row in rows),

@@ -88,18 +88,24 @@ def filled_records(
     made = 0
     while made < tokens:
         length = int(np.clip(mean_sample * rng.lognormal(-0.125, 0.5), 32, longest))
-        grid = _grid(length * image_share)
-        answer = _text(tokenizer, int(length * supervised_share), rng)
-        rest = length - grid[0] * grid[1] - int(length * supervised_share) - 16  # of the template
-        question = _text(tokenizer, max(rest, 1), rng)
-        if grid[0]:
-            record = {"image": [_pooled(32 * grid[1], 32 * grid[0])]} | _turns(f"<image>\n{question}", answer)
-        else:
-            record = _turns(question, answer)
-        records.append(record)
+        records.append(sized_record(tokenizer, length, length * image_share, length * supervised_share, rng))
         made += length
     shares = f"{image_share}-{supervised_share}"
     return MemoryRecords(records, f"filled-{tokens}-{mean_sample}-{longest}-{shares}-{seed}")
+
+
+def sized_record(
+    tokenizer: Any, tokens: int, image: float, answer: float | None = None, rng: np.random.Generator | None = None
+) -> dict[str, Any]:
+    """A record of about so many tokens, so many of them an image, and an answer (a quarter if not told)."""
+    rng = rng or np.random.default_rng(0)
+    answer = tokens / 4 if answer is None else answer
+    height, width = _grid(image)
+    told = _text(tokenizer, int(answer), rng)
+    question = _text(tokenizer, max(tokens - height * width - int(answer) - 16, 1), rng)  # 16 of the template
+    if not height:
+        return _turns(question, told)
+    return {"image": [_pooled(32 * width, 32 * height)]} | _turns(f"<image>\n{question}", told)
 
 
 def _turns(question: str, answer: str) -> dict[str, Any]:

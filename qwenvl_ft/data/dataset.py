@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qwenvl_ft.data.conversation import Conversation, Sample, Source
+from qwenvl_ft.data.costs import CostModel
 from qwenvl_ft.data.dense.groups import EpochConversations
 from qwenvl_ft.data.draft import IGNORE
 from qwenvl_ft.data.encode import Encoder
@@ -19,6 +20,8 @@ from qwenvl_ft.data.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.lengths import BAD, Lengths, measure, require_some
 from qwenvl_ft.data.packing import Batch, RunShape, assign, fill, pack_lengths, single_rows
 from qwenvl_ft.errors import DataError
+
+DEFAULT_COSTS = CostModel()
 
 
 class Ticket(NamedTuple):
@@ -56,12 +59,6 @@ class Planned:
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def costs(self) -> NDArray[np.float64]:
-        """float64[S], relative time: tokens, patches, and the squares that attention costs."""
-        tokens, patches = self.tokens.astype(np.float64), self.patches.astype(np.float64)
-        return tokens + 0.25 * patches + tokens**2 / 32_768 + patches**2 / 262_144
 
 
 class SampleDataset(Dataset[Sample]):
@@ -228,8 +225,10 @@ class PlanSampler(Sampler[list[Ticket]]):
         max_length: int,
         seed: int = 0,
         shuffle: bool = True,
+        costs: CostModel = DEFAULT_COSTS,
     ) -> None:
         self.dataset = dataset
+        self.costs = costs
         self.shape = shape
         self.rank = rank
         self.packing = packing
@@ -254,8 +253,10 @@ class PlanSampler(Sampler[list[Ticket]]):
         """``[pass][rank]`` of an epoch; the last two asked for are kept."""
         if epoch not in self._plans:
             kept = list(self._plans.items())[-1:]
-            planned = assign(self.rows(epoch), self.dataset.at(epoch).costs, self.shape, balance=self.shuffle)
-            self._plans = dict(kept) | {epoch: planned}
+            planned = self.dataset.at(epoch)
+            costs = self.costs.of(planned.tokens, planned.patches)
+            passes = assign(self.rows(epoch), costs, self.shape, balance=self.shuffle)
+            self._plans = dict(kept) | {epoch: passes}
         return self._plans[epoch]
 
     def passes(self, epoch: int) -> int:

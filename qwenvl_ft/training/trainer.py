@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
+from qwenvl_ft.data.costs import machine_costs
 from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
@@ -127,6 +128,7 @@ class QwenVLTrainer(Trainer):
             cast(Any, self.model).get_input_embeddings().register_forward_hook(self.noise)
         has_media = any(bool(dataset.at(0).patches.any()) for dataset in _all_of(train_dataset))
         self.gradients = PartGradients(zero_gradient_steps, has_media=has_media)
+        self.costs = same_everywhere(machine_costs(), args.world_size)
         self.meter = Meter(args)
         self.add_callback(self.meter)
         if isinstance(model, TrainedPeftModel):
@@ -159,6 +161,7 @@ class QwenVLTrainer(Trainer):
             max_length=self.max_length,
             seed=seed,
             shuffle=training,
+            costs=self.costs,
         )
 
     def _loader(self, sampler: PlanSampler) -> EpochLoader:
@@ -501,6 +504,15 @@ def _all_of(*datasets: Any) -> list[SampleDataset]:
     return [
         d for entry in datasets if entry is not None for d in (entry.values() if isinstance(entry, dict) else [entry])
     ]
+
+
+def same_everywhere(value: Any, world_size: int) -> Any:
+    """The first process's value: what a plan depends on must not differ between machines."""
+    if world_size > 1:
+        told = [value]
+        torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
+    return value
 
 
 def _media_kinds(sets: list[SampleDataset]) -> tuple[str, ...]:

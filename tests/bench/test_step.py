@@ -31,6 +31,7 @@ def test_a_step_is_the_trainers_and_counts_what_the_model_was_given(monkeypatch,
     assert result.supervised_tokens == sum(count for _, count in given[1:3])
     assert result.tokens > 0.8 * 2 * 512
     assert 0.15 < result.supervised_tokens / result.tokens < 0.35
+    assert result.cpu_seconds > 0
     assert result.attention == "packed_sdpa"
     assert "aten::" in costs
     assert (tmp_path / "trace" / "trace.json.gz").stat().st_size > 1000
@@ -54,7 +55,7 @@ def test_an_unknown_size_is_an_error_in_one_line(capsys):
 
 def test_the_share_of_the_peak_is_needed_work_over_time():
     result = StepResult(
-        *("cpu", "tiny", "full", "sdpa", "float32", 10, 2), 4.0, [2000.0, 2000.0], *(20, 5, 1, 1), 1.0,
+        *("cpu", "tiny", "full", "sdpa", "float32", 10, 2), 4.0, 3.0, [2000.0, 2000.0], *(20, 5, 1, 1), 1.0,
         {"text": int(1e12), "total": int(2e12)}, 1.0, "table",
     )  # fmt: skip
     assert result.mfu == 0.5

@@ -1,0 +1,130 @@
+"""The other measurements: each figure against one that was found another way."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from qwenvl_ft.bench.data import bench_data
+from qwenvl_ft.bench.fit import fitted, keep, makes
+from qwenvl_ft.bench.growth import grow_records, plot_records
+from qwenvl_ft.bench.memory import FUSED, kept, memory
+from qwenvl_ft.bench.parts import bench_attention
+from qwenvl_ft.bench.sizes import bench_processor
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.costs import CostModel, costs_file, machine_costs
+from qwenvl_ft.data.dataset import PlanSampler, SampleDataset
+from qwenvl_ft.data.packing import RunShape
+from qwenvl_ft.errors import BenchError, DataError
+
+
+def test_the_data_path_is_measured_beside_its_floor(tmp_path):
+    told = bench_data(bench_processor(max_pixels=65536), records=16).told()
+    assert told["records"] == 16
+    assert told["images"] > 5
+    assert told["bytes_per_image"] == told["processor_bytes_per_image"] / 8
+    assert 0.75 < told["bytes_per_image"] / (65536 * 3) <= 1, "a byte a channel of each pixel"
+    assert told["encode_seconds"] > told["floor_seconds"] > 0
+    assert told["plan_again_seconds"] < told["plan_seconds"]
+
+
+def test_text_alone_has_no_floor(tmp_path):
+    path = tmp_path / "text.jsonl"
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path.write_text("".join(json.dumps({"conversations": turns}) + "\n" for _ in range(9)))
+    with pytest.raises(DataError, match="no record has an image"):
+        bench_data(bench_processor(), path, records=8)
+
+
+def test_the_loss_in_chunks_is_the_plain_one_in_less_memory(capsys):
+    words = ["--tokens", "4096", "--vocabulary", "20000", "--width", "16", "--json"]
+    assert main(["bench", "loss", *words]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["chunked"]["loss"] == pytest.approx(told["plain"]["loss"], rel=1e-5)
+    assert told["chunked"]["gradient"] == pytest.approx(told["plain"]["gradient"], rel=1e-5)
+    logits = 4096 * 20000 * 4 / 2**30
+    assert told["plain"]["gib"] > 1.8 * logits, "logits and their gradient"
+    assert told["chunked"]["gib"] < 0.5 * told["plain"]["gib"]
+
+
+def test_attention_is_the_same_both_ways():
+    told = bench_attention(tokens=512, samples=8, heads=4, kv_heads=2, size=16, rounds=1)
+    assert told["largest_difference"] < 1e-5
+    assert told["times_faster"] == told["block_mask"] / told["per_sample"]
+
+
+def test_what_a_layer_keeps_is_counted_as_on_a_device_with_memory(tiny_model):
+    layer = tiny_model.model.language_model.layers[0].train()
+    counted = {}
+    for device, attention in (("cpu", "sdpa"), ("meta", FUSED)):
+        layer.self_attn.config._attn_implementation = attention
+        hidden, angles = torch.zeros(1, 40, 64, device=device), torch.zeros(1, 40, 16, device=device)
+        counted[device] = kept(layer.to(device), hidden, position_embeddings=(angles, angles))
+    assert counted["cpu"] == pytest.approx(counted["meta"], rel=0.05)
+    assert counted["meta"] > 10 * 40 * 64 * 4, "vacuous: hardly more than the input"
+
+
+def test_memory_follows_from_the_number_of_weights():
+    full, lora = (memory("2b", train_type, 4096) for train_type in ("full", "lora"))
+    weights = 2_127_532_032
+    assert full.weights == pytest.approx(4 * weights / 2**30)
+    assert full.optimizer == 2 * full.weights
+    assert lora.total < full.total / 3
+    assert lora.weights == pytest.approx(2 * weights / 2**30, rel=0.05)
+    longer = memory("2b", "full", 8192)
+    assert longer.checkpoints == pytest.approx(2 * full.checkpoints)
+    assert longer.layer == pytest.approx(2 * full.layer, rel=0.01)
+
+
+def test_a_fit_finds_the_costs_that_made_the_times():
+    rows = [(make, make.samples) for make in makes(4096)]
+    lengths, patches = ([getattr(m, n) for m, _ in rows] for n in ("tokens", "image"))
+    counts, tokens, seen = np.array([n for _, n in rows]), np.array(lengths), 4 * np.array(patches)
+    features = np.stack([counts * tokens, counts * seen, counts * tokens**2, counts * seen**2], axis=1).astype(float)
+    true = np.array([2e-5, 1e-5, 3e-9, 2e-9])
+    costs, explained = fitted(features, features @ true + 0.01)
+    assert [costs.patch, costs.token_square, costs.patch_square] == pytest.approx(true[1:] / true[0])
+    assert explained == pytest.approx(1)
+    costs, _ = fitted(features, features[:, 0] * 1e-5 - features[:, 3] * 1e-12)
+    assert costs.patch_square == 0, "no cost is negative"
+
+
+def test_plans_follow_the_machines_fit(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert machine_costs() == CostModel()
+    with pytest.raises(BenchError, match="explains 50%"):
+        keep(CostModel(), 0.5)
+    told = CostModel(patch=3.0, token_square=0.5, patch_square=0.0)
+    assert keep(told, 0.99) == costs_file()
+    assert machine_costs() == told
+    assert told.of([2, 10], [4, 0]).tolist() == [2 + 12 + 2, 10 + 50]
+    costs_file().write_text('{"patches": 1}')
+    with pytest.raises(DataError, match="is no cost model"):
+        machine_costs()
+
+
+def test_ranks_are_balanced_by_the_costs_that_are_given(encoder, tmp_path):
+    from cases import ListRecords, answers_of
+
+    dataset = SampleDataset(ListRecords(answers_of(*range(1, 17))), encoder, cache_dir=tmp_path)
+    plain, other = (
+        PlanSampler(dataset, RunShape(2, 1, 2), packing=False, max_length=500, costs=costs).plan(0)
+        for costs in (CostModel(), CostModel(patch=1e3))
+    )
+    assert plain != other
+    samples = [sorted(i for ranks in plan for batch in ranks for i in batch) for plan in (plain, other)]
+    assert samples[0] == samples[1] == list(range(16))
+
+
+def test_growth_is_measured_and_drawn():
+    told = list(grow_records((20, 60), images=2))
+    assert [entry["records"] for entry in told] == [20, 60]
+    assert told[1]["measure"] > told[1]["start again"]
+    drawn = ElementTree.fromstring(plot_records(told))
+    circles = drawn.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == 2 * 4
+    assert all(80 <= float(c.get("cx")) <= 600 and 50 <= float(c.get("cy")) <= 350 for c in circles)

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from qwenvl_ft.data.conversation import Conversation, Image, Text
+from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.media import MediaPolicy, image_size
 from qwenvl_ft.data.readers import read_record
@@ -20,6 +21,7 @@ from qwenvl_ft.look.forecast import histogram, quantiles
 from qwenvl_ft.look.objects import all_objects
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.report import bars
+from qwenvl_ft.look.sample import Drawing, GroupLook
 from qwenvl_ft.look.walk import walk
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -109,9 +111,7 @@ class Census:
 
     def __init__(self, policy: MediaPolicy, encoder: Encoder | None) -> None:
         self.policy = policy
-        self.encoder = copy.copy(encoder)
-        if self.encoder is not None:
-            self.encoder.max_length = None  # what is too long is counted as it is
+        self.encoder = None if encoder is None else unlimited(encoder)
 
     def __call__(self, records: Any, index: int) -> Counted:
         found = Counted(records=1)
@@ -150,6 +150,28 @@ class Census:
             found.counts["kinds"].update(each.kind for each in named)
 
 
+class Grouped:
+    """The tokens of groups of dense captions, as the first epoch draws them; one that cannot be read has none."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.look = GroupLook(unlimited(encoder), frozenset(), 0)
+
+    def __call__(self, groups: DenseGroups, place: int) -> Counted:
+        found, seen = Counted(), self.look(groups, place)
+        if seen.kept:
+            found.numbers["tokens"].append(seen.kept)
+            found.numbers["vision"].append(seen.vision_tokens)
+            found.numbers["learned"].append(seen.supervised)
+        return found
+
+
+def unlimited(encoder: Encoder) -> Encoder:
+    """The encoder for counting what is too long as it is."""
+    encoder = copy.copy(encoder)
+    encoder.max_length = None
+    return encoder
+
+
 def texts(conversation: Conversation, role: str) -> list[str]:
     """The text of each message of a role, without its media; of answers, those that are learned."""
     return [
@@ -175,13 +197,19 @@ def count_recipe(recipe: Any, *, split: str = TRAIN, num_proc: int | None = None
     """
     workers = num_proc or sensible_workers(recipe)
     opened = find_split(open_splits(recipe, num_proc=workers), split)
-    census = Census(MediaPolicy.of(recipe.data), optional_encoder(recipe))
+    policy, encoder, drawing = MediaPolicy.of(recipe.data), optional_encoder(recipe), Drawing.of(recipe)
     total = Counted()
     for fault in opened.faults:
         total.add(Counted(records=1, unread=1, first_fault=f"{fault.where}: {fault.message}"))
     for part in opened.parts:
-        for counted in walk(part, census, num_proc=workers, told=split, quiet=quiet):
-            total.add(counted)
+        for records, epochs in drawing.parts(part, policy, training=split == TRAIN)[0]:
+            grouped = isinstance(epochs, DenseGroups)
+            census = Census(policy, None if grouped else encoder)
+            for counted in walk(records, census, num_proc=workers, told=split, quiet=quiet):
+                total.add(counted)
+            if grouped and encoder is not None:
+                for seen in walk(epochs, Grouped(encoder), num_proc=workers, told=f"{split}, groups", quiet=quiet):
+                    total.add(seen)
     return total
 
 

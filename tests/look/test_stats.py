@@ -5,6 +5,7 @@ import re
 from collections import Counter
 
 import pytest
+from dense_cases import dense_settings, write_dense
 from look_cases import asked, captioned, sound
 
 from qwenvl_ft.cli.main import main
@@ -13,6 +14,8 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.look.forecast import histogram, quantiles
 from qwenvl_ft.look.stats import LONGEST_TEXT, count_recipe
 from qwenvl_ft.look.target import target_recipe
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.training.setup import build_datasets, build_processor
 
 OBJECTS = [
     {"desc": "box/red", "bbox_2d": [10, 10, 60, 50]},
@@ -159,3 +162,19 @@ def test_quantiles_are_values_and_a_histogram_keeps_all():
     for low, high, count in bars:
         assert count == sum(low <= value < high for value in values)
     assert Counter(high - low for low, high, _ in bars).most_common(1)[0][1] == len(bars)
+
+
+def test_tokens_of_dense_captions_are_those_of_the_groups_that_training_draws(tiny_dir, tmp_path):
+    data = write_dense(tmp_path / "data", 11)
+    recipe = load_recipe(None, dense_settings(tiny_dir, data, tmp_path / "run", "data.images_per_user_turn=2"))
+    found = count_recipe(recipe, quiet=True)
+    dataset, _ = build_datasets(recipe, build_processor(recipe), recipe.training.arguments["seed"])
+    samples = [dataset[k] for k in range(len(dataset))]
+    assert (found.records, len(found.numbers["tokens"])) == (11, 6)
+    assert sorted(found.numbers["tokens"]) == sorted(len(sample["input_ids"]) for sample in samples)
+    assert sorted(found.numbers["learned"]) == sorted(int((sample["labels"] >= 0).sum()) for sample in samples)
+    recipe.template.max_length = min(found.numbers["tokens"])
+    assert count_recipe(recipe, quiet=True).numbers["tokens"] == found.numbers["tokens"], "too long is counted too"
+    (tmp_path / "data" / "3.png").unlink()
+    broken = count_recipe(recipe, quiet=True)
+    assert (broken.unread, len(broken.numbers["tokens"])) == (1, 5)

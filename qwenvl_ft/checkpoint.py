@@ -64,7 +64,7 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
 
     Raises:
         CheckpointError: the folder cannot be resumed; says why. Or a fresh start would go into the folder of an
-            earlier run, whose checkpoints would be taken for its own.
+            earlier run, whose checkpoints or weights would be taken for its own.
     """
     last = last_checkpoint(output_dir)
     if resume is None or resume is False or str(resume).lower() in ("false", "none", ""):
@@ -73,6 +73,7 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
                 f"training.output_dir={output_dir} holds {last.name} of an earlier run. Go on from it with "
                 "training.resume_from_checkpoint=true, or give another folder."
             )
+        _require_no_model(output_dir)
         return None
     if resume is True or str(resume).lower() in AUTO:
         broken = [(folder, missing(folder)) for folder in _checkpoints(output_dir)]
@@ -81,6 +82,8 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
                 f"training.resume_from_checkpoint={resume}: {broken[0][0]}: {broken[0][1]}. Start from its weights "
                 f"instead: model.model={broken[0][0]}, with another training.output_dir."
             )
+        if last is None:
+            _require_no_model(output_dir)
         return last
     folder = Path(str(resume))
     if not folder.is_dir():
@@ -96,3 +99,17 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
             + (f" The last complete one is {last}." if last else "")
         )
     return folder
+
+
+def _require_no_model(output_dir: Path) -> None:
+    """A model or adapter that stays beside the one that is written would be loaded in its place.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    found = next((file for pattern in WEIGHTS for file in sorted(output_dir.glob(pattern))), None)
+    if found is not None:
+        raise CheckpointError(
+            f"training.output_dir={output_dir} holds {found.relative_to(output_dir)} already. Give another folder, or "
+            "remove this one."
+        )

@@ -41,12 +41,19 @@ def train(recipe: Any) -> TrainResult:
     from qwenvl_ft.training.callbacks.signals import SignalCallback
     from qwenvl_ft.training.checkpointing import chosen_parts
     from qwenvl_ft.training.memory import out_of_memory
+    from qwenvl_ft.training.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training.trainer import QwenVLTrainer
 
     args = build_arguments(recipe)
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
+<<<<<<< HEAD
     if not recipe.phase:  # before the first phase, all were checked
         check_before_training(recipe)
+=======
+    if resume is not None:
+        require_same_recipe(recipe, resume)
+    check_before_training(recipe)
+>>>>>>> 50c24c4 (A resumed run is the run that was begun, or one line says what differs; a model is not written beside another's; adapters keep their rope scaling)
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     questions = setup.build_questions(recipe, train_set.encoder, args.seed)
@@ -70,6 +77,8 @@ def train(recipe: Any) -> TrainResult:
         recipe=recipe,
         callbacks=setup.callbacks(recipe, args.seed),
     )
+    if resume is not None:
+        require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
     trainer.remove_callback(PrinterCallback)
     progress, signals = ProgressCallback(recipe.phase), SignalCallback()
     trainer.add_callback(progress)

@@ -23,6 +23,16 @@ def own_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf_datasets")
 
 
+@pytest.fixture(autouse=True)
+def no_launcher():
+    """A run under DeepSpeed in this process says that it is alone; the next test and its processes are not."""
+    before = dict(os.environ)
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in before:
+            os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Directories of the tiny checkpoints: ``checkpoints["dense"]``, ``checkpoints["moe"]``."""

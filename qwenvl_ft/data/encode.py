@@ -18,7 +18,11 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
+<<<<<<< HEAD
 from PIL import Image as PILImage
+=======
+from transformers import Qwen3VLProcessor
+>>>>>>> 50c24c4 (A resumed run is the run that was begun, or one line says what differs; a model is not written beside another's; adapters keep their rope scaling)
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 
@@ -142,16 +146,23 @@ class Encoder:
         Returns:
             A sample whose labels are all -100. It is never cut: a prompt above ``max_length`` is an error.
         """
+        draft = self._prompt_draft(record, media_root)
+        if self.max_length is not None and draft.length > self.max_length:
+            raise too_long(draft, self.max_length)
+        return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised)))
+
+    def prompt_length(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> int:
+        """Tokens of the sample that `prompt` would make, from text and media headers alone."""
+        return self._prompt_draft(record, media_root).length
+
+    def _prompt_draft(self, record: dict[str, Any] | Conversation, media_root: str | None) -> Draft:
         conversation = self.conversation(record, media_root)
         messages = conversation.messages
         if messages[-1].role == "assistant":
             messages = messages[:-1]
         if not messages:
             raise DataError(f"{conversation.source}: nothing stands before the answer, so there is no prompt.")
-        draft = self._tokenize(Conversation(messages, conversation.source, conversation.tools), invite=True)
-        if self.max_length is not None and draft.length > self.max_length:
-            raise too_long(draft, self.max_length)
-        return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised)))
+        return self._tokenize(Conversation(messages, conversation.source, conversation.tools), invite=True)
 
     def length(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> int:
         """Tokens of the sample that `__call__` would make, from text and media headers alone."""
@@ -280,6 +291,8 @@ class Encoder:
         """
         if not clips:
             return text
+        if not isinstance(self.processor, Qwen3VLProcessor):
+            raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(self.processor).__name__}.")
         pieces = text.split(VISION_START + VIDEO_PAD + VISION_END)
         if len(pieces) != len(clips) + 1:
             raise DataError(f"{source}: {len(clips)} videos, but the chat template shows {len(pieces) - 1}.")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from qwenvl_ft.errors import CheckpointError, RecipeError, unknown_name
 from qwenvl_ft.model.anatomy import canonical_model_type, family_of
 from qwenvl_ft.model.attention import resolve_attn_impl
@@ -129,6 +131,11 @@ def plan_loading(
     path, adapter = local_directory(dir_or_id), None
     if path is not None and (path / "adapter_config.json").is_file():
         adapter = path
+        if any(path.glob("model*.safetensors")):
+            raise CheckpointError(
+                f"{path} holds a whole model and an adapter (adapter_config.json), of different runs. Move one away."
+            )
+        rope_scaling, max_model_len = _lengths_of(path, rope_scaling, max_model_len)
         dir_or_id, revision = base_of_adapter(path)
         path = local_directory(dir_or_id)
         if path is not None and (path / "adapter_config.json").is_file():
@@ -147,6 +154,15 @@ def plan_loading(
     if quantization is not None and quantization.quantization_bit is not None:
         options["quantization_config"] = bnb_config(quantization, config)
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, options=options)
+
+
+def _lengths_of(adapter: Path, rope_scaling: Any, max_model_len: int | None) -> tuple[Any, int | None]:
+    """What an adapter was trained with, which its base model's config does not say; or what the caller says."""
+    recipe = adapter / "recipe.yaml"
+    if rope_scaling is not None or max_model_len is not None or not recipe.is_file():
+        return rope_scaling, max_model_len
+    told = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model") or {}
+    return told.get("rope_scaling"), told.get("max_model_len")
 
 
 def loading_options(told: ModelConfig, quantization: QuantizationConfig) -> dict[str, Any]:

@@ -237,6 +237,10 @@ def _evaluation(recipe: Any) -> str | None:
         )
         if on
     ]
+    if recipe.training.arguments.get("do_eval") is False and strategy != "no":
+        return (
+            f"training.do_eval=false, but training.eval_strategy={strategy}. Set eval_strategy=no, or remove do_eval."
+        )
     if _argument(recipe, "eval_on_start") and not recipe.data.evaluates:
         return "training.eval_on_start=true needs an evaluation set. Set data.val."
     if wants and not recipe.data.evaluates:
@@ -419,6 +423,14 @@ def _best(recipe: Any) -> str | None:
 def _precision(recipe: Any) -> str | None:
     if _argument(recipe, "bf16") and _argument(recipe, "fp16"):
         return "training.bf16 and training.fp16 are both true. Keep one."
+    for name, half in (("bf16", "bfloat16"), ("fp16", "float16")):
+        other = "fp16" if name == "bf16" else "bf16"
+        refused = recipe.training.arguments.get(name) is False and not _argument(recipe, other)
+        if refused and recipe.model.torch_dtype == half:
+            return (
+                f"training.{name}=false with model.torch_dtype={half} would hold trained weights in 16 bits, in which "
+                f"small updates are lost. Remove training.{name}, or set model.torch_dtype=float32."
+            )
     return None
 
 

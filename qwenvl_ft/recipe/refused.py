@@ -26,6 +26,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "disable_tqdm": (True, "progress is a line a step, in the console and in training.log"),
     "restore_callback_states_from_checkpoint": (False, "what a callback keeps is restored from the trainer's state"),
     "enable_jit_checkpoint": (False, "a signal writes a checkpoint anyway"),
+    "do_train": (True, "training is what a recipe is run for; qwenvl-ft infer asks a model"),
     "do_predict": (False, "there is no test set; evaluation.data and evaluation.run_after_training ask the model"),
     "bf16_full_eval": (False, "evaluation computes as training does; see training.bf16"),
     "fp16_full_eval": (False, "evaluation computes as training does; see training.fp16"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
         if section in config:
             raise RecipeError(f'deepspeed.config has its own "{section}". Remove it: {keys} decide.')
     return config
+
+
+def stand_alone() -> None:
+    """Let DeepSpeed run in one process without a launcher: it would look for MPI."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
 
 
 def hierarchical(config: dict[str, Any], told: Any) -> dict[str, Any]:
@@ -175,6 +187,8 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         told.setdefault("metric_for_best_model", "eval_loss")
         told.setdefault("greater_is_better", False)  # loss and perplexity; transformers knows only names ending in loss
     try_model(recipe)
+    if recipe.deepspeed.enabled:
+        stand_alone()
     try:
         args = TrainingArguments(**told)
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:

@@ -5,6 +5,7 @@ the output folder made. Here each is built, or asked for, once on nothing.
 """
 
 import os
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,8 +166,17 @@ def _output(recipe: Any, args: Any) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
         raise RecipeError(f"training.output_dir={args.output_dir}: {there} is a file. Give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK) or not _takes_folders(there):
         raise RecipeError(f"training.output_dir={args.output_dir}: {there} cannot be written to. Give another folder.")
+
+
+def _takes_folders(there: Path) -> bool:
+    """Whether a folder can be made there: root may write anywhere, and some file systems take nothing."""
+    try:
+        Path(tempfile.mkdtemp(dir=there)).rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def _one_device(recipe: Any, args: Any) -> None:

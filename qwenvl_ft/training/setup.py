@@ -1,7 +1,11 @@
 """A recipe's sections -> the objects of a run, and what is said and saved before and after it."""
 
 import json
+<<<<<<< HEAD
 from collections.abc import Iterable
+=======
+import logging
+>>>>>>> cb1651e (Reference)
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
+
+logger = logging.getLogger(__name__)
 
 TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes", "default")
 """What ms-swift calls ways of writing tools into the system prompt."""
@@ -166,10 +172,20 @@ def build_questions(recipe: Any, encoder: Encoder, seed: int) -> Any:
     options = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
     records = load_records(told.data, **options) if told.data else joined(load_mixture(data, seed)[1])
     dataset = build_dataset(recipe, records, encoder, seed, "evaluation.data")
+    conversations: Any = EpochConversations(dataset.epochs, 0)
     usable = dataset.index[: told.limit].tolist()
-    questions: Any = Subset(EpochConversations(dataset.epochs, 0), usable)  # type: ignore[arg-type]
-    require_answers(questions)
-    return questions
+    asked: Any = Subset(conversations, usable)
+    require_answers(asked)
+    if encoder.truncation_strategy in ("left", "right"):  # a sample can be cut to fit, its prompt is not
+        short = [index for index in usable if encoder.prompt_length(conversations[index]) <= recipe.template.max_length]
+        if len(short) < len(usable):
+            logger.warning(
+                "evaluation.data: %d of %d prompts are longer than template.max_length and are not asked.",
+                len(usable) - len(short),
+                len(usable),
+            )
+        usable = short
+    return Subset(conversations, usable)
 
 
 def build_model(recipe: Any, args: TrainingArguments, train_set: SampleDataset) -> nn.Module:

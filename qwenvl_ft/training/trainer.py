@@ -30,6 +30,7 @@ from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels, target_weights
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
+from qwenvl_ft.training.same_run import save_plan
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import (
     MIN_LR_SCHEDULES,
@@ -473,6 +474,8 @@ class QwenVLTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_plan(self.train_sampler, Path(output_dir))
         if isinstance(self.model, TrainedPeftModel) and self.args.should_save:
             self.model.save_state(Path(output_dir))
 

@@ -239,6 +239,18 @@ def test_a_cap_per_frame_is_the_processors_own(tiny_dir, films):
     assert int(sample["video_grid_thw"][0, 1:].prod()) * 16 * 16 <= 4096
 
 
+def test_a_processor_of_an_older_family_shows_videos_in_another_form(processor, films):
+    """Qwen2.5-VL has no times between its frames; its processor is refused, not answered in Qwen3-VL's form."""
+
+    class Older:
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+    with pytest.raises(DataError, match=r"videos need a Qwen3-VL processor, not Older"):
+        Encoder(Older())(asked(films["plain"]))
+    assert len(Encoder(Older())(asked(images=[picture(64, 96)]))["input_ids"]) > 0
+
+
 def test_bytes_are_as_good_as_a_file(processor, films):
     with open(films["plain"], "rb") as file:  # noqa: PTH123
         told = Encoder(processor)(asked(file.read()))

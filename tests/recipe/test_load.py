@@ -22,7 +22,7 @@ model: {model: some/model, device_map: {"": 0, model.visual: cpu}, max_memory: {
 data: {train: [a.jsonl, b%50], val: b.jsonl, datasets: {b: {annotation_path: b.json, data_path: ""}}}
 template: {system_prompt: "line one\\nline two: yes"}
 tuner: {target_modules: [q_proj, v_proj], target_regex: '^.*\\.(q|k)_proj$'}
-training: {learning_rate: 1e-5, max_steps: 5, eval_strategy: steps, report_to: [tensorboard, wandb], bf16: false,
+training: {learning_rate: 1e-5, max_steps: 5, eval_strategy: steps, report_to: [tensorboard, wandb], fp16: false,
            lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-7}}
 """
 

@@ -108,6 +108,12 @@ def test_one_process_by_any_launcher_is_bit_equal(tiny_dir, data, tmp_path, refe
 
 
 @pytest.mark.slow
+def test_deepspeed_runs_in_one_process_without_a_launcher(tiny_dir, data, tmp_path, reference):
+    run = start("python", 1, tiny_dir, data, tmp_path, "deepspeed.enabled=true", "deepspeed.config=zero2")
+    assert_same_run(run, reference, tiny_dir)
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, launcher):

@@ -254,6 +254,13 @@ WRONG = {
     "best without data": (["training.save_strategy=best", "data.val=null"], "Set data.val"),
     "an image longer than a row": (["template.max_pixels=1048576"], "lets one image take 1024 tokens"),
     "packing and padding": (["training.padding_free=false"], "Set training.packing=false"),
+    "half weights trained as they are": (
+        ["model.torch_dtype=bfloat16", "training.bf16=false"],
+        "would hold trained weights in 16 bits",
+    ),
+    "no training": (["training.do_train=false"], "training.do_train=false cannot be honoured"),
+    "evaluation and none": (["training.do_eval=false"], "Set eval_strategy=no"),
+    "a folder that cannot be made": (["training.output_dir=/proc/run"], "/proc cannot be written to"),
     "no such attention": (["model.attn_impl=flash"], "is not a choice here"),
     "flash attention without a GPU": (
         ["model.attn_impl=flash_attn"],
@@ -404,6 +411,20 @@ def test_a_resumed_run_goes_on_counting_its_patience(tiny_dir, data, tmp_path, s
     monkeypatch.undo()
     again = train_function(load_recipe(None, [*part, "training.resume_from_checkpoint=true"]))
     assert 3 < again.steps == whole.steps < 40
+
+
+def test_prompts_that_do_not_fit_are_counted_and_not_asked(tiny_dir, data, tmp_path, caplog):
+    """Training may cut a sample; a prompt is asked whole or not at all."""
+    records = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
+    records[1]["conversations"][0]["value"] = "<image>\n" + "what is it " * 60
+    for record in records:
+        record["image"] = str(data / record["image"])
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, records)))
+    more = ("training.max_steps=1", f"data.val={tmp_path / 'val.jsonl'}", "template.truncation_strategy=left")
+    asked = ("evaluation.run_after_training=true", "evaluation.max_new_tokens=2", "training.save_strategy=no")
+    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "run", *more, *asked)))
+    assert result.metrics["exact_match_count"] == 2
+    assert "1 of 3 prompts are longer than template.max_length and are not asked" in caplog.text
 
 
 def test_questions_are_known_to_be_good_before_the_first_step(tiny_dir, data, tmp_path):

@@ -71,7 +71,8 @@ class ProgressCallback(TrainerCallback):
         self.follow(args)
         if not state.is_world_process_zero:
             return
-        rows = state.train_batch_size or args.per_device_train_batch_size
+        found = state.train_batch_size if args.auto_find_batch_size else None
+        rows = found or args.per_device_train_batch_size
         batch = rows * args.gradient_accumulation_steps * args.world_size
         self.say(
             f"{state.max_steps:,} steps of {rows} rows x "

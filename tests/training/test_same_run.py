@@ -1,0 +1,152 @@
+"""A run goes on as it was begun, or says in one line what differs; what lies beside it is not taken for its own."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from cases import picture
+from safetensors.torch import load_file
+
+from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.model.load import load_model
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.train import main
+from qwenvl_ft.train import train as train_function
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve records with images, and the first six of them."""
+    folder = tmp_path_factory.mktemp("same_run")
+    lines = []
+    for i in range(12):
+        picture(64 + 16 * (i % 4), 64, i).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"number {i} " * (1 + i % 3)}]
+        lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "half.jsonl").write_text("\n".join(lines[:6]) + "\n")
+    turned = [json.dumps(json.loads(line) | {"image": "3.png"}) for line in lines]
+    (folder / "other.jsonl").write_text("\n".join(turned) + "\n")
+    return folder
+
+
+def settings(tiny_dir, data, output, *more):
+    return [
+        f"model.model={tiny_dir}",
+        "model.torch_dtype=float32",
+        f"data.train={data / 'train.jsonl'}",
+        "template.max_length=256",
+        "tuner.train_type=lora",
+        "tuner.freeze_vit=false",
+        "tuner.lora_dropout=0",
+        "training.optim=sgd",
+        "training.packing=false",
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=2",
+        "training.max_steps=4",
+        "training.learning_rate=1e-2",
+        "training.dataloader_num_workers=0",
+        "training.save_strategy=steps",
+        "training.save_steps=2",
+        "training.save_total_limit=5",
+        "training.report_to=none",
+        f"training.output_dir={output}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_dir, data, tmp_path_factory):
+    """A finished run of four steps, and its folder as it was after two."""
+    output = tmp_path_factory.mktemp("begun") / "run"
+    train_function(load_recipe(None, settings(tiny_dir, data, output)))
+    half = output.parent / "half"
+    half.mkdir()
+    shutil.copytree(output / "checkpoint-2", half / "checkpoint-2")
+    return output, half
+
+
+@pytest.fixture
+def halfway(begun, tmp_path):
+    """A run that was stopped after two steps."""
+    shutil.copytree(begun[1], tmp_path / "run")
+    return tmp_path / "run"
+
+
+CHANGES = {
+    "rank": (["tuner.lora_rank=4"], "tuner.lora_rank is 4 and was 8"),
+    "scale": (["tuner.lora_alpha=64"], "tuner.lora_alpha is 64 and was 32"),
+    "method": (["tuner.train_type=longlora"], "tuner.train_type is 'longlora' and was 'lora'"),
+    "rate": (["training.learning_rate=1e-5"], "training.learning_rate is 1e-05 and was 0.01"),
+    "seed": (["training.seed=7"], "training.seed is 7 and was 42"),
+    "packing": (["training.packing=true"], "training.packing is true and was false"),
+    "length": (["template.max_length=128"], "template.max_length is 128 and was 256"),
+    "several": (
+        ["tuner.lora_rank=4", "tuner.lora_alpha=8", "tuner.lora_dropout=0.5", "training.seed=7"],
+        "and 1 more",
+    ),
+    "accumulation": (["training.gradient_accumulation_steps=1"], "a step takes 1 rows and took 2"),
+    "rows": (["training.per_device_train_batch_size=2"], "a step takes 4 rows and took 2"),
+    "fewer records": (["data.train=DATA/half.jsonl"], "data.train has 6 samples and had 12. Give the data"),
+    "other records": (["data.train=DATA/other.jsonl"], "has 12 samples and had 12, of other lengths. Give the data"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_would_be_another_run_is_one_line(tiny_dir, data, halfway, capsys, case):
+    more, message = CHANGES[case]
+    more = [word.replace("DATA", str(data)) for word in more]
+    words = settings(tiny_dir, data, halfway, *more, "training.resume_from_checkpoint=true")
+    assert main(words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: training.resume_from_checkpoint={halfway / 'checkpoint-2'}: ")
+    assert message in told
+    assert not (halfway / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["gradient_accumulation_steps=1", "per_device_train_batch_size=2"]])
+def test_the_same_run_goes_on_to_the_same_weights_also_with_other_passes(tiny_dir, data, begun, halfway, more):
+    free = ["logging_steps=1", "save_total_limit=3", *more]
+    words = settings(tiny_dir, data, halfway, "training.resume_from_checkpoint=true", *(f"training.{w}" for w in free))
+    train_function(load_recipe(None, words))
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (begun[0], halfway))
+    before = load_file(halfway / "checkpoint-2" / "adapter_model.safetensors")
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-5), name
+    assert any(float((before[name] - expected[name]).abs().max()) > 1e-3 for name in before), "vacuous: nothing moved"
+
+
+def test_a_fresh_run_does_not_go_beside_a_model_of_another(tiny_dir, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    quick = ("training.max_steps=1", "training.save_strategy=no")
+    assert main(settings(tiny_dir, data, output, *quick)) == 0
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    for resume in ("false", "true"):
+        words = settings(tiny_dir, data, output, *quick, "tuner.lora_rank=4")
+        assert main([*words, f"training.resume_from_checkpoint={resume}"]) == 2
+        assert f"output_dir={output} holds adapter_model.safetensors already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_a_folder_of_a_model_and_an_adapter_is_neither(tiny_dir, begun, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(begun[0] / name, tmp_path / "both")
+    with pytest.raises(CheckpointError, match=r"holds a whole model and an adapter"):
+        load_model(tmp_path / "both")
+
+
+def test_an_adapter_is_opened_with_the_rope_scaling_it_was_trained_with(tiny_dir, data, tmp_path):
+    scaling = "model.rope_scaling={type: yarn, factor: 2.0}"
+    words = settings(tiny_dir, data, tmp_path / "run", scaling, "training.max_steps=1", "training.save_strategy=no")
+    train_function(load_recipe(None, words))
+    opened = load_model(tmp_path / "run", torch_dtype="float32")
+    assert opened.get_base_model().config.text_config.rope_parameters["rope_type"] == "yarn"
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    plain = load_model(tmp_path / "run", torch_dtype="float32")
+    assert plain.get_base_model().config.text_config.rope_parameters["rope_type"] == "default", "vacuous"
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        logits = [model.eval()(input_ids=ids).logits for model in (opened, plain)]
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-4

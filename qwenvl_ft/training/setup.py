@@ -1,11 +1,8 @@
 """A recipe's sections -> the objects of a run, and what is said and saved before and after it."""
 
 import json
-<<<<<<< HEAD
-from collections.abc import Iterable
-=======
 import logging
->>>>>>> cb1651e (Reference)
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 

@@ -46,14 +46,10 @@ def train(recipe: Any) -> TrainResult:
 
     args = build_arguments(recipe)
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
-<<<<<<< HEAD
-    if not recipe.phase:  # before the first phase, all were checked
-        check_before_training(recipe)
-=======
     if resume is not None:
         require_same_recipe(recipe, resume)
-    check_before_training(recipe)
->>>>>>> 50c24c4 (A resumed run is the run that was begun, or one line says what differs; a model is not written beside another's; adapters keep their rope scaling)
+    if not recipe.phase:  # before the first phase, all were checked
+        check_before_training(recipe)
     processor = setup.build_processor(recipe)
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     questions = setup.build_questions(recipe, train_set.encoder, args.seed)

@@ -18,11 +18,8 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-<<<<<<< HEAD
 from PIL import Image as PILImage
-=======
 from transformers import Qwen3VLProcessor
->>>>>>> 50c24c4 (A resumed run is the run that was begun, or one line says what differs; a model is not written beside another's; adapters keep their rope scaling)
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoMetadata
 

@@ -7,10 +7,8 @@ from typing import Any
 from qwenvl_ft.data.registry import parse_selection
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import ASSIGNMENT, recipe_from_argv
+from qwenvl_ft.recipe.dialects import FILES
 from qwenvl_ft.recipe.layers import SUFFIXES
-
-NAMING = ("recipe=", "config=", "--recipe", "--config", "data.train=")
-"""How a command line of training names what it is about."""
 
 
 def target_recipe(words: list[str]) -> Any:
@@ -27,7 +25,11 @@ def target_recipe(words: list[str]) -> Any:
     named, told = words[:number], words[number:]
     files = [word for word in named if _is_data(word)]
     recipes = [word for word in named if word not in files]
-    if not named and not any(word.startswith(NAMING) for word in told):
+    if not named and told:
+        recipe = recipe_from_argv(told)
+        if recipe.data.train or any(word.partition("=")[0].lstrip("-") in FILES for word in told):
+            return recipe
+    if not named:
         raise RecipeError("name a recipe or data files first. Example: mine, or a.jsonl b.json.")
     if len(recipes) > 1:
         raise RecipeError(f"{' and '.join(recipes)} are several recipes. Name one; data files end in .jsonl or .json.")

@@ -298,6 +298,7 @@ def test_a_recipe_and_files_are_told_apart(tmp_path):
     trained = target_recipe(["recipe=digits", "data.train=a.jsonl"])
     assert (trained.data.train, trained.template) == ("a.jsonl", target_recipe(["digits"]).template)
     assert target_recipe(["--config", "recipes/digits.yaml"]).template == trained.template
+    assert target_recipe(["--jsonl", "a.jsonl", "--val_jsonl", "b.jsonl"]).data.val == "b.jsonl"
     mixed = target_recipe(["digits", "a.jsonl", "training.packing=false"])
     assert (mixed.data.train, mixed.training.packing) == (["a.jsonl"], False)
     with pytest.raises(RecipeError, match="are several recipes"):

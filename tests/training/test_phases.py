@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft import train
+from qwenvl_ft.cli.main import main
 from qwenvl_ft.errors import CheckpointError, DataError, RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.phases import chain
@@ -61,6 +62,8 @@ KINDS = {
     "full": (FULL, ["phase_1_aligner", "phase_2_top", "phase_3_all"]),
     "lora": (LORA, ["phase_1_aligner", "phase_2_both"]),
 }
+COUNTS = {"1/3 simple": 1, "2/3 medium": 1, "3/3 full": 2}
+"""Phase of the shipped curriculum -> samples in its test: groups of two records."""
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -283,6 +286,26 @@ def test_two_processes_train_the_same_phases(write, tiny_dir, tmp_path):
         moved = float((expected - start[name]).abs().max())
         assert float((two[name] - expected).abs().max()) <= 1e-3 * moved + 1e-7, name
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4, "vacuous: nothing moves"
+
+
+def test_the_shipped_curriculum_trains_on_a_file_that_split_has_split(tiny_dir, tmp_path):
+    lines = []
+    for i, count in enumerate((1, 2, 5, 6)):
+        picture(96, 64, i).save(tmp_path / f"{i}.png")
+        objects = [{"bbox_2d": [4 + 3 * k, 8, 30 + 3 * k, 40], "desc": f"thing {k}"} for k in range(count)]
+        lines.append(json.dumps({"images": [f"{i}.png"], "objects": objects, "width": 96, "height": 64}))
+    (tmp_path / "full.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["split", str(tmp_path / "full.jsonl")]) == 0
+    told = [f"model.model={tiny_dir}", "model.torch_dtype=float32", "training.max_steps=1", "training.report_to=none"]
+    told += ["training.dataloader_num_workers=0", "training.activation_checkpointing=false"]
+    told += [f"training.output_dir={tmp_path / 'run'}", f"phases.full.data.train={tmp_path}/full.jsonl"]
+    told += [f"phases.{name}.data.train={tmp_path}/full.{name}.jsonl" for name in ("simple", "medium")]
+    assert train(load_recipe("curriculum", told)).steps == 3
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert [log.count(f"phase {phase}: data.train: {count} ") for phase, count in COUNTS.items()] == [1, 1, 1]
+    widened = [load_file(tmp_path / "run" / f"phase_{name}" / WEIGHTS["lora"]) for name in ("1_simple", "2_medium")]
+    assert not any("language_model" in name for name in widened[0])
+    assert any("language_model" in name for name in widened[1])
 
 
 def test_phases_may_change_the_precision(write, tmp_path):

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 """Method -> bits it can write."""
+UNTOUCHED = ["model.visual", "visual", "lm_head"]
+"""What stays as it is: transformers matches names from their beginning, other readers anywhere."""
 
 
 def check_quantization(method: str, bits: int, dataset: str | None) -> None:
@@ -99,6 +101,8 @@ def quantize(
     loaded.save(str(partial))
     written = json.loads((partial / "config.json").read_text(encoding="utf-8"))
     written.pop("use_cache", None)  # gptqmodel leaves it off
+    if method == "awq":  # else transformers looks for packed weights in the vision tower
+        written["quantization_config"]["modules_to_not_convert"] = UNTOUCHED
     (partial / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     if out.exists():
         out.rmdir()

@@ -136,7 +136,9 @@ def test_a_written_model_is_near_the_whole_one_and_takes_lora(records, tmp_path,
     words = ["--quant-method", method, "--group-size", "32", "--n-samples", "8", "--dataset", records]
     assert main(["merge", str(tiny_dir), str(tmp_path / "new"), *words]) == 0
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    config["quantization_config"]["backend"] = f"{method}_torch"  # no kernel is compiled
+    config["quantization_config"]["backend"] = {"gptq": "gptq_torch", "awq": "torch_awq"}[
+        method
+    ]  # no kernel is compiled
     (tmp_path / "new" / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path / "new", torch_dtype="float32", attn_impl="sdpa").eval()
     assert len(quantized_modules(model)) == 28

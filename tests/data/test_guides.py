@@ -106,6 +106,8 @@ def test_the_code_runs_and_gives_what_it_says(folder):
     assert not np.array_equal(np.asarray(told["changed"]), np.asarray(told["image"]))
     assert told["objects"][0]["bbox_2d"] != [96, 120, 416, 360]
     assert told["left"] == []
+    assert told["record"]["images"][0].size == (640, 480)
+    assert told["record"]["objects"][0]["bbox_2d"] != [96, 120, 416, 360]
 
 
 def test_split_parts_a_file_by_its_objects(folder, capsys):

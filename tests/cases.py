@@ -23,9 +23,10 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 class ListRecords:
     """Records in memory, as `load_records` gives them from files."""
 
-    def __init__(self, records, name="list"):
+    def __init__(self, records, name="list", datasets=None):
         self.records = records
-        self.sources = [Source(name, f"{name}[{i}]") for i in range(len(records))]
+        names = datasets or [name] * len(records)
+        self.sources = [Source(own, f"{own}[{i}]") for i, own in enumerate(names)]
         self.fingerprint = f"{name}-{len(records)}-{id(self)}"
 
     def __len__(self):
@@ -52,7 +53,7 @@ def answers_of(*lengths):
 RECORDS = answers_of(1, 30, 2, 5, 17, 1, 9, 3)
 
 
-def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, trainer_options=None, **arguments):
+def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, datasets=None, trainer_options=None, **arguments):
     from qwenvl_ft.data.dataset import SampleDataset
     from qwenvl_ft.model.load import load_model
     from qwenvl_ft.training.trainer import QwenVLTrainer
@@ -68,7 +69,7 @@ def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, trainer_option
         logging_nan_inf_filter=False,
         **(options | arguments),
     )
-    dataset = SampleDataset(ListRecords(records), encoder, cache_dir=folder / "cache")
+    dataset = SampleDataset(ListRecords(records, datasets=datasets), encoder, cache_dir=folder / "cache")
     more = {"packing": False, "max_length": 512} | (trainer_options or {})
     return QwenVLTrainer(model, args, processor=encoder.processor, train_dataset=dataset, eval_dataset=dataset, **more)
 

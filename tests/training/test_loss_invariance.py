@@ -1,5 +1,6 @@
 """The same samples give the same loss and gradients, however they are split; so does eval_loss."""
 
+import json
 import os
 import socket
 import subprocess
@@ -23,15 +24,18 @@ SPLITS = {
 }
 
 
-def by_hand(checkpoint, encoder, records):
-    """Cross entropy of each sample alone through the upstream class, summed, over all supervised tokens."""
+def by_hand(checkpoint, encoder, records, factors=(1.0, 1.0)):
+    """Cross entropy of each sample alone through the upstream class, summed, over all supervised tokens.
+
+    ``factors`` are how much the tokens of even and of odd records count.
+    """
     model = load_model(str(checkpoint), torch_dtype="float32", attn_impl="sdpa")
     samples = [encoder(record) for record in records]
-    tokens = sum(int((sample["labels"] != -100).sum()) for sample in samples)
+    weights = [int((sample["labels"] != -100).sum()) * factors[i % 2] for i, sample in enumerate(samples)]
     total = 0.0
-    for sample in samples:
-        total = total + model(**QwenVLCollator()([sample])).loss * int((sample["labels"] != -100).sum())
-    loss = total / tokens
+    for sample, weight in zip(samples, weights, strict=True):
+        total = total + model(**QwenVLCollator()([sample])).loss * weight
+    loss = total / sum(weights)
     loss.backward()
     return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -82,17 +86,32 @@ def test_eval_loss_is_independent_of_the_batch(tmp_path, tiny_dir, encoder, refe
     assert metrics["eval_perplexity"] == pytest.approx(torch.exp(torch.tensor(reference[0])).item(), rel=1e-5)
 
 
+def run_two(folder, *words):
+    """What two processes write: loss, gradients and eval_loss."""
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*launch, str(script), str(folder), *map(str, words)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("packing", "records"), [("single", 8), ("packed", 8), ("single", 7)])
 def test_two_processes_give_the_same_loss_gradients_and_eval_loss(tmp_path, tiny_dir, encoder, packing, records):
     """Seven records leave the second process without a sample in the last pass: it runs a filler."""
-    script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [*launch, str(script), str(tmp_path), str(tiny_dir), packing, str(records)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    out = run_two(tmp_path, tiny_dir, packing, str(records))
     expected = by_hand(tiny_dir, encoder, RECORDS[:records])
     assert_same(out["loss"], out["grads"], expected)
     assert abs(out["eval_loss"] - expected[0]) <= 1e-6 * expected[0]
+
+
+@pytest.mark.distributed
+def test_two_processes_weigh_data_sets_alike(tmp_path, tiny_dir, encoder, reference):
+    """Each process has other data sets' tokens: the weights are summed over both. Evaluation is not weighted."""
+    out = run_two(tmp_path, tiny_dir, "single", 8, json.dumps({"even": 3.0, "odd": 0.25}))
+    expected = by_hand(tiny_dir, encoder, RECORDS, factors=(3.0, 0.25))
+    assert_same(out["loss"], out["grads"], expected)
+    assert abs(expected[0] - reference[0]) > 1e-3 * reference[0], "vacuous: the weights change nothing"
+    assert abs(out["eval_loss"] - reference[0]) <= 1e-6 * reference[0]

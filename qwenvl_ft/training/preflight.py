@@ -21,9 +21,8 @@ from qwenvl_ft.errors import QwenVLError, RecipeError
 from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.convert import shown
-from qwenvl_ft.tuning.methods.lora import place
+from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
-from qwenvl_ft.tuning.targets import saved_modules
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
 """Beginnings of the names of optimizers that are built from the model's own modules."""
@@ -244,11 +243,9 @@ def try_model(recipe: Any) -> None:
 
 def _names(tuner: Any, config: Any) -> None:
     """Whether the recipe's names of modules match something; other methods than these tell when they are built."""
-    model = skeleton(config)
-    if tuner.train_type == "lora":
-        place(model, tuner)
-    elif tuner.train_type == "full":
-        saved_modules(model, tuner)
+    names = METHODS[tuner.train_type].names
+    if names is not None:
+        names(skeleton(config), tuner)
 
 
 TRIALS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub)

@@ -119,6 +119,31 @@ REFUSED = {
         ["tuner.train_type=full", "tuner.modules_to_save=[model.visual.mergr]"],
         "tuner.modules_to_save names 'model.visual.mergr', which is no module of the model.",
     ),
+    "a start that is none": (["tuner.init_weights=pisa"], "unknown tuner.init_weights 'pisa'. Did you mean 'pissa'?"),
+    "a rank for what is not adapted": (
+        ["tuner.rank_pattern={qkv: 4}"],
+        "tuner.rank_pattern names 'qkv', which no adap",
+    ),
+    "experts that are none": (
+        ["tuner.target_parameters=[experts.down]"],
+        "tuner.target_parameters names 'experts.down'",
+    ),
+    "a width that no block divides": (
+        ["tuner.train_type=boft", "tuner.boft_block_size=7"],
+        "tuner.train_type=boft: model.language_model.layers.0.self_attn.q_proj is 64 wide, which tuner.boft_block_",
+    ),
+    "a field that a method does not have": (
+        ["tuner.train_type=oft", "tuner.peft_options={blocks: 4}"],
+        "tuner.peft_options.blocks: tuner.train_type=oft has no such field.",
+    ),
+    "layers to cut that are none": (
+        ["tuner.train_type=adalora", "tuner.target_modules=[q_prj]"],
+        "tuner.target_modules names 'q_prj', which is",
+    ),
+    "a weight to freeze that is none": (
+        ["tuner.train_type=full", "tuner.freeze_parameters=[model.layers.9]"],
+        "tuner.freeze_parameters names 'model.layers.9', with which no weight's name begins.",
+    ),
     "the wrong family": (["model.model_type=qwen2_vl"], "model.model_type=qwen2_vl, but config.json of "),
     "rows beyond the model's positions": (
         ["template.max_length=32769"],

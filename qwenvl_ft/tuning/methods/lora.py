@@ -35,7 +35,7 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
     start = start_of(tuner, batches)
     if not plain_start(tuner):
         require_whole_weights(model, f"init_weights={tuner.init_weights}")
-    where = place(model, tuner, tied_copies=tied_copies, parameters=True)
+    where = lora_place(model, tuner, tied_copies=tied_copies)
     config = LoraConfig(
         r=tuner.lora_rank,
         lora_alpha=tuner.lora_alpha,
@@ -51,15 +51,26 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
         **start.settings(tuner),
         **where,
     )
-    targets = where["target_modules"] if isinstance(where["target_modules"], list) else []
-    _check_patterns(tuner, [*targets, *(where["target_parameters"] or [])])
-    if tuner.use_dora and not targets:
+    if tuner.use_dora and not isinstance(where["target_modules"], list):
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
     start.prepare(model, config)
     wrapped = start.finish(wrap(model, config, tuner, start.kind))
     if where["target_parameters"]:
         _set_dropout(wrapped, tuner.lora_dropout)
     return wrapped
+
+
+def lora_place(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[str, Any]:
+    """Where LoRA goes, as `place` says; the model is looked at for names only.
+
+    Raises:
+        RecipeError: as `place`, an unknown start, or a pattern that no target's name ends with.
+    """
+    start_of(tuner, batches=["whatever"])
+    where = place(model, tuner, tied_copies=tied_copies, parameters=True)
+    targets = where["target_modules"] if isinstance(where["target_modules"], list) else []
+    _check_patterns(tuner, [*targets, *(where["target_parameters"] or [])])
+    return where
 
 
 def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, parameters: bool = False) -> dict[str, Any]:

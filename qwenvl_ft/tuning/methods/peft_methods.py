@@ -94,6 +94,26 @@ def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     """Wrap the model in a PeftModel of the method that ``train_type`` names.
 
     Raises:
+        RecipeError: as `fitting_config`, and what peft finds wrong while it wraps.
+    """
+    kind, factors = tuner.train_type, tuner.boft_n_butterfly_factor
+    config = fitting_config(model, tuner)
+    try:
+        wrapped = wrap(model, config, tuner)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RecipeError(f"tuner.train_type={kind} does not fit the model: {_one_line(error)}") from error
+    if kind == "boft" and factors > 1 and not all(getattr(m, "fbd_cuda_available", True) for m in wrapped.modules()):
+        raise RecipeError(
+            f"tuner.boft_n_butterfly_factor={factors} needs peft's CUDA extension, which it could not build here (a "
+            "GPU, nvcc and ninja); without it peft would use 1. Set it to 1."
+        )
+    return wrapped
+
+
+def fitting_config(model: nn.Module, tuner: TunerConfig) -> Any:
+    """The peft config of a method; the model is looked at for names and sizes only.
+
+    Raises:
         RecipeError: an option that the method does not have or refuses, a layer that does not suit it, or no target.
     """
     import peft
@@ -123,17 +143,7 @@ def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
         wrong = suits(config, layer.in_features, layer.out_features) if suits else None
         if wrong:
             raise RecipeError(f"tuner.train_type={kind}: {target} {wrong}. Change it, or leave the layer out.")
-    try:
-        wrapped = wrap(model, config, tuner)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise RecipeError(f"tuner.train_type={kind} does not fit the model: {_one_line(error)}") from error
-    factors = tuner.boft_n_butterfly_factor
-    if kind == "boft" and factors > 1 and not all(getattr(m, "fbd_cuda_available", True) for m in wrapped.modules()):
-        raise RecipeError(
-            f"tuner.boft_n_butterfly_factor={factors} needs peft's CUDA extension, which it could not build here (a "
-            "GPU, nvcc and ninja); without it peft would use 1. Set it to 1."
-        )
-    return wrapped
+    return config
 
 
 def option_names(config_class: Any) -> Iterator[str]:

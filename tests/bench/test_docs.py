@@ -1,0 +1,36 @@
+"""docs/performance.md: its commands exist, its table is what the command prints, its plots are there."""
+
+import inspect
+import re
+from pathlib import Path
+
+from qwenvl_ft.bench.memory import memory
+from qwenvl_ft.bench.report import memory_text
+from qwenvl_ft.cli.bench import COMMANDS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "performance.md").read_text(encoding="utf-8")
+
+
+def test_every_command_exists_with_its_options():
+    commands = re.findall(r"^ *qwenvl-ft bench (.+)", TEXT, re.M)
+    assert len(commands) > 7
+    for command in commands:
+        words = command.split("#")[0].split("||")[0].split()
+        name = "fit" if words[0] == "--fit" else words[0]
+        known = {parameter.removeprefix("as_") for parameter in inspect.signature(COMMANDS[name]).parameters}
+        options = {word[2:].replace("-", "_") for word in words[1:] if word.startswith("--")}
+        assert options <= known, command
+
+
+def test_the_memory_table_is_what_the_command_computes():
+    told = memory_text([memory("2b", "lora", 4096)]).splitlines()[-1]
+    cells = [cell.strip() for cell in told.strip("|").split("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("|")]
+    assert cells in rows
+
+
+def test_the_plots_are_there():
+    plots = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT)
+    assert len(plots) == 2
+    assert all((DOCS / plot).is_file() for plot in plots)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -107,13 +108,22 @@ def plot(title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], *
         spot = place(at, 10.0**y_low)[0]
         parts.append(f'<line x1="{spot}" x2="{spot}" y1="{top}" y2="{bottom}" stroke="#eee"/>')
         parts.append(f'<text x="{spot}" y="{bottom + 20}" text-anchor="middle">{at:,.0f}</text>')
-    for colour, (name, line) in zip(COLOURS, lines.items(), strict=False):
+    beside = label_heights([place(x[-1], line[-1])[1] for line in lines.values()])
+    for colour, (name, line), label in zip(COLOURS, lines.items(), beside, strict=False):
         spots = [place(at, value) for at, value in zip(x, line, strict=True)]
         points = " ".join(f"{px},{py}" for px, py in spots)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{px}" cy="{py}" r="3.5" fill="{colour}"/>' for px, py in spots]
-        parts.append(f'<text x="{spots[-1][0] + 10}" y="{spots[-1][1] + 4}" fill="{colour}">{name}</text>')
+        parts.append(f'<text x="{spots[-1][0] + 10}" y="{label + 4}" fill="{colour}">{name}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def label_heights(ends: Sequence[float], apart: float = 15) -> list[float]:
+    """Where the lines' names stand: at their ends, moved down where they would overlap."""
+    told = list(ends)
+    for above, below in pairwise(sorted(range(len(told)), key=lambda i: ends[i])):
+        told[below] = max(told[below], told[above] + apart)
+    return told
 
 
 def plot_rows(told: Sequence[dict[str, Any]], size: str) -> str:

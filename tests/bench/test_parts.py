@@ -9,7 +9,7 @@ import torch
 
 from qwenvl_ft.bench.data import bench_data
 from qwenvl_ft.bench.fit import fitted, keep, makes
-from qwenvl_ft.bench.growth import grow_records, plot_records
+from qwenvl_ft.bench.growth import grow_records, label_heights, plot_records
 from qwenvl_ft.bench.memory import FUSED, kept, memory
 from qwenvl_ft.bench.parts import bench_attention
 from qwenvl_ft.bench.sizes import bench_processor
@@ -118,6 +118,10 @@ def test_ranks_are_balanced_by_the_costs_that_are_given(encoder, tmp_path):
     assert plain != other
     samples = [sorted(i for ranks in plan for batch in ranks for i in batch) for plan in (plain, other)]
     assert samples[0] == samples[1] == list(range(16))
+
+
+def test_names_of_lines_do_not_overlap():
+    assert label_heights([100, 50, 104, 300]) == [100, 50, 115, 300]
 
 
 def test_growth_is_measured_and_drawn():

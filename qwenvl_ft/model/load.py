@@ -352,7 +352,7 @@ def with_adapter(model: Any, adapter: str | Path, *, name: str = "default") -> A
     )  # what peft leaves out of names in the file
     known = {own.sub("", key) for key in wrapped.state_dict()}
     saved = load_peft_weights(str(adapter), device="cpu")
-    strange = sorted(key for key in saved if own.sub("", key) not in known)
+    strange = sorted(key for key in saved if own.sub("", key) not in known and not _beside(wrapped, key, name))
     if strange:
         raise CheckpointError(
             f"{adapter} does not fit {model.name_or_path}, which has no place for {strange[0]} ({len(strange)} such)."
@@ -417,3 +417,10 @@ def _set_frames(processor: Any, area: int | None, fps: float | None, least: int 
 
 def _one_line(error: Warning | Exception | str) -> str:
     return textwrap.shorten(str(error), width=300) or type(error).__name__
+
+
+def _beside(model: Any, key: str, adapter: str) -> bool:
+    """Whether a saved tensor belongs into what a layer holds beside its state, as the places of ShiRA's weights."""
+    owner, _, last = key.rpartition(".")
+    held = getattr(dict(model.named_modules()).get(owner), last, None)
+    return isinstance(held, dict) and adapter in held

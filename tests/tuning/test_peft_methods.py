@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.export.merge import merge
+from qwenvl_ft.model.load import load_model
 from qwenvl_ft.recipe.checks import METHOD_KEYS, OPTIONS_ONLY, PEFT
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.tuning.methods import METHODS
@@ -90,8 +94,6 @@ def test_what_does_not_fit_is_one_line(fresh, tuner, settings, told):
 
 
 def test_butterfly_factors_that_peft_would_drop_are_refused(fresh, tuner):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("the extension may be there")
     with pytest.raises(RecipeError, match=r"boft_n_butterfly_factor=2 needs peft's CUDA extension"):
@@ -138,3 +140,14 @@ def test_defaults_are_the_guides():
     assert (told.lora_ga_batch_size, told.lora_ga_iters, told.lora_ga_max_length) == (2, 2, 1024)
     assert (told.lora_ga_direction, told.lora_ga_scale, told.lora_ga_stable_gamma) == ("ArB2r", "stable", 16)
     assert (told.lora_rank, told.lora_alpha, told.lora_dropout, told.init_weights) == (8, 32, 0.05, True)
+
+
+def test_places_of_sparse_weights_that_peft_keeps_beside_the_state_are_no_strange_keys(
+    fresh, tuner, train, logits, tmp_path
+):
+    settings = tuner(train_type="shira", target_modules=["q_proj"], peft_options={"r": 4})
+    model = train(prepare_model(fresh(), settings))
+    model.save_pretrained(tmp_path / "adapter")
+    assert any(key.endswith(".shira_indices") for key in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    merged = load_model(merge(tmp_path / "adapter", tmp_path / "merged").folder, torch_dtype="float32")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)

@@ -191,7 +191,9 @@ def _val_names(recipe: Any) -> str | None:
 
 def _nothing_trains(recipe: Any) -> str | None:
     told = recipe.tuner
-    if told.freeze_llm and told.freeze_vit and told.freeze_aligner and not told.modules_to_save:
+    named = (told.modules_to_save, told.trainable_parameters, told.trainable_parameters_regex)
+    last = (told.unfreeze_topk_llm, told.unfreeze_topk_vit)
+    if told.freeze_llm and told.freeze_vit and told.freeze_aligner and not any((*named, *last)):
         return (
             "tuner.freeze_llm, freeze_vit and freeze_aligner are all true, so nothing would train. "
             "Set one of them to false."

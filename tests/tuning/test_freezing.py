@@ -8,6 +8,7 @@ from torch import nn
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import canonical_name
+from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.tuning.prepare import prepare_model
 
 FLAGS = ("freeze_llm", "freeze_vit", "freeze_aligner")
@@ -128,3 +129,15 @@ def test_lora_updates_of_bfloat16_models_are_not_rounded_away(fresh, tuner):
     model = prepare_model(fresh(torch_dtype="bfloat16"), tuner())
     dtypes = {value.requires_grad: value.dtype for value in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+@pytest.mark.parametrize("key", ["unfreeze_topk_llm=1", "unfreeze_topk_vit=1", "trainable_parameters=[lm_head]"])
+def test_all_parts_may_be_frozen_but_for_what_is_named(fresh, key):
+    frozen = [f"tuner.freeze_{part}=true" for part in ("llm", "vit", "aligner")]
+    recipe = load_recipe(None, ["tuner.train_type=full", *frozen, f"tuner.{key}"])
+    model = prepare_model(fresh(), recipe.tuner)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    assert any(trained)
+    assert not all(trained)
+    with pytest.raises(RecipeError, match="nothing would train"):
+        load_recipe(None, ["tuner.train_type=full", *frozen])

@@ -61,9 +61,15 @@ def names_in(folder):
     return found
 
 
+EXTRAS = {"galore": "galore_torch", "qlora_8b": "bitsandbytes"}
+"""Recipe -> the optional package that it is for."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains(path, data, checkpoints, tmp_path):
+    if path.stem in EXTRAS:
+        pytest.importorskip(EXTRAS[path.stem])
     shipped = load_recipe(path)
     kind = "moe" if "A3B" in shipped.model.model else "dense"
     overrides = [

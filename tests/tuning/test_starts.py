@@ -160,6 +160,7 @@ def test_eva_that_cannot_settle_is_given_up(fresh, tuner, batches):
 
 def test_loftq_makes_up_for_what_four_bits_lost(tiny_dir, tuner, logits, tmp_path):
     """The update is the best of its rank for W - Q, at the adapter's scale; the checkpoint fits the 4-bit model."""
+    pytest.importorskip("bitsandbytes")
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 

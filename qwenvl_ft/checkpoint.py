@@ -11,7 +11,7 @@ STATE = "trainer_state.json"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "*/adapter_model.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "scheduler.pt")
 AUTO = ("true", "auto", "last")
-NO_OPTIMIZER = "it was saved with training.save_only_model=true and holds no optimizer"
+NO_OPTIMIZER = "it holds no optimizer: it is the end of a run, or was saved with training.save_only_model=true"
 
 
 def step_of(folder: Path) -> int:

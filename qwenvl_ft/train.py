@@ -31,18 +31,15 @@ def train(recipe: Any) -> TrainResult:
     if recipe.phases:
         return train_phases(recipe)
     import torch
-    from transformers import PrinterCallback
 
     from qwenvl_ft.checkpoint import resolve_resume
     from qwenvl_ft.look.gate import check_before_training
     from qwenvl_ft.training import setup
-    from qwenvl_ft.training.arguments import build_arguments, lora_plus
+    from qwenvl_ft.training.arguments import build_arguments
     from qwenvl_ft.training.callbacks.progress import ProgressCallback
     from qwenvl_ft.training.callbacks.signals import SignalCallback
-    from qwenvl_ft.training.checkpointing import chosen_parts
     from qwenvl_ft.training.memory import out_of_memory
     from qwenvl_ft.training.same_run import require_same_plan, require_same_recipe
-    from qwenvl_ft.training.trainer import QwenVLTrainer
 
     args = build_arguments(recipe)
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
@@ -54,28 +51,17 @@ def train(recipe: Any) -> TrainResult:
     train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
     questions = setup.build_questions(recipe, train_set.encoder, args.seed)
     model = setup.build_model(recipe, args, train_set)
-    trainer = QwenVLTrainer(
-        model,
+    trainer = setup.build_trainer(
+        recipe,
         args,
-        processor=processor,
-        train_dataset=train_set,
+        model,
+        processor,
+        train_set,
         eval_dataset=eval_set,
-        max_length=recipe.template.max_length,
-        packing=recipe.training.packing,
-        padding_free=recipe.training.padding_free,
-        vit_lr=recipe.training.vit_lr,
-        aligner_lr=recipe.training.aligner_lr,
-        lorap_lr_ratio=lora_plus(recipe),
-        loss_weights=recipe.data.loss_weights,
-        zero_gradient_steps=recipe.training.zero_gradient_steps,
-        z_loss=recipe.training.z_loss,
-        checkpointed=chosen_parts(recipe.training),
-        recipe=recipe,
         callbacks=setup.callbacks(recipe, args.seed),
     )
     if resume is not None:
         require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
-    trainer.remove_callback(PrinterCallback)
     progress, signals = ProgressCallback(recipe.phase), SignalCallback()
     trainer.add_callback(progress)
     trainer.add_callback(signals)

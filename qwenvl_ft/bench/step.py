@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
 from qwenvl_ft.bench.sizes import random_model, write_size
@@ -22,10 +22,9 @@ from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.model.load import load_config
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training import setup
-from qwenvl_ft.training.arguments import build_arguments, lora_plus
+from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.trainer import QwenVLTrainer
-from qwenvl_ft.tuning.prepare import prepare_model
 
 TOP_COSTS = 10
 """Operations that a profile prints."""
@@ -274,24 +273,8 @@ def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) ->
     dataset = SampleDataset(records, setup.build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths")
     torch.manual_seed(args.seed)
     model = random_model(load_config(str(folder)), recipe.model, args.device)
-    model = prepare_model(model, recipe.tuner)
-    if (args.bf16 or args.fp16) and args.deepspeed is None:
-        setup.keep_float32(model)
-    trainer = QwenVLTrainer(
-        model,
-        args,
-        processor=processor,
-        train_dataset=dataset,
-        max_length=recipe.template.max_length,
-        packing=recipe.training.packing,
-        padding_free=recipe.training.padding_free,
-        vit_lr=recipe.training.vit_lr,
-        aligner_lr=recipe.training.aligner_lr,
-        lorap_lr_ratio=lora_plus(recipe),
-        recipe=recipe,
-    )
-    for quiet in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(quiet)
+    trainer = setup.build_trainer(recipe, args, setup.prepared(model, recipe, args), processor, dataset)
+    trainer.remove_callback(ProgressCallback)
     return trainer
 
 

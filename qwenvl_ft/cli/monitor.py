@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -120,7 +120,7 @@ def progress(logged: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[
         *([f"phase {phase}"] if phase else []),
         f"[{bar:<{WIDTH}}] {share:.1%}  step {last['step']:,} of {last['total_steps']:,}",
         f"elapsed {_clock(last['elapsed_seconds'])}  {left}".rstrip(),
-        f"loss {losses[-1]:.4f}  mean of the last {min(WINDOW, len(losses))}: {_mean(losses[-WINDOW:]):.4f}",
+        f"loss {losses[-1]:.4f}  mean of the last {min(WINDOW, len(losses))}: {fmean(losses[-WINDOW:]):.4f}",
         history(losses),
         *([figures] if figures else []),
     ]
@@ -130,7 +130,7 @@ def history(values: list[float], width: int = WIDTH) -> str:
     """All values in at most ``width`` blocks, each as high as the mean of its share, with the range in front."""
     count = min(width, len(values))
     edges = [len(values) * k // count for k in range(count + 1)]
-    means = [_mean(values[first:last]) for first, last in pairwise(edges)]
+    means = [fmean(values[first:last]) for first, last in pairwise(edges)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     drawn = "".join(BLOCKS[round((value - low) / span * (len(BLOCKS) - 1))] for value in means)
@@ -154,11 +154,6 @@ def gpus() -> list[str]:
         f"GPU {index} {name}: {load}% busy, {used} of {total} MiB, {heat} C"
         for index, name, load, used, total, heat in told
     ]
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
 
 
 def _clock(seconds: float) -> str:

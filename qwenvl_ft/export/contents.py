@@ -20,6 +20,7 @@ from torch import Tensor
 from qwenvl_ft.checkpoint import NO_OPTIMIZER, missing
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.model.anatomy import canonical_name, part_of
+from qwenvl_ft.recipe.provenance import saved_recipe
 
 ROWS = ("vision", "merger", "llm", "head", "shared")
 """Where a weight can be: the parts, the language head by itself, and what an adapter keeps once for all layers."""
@@ -191,12 +192,9 @@ def _tensors(folder: Path, adapter: bool) -> Iterator[tuple[str, Tensor]]:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     """The keys of recipe.yaml that say what was trained."""
-    import yaml
-
-    path = folder / "recipe.yaml"
-    if not path.is_file():
+    written = saved_recipe(folder)
+    if not written:
         return {}
-    written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     told = {"model": (written.get("model") or {}).get("model")}
     for section, names in (
         ("quantization", ("quantization_bit",)),

@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from qwenvl_ft.errors import CheckpointError, RecipeError, unknown_name
 from qwenvl_ft.model.anatomy import canonical_model_type, family_of
 from qwenvl_ft.model.attention import resolve_attn_impl
@@ -21,6 +19,7 @@ from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.quantization import bnb_config, require_kernels, tell_quantized
+from qwenvl_ft.recipe.provenance import saved_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -158,10 +157,9 @@ def plan_loading(
 
 def _lengths_of(adapter: Path, rope_scaling: Any, max_model_len: int | None) -> tuple[Any, int | None]:
     """What an adapter was trained with, which its base model's config does not say; or what the caller says."""
-    recipe = adapter / "recipe.yaml"
-    if rope_scaling is not None or max_model_len is not None or not recipe.is_file():
+    if rope_scaling is not None or max_model_len is not None:
         return rope_scaling, max_model_len
-    told = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model") or {}
+    told = saved_recipe(adapter).get("model") or {}
     return told.get("rope_scaling"), told.get("max_model_len")
 
 

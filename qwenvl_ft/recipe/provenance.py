@@ -3,6 +3,9 @@
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 PACKAGES = ("qwenvl-ft", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed")
 
@@ -39,3 +42,9 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def saved_recipe(folder: Path) -> dict[str, Any]:
+    """What ``recipe.yaml`` of a run or checkpoint says, unchecked: it may be of another release. Empty without one."""
+    path = folder / "recipe.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}

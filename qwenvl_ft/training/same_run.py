@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.recipe.provenance import saved_recipe
 
 PLAN = "plan.json"
 """Beside a checkpoint's weights: the plan that its step was counted in."""
@@ -65,13 +65,7 @@ def require_same_recipe(recipe: Any, checkpoint: Path) -> None:
     Raises:
         CheckpointError: names the keys, what they are and what they were.
     """
-    path = checkpoint / "recipe.yaml"
-    if not path.is_file():
-        return
-    before, now = (
-        yaml.safe_load(path.read_text(encoding="utf-8")),
-        json.loads(json.dumps(recipe.to_dict(), default=str)),
-    )
+    before, now = saved_recipe(checkpoint), json.loads(json.dumps(recipe.to_dict(), default=str))
     keys = [(section, key) for section in WHOLE for key in now.get(section) or {}]
     keys += [(section, key) for section, names in KEPT.items() for key in names]
     changed = [

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import Subset
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
@@ -28,8 +28,11 @@ from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.training.arguments import lora_plus
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
+from qwenvl_ft.training.checkpointing import chosen_parts
+from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
@@ -195,10 +198,45 @@ def build_model(recipe: Any, args: TrainingArguments, train_set: SampleDataset) 
             use_raw_patches(model, train_set.encoder.processor.image_processor)
         model.to(args.device)
         batches = start_batches(recipe.tuner, train_set, args.seed)
+    return prepared(model, recipe, args, batches=batches)
+
+
+def prepared(model: nn.Module, recipe: Any, args: TrainingArguments, *, batches: Any = None) -> nn.Module:
+    """The model, frozen and adapted, in the precision it trains in."""
     model = prepare_model(model, recipe.tuner, batches=batches)
     if (args.bf16 or args.fp16) and args.deepspeed is None:
         keep_float32(model, keep_adapter=recipe.tuner.lora_dtype is not None)
     return model
+
+
+def build_trainer(
+    recipe: Any, args: TrainingArguments, model: nn.Module, processor: Any, train_set: SampleDataset, **more: Any
+) -> QwenVLTrainer:
+    """The trainer of a recipe, without transformers' own console.
+
+    Args:
+        more: ``eval_dataset`` and ``callbacks``.
+    """
+    trainer = QwenVLTrainer(
+        model,
+        args,
+        processor=processor,
+        train_dataset=train_set,
+        max_length=recipe.template.max_length,
+        packing=recipe.training.packing,
+        padding_free=recipe.training.padding_free,
+        vit_lr=recipe.training.vit_lr,
+        aligner_lr=recipe.training.aligner_lr,
+        lorap_lr_ratio=lora_plus(recipe),
+        loss_weights=recipe.data.loss_weights,
+        zero_gradient_steps=recipe.training.zero_gradient_steps,
+        z_loss=recipe.training.z_loss,
+        checkpointed=chosen_parts(recipe.training),
+        recipe=recipe,
+        **more,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def start_batches(tuner: TunerConfig, train_set: SampleDataset, seed: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import yaml
 from cases import ListRecords, picture
 from peft import PeftModel
 from transformers import PrinterCallback, TrainingArguments
@@ -28,7 +29,7 @@ from qwenvl_ft.export.merge import merge
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.tiny import make_tiny
-from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.recipe.schema import QuantizationConfig, TunerConfig
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.setup import start_batches
 from qwenvl_ft.training.trainer import QwenVLTrainer
@@ -63,9 +64,17 @@ class Case:
     """Column -> why not; the run checks that it is so."""
     rate: float = 3e-3
     """Learning rate of the run on digits."""
+    bits: str = "whole"
+    """How the base model is held, a key of BASES."""
 
 
 LLM_ONLY = {"freeze_vit": True, "freeze_aligner": True}
+BASES = {
+    "whole": {},
+    "nf4": {"quantization_bit": 4, "bnb_4bit_comp_dtype": "float32"},
+    "int8": {"quantization_bit": 8},
+}
+"""Name -> the recipe's section quantization, computing in float32 so that values can be compared."""
 NO_FIXED_START = {"start": "random by design"}
 CASES = {
     "full": Case({"train_type": "full"}),
@@ -85,6 +94,9 @@ CASES = {
     "init_weights: olora": Case({"init_weights": "olora"}),
     "init_weights: lora-ga": Case({"init_weights": "lora-ga"}),
     "init_weights: eva": Case({"init_weights": "eva"}),
+    "lora over 4 bits": Case(bits="nf4"),
+    "lora over 8 bits": Case(bits="int8"),
+    "loftq over 4 bits": Case({"init_weights": "loftq"}, {"start": "nearer to the 16 bits than the 4 are"}, bits="nf4"),
     "pissa and use_dora": Case({"init_weights": "pissa", "use_dora": True}),
     "longlora": Case({"train_type": "longlora", "longlora_group_size": 16, **LLM_ONLY}),
     "adalora": Case(
@@ -152,8 +164,9 @@ def checkpoint(kind: str) -> Path:
 
 
 @cache
-def base_model(kind: str):
-    return load_model(str(checkpoint(kind)), torch_dtype="float32", attn_impl="sdpa").eval()
+def base_model(kind: str, bits: str = "whole"):
+    told = QuantizationConfig(**BASES[bits]) if BASES[bits] else None
+    return load_model(str(checkpoint(kind)), torch_dtype="float32", attn_impl="sdpa", quantization=told).eval()
 
 
 @cache
@@ -219,19 +232,19 @@ def rows(together: bool) -> list[dict]:
     return [QwenVLCollator()(group) for group in groups]
 
 
-def fresh(kind: str):
-    return copy.deepcopy(base_model(kind))
+def fresh(kind: str, bits: str = "whole"):
+    return copy.deepcopy(base_model(kind, bits))
 
 
 def prepared(case: Case, kind: str):
     torch.manual_seed(0)
     tuner = tuner_of(case, kind)
     batches = start_batches(tuner, digits(), 0) if wants_data(tuner) else None
-    return prepare_model(fresh(kind), tuner, batches=batches)
+    return prepare_model(fresh(kind, case.bits), tuner, batches=batches)
 
 
-def logits(model) -> torch.Tensor:
-    model.eval()
+def logits(model, training: bool = False) -> torch.Tensor:
+    model.train(training)
     with torch.no_grad():
         told = [{k: v for k, v in row.items() if k not in ("labels", "sources")} for row in rows(together=False)]
         return torch.cat([model(**row).logits for row in told], dim=1)
@@ -257,7 +270,7 @@ def close(found, expected, tolerance=2e-5) -> bool:
 
 
 def check_start(case, kind):
-    return close(logits(prepared(case, kind)), logits(fresh(kind)))
+    return close(logits(prepared(case, kind)), logits(fresh(kind, case.bits)))
 
 
 def trained(case, kind):
@@ -279,22 +292,24 @@ def check_own(model, before):
     return bool(named) and moved == named
 
 
-def check_loads(model, kind, expected, folder):
+def check_loads(model, kind, expected, folder, bits):
     model.save_pretrained(folder)
     assert not list(folder.glob("*.bin"))
-    return close(logits(opened(folder, kind)), expected, 1e-5)
+    return close(logits(opened(folder, kind, bits)), expected, 1e-5)
 
 
-def opened(folder, kind):
+def opened(folder, kind, bits="whole"):
     if (folder / "adapter_config.json").is_file():
         register_adapters()
-        return PeftModel.from_pretrained(fresh(kind), str(folder))
+        return PeftModel.from_pretrained(fresh(kind, bits), str(folder))
     return load_model(str(folder), torch_dtype="float32", attn_impl="sdpa")
 
 
-def check_merges(kind, expected, folder):
+def check_merges(kind, expected, folder, bits):
     if not (folder / "adapter_config.json").is_file():
         return close(logits(opened(folder, kind)), expected)
+    if BASES[bits]:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({"quantization": BASES[bits]}), encoding="utf-8")
     try:
         merge(folder, folder.with_name("merged"))
     except CheckpointError:
@@ -376,10 +391,11 @@ def tried(name: str, kind: str) -> dict[str, str]:
     found["own"] = check_own(model, before)
     with tempfile.TemporaryDirectory() as told:
         folder = Path(told)
+        exact = logits(model, training=case.bits != "whole")  # an evaluation of 4 bits on a CPU rounds to bfloat16
         expected = logits(model)
-        assert not close(expected, logits(fresh(kind)), 1e-3), "vacuous: nothing was learnt"
-        found["loads"] = check_loads(model, kind, expected, folder / "saved")
-        found["merges"] = check_merges(kind, expected, folder / "saved")
+        assert not close(expected, logits(fresh(kind, case.bits)), 1e-3), "vacuous: nothing was learnt"
+        found["loads"] = check_loads(model, kind, expected, folder / "saved", case.bits)
+        found["merges"] = check_merges(kind, exact, folder / "saved", case.bits)
         experts = experts_of(model) if kind == "moe" else "none"
         found["packs"] = check_packs(model)
         found["recomputes"] = check_recomputes(model)

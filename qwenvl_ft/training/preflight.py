@@ -242,7 +242,7 @@ def try_model(recipe: Any) -> None:
 
 
 def _names(tuner: Any, config: Any) -> None:
-    """Whether the recipe's names of modules match something; other methods than these tell when they are built."""
+    """Whether the recipe's names and sizes fit the model; methods that have no such trial tell when they are built."""
     names = METHODS[tuner.train_type].names
     if names is not None:
         names(skeleton(config), tuner)

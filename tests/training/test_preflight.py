@@ -140,6 +140,18 @@ REFUSED = {
         ["tuner.train_type=adalora", "tuner.target_modules=[q_prj]"],
         "tuner.target_modules names 'q_prj', which is",
     ),
+    "an MLP to follow that is none": (
+        ["tuner.train_type=adapter", "tuner.target_modules=[mpl]"],
+        "tuner.target_modules names 'mpl', which",
+    ),
+    "layers to edit that are none": (
+        ["tuner.train_type=reft", "tuner.reft_layers=[9]"],
+        "tuner.reft_layers=[9]: the language model has layers 0 to ",
+    ),
+    "more new blocks than layers": (
+        ["tuner.train_type=llamapro", "tuner.llamapro_num_new_blocks=9"],
+        "tuner.llamapro_num_new_blocks=9 ",
+    ),
     "a weight to freeze that is none": (
         ["tuner.train_type=full", "tuner.freeze_parameters=[model.layers.9]"],
         "tuner.freeze_parameters names 'model.layers.9', with which no weight's name begins.",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -166,6 +167,22 @@ def test_save_strategy_best_keeps_the_best_and_early_stopping_ends_the_run(tiny_
     kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
     final = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(kept[name], final[name]) for name in kept)
+
+
+def test_save_strategy_epoch_writes_a_checkpoint_at_each_end_and_goes_on_from_one(tiny_dir, data, tmp_path):
+    more = ("training.max_steps=-1", "training.num_train_epochs=3", "training.save_strategy=epoch")
+    words = settings(tiny_dir, data, tmp_path, *more, "training.save_total_limit=9", "training.packing=false")
+    result = train_function(load_recipe(None, words))
+    steps, rest = divmod(result.steps, 3)
+    assert rest == 0
+    assert steps > 1, "vacuous: an epoch is a step"
+    saved = [tmp_path / f"checkpoint-{steps * epoch}" for epoch in (1, 2, 3)]
+    assert sorted(tmp_path.glob("checkpoint-*")) == sorted(saved)
+    whole = load_file(saved[2] / "model.safetensors")
+    shutil.rmtree(saved[2])
+    train_function(load_recipe(None, [*words, f"training.resume_from_checkpoint={saved[1]}"]))
+    again = load_file(saved[2] / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_full_device_is_one_line_with_what_this_run_has_left_to_try(tiny_dir, data, tmp_path, monkeypatch, capsys):

@@ -39,9 +39,9 @@ class Method:
 METHODS = {
     "full": Method(build_full, adapter=False, names=free_weights, check=check_full),
     "lora": Method(build_lora, adapter=True, reads_data=True, names=lora_place),
-    "adapter": Method(build_adapter, adapter=True),
-    "reft": Method(build_reft, adapter=True),
-    "llamapro": Method(build_llamapro, adapter=False, check=check_llamapro),
+    "adapter": Method(build_adapter, adapter=True, names=build_adapter),
+    "reft": Method(build_reft, adapter=True, names=build_reft),
+    "llamapro": Method(build_llamapro, adapter=False, names=build_llamapro, check=check_llamapro),
     "longlora": Method(build_longlora, adapter=True, reads_data=True, names=partial(lora_place, tied_copies=True)),
     "adalora": Method(build_adalora, adapter=True, names=place),
     **{name: Method(build_by_config, adapter=True, names=fitting_config) for name in (*OWN_KEYS, *OPTIONS_ONLY)},

@@ -30,6 +30,7 @@ from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.tiny import make_tiny
 from qwenvl_ft.recipe.schema import QuantizationConfig, TunerConfig
+from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.training.setup import start_batches
 from qwenvl_ft.training.trainer import QwenVLTrainer
@@ -64,6 +65,10 @@ class Case:
     """Column -> why not; the run checks that it is so."""
     rate: float = 3e-3
     """Learning rate of the run on digits."""
+    arguments: dict = field(default_factory=dict)
+    """Of TrainingArguments, for the columns that run it."""
+    lisa: int = 0
+    """Layers that LISA trains at a time, anew each second step."""
     bits: str = "whole"
     """How the base model is held, a key of BASES."""
 
@@ -79,6 +84,19 @@ NO_FIXED_START = {"start": "random by design"}
 CASES = {
     "full": Case({"train_type": "full"}),
     "lora": Case(),
+    "full, GaLore": Case(
+        {"train_type": "full"},
+        arguments={
+            "optim": "galore_adamw",
+            "optim_target_modules": ["q_proj", "down_proj"],
+            "optim_args": "rank=8,update_proj_gap=2",
+        },
+    ),
+    "full, LISA": Case({"train_type": "full"}, lisa=2),
+    "lora, LoRA+": Case(arguments={"lorap_lr_ratio": 16.0}, rate=1e-3),
+    "lora, lora_dtype": Case(
+        {"lora_dtype": "bfloat16"}, dict.fromkeys(("loads", "packs", "merges"), "but for the rounding of 16 bits")
+    ),
     "lora, dropout": Case({"lora_dropout": 0.2}, {"packs": "other draws"}),
     "lora, all biases": Case({"lora_bias": "all"}),
     "lora, aligner in full": Case({"modules_to_save": ["model.visual.merger", "model.visual.deepstack_merger_list"]}),
@@ -344,26 +362,29 @@ def check_recomputes(model):
 
 def training(case, kind, folder, resume=None):
     """Eight steps of 16 digits, saved at the fourth; the weights that trained, and the model."""
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=8,
-        save_steps=4,
-        learning_rate=case.rate,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=1,
-        weight_decay=0.1,
-        gradient_accumulation_steps=2,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        logging_steps=1,
-        seed=3,
-    )
+    told = {
+        "max_steps": 8,
+        "save_steps": 4,
+        "learning_rate": case.rate,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 1,
+        "weight_decay": 0.1,
+        "gradient_accumulation_steps": 2,
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "logging_steps": 1,
+        "seed": 3,
+    } | case.arguments
+    own = {"lorap_lr_ratio": told.pop("lorap_lr_ratio", None)}
+    args = TrainingArguments(output_dir=str(folder), **told)
     model = prepared(case, kind)
-    trainer = QwenVLTrainer(model, args, processor=encoder().processor, train_dataset=digits(), max_length=256)
+    trainer = QwenVLTrainer(model, args, processor=encoder().processor, train_dataset=digits(), max_length=256, **own)
+    if case.lisa:
+        trainer.add_callback(LisaCallback(case.lisa, 2, 0))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}, model

@@ -70,12 +70,18 @@ def load(model: str, adapters: list[Path], *, torch_dtype: str, attn_impl: str) 
     import torch
 
     from qwenvl_ft.errors import CheckpointError
-    from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor, with_adapter
+    from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor, trained_lengths, with_adapter
 
     for adapter in adapters:
         if not (adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{adapter} has no adapter_config.json, so it is not an adapter's directory.")
-    loaded = load_model(model, torch_dtype=torch_dtype, attn_impl=attn_impl)
+    lengths = [trained_lengths(adapter) for adapter in adapters] or [(None, None)]
+    if any(told != lengths[0] for told in lengths):
+        raise CheckpointError(f"the adapters were trained with other rope_scaling: {lengths}. Ask them one by one.")
+    scaling, longest = lengths[0]
+    loaded = load_model(
+        model, torch_dtype=torch_dtype, attn_impl=attn_impl, rope_scaling=scaling, max_model_len=longest
+    )
     voices = []
     for number, adapter in enumerate(adapters):
         loaded = with_adapter(loaded, adapter, name=f"adapter_{number}")

@@ -20,6 +20,8 @@ from torch import Tensor
 from qwenvl_ft.checkpoint import NO_OPTIMIZER, missing
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.model.anatomy import canonical_name, part_of
+from qwenvl_ft.model.load import load_config
+from qwenvl_ft.recipe.checks import METHOD_KEYS
 from qwenvl_ft.recipe.provenance import saved_recipe
 
 ROWS = ("vision", "merger", "llm", "head", "shared")
@@ -112,7 +114,7 @@ def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Content
     for name, value in _tensors(folder, adapter):
         (full if any(copy in name for copy in copies) else own)[_row(name)].add(value)
         if name.endswith((".lora_A.weight", ".lora_A", ".lora_embedding_A")):
-            ranks[value.shape[0]] += 1
+            ranks[_rank(name, value, told)] += 1
         if keys is not None and keys in name:
             shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
             listed.append((name, shape, dtype, float(value.double().norm())))
@@ -190,6 +192,16 @@ def _tensors(folder: Path, adapter: bool) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
 
 
+def _rank(name: str, factor: Tensor, told: dict[str, Any]) -> int:
+    """Of one layer, from its A; over a MoE layer's experts peft stacks the matrices of all of them."""
+    if ".experts." not in name:
+        return int(factor.shape[0])
+    base = Path(told["base_model_name_or_path"] or "")
+    if not (base / "config.json").is_file():
+        return int(told["r"])
+    return int(factor.shape[0]) // int(load_config(str(base)).get_text_config().num_experts)
+
+
 def _recipe(folder: Path) -> dict[str, Any]:
     """The keys of recipe.yaml that say what was trained."""
     written = saved_recipe(folder)
@@ -202,8 +214,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
         ("training", ("learning_rate", "vit_lr", "aligner_lr", "num_train_epochs")),
     ):
         values = written.get(section) or {}
-        told |= {name: values[name] for name in names if values.get(name) is not None}
+        read = [name for name in names if section != "tuner" or _is_read(name, values.get("train_type"))]
+        told |= {name: values[name] for name in read if values.get(name) is not None}
     return told
+
+
+def _is_read(name: str, train_type: Any) -> bool:
+    return name not in METHOD_KEYS or train_type in METHOD_KEYS[name]
 
 
 def _sizes(folder: Path) -> dict[str, float]:

@@ -24,6 +24,7 @@ from qwenvl_ft.model.load import (
     load_model,
     load_processor,
     local_directory,
+    trained_lengths,
     with_adapter,
 )
 from qwenvl_ft.model.quantization import dequantized
@@ -73,12 +74,15 @@ def merge(
     told = trained_over(folder)
     whole = told.quantization_bit is None
     source, revision = (base, None) if base else base_of_adapter(folder)
+    rope_scaling, max_model_len = trained_lengths(folder)
     model = load_model(
         source,
         revision=revision,
         torch_dtype=torch_dtype,
         attn_impl="sdpa",
         patch_embed="conv3d",
+        rope_scaling=rope_scaling,
+        max_model_len=max_model_len,
         quantization=told,
     )
     own = getattr(model.config, "quantization_config", None)
@@ -92,7 +96,10 @@ def merge(
     wrapped = with_adapter(model, folder)
     untied = _untie(wrapped)
     layers, copies = _merge_layers(wrapped, folder)
-    merged = wrapped.base_model.unload()
+    try:
+        merged = wrapped.base_model.unload()
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be merged: {error}") from error
     for config in (merged.config, merged.config.get_text_config()):
         config.use_cache = True
         if untied:

@@ -134,7 +134,8 @@ def plan_loading(
             raise CheckpointError(
                 f"{path} holds a whole model and an adapter (adapter_config.json), of different runs. Move one away."
             )
-        rope_scaling, max_model_len = _lengths_of(path, rope_scaling, max_model_len)
+        if rope_scaling is None and max_model_len is None:
+            rope_scaling, max_model_len = trained_lengths(path)
         dir_or_id, revision = base_of_adapter(path)
         path = local_directory(dir_or_id)
         if path is not None and (path / "adapter_config.json").is_file():
@@ -155,10 +156,8 @@ def plan_loading(
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, options=options)
 
 
-def _lengths_of(adapter: Path, rope_scaling: Any, max_model_len: int | None) -> tuple[Any, int | None]:
-    """What an adapter was trained with, which its base model's config does not say; or what the caller says."""
-    if rope_scaling is not None or max_model_len is not None:
-        return rope_scaling, max_model_len
+def trained_lengths(adapter: Path) -> tuple[Any, int | None]:
+    """``rope_scaling`` and ``max_model_len`` that an adapter was trained with; its base model's config has neither."""
     told = saved_recipe(adapter).get("model") or {}
     return told.get("rope_scaling"), told.get("max_model_len")
 
@@ -323,8 +322,14 @@ def with_adapter(model: Any, adapter: str | Path, *, name: str = "default") -> A
     """The model with an adapter on it, as a PeftModel for inference; a further one is there for ``set_adapter(name)``.
 
     Raises:
-        CheckpointError: the adapter is not of this model, or not whole.
+        CheckpointError: the adapter is not of this model, or not whole, or was trained with other positions.
     """
+    scaling, _ = trained_lengths(Path(adapter))
+    if scaling is not None and model.config.get_text_config().rope_parameters["rope_type"] == "default":
+        raise CheckpointError(
+            f"{adapter} was trained with rope_scaling={scaling}, and the model has none. Load it with that, or open "
+            "the adapter by itself."
+        )
     from peft import PeftModel
     from peft.utils import load_peft_weights
 

@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.anatomy import PARTS, family_of, part_of
+from qwenvl_ft.recipe.checks import BASE_CHANGING, LORAS, OVER_BITS
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from qwenvl_ft.recipe.schema import QuantizationConfig
+    from qwenvl_ft.recipe.schema import QuantizationConfig, TunerConfig
 
 logger = logging.getLogger(__name__)
 
 INSTALL = "BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum"
 """How GPTQ and AWQ come here; its own kernels are compiled when they are first used."""
+OVER_PACKED = (*LORAS, "adapter", "reft")
+"""Train types that work over GPTQ's and AWQ's layers."""
 KEPT = ("lm_head",)
 """Modules that stay as they are in every part."""
 SKIPPED = {
@@ -105,23 +108,36 @@ def dequantized(model: Any) -> Any:
     return model.dequantize(dtype=model.config.dtype)
 
 
-def require_adapter_over_quantized(model: nn.Module, train_type: str, saved: list[str]) -> None:
-    """Refuse to train quantised weights themselves.
+def require_adapter_over_quantized(model: nn.Module, tuner: TunerConfig, saved: list[str]) -> None:
+    """Refuse to train quantised weights themselves, and methods that do not work over them.
 
     Args:
         saved: names of modules that train in full.
 
     Raises:
-        RecipeError: the train type, or one of ``saved``, would.
+        RecipeError: the train type, its start, DoRA on a CPU, or one of ``saved``.
     """
     names = quantized_modules(model)
     if not names:
         return
     parts = ", ".join(sorted({part_of(name) for name in names}))
-    if train_type in ("full", "llamapro"):
+    first: Any = model.get_submodule(names[0])
+    packed = hasattr(first, "qweight")
+    known = OVER_PACKED if packed else OVER_BITS
+    if tuner.train_type not in known:
         raise RecipeError(
-            f"tuner.train_type={train_type} trains weights, and those of {parts} are quantised. Use tuner.train_type="
-            "lora, or remove quantization.quantization_bit."
+            f"tuner.train_type={tuner.train_type} does not work over weights in few bits, and those of {parts} are "
+            f"quantised. Use one of {', '.join(known)}, or a model in 16 bits."
+        )
+    if str(tuner.init_weights).startswith(BASE_CHANGING):
+        raise RecipeError(
+            f"tuner.init_weights={tuner.init_weights} changes the base weights, and those of {parts} are quantised. "
+            "Remove it, or take a model in 16 bits."
+        )
+    if tuner.use_dora and not packed and first.weight.device.type == "cpu":
+        raise RecipeError(
+            "tuner.use_dora takes norms of the base weights, which bitsandbytes packs anew on a CPU. Train on a GPU, "
+            "or remove tuner.use_dora or quantization.quantization_bit."
         )
     for module in saved:
         inner = [name for name in names if name == module or name.startswith(f"{module}.")]

@@ -31,6 +31,10 @@ OPTIONS_ONLY = get_args(PeftsOwn)
 WITH_LORA = (*LORAS, "adalora")
 """Train types that have LoRA's matrices."""
 PEFT = ("lora", "longlora", "adalora", "vera", "boft", "fourierft", "bone", *OPTIONS_ONLY)
+OVER_BITS = (*LORAS, "adapter", "reft", "boft", "bone", "fourierft", "oft", "vera")
+"""Train types that work over weights that bitsandbytes quantised: trained, resumed and merged in tests."""
+BASE_CHANGING = ("pissa", "olora", "lora-ga")
+"""Beginnings of the starts of LoRA that change the base weights."""
 KEYS_OF: dict[str, tuple[str, ...]] = {
     "lora_ga_": LORAS,
     "eva_": LORAS,
@@ -135,7 +139,7 @@ def _start(recipe: Any) -> str | None:
     """A start of LoRA that changes weights which cannot be changed, or a setting of one that is not chosen."""
     chosen = recipe.tuner.init_weights
     bits = recipe.quantization.quantization_bit
-    if bits and str(chosen).startswith(("pissa", "olora", "lora-ga")):
+    if bits and str(chosen).startswith(BASE_CHANGING):
         return (
             f"tuner.init_weights={chosen} changes the base weights, which quantization.quantization_bit={bits} fixes. "
             "Use tuner.init_weights=loftq."
@@ -353,10 +357,10 @@ def _quantization(recipe: Any) -> str | None:
                 f"quantization.{name} is read only with quantization.quantization_bit={needed}. Set it, or remove "
                 f"quantization.{name}."
             )
-    if bits is not None and chosen in ("full", "llamapro"):
+    if bits is not None and chosen not in OVER_BITS:
         return (
-            f"quantization.quantization_bit={bits} leaves weights that cannot train, and tuner.train_type={chosen} "
-            "trains weights. Set tuner.train_type=lora."
+            f"tuner.train_type={chosen} does not work over weights in few bits (quantization.quantization_bit={bits}). "
+            f"Set tuner.train_type to one of {', '.join(OVER_BITS)}."
         )
     if bits is not None and recipe.deepspeed.enabled and "zero3" in str(recipe.deepspeed.config):
         return (
@@ -364,6 +368,17 @@ def _quantization(recipe: Any) -> str | None:
             "Use zero2, or no DeepSpeed."
         )
     return None
+
+
+def _gradients_in_reach(recipe: Any) -> str | None:
+    """AdaLoRA looks at gradients after the optimizer's step, when those who shard have given them up."""
+    sharder = "deepspeed" if recipe.deepspeed.enabled else "training.fsdp" if _argument(recipe, "fsdp") else None
+    if recipe.tuner.train_type != "adalora" or sharder is None:
+        return None
+    return (
+        f"tuner.train_type=adalora weighs ranks by gradients, which {sharder} does not keep. Leave {sharder} out "
+        "(accelerate launch runs several processes without it), or set tuner.train_type=lora."
+    )
 
 
 def _stage(recipe: Any) -> str | None:
@@ -476,6 +491,7 @@ CHECKS = (
     _lora_plus,
     _lisa,
     _quantization,
+    _gradients_in_reach,
     _stage,
     _needs,
     _pixels,

@@ -4,6 +4,7 @@ transformers builds the optimizer, the schedule, the trackers and the hub's repo
 the output folder made. Here each is built, or asked for, once on nothing.
 """
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError
 from qwenvl_ft.model.config import skeleton
-from qwenvl_ft.model.load import loading_options, plan_loading
+from qwenvl_ft.model.load import loading_options, plan_loading, trained_lengths
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
@@ -228,7 +229,13 @@ def try_model(recipe: Any) -> None:
             f"model.model={told.model} is an adapter. To go on with it, set model.model={plan.source} and "
             f"tuner.resume_from_checkpoint={told.model}; or merge it first (qwenvl-ft merge)."
         )
-    Earlier.of(recipe.tuner)
+    earlier = Earlier.of(recipe.tuner)
+    scaling = None if earlier is None else trained_lengths(earlier.folder)[0]
+    if scaling is not None and told.rope_scaling is None:
+        raise RecipeError(
+            f"tuner.resume_from_checkpoint={recipe.tuner.resume_from_checkpoint} was trained with model.rope_scaling="
+            f"{shown(scaling)}, and this recipe has none. Set it."
+        )
     _names(recipe.tuner, plan.config)
     length, text = recipe.template.max_length, plan.config.get_text_config()
     if length <= text.max_position_embeddings:
@@ -245,7 +252,7 @@ def _names(tuner: Any, config: Any) -> None:
     """Whether the recipe's names and sizes fit the model; methods that have no such trial tell when they are built."""
     names = METHODS[tuner.train_type].names
     if names is not None:
-        names(skeleton(config), tuner)
+        names(skeleton(copy.deepcopy(config)), tuner)
 
 
 TRIALS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
 NO_DECAY_ENDINGS = ("bias",)
-NO_DECAY_MARKS = ("lora_magnitude_vector", "reft_bias")
-"""Names of parameters that weight decay leaves alone, besides all of a normalisation layer."""
+NO_DECAY_MARKS = (
+    *("lora_magnitude_vector.", ".boft_s.", ".ia3_l.", ".road_alpha.", ".vector_a", ".vector_b"),
+    *(".reft_W.", ".reft_bias."),
+)
+"""In the names of an adapter's weights whose zero is not the base model: scales, and targets of an edit."""
 LORA_B = (".lora_B.", ".lora_embedding_B.")
 """In the names of LoRA's matrices that start at zero."""
 LORAPLUS_RATIO = 16.0
@@ -52,7 +55,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """One group for each part and for decay or none, of the parameters that train; empty groups are left out.
 
-    Biases and normalisation layers do not decay; LoRA's matrices decay like weights. Works on the bare model, inside
+    Biases and normalisation layers do not decay, nor do scales of an adapter (DoRA's magnitudes, IA3's factors); its
+    matrices decay like weights, which draws it towards the base model. Works on the bare model, inside
     a PeftModel (copies of ``modules_to_save`` included) and inside DDP or FSDP.
 
     Args:

@@ -41,7 +41,7 @@ def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Any = None) 
     earlier, quantized = Earlier.of(tuner), bool(quantized_modules(model))
     saved = saved_modules(model, tuner) if earlier or quantized else []
     if quantized:
-        require_adapter_over_quantized(model, tuner.train_type, saved)
+        require_adapter_over_quantized(model, tuner, saved)
     method = METHODS[tuner.train_type]
     prepared = method.build(model, tuner, **({"batches": batches} if method.reads_data else {}))
     if earlier is not None:

@@ -38,6 +38,10 @@ FREE = {
 """Fields of a peft config that two stages may have otherwise, beside dropout, starts, and LoRA's rank and alpha."""
 
 
+SHARING = ("TINYLORA", "VBLORA", "VERA", "RANDLORA")
+"""Types of adapters whose layers share weights, of which one more layer would change the size or the values."""
+
+
 @dataclass(frozen=True)
 class Earlier:
     """An adapter's folder, read as far as its names."""
@@ -103,6 +107,12 @@ class Earlier:
                     "the same modules."
                 )
         wide = {name for name in new if not inside(name, theirs)} | set(self.layers)
+        more = sorted(wide - set(self.layers))
+        if more and self.config.peft_type.value in SHARING:
+            raise RecipeError(
+                f"{KEY}={self.folder} is an adapter whose layers share weights, and this recipe adds {more[0]}. Adapt "
+                "the same layers, or merge it first (qwenvl-ft merge) and start from the merged model."
+            )
         config.target_modules = wide or config.target_modules
         config.modules_to_save = list(dict.fromkeys([*ours, *theirs])) or None
         if hasattr(config, "ensure_weight_tying"):
@@ -110,6 +120,8 @@ class Earlier:
         if config.peft_type.value == "LORA":
             weights = list(self.config.target_parameters or [])
             config.target_parameters = list(dict.fromkeys([*(config.target_parameters or []), *weights])) or None
+            if config.target_parameters:
+                config.lora_dropout = 0.0  # as in `build_lora`
             self._keep_sizes(config, [*self.layers, *weights])
 
     def load(self, peft_model: Any, tuner: TunerConfig, saved: list[str]) -> None:

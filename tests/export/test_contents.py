@@ -55,6 +55,17 @@ def test_weights_are_counted_by_part_and_full_copies_by_themselves(checkpoints, 
     peft.PeftModel.from_pretrained(load_model(checkpoints["dense"], torch_dtype="float32"), folder)
 
 
+def test_ranks_over_experts_are_those_of_one(checkpoints, tmp_path):
+    folder = saved(tmp_path, checkpoints["moe"], **ALL)
+    weights = load_file(folder / "adapter_model.safetensors")
+    stacked = {value.shape[0] for name, value in weights.items() if name.endswith("lora_A.weight")}
+    assert len(stacked) == 2, "vacuous: no experts"
+    assert set(read_contents(folder).ranks) == {4}
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "far/away"}))
+    assert set(read_contents(folder).ranks) == {4}
+
+
 def test_the_language_head_of_a_model_is_a_row_of_its_own(checkpoints):
     for kind in ("dense", "moe"):
         found, tensors = read_contents(checkpoints[kind]), load_file(checkpoints[kind] / "model.safetensors")

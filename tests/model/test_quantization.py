@@ -9,6 +9,7 @@ from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.quantization import quantized_modules
 from qwenvl_ft.recipe.argv import recipe_from_argv
+from qwenvl_ft.recipe.checks import OVER_BITS
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import QuantizationConfig
 
@@ -106,7 +107,7 @@ def test_the_computing_dtype_and_double_quantisation_are_as_told(checkpoints):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("train_type", ["lora", "adapter", "reft", "longlora"])
+@pytest.mark.parametrize("train_type", OVER_BITS)
 def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, name, kind, train_type):
     from peft import PeftModel
 
@@ -153,8 +154,9 @@ def test_packed_equals_alone(quantized, encoder, mixed_records, name, tolerance)
 
 
 REFUSALS = {
-    "tuner.train_type=full": "leaves weights that cannot train",
-    "tuner.train_type=llamapro": "leaves weights that cannot train",
+    "tuner.train_type=full": "train_type=full does not work over weights in few bits",
+    "tuner.train_type=llamapro": "train_type=llamapro does not work over weights in few bits",
+    "tuner.train_type=loha": "train_type=loha does not work over weights in few bits",
     "deepspeed.enabled=true deepspeed.config=zero3": "cannot be sharded by deepspeed.config=zero3",
 }
 
@@ -176,12 +178,21 @@ def test_quantised_weights_and_modules_are_not_trained_in_full(quantized):
     from qwenvl_ft.recipe.schema import TunerConfig
     from qwenvl_ft.tuning.prepare import prepare_model
 
-    with pytest.raises(RecipeError, match=r"train_type=full trains weights, and those of llm are quantised"):
+    with pytest.raises(RecipeError, match=r"train_type=full does not work over .*, and those of llm are quantised"):
         prepare_model(quantized(), TunerConfig(train_type="full"))
     with pytest.raises(RecipeError, match=r"'model.language_model.layers.1.mlp' in full, but .*gate_proj is quantised"):
         prepare_model(quantized(), TunerConfig(modules_to_save=["layers.1.mlp"]))
     model = prepare_model(quantized(), TunerConfig(modules_to_save=["model.visual.merger"]))
     assert any(".modules_to_save." in name for name, value in model.named_parameters() if value.requires_grad)
+
+
+def test_dora_over_few_bits_is_for_gpus(quantized):
+    from qwenvl_ft.recipe.schema import TunerConfig
+    from qwenvl_ft.tuning.prepare import prepare_model
+
+    for name in ("nf4", "int8"):
+        with pytest.raises(RecipeError, match=r"tuner.use_dora takes norms .* on a CPU"):
+            prepare_model(quantized(name), TunerConfig(use_dora=True))
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(quantized, tmp_path):

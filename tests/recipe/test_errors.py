@@ -230,6 +230,11 @@ CONTRADICTIONS = {
         "deepspeed.enabled=true",
         "model.device_map=auto",
     ],
+    "tuner.train_type=adalora weighs ranks by gradients, which deepspeed does not keep. Leave deepspeed out "
+    "(accelerate launch runs several processes without it), or set tuner.train_type=lora.": [
+        "tuner.train_type=adalora",
+        "deepspeed.enabled=true",
+    ],
     "deepspeed.enabled=true and training.fsdp=full_shard both shard the model. Keep one.": [
         "deepspeed.enabled=true",
         "training.fsdp=full_shard",

@@ -56,6 +56,24 @@ def test_two_layers_train_at_a_time(checkpoints, encoder, tmp_path, kind):
     assert all(value.requires_grad for value in trainer.model.parameters()), "left frozen after the run"
 
 
+def test_layers_that_are_frozen_by_name_are_not_drawn(checkpoints, encoder, tmp_path):
+    def frozen(trainer, *layers):
+        for name, value in trainer.model.named_parameters():
+            value.requires_grad_(not any(f".layers.{layer}." in name for layer in layers))
+
+    trainer, lisa = make_trainer(tmp_path, checkpoints["dense"], encoder, records=RECORDS), LisaCallback(2, 1, 7)
+    frozen(trainer, 0, 1)
+    lisa.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    for step in range(8):
+        trainer.state.global_step = step
+        lisa.on_step_begin(trainer.args, trainer.state, trainer.control, optimizer=torch.optim.SGD([torch.zeros(1)]))
+        assert lisa.active == [2, 3]
+    lisa.on_train_end(trainer.args, trainer.state, trainer.control)
+    frozen(trainer, 0, 1, 2)
+    with pytest.raises(RecipeError, match=r"lisa_activated_layers=2, but .* has 4 layers, and 3 of them are frozen\."):
+        lisa.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
 def test_another_seed_draws_other_layers(checkpoints, encoder, tmp_path):
     draws = {seed: run(tmp_path / str(seed), checkpoints["dense"], encoder, seed=seed)[1].moved for seed in (7, 7 + 1)}
     assert draws[7] != draws[8]

@@ -142,15 +142,15 @@ REFUSED = {
     ),
     "an MLP to follow that is none": (
         ["tuner.train_type=adapter", "tuner.target_modules=[mpl]"],
-        "tuner.target_modules names 'mpl', which",
+        "tuner.target_modules 'mpl' matches no MLP that a bottleneck could follow.",
     ),
     "layers to edit that are none": (
         ["tuner.train_type=reft", "tuner.reft_layers=[9]"],
         "tuner.reft_layers=[9]: the language model has layers 0 to ",
     ),
-    "more new blocks than layers": (
-        ["tuner.train_type=llamapro", "tuner.llamapro_num_new_blocks=9"],
-        "tuner.llamapro_num_new_blocks=9 ",
+    "a module to train beside new blocks that is none": (
+        ["tuner.train_type=llamapro", "tuner.modules_to_save=[model.visual.mergr]"],
+        "tuner.modules_to_save names 'model.visual.mergr', which is no module of the model.",
     ),
     "a weight to freeze that is none": (
         ["tuner.train_type=full", "tuner.freeze_parameters=[model.layers.9]"],

@@ -8,7 +8,8 @@ import torch
 from cases import picture
 from safetensors.torch import load_file
 
-from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.errors import CheckpointError, RecipeError
+from qwenvl_ft.export.merge import merge
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
@@ -143,10 +144,16 @@ def test_an_adapter_is_opened_with_the_rope_scaling_it_was_trained_with(tiny_dir
     train_function(load_recipe(None, words))
     opened = load_model(tmp_path / "run", torch_dtype="float32")
     assert opened.get_base_model().config.text_config.rope_parameters["rope_type"] == "yarn"
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", torch_dtype="float32")
+    again = settings(tiny_dir, data, tmp_path / "next", f"tuner.resume_from_checkpoint={tmp_path / 'run'}")
+    with pytest.raises(RecipeError, match=r"was trained with model.rope_scaling=.*yarn.*Set it"):
+        train_function(load_recipe(None, again))
     (tmp_path / "run" / "recipe.yaml").unlink()
     plain = load_model(tmp_path / "run", torch_dtype="float32")
     assert plain.get_base_model().config.text_config.rope_parameters["rope_type"] == "default", "vacuous"
     ids = torch.arange(20)[None] + 5
     with torch.no_grad():
-        logits = [model.eval()(input_ids=ids).logits for model in (opened, plain)]
+        logits = [model.eval()(input_ids=ids).logits for model in (opened, plain, merged)]
     assert float((logits[0] - logits[1]).abs().max()) > 1e-4
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """AdaLoRA against peft's own loop: the same weights after every step, the ranks it promises, a saved form that fits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,30 @@ def test_a_resumed_run_cuts_as_the_whole_one(fresh, told, encoder, tiny_dir, tmp
     opened = PeftModel.from_pretrained(load_model(tiny_dir, torch_dtype="float32", attn_impl="sdpa"), checkpoint)
     sample = split_labels(next(iter(trainer_of(best, tmp_path / "x", encoder, tiny_dir).get_train_dataloader())))
     torch.testing.assert_close(loss_sum(best.eval(), sample), loss_sum(opened.eval(), sample))
+
+
+def test_a_second_stage_cuts_its_own_ranks_and_none_of_a_frozen_first(fresh, tuner, encoder, tiny_dir, tmp_path):
+    first = tuner(**SCHEDULE, target_modules=["linear_fc1"], freeze_llm=True)
+    trainer_of(prepare_model(fresh(), first), tmp_path / "first", encoder, tiny_dir).train()
+    trained = tmp_path / "stage_1"
+    before = prepare_model(fresh(), first)
+    with torch.no_grad():
+        for name, value in before.named_parameters():
+            if ".lora_E." in name:
+                value.fill_(1e-4)  # less than any other: a budget that they share would cut them first
+    before.save_pretrained(trained)
+    second = tuner(**SCHEDULE, target_modules=["q_proj"], freeze_vit=True, resume_from_checkpoint=str(trained))
+    second = replace(second, freeze_aligner=True)
+    model = prepare_model(fresh(), second)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer_of(model, tmp_path / "second", encoder, tiny_dir).train()
+    left = ranks(model)
+    own = {name: count for name, count in left.items() if ".language_model." in name}
+    assert sum(own.values()) == 2 * len(own), "adalora_target_r each, on average"
+    assert all(count == 6 for name, count in left.items() if name not in own)
+    kept = [name for name, value in start.items() if ".visual." in name and ".lora_" in name]
+    assert kept
+    assert all(torch.equal(start[name], value) for name, value in model.named_parameters() if name in kept)
 
 
 def test_schedules_without_room_for_cuts_are_refused(fresh, tuner, encoder, tiny_dir, tmp_path):

@@ -2,9 +2,11 @@
 
 import methods_table
 import pytest
+import torch
 from methods_table import CASES, COLUMNS, GUIDE, joined, table, tried, written
 
 from qwenvl_ft.tuning.methods import METHODS
+from qwenvl_ft.tuning.optimizer import param_groups
 
 AGAIN = [("init_weights: pissa", "dense"), ("adalora", "dense"), ("lora, router too", "moe")]
 """Rows that take part in every run of the tests; `make methods` runs all."""
@@ -20,6 +22,34 @@ def documented():
             break
         told[cells[0]] = dict(zip(COLUMNS, cells[1:], strict=True))
     return told
+
+
+DECAYS = [name for name, case in CASES.items() if METHODS[case.tuner.get("train_type", "full")].adapter]
+"""Rows of methods other than LoRA that are adapters."""
+
+
+@pytest.mark.parametrize("name", ["lora", "use_dora", *DECAYS])
+def test_weight_decay_draws_an_adapter_to_the_base_model(name):
+    """Decayed to next to nothing, what decays of an adapter says nothing any more."""
+    model = methods_table.prepared(CASES[name], "dense")
+    with torch.no_grad():
+        for group in param_groups(model, learning_rate=1.0, weight_decay=0.1):
+            for value in group["params"] if group["weight_decay"] else []:
+                if not any(value is other for other in full_copies(model)):
+                    value.mul_(1e-5)
+    found, expected = methods_table.logits(model), methods_table.logits(methods_table.fresh("dense"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def full_copies(model):
+    return [value for name, value in model.named_parameters() if ".modules_to_save." in name]
+
+
+def test_a_scale_that_decayed_would_not(monkeypatch):
+    monkeypatch.setattr("qwenvl_ft.tuning.optimizer.NO_DECAY_MARKS", ())
+    for name in ("use_dora", "boft", "ia3", "road", "psoft", "reft"):
+        with pytest.raises(AssertionError, match="not close"):
+            test_weight_decay_draws_an_adapter_to_the_base_model(name)
 
 
 @pytest.mark.slow

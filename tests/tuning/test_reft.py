@@ -6,6 +6,7 @@ import torch
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.adapters.reft import INTERVENTIONS, ReftLayer, edited, parse_positions
+from qwenvl_ft.model.load import with_adapter
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.tuning.prepare import prepare_model
 
@@ -175,6 +176,20 @@ def test_what_cannot_be_edited_is_one_line(fresh, tuner, settings, words):
     with pytest.raises(RecipeError, match=words) as caught:
         prepare_model(fresh("moe"), tuner(**({"train_type": "reft"} | TEXT_ONLY | settings)))
     assert "\n" not in str(caught.value)
+
+
+def test_two_adapters_are_switched_each_with_its_positions(fresh, tuner, train, logits, tmp_path):
+    only = {"train_type": "reft", "freeze_vit": True, "freeze_aligner": True}
+    expected = {}
+    for name, positions in (("ends", "f1+l1"), ("all", "all")):
+        model = train(prepare_model(fresh(), tuner(**only, reft_positions=positions)))
+        model.save_pretrained(tmp_path / name)
+        expected[name] = logits(model)
+    both = with_adapter(with_adapter(fresh(), tmp_path / "ends", name="ends"), tmp_path / "all", name="all")
+    for name in ("ends", "all", "ends"):
+        both.set_adapter(name)
+        assert torch.equal(logits(both), expected[name])
+    assert not torch.allclose(expected["ends"], expected["all"], atol=1e-3), "vacuous: the same edits"
 
 
 def test_it_does_not_merge_and_says_why(fresh, tuner):

@@ -104,6 +104,34 @@ def test_one_adapter_comes_out_and_plain_peft_loads_it_on_the_base(staged, fresh
     assert any(".language_model." in key for key in keys(tmp_path / "stage_2") - first_keys)
 
 
+def test_experts_of_the_first_stage_go_along_into_one_without_any(staged, fresh, train, logits, tmp_path):
+    """The second stage alone would have dropout in its adapters, which peft has none of for experts."""
+    aligner = {"freeze_llm": True, "freeze_vit": True, "lora_dropout": 0.1}
+    _, first, model = staged({"lora_rank": 4}, aligner, "moe")
+    torch.testing.assert_close(logits(model), first, rtol=1e-5, atol=1e-5)
+    assert any(".experts." in name for name, _ in model.named_parameters() if ".lora_" in name)
+    kinds = {type(m.lora_dropout["default"]) for n, m in model.named_modules() if n.endswith("merger.linear_fc1")}
+    assert kinds == {torch.nn.Dropout}
+    trained = logits(train(model))
+    model.save_pretrained(tmp_path / "stage_2")
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh("moe"), tmp_path / "stage_2")), trained)
+
+
+@pytest.mark.parametrize("name", ["vera", "tinylora", "randlora"])
+def test_adapters_with_shared_weights_take_no_more_layers(fresh, tuner, tmp_path, name):
+    told = {"train_type": name, "freeze_vit": True, "freeze_aligner": True}
+    prepare_model(fresh(), tuner(**told, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    more = tuner(**told, target_modules=["q_proj", "up_proj"], resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(RecipeError, match=r"whose layers share weights, and this recipe adds .*up_proj\."):
+        prepare_model(fresh(), more)
+
+
+def test_lora_dtype_holds_in_a_second_stage(fresh, tuner, tmp_path):
+    prepare_model(fresh(), tuner(**ALIGNER, lora_dtype="bfloat16")).save_pretrained(tmp_path)
+    model = prepare_model(fresh(), tuner(**WIDER, lora_dtype="bfloat16", resume_from_checkpoint=str(tmp_path)))
+    assert {value.dtype for name, value in model.named_parameters() if ".lora_" in name} == {torch.bfloat16}
+
+
 def test_each_layer_keeps_the_rank_and_scale_of_its_stage(staged):
     _, _, model = staged(FIRST["rslora with patterns"], SECOND["rslora with patterns"])
     found = {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model
+from qwenvl_ft.recipe.schema import QuantizationConfig
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 from qwenvl_ft.tuning.targets import adapter_targets, parameter_targets
 
@@ -233,6 +234,43 @@ def test_lora_dtype_holds_the_adapter_and_nothing_else(fresh, tuner):
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_in_16_bits_is_what_is_taken_out_of_the_base(fresh, tuner, train, tmp_path, start):
+    """Of the weights; what flows through a layer is rounded to 16 bits as well."""
+    base, model = fresh(), prepare_model(fresh(), tuner(init_weights=start, lora_dtype="bfloat16"))
+    name = "model.language_model.layers.1.mlp.down_proj"
+    layer, whole = model.get_base_model().get_submodule(name), base.get_submodule(name).weight
+
+    def weight(layer):
+        a, b = (factor["default"].weight.float() for factor in (layer.lora_A, layer.lora_B))
+        return layer.get_base_layer().weight + layer.scaling["default"] * b @ a
+
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight(layer), whole, rtol=0, atol=1e-6)
+    train(model).save_pretrained(tmp_path)
+    trained = weight(layer)
+    assert float((trained - whole).abs().max()) > 1e-2, "vacuous: nothing was learnt"
+    opened = PeftModel.from_pretrained(fresh(), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(weight(opened.get_base_model().get_submodule(name)), trained, rtol=0, atol=1e-6)
+
+
+def test_a_start_takes_no_more_directions_than_a_layer_has(fresh, tuner, batches):
+    for start, rank in (("pissa", 65), ("olora", 65), ("lora-ga", 33)):
+        with pytest.raises(RecipeError, match=rf"init_weights={start} with rank {rank} takes .* out of .*, which has "):
+            prepare_model(fresh(), tuner(init_weights=start, lora_rank=rank), batches=batches)
+    assert prepare_model(fresh(), tuner(init_weights="pissa", lora_rank=65, rank_pattern={".*": 8}))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "lora-ga", "loftq"])
+def test_starts_over_a_model_in_few_bits_on_the_disk_are_refused(tiny_dir, tuner, batches, tmp_path, start):
+    pytest.importorskip("bitsandbytes")
+    told = QuantizationConfig(quantization_bit=4)
+    load_model(tiny_dir, torch_dtype="float32", quantization=told).save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch_dtype="float32")
+    with pytest.raises(RecipeError, match=rf"tuner.init_weights={start} .* quantised"):
+        prepare_model(model, tuner(init_weights=start), batches=batches)
 
 
 def test_all_linear_takes_the_experts_and_says_what_they_cost(fresh, tuner):

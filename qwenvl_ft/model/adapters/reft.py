@@ -114,15 +114,17 @@ class ReftTuner(OwnTuner):
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        if not hasattr(self, "followed"):
-            self.followed: dict[str, Positions] = {}
-        positions = self.followed[adapter_name] = Positions(config.positions)
-        model.register_forward_pre_hook(positions.follow, with_kwargs=True)
-
     def _add(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
         width = self.model.config.get_text_config().hidden_size
-        layer.add(adapter_name, config, width=width, positions=self.followed[adapter_name])
+        layer.add(adapter_name, config, width=width, positions=self._positions(adapter_name, config))
+
+    def _positions(self, adapter_name: str, config: Any) -> Positions:
+        """Of one adapter, the same for all layers; peft tells of the first adapter only before it adds layers."""
+        followed: dict[str, Positions] = self.__dict__.setdefault("followed", {})
+        if adapter_name not in followed:
+            followed[adapter_name] = Positions(config.positions)
+            self.model.register_forward_pre_hook(followed[adapter_name].follow, with_kwargs=True)
+        return followed[adapter_name]
 
 
 def parse_positions(told: str) -> tuple[int, int]:

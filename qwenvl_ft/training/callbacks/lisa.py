@@ -33,6 +33,8 @@ class LisaCallback(TrainerCallback):
         self.active: list[int] = []
         """Indices of the layers that train."""
         self._weights: list[list[nn.Parameter]] = []
+        self._free: list[int] = []
+        """Indices of the layers that may train."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if args.world_size > 1 or args.deepspeed is not None:
@@ -41,11 +43,14 @@ class LisaCallback(TrainerCallback):
                 "do not see. Start one process, or leave it out."
             )
         decoder = model.model.language_model.layers
-        if self.layers > len(decoder):
-            raise RecipeError(
-                f"training.lisa_activated_layers={self.layers}, but the language model has {len(decoder)} layers."
-            )
         self._weights = [[value for value in layer.parameters() if value.requires_grad] for layer in decoder]
+        self._free = [index for index, weights in enumerate(self._weights) if weights]
+        if self.layers > len(self._free):
+            frozen = len(decoder) - len(self._free)
+            raise RecipeError(
+                f"training.lisa_activated_layers={self.layers}, but the language model has {len(decoder)} layers"
+                + (f", and {frozen} of them are frozen." if frozen else ".")
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if state.global_step % self.interval == 0 or not self.active:
@@ -57,7 +62,7 @@ class LisaCallback(TrainerCallback):
                 value.requires_grad_(True)
 
     def _activate(self, draw: int, optimizer: Any) -> None:
-        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(range(len(self._weights)), self.layers))
+        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self._free, self.layers))
         for index, weights in enumerate(self._weights):
             for value in weights:
                 value.requires_grad_(index in self.active)

@@ -8,6 +8,8 @@ that a resumed run cuts as the uninterrupted one does.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +61,26 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
         task_type="CAUSAL_LM",
         **where,
     )
-    return wrap(model, config, tuner, AdaLoraPeftModel)
+    wrapped: Any = wrap(model, config, tuner, AdaLoraPeftModel)
+    allocator = wrapped.base_model.rankallocator
+    for name in ("update_and_allocate", "mask_using_rank_pattern"):
+        setattr(allocator, name, partial(_of_trained, getattr(allocator, name)))
+    return wrapped
+
+
+class _Trained:
+    """A model as far as it trains: layers of an earlier stage in frozen parts keep their ranks, and cost no budget."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+
+def _of_trained(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A method of peft's rank allocator, shown what trains."""
+    return method(_Trained(model), *args, **kwargs)
 
 
 class AdaLoraPeftModel(TrainedPeftModel):
@@ -78,13 +99,15 @@ class AdaLoraPeftModel(TrainedPeftModel):
                 "end of the run."
             )
         config.total_step = total_steps
+        tuner: Any = self.base_model
+        tuner.rankallocator._set_budget_scheduler(_Trained(tuner.model))
 
     def penalty(self) -> Tensor | None:
         """``orth_reg_weight`` times the mean distance of the A and B from orthonormal ones, in float32 (source: the
         paper's equation 4; peft adds it only to a loss that the model itself computes)."""
         distances = []
         for name, value in self.named_parameters():
-            if ".lora_A." in name or ".lora_B." in name:
+            if value.requires_grad and (".lora_A." in name or ".lora_B." in name):
                 with torch.autocast(value.device.type, enabled=False):
                     factor = value.float() if ".lora_A." in name else value.float().T  # [R, features]
                     distances.append(torch.linalg.norm(factor @ factor.T - torch.eye(len(factor), device=value.device)))

@@ -10,7 +10,8 @@ import torch
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.tuning.freeze import frozen_parts
-from qwenvl_ft.tuning.methods.starts import start_of
+from qwenvl_ft.tuning.methods.starts import check_sizes, start_of
+from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import adapter_targets, parameter_targets, plain_start, saved_modules
 
@@ -55,7 +56,7 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
     start.prepare(model, config)
     wrapped = start.finish(wrap(model, config, tuner, start.kind))
-    if where["target_parameters"]:
+    if config.target_parameters:  # of this stage, or of an earlier one
         _set_dropout(wrapped, tuner.lora_dropout)
     return wrapped
 
@@ -70,6 +71,7 @@ def lora_place(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = Fals
     where = place(model, tuner, tied_copies=tied_copies, parameters=True)
     targets = where["target_modules"] if isinstance(where["target_modules"], list) else []
     _check_patterns(tuner, [*targets, *(where["target_parameters"] or [])])
+    check_sizes(tuner, {name: (_rank_of(tuner, name), _smaller_side(model.get_submodule(name))) for name in targets})
     return where
 
 
@@ -104,7 +106,7 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) ->
     """The PeftModel, with biases of frozen parts frozen again: ``lora_bias=all`` makes peft train every bias.
 
     Args:
-        kind: the class of the PeftModel, a `TrainedPeftModel`; None is peft's own.
+        kind: the class of the PeftModel, a `TrainedPeftModel`; None is peft's own, except for ``lora_dtype``.
     """
     from peft import get_peft_model
     from peft.utils import ModulesToSaveWrapper
@@ -112,6 +114,8 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) ->
     earlier = Earlier.of(tuner)
     if earlier is not None:
         earlier.widen(config, model)
+    if tuner.lora_dtype is not None:
+        kind = kind or TrainedPeftModel
     if kind is None:
         peft_model: Any = get_peft_model(model, config)
     else:
@@ -125,9 +129,7 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) ->
     for name in config.modules_to_save or []:
         assert isinstance(base.get_submodule(name), ModulesToSaveWrapper), f"no copy of {name}"
     if tuner.lora_dtype is not None:
-        for name, parameter in peft_model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(getattr(torch, tuner.lora_dtype))
+        peft_model.hold_in(getattr(torch, tuner.lora_dtype))
     return peft_model
 
 
@@ -141,7 +143,7 @@ def require_whole_weights(model: nn.Module, key: str) -> None:
         RecipeError: they are cut.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise RecipeError(f"tuner.{key} needs whole weights, and ZeRO-3 has cut them. Use deepspeed.config=zero2.")
+        raise RecipeError(f"tuner.{key} needs whole weights, and ZeRO-3 has cut them. Shard less: zero2, or none.")
 
 
 def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:
@@ -155,6 +157,18 @@ def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:
                 raise RecipeError(
                     f"tuner.{key} names {pattern!r}, which no adapted layer's name ends with. A target: {example}."
                 )
+
+
+def _rank_of(tuner: TunerConfig, target: str) -> int:
+    from peft.utils.other import get_pattern_key
+
+    key = get_pattern_key(list(tuner.rank_pattern), target)
+    return tuner.rank_pattern.get(key, tuner.lora_rank)
+
+
+def _smaller_side(module: Any) -> int:
+    weight = getattr(module, "weight", None)
+    return min(weight.shape) if weight is not None else 0
 
 
 def _set_dropout(model: Any, share: float) -> None:

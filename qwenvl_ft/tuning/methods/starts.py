@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qwenvl_ft.data.draft import IGNORE
 from qwenvl_ft.errors import RecipeError, unknown_name
+from qwenvl_ft.recipe.checks import BASE_CHANGING
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.targets import plain_start
 
@@ -46,6 +47,27 @@ class Start:
     """(PeftModel) -> the same, started."""
     kind: Any = None
     """The class of the PeftModel; None is peft's own."""
+
+
+def check_sizes(tuner: TunerConfig, sizes: dict[str, tuple[int, int]]) -> None:
+    """Refuse ranks beyond what a start can take out of a layer's weight.
+
+    Args:
+        sizes: target -> its rank, and the smaller side of its weight.
+
+    Raises:
+        RecipeError: names the layer.
+    """
+    start = str(tuner.init_weights).lower()
+    if not start.startswith(BASE_CHANGING):
+        return
+    share = 2 if start == "lora-ga" else 1  # it takes 2 r singular vectors
+    for name, (rank, side) in sizes.items():
+        if share * rank > side:
+            raise RecipeError(
+                f"tuner.init_weights={start} with rank {rank} takes {share * rank} directions out of {name}, which has "
+                f"{side}. Lower tuner.lora_rank, or give that layer less by tuner.rank_pattern."
+            )
 
 
 def wants_data(tuner: TunerConfig) -> bool:
@@ -185,6 +207,15 @@ class OriginalBasePeftModel(TrainedPeftModel):
         state = get_peft_model_state_dict(self)
         self.start = {key: value.detach().cpu().clone() for key, value in state.items() if _is_factor(key)}
 
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """As for any LoRA; what the rounding took from the start goes back into the base weights."""
+        from peft import get_peft_model_state_dict
+
+        self.remember()
+        super().hold_in(dtype)
+        state = get_peft_model_state_dict(self)
+        self._move_base({key: state[key].detach().cpu().clone() for key in self.start})
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         from safetensors.torch import load_file, save_file
 
@@ -227,7 +258,8 @@ class OriginalBasePeftModel(TrainedPeftModel):
             if ".lora_A." not in key:
                 continue
             other = key.replace(".lora_A.", ".lora_B.")
-            if torch.equal(first, self.start[key]) and torch.equal(start[other], self.start[other]):
+            same = all(torch.equal(start[name].float(), self.start[name].float()) for name in (key, other))
+            if same:
                 continue
             layer: Any = self.get_submodule(key.partition(".lora_A.")[0])
             weight = layer.get_base_layer().weight
@@ -273,6 +305,11 @@ def _loftq(wrapped: Any) -> Any:
             continue
         quantised: Any = module.get_base_layer().weight
         whole = read(f"{name.removeprefix('base_model.model.')}.weight").float().to(quantised.device)
+        if whole.shape != (module.out_features, module.in_features):
+            raise RecipeError(
+                "tuner.init_weights=loftq makes up for what quantisation took, and the model is quantised on the disk "
+                "already. Give the model in 16 bits as model.model, with quantization.quantization_bit=4."
+            )
         lost = whole - dequantize_4bit(quantised.data, quantised.quant_state).float()
         for adapter, rank in module.r.items():
             left, sizes, right = torch.linalg.svd(lost, full_matrices=False)

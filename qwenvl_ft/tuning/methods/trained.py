@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModelForCausalLM
 from torch import Tensor
 
@@ -36,5 +37,17 @@ class TrainedPeftModel(PeftModelForCausalLM):
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     def restore(self, folder: Path, adapter_name: str) -> Any:
-        """Put a saved adapter's weights in place of the trained ones; returns peft's load result."""
-        raise NotImplementedError
+        """Put a saved adapter's weights in place of the trained ones; returns peft's load result.
+
+        What the weights are held in stays; peft's own way would make float32 of them.
+        """
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        saved = load_peft_weights(str(folder), device="cpu")
+        return set_peft_model_state_dict(self, saved, adapter_name=adapter_name)
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Hold LoRA's weights in ``dtype``."""
+        for name, parameter in self.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(dtype)

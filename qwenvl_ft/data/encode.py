@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import repeat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from transformers import Qwen3VLProcessor
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Sample, Source, Text, Video
@@ -221,7 +222,15 @@ class Encoder:
 
     @cached_property
     def _tokenizer_key(self) -> str:
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()  # a tenth of a second
+        """Of its file and of what may be changed after that was read: a tenth of the time that writing it out takes."""
+        tokenizer, told = self._tokenizer, hashlib.sha256()
+        file = Path(self.processor.tokenizer.name_or_path or "/", "tokenizer.json")
+        told.update(file.read_bytes() if file.is_file() else tokenizer.to_str().encode())
+        states = [part and part.__getstate__() for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
+        added = sorted((number, repr(token)) for number, token in tokenizer.get_added_tokens_decoder().items())
+        switches = tokenizer.truncation, tokenizer.padding, tokenizer.encode_special_tokens
+        told.update(repr((states, added, switches, tokenizer.get_vocab_size())).encode())
+        return told.hexdigest()
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -260,17 +269,24 @@ class Encoder:
     def _render(self, messages: tuple[Message, ...], tools: list[Any], invite: bool, source: Source) -> str:
         chat = [template_message(message, source) for message in messages]
         refuse_control(tools, f"{source}: a tool")
+        told: dict[str, Any] = {"tools": tools or None, "add_generation_prompt": invite}
+        told["add_vision_id"] = self.add_vision_id
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[chat],
-                tools=tools or None,
-                chat_template=self._template,
-                add_generation_prompt=invite,
-                add_vision_id=self.add_vision_id,
-            )
+            if tools or any("tool_calls" in message for message in chat):
+                rendered: Any = render_jinja_template(conversations=[chat], chat_template=self._template, **told)
+                return rendered[0][0]
+            return self._plain_template.render(messages=chat, documents=None, **told)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"{source}: the chat template cannot show it: {' '.join(str(error).split())}.") from None
-        return rendered[0][0]
+
+    @property
+    def _plain_template(self) -> Any:
+        """The compiled template, for messages of nothing but texts and kinds of media, which `template_message` makes.
+
+        transformers copies messages first, so that a template gets at no object with methods; there are none. The
+        template is compiled once a process, and not kept here: it does not pickle.
+        """
+        return _compile_jinja_template(self._template)
 
     def _encode(self, text: str, source: Source) -> Any:
         with _lone_surrogates_named(text, source):

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
 
+from qwenvl_ft.data.jpeg import jpeg_size
 from qwenvl_ft.errors import DataError
 
 ORIENTATION = ExifTags.Base.Orientation
@@ -95,6 +96,10 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
     """
     if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
         return value.size()
+    if isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg")):
+        size = jpeg_size(value)
+        if size is not None and size[0] * size[1] <= policy.max_image_pixels:
+            return size
     with _opened(value, policy) as image:
         if (image.format == "PNG" and _has_late_text(image)) or image.format not in (*MEASURED, None):
             image.load()

@@ -1,8 +1,10 @@
 """The planner's length is the encoded length, and it comes from headers alone."""
 
 import io
+import json
 import multiprocessing
 import os
+import shutil
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from cases import ListRecords, picture
 from PIL import Image, ImageFile
+from tokenizers import normalizers, pre_tokenizers
 
 from qwenvl_ft.data import lengths as lengths_module
 from qwenvl_ft.data.dataset import PlanSampler, SampleDataset
@@ -19,6 +22,7 @@ from qwenvl_ft.data.lengths import measure
 from qwenvl_ft.data.media import MediaPolicy
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.model.load import load_processor
 
 WORDS = [
     "box",
@@ -174,6 +178,36 @@ def test_another_media_policy_is_measured_anew(processor, tmp_path):
     measure(records, Encoder(processor), cache_dir=tmp_path)
     with pytest.raises(DataError, match=r"64 x 64 = 4096 pixels, above data.max_image_pixels=100"):
         measure(records, Encoder(processor, policy=MediaPolicy(max_image_pixels=100)), cache_dir=tmp_path)
+
+
+def test_another_tokenizer_is_measured_anew(tiny_dir, tmp_path):
+    """Told by its file, and by what was changed since that was read; the same file elsewhere is the same."""
+    told = json.loads((tiny_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    told["model"]["merges"].pop()
+    changed = shutil.copytree(tiny_dir, tmp_path / "changed")
+    (changed / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+
+    def key(folder, **changes):
+        processor = load_processor(str(folder))
+        if "added" in changes:
+            processor.tokenizer.add_tokens(changes.pop("added"))
+        for name, value in changes.items():
+            setattr(
+                processor.tokenizer if name == "name_or_path" else processor.tokenizer.backend_tokenizer, name, value
+            )
+        return Encoder(processor).fingerprint()
+
+    plain = key(tiny_dir)
+    assert key(shutil.copytree(tiny_dir, tmp_path / "copy")) == plain
+    others = [
+        key(changed),
+        key(tiny_dir, name_or_path=""),
+        key(changed, name_or_path=""),
+        key(tiny_dir, added=["qwerty"]),
+        key(tiny_dir, normalizer=normalizers.NFKC()),
+        key(tiny_dir, pre_tokenizer=pre_tokenizers.ByteLevel()),
+    ]
+    assert len({plain, *others}) == 1 + len(others)
 
 
 def test_what_is_cut_off_is_counted(processor, encoder, tmp_path):

@@ -43,7 +43,7 @@ class Memory:
     layer: float
     """What one layer keeps while it is computed again, and as much for its gradients."""
     head: float
-    """Logits of one chunk of supervised tokens, their softmax and gradient."""
+    """Logits of one chunk of supervised tokens, and their gradient in 16 bits."""
 
     @property
     def total(self) -> float:
@@ -74,7 +74,7 @@ def memory(size: str, train_type: str, row_length: int, *, image_share: float = 
         copies=2 * trained / GIB,
         checkpoints=held / GIB,
         layer=2 * max(towers) / GIB,
-        head=HEAD_CHUNK * SIZES[size].vocabulary * (2 + 4 + 4) / GIB,
+        head=HEAD_CHUNK * SIZES[size].vocabulary * (4 + 2) / GIB,
     )
 
 

@@ -51,7 +51,7 @@ def _loss(kind: str, tokens: int, supervised_share: float, vocabulary: int, widt
     else:
         stand_in = HeadLoss(head.forward)
         stand_in.targets = labels[keep]
-        loss = stand_in(hidden[:, keep]).double().sum()
+        loss = stand_in(hidden[:, keep])
     loss.backward()
     gradient = hidden.grad.norm().item() if hidden.grad is not None else 0.0
     seconds = time.perf_counter() - begin

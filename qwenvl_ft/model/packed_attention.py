@@ -82,6 +82,7 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     rows, heads, tokens, _ = query.shape
+    value = _own(value)
     if attention_mask is None and key.shape[2] == tokens:
         dtype = _kernel_dtype(value) if rows == 1 and cu_seq_lens_q is not None and max_length_q else None
         if dtype is not None and not kwargs.get("dropout"):
@@ -93,6 +94,15 @@ def packed_attention(
             out = by_groups(module, flat, plan, kwargs)  # [B * T, H, D]
             return out.view(rows, tokens, heads, out.shape[-1]), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _own(value: Tensor) -> Tensor:
+    """``[B, H, T, D]``; a copy of values that lie in one block with queries and keys, as the vision tower's do.
+
+    The backward pass needs them, and would keep the whole block: three times as much.
+    """
+    _, heads, _, size = value.shape
+    return value.transpose(1, 2).contiguous().transpose(1, 2) if value.stride(2) > heads * size else value
 
 
 def packed_mask(*, attention_mask: Tensor | None, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from qwenvl_ft.data.draft import IGNORE
 
 HEAD_CHUNK = 1_024
-"""Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words, and as much for its gradient."""
+"""Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words."""
+CPU_CHUNK = 128
+"""The same of a plain head on a CPU, where more only take memory: a product of 128 rows is as fast as one of 1,024."""
 
 
 def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -67,8 +69,7 @@ def _weight_of(dataset: str, weights: Mapping[str, float]) -> float:
 def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
     """Sum of the cross entropy over the batch's targets: float32 for each, float64 for the sum.
 
-    The head turns hidden states into losses a chunk at a time and, where there is more than one, again in the backward
-    pass, so that no K x V tensor ever exists.
+    The head turns hidden states into a loss a chunk at a time, so that no K x V tensor ever exists.
 
     Args:
         batch: from `split_labels`, on the model's device. Each loss counts as often as its weight, if there are any.
@@ -82,16 +83,16 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     if targets.numel() == 0:
         return model(**inputs).logits.double().sum() * 0.0
     head = _head_loss(model)
-    head.targets, head.label_smoothing, head.z_loss = targets, label_smoothing, z_loss
+    head.targets, head.weights = targets, batch.get("target_weights")
+    head.label_smoothing, head.z_loss = label_smoothing, z_loss
     try:
-        losses = model(**inputs).logits.double()
-        return losses.sum() if "target_weights" not in batch else losses.flatten() @ batch["target_weights"]
+        return model(**inputs).logits
     finally:
-        head.targets = None
+        head.targets = head.weights = None
 
 
 class HeadLoss:
-    """Stands in for the language head's ``forward``: as it is, or the loss of each token while targets are set.
+    """Stands in for the language head's ``forward``: as it is, or the sum of its losses while targets are set.
 
     The head keeps its place, hooks and weights, so that adapters on it, tied weights, sharding and saving do not
     notice.
@@ -100,26 +101,139 @@ class HeadLoss:
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self.forward = forward
         self.targets: Tensor | None = None
+        self.weights: Tensor | None = None
         self.label_smoothing = self.z_loss = 0.0
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """``[..., D]`` -> logits ``[..., V]``, or losses float32 ``[..., 1]`` with targets."""
+        """``[..., D]`` -> logits ``[..., V]``, or with targets int64[K] for K hidden states a float64 scalar.
+
+        Raises:
+            ValueError: there are more hidden states than targets, or fewer.
+        """
         if self.targets is None:
             return self.forward(hidden)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        weights = self.label_smoothing, self.z_loss  # as arguments: set anew before the backward pass computes again
-        parts = list(zip(flat.split(HEAD_CHUNK), self.targets.split(HEAD_CHUNK), strict=True))
+        flat = hidden.reshape(-1, hidden.shape[-1])  # [K, D]
+        targets = self.targets.to(flat.device)
+        if len(flat) != len(targets):
+            raise ValueError(f"{len(flat)} hidden states do not match {len(targets)} targets")
+        weights = torch.ones(len(flat), dtype=torch.float64, device=flat.device)
+        weights = weights if self.weights is None else self.weights.to(flat.device)
+        options = self.label_smoothing, self.z_loss  # as arguments: set anew before the backward pass computes again
+        if (weight := self._plain_weight(flat)) is not None:
+            return _linear_loss(flat, weight, targets, weights, *options)
+        parts = list(zip(flat.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
-            losses = [checkpoint(self._losses, *part, *weights, use_reentrant=False) for part in parts]
+            losses = [checkpoint(self._losses, *part, *options, use_reentrant=False) for part in parts]
         else:
-            losses = [self._losses(*part, *weights) for part in parts]
-        return torch.cat(losses).view(*hidden.shape[:-1], 1)
+            losses = [self._losses(*part, *options) for part in parts]
+        return torch.cat(losses).double() @ weights
+
+    def _plain_weight(self, hidden: Tensor) -> Tensor | None:
+        """``[V, D]`` of a head that is one matrix product; None of an adapted, quantised or sharded one.
+
+        Float16 is left to autograd, whose gradients are scaled before they could vanish.
+        """
+        head: Any = getattr(self.forward, "__self__", None)
+        if getattr(self.forward, "__func__", None) is not nn.Linear.forward or head.bias is not None:
+            return None
+        is_plain = type(head.weight) in (Tensor, nn.Parameter)
+        return head.weight if is_plain and _product_dtype(hidden, head.weight) != torch.float16 else None
 
     def _losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
         logits = self.forward(hidden).float()
-        targets = targets.to(logits.device)
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What a linear layer would compute in here."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+@torch.compiler.disable
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """The weighted sum of the losses of ``hidden`` [K, D] under a head ``weight`` [V, D]: a float64 scalar."""
+    needed = [torch.is_grad_enabled() and value.requires_grad for value in (hidden, weight)]
+    return _LinearLoss.apply(hidden, weight, targets, weights, label_smoothing, z_loss, needed)  # type: ignore[no-untyped-call]
+
+
+class _LinearLoss(torch.autograd.Function):
+    """A linear head and its loss, whose gradients are computed beside it, while a chunk's logits are there.
+
+    Once the logits of a chunk have given its losses, their gradient takes their place. So one chunk is all that exists,
+    and nothing is computed again. The idea is Liger's (2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        label_smoothing: float,
+        z_loss: float,
+        needed: list[bool],
+    ) -> Tensor:
+        dtype = _product_dtype(hidden, weight)
+        chunk = min(HEAD_CHUNK, CPU_CHUNK) if hidden.device.type == "cpu" else HEAD_CHUNK
+        of_hidden = torch.empty_like(hidden) if needed[0] else None
+        of_weight = torch.zeros_like(weight) if needed[1] else None
+        total = weights.new_zeros(())
+        place = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32)  # [chunk, V]
+        with torch.autocast(hidden.device.type, enabled=False):
+            words = weight.to(dtype)
+            for begin in range(0, len(hidden), chunk):
+                part = slice(begin, begin + chunk)
+                states = hidden[part].to(dtype)
+                logits = place[: len(states)]
+                if dtype == torch.float32:
+                    torch.mm(states, words.T, out=logits)
+                else:
+                    logits.copy_(states @ words.T)
+                losses = _losses_of(logits, targets[part], label_smoothing, z_loss)
+                total += losses.double() @ weights[part]
+                gradient = logits.mul_(weights[part, None].float()).to(dtype)
+                if of_hidden is not None:
+                    of_hidden[part] = gradient @ words
+                if of_weight is not None and of_weight.dtype == dtype:
+                    torch.addmm(of_weight, gradient.T, states, out=of_weight)
+                elif of_weight is not None:
+                    of_weight += gradient.T @ states
+        ctx.gradients = of_hidden, of_weight
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        of_hidden, of_weight = (None if told is None else told.mul_(scale) for told in ctx.gradients)
+        del ctx.gradients  # a second pass would scale them again
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+def _losses_of(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """float32[k] of logits float32[k, V], in whose place stands then the gradient of the losses' sum."""
+    rows = torch.arange(len(targets), device=logits.device)
+    largest = logits.amax(-1, keepdim=True)
+    logits.sub_(largest)
+    losses = -(1 - label_smoothing) * logits[rows, targets]
+    if label_smoothing:
+        losses -= label_smoothing * logits.mean(-1)
+    sums = logits.exp_().sum(-1, keepdim=True)
+    losses += sums.log().squeeze(-1)
+    share = 1 / sums  # [k, 1]
+    if z_loss:
+        norm = sums.log() + largest
+        losses += z_loss * norm.square().squeeze(-1)
+        share = share * (1 + 2 * z_loss * norm)
+    logits.mul_(share)
+    if label_smoothing:
+        logits -= label_smoothing / logits.shape[-1]
+    logits[rows, targets] -= 1 - label_smoothing
+    return losses
 
 
 def _head_loss(model: nn.Module) -> HeadLoss:

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.model import packed_attention
@@ -132,6 +133,30 @@ def test_the_kernel_for_unequal_lengths_is_called_as_it_wants_to_be(checkpoints,
     layers, blocks = text.num_hidden_layers, model.config.vision_config.depth
     assert calls.count((-1, 0)) == layers
     assert calls.count(None) == 2 * blocks, "images and videos"
+
+
+def test_values_do_not_keep_the_queries_and_keys_of_their_block():
+    """As the vision tower makes them: one product, of which queries and keys go on turned and values as they are."""
+    tokens, heads, size = 48, 4, 16
+    borders = torch.tensor([0, 16, 32, 48], dtype=torch.int32)
+    module = torch.nn.Module()
+    module.is_causal = False
+    kept = {}
+    for name, attend in (("ours", packed_attention.packed_attention), ("plain", sdpa_attention_forward)):
+        block = torch.randn(tokens, 3, heads, size, requires_grad=True) * 1
+        query, key, value = block.permute(1, 2, 0, 3)[:, None].unbind(0)  # [1, H, T, D]
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attend(module, query * 1, key * 1, value, None, cu_seq_lens_q=borders, scaling=0.25)
+        kept[name] = sum(storages.values())
+    one = tokens * heads * size * 4
+    assert kept["ours"] < 4.5 * one, "queries, keys, values, output, and a number for each row"
+    assert kept["plain"] > 6 * one, "vacuous: nothing keeps the block"
 
 
 @pytest.mark.gpu

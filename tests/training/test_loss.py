@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cases import RECORDS
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.model.load import load_model
@@ -80,6 +81,13 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
+def told_loss(head, hidden, targets):
+    """The stand-in's loss of hidden states ``[1, K, D]``."""
+    stand_in = HeadLoss(head.forward)
+    stand_in.targets = targets
+    return stand_in(hidden)
+
+
 def test_no_tensor_of_all_logits_exists_in_either_pass(monkeypatch):
     head = nn.Linear(8, 1000, bias=False)
     hidden, targets = torch.randn(1, 64, 8, requires_grad=True), torch.randint(0, 1000, (64,))
@@ -88,14 +96,67 @@ def test_no_tensor_of_all_logits_exists_in_either_pass(monkeypatch):
     for name in ("chunks", "plain"):
         with Largest() as largest:
             if name == "chunks":
-                stand_in = HeadLoss(head.forward)
-                stand_in.targets = targets
-                stand_in(hidden).sum().backward()
+                told_loss(head, hidden, targets).backward()
             else:
                 F.cross_entropy(head(hidden)[0], targets, reduction="sum").backward()
         found[name] = largest.elements
     assert found["chunks"] == 16 * 1000
     assert found["plain"] == 64 * 1000, "vacuous: the measure misses tensors"
+
+
+def test_a_plain_head_computes_nothing_twice_and_no_gradient_that_nobody_needs(monkeypatch):
+    monkeypatch.setattr(loss_module, "HEAD_CHUNK", 16)
+    work = {}
+    for name, needed in {"all": (True, True), "frozen head": (True, False), "no gradient": (False, False)}.items():
+        head = nn.Linear(8, 100, bias=False).requires_grad_(needed[1])
+        hidden, targets = torch.randn(1, 40, 8, requires_grad=needed[0]), torch.randint(0, 100, (40,))
+        with FlopCounterMode(display=False) as work[name]:
+            loss = told_loss(head, hidden, targets)
+            if any(needed):
+                loss.backward()
+        assert (hidden.grad is not None, head.weight.grad is not None) == needed
+    once = 2 * 40 * 8 * 100
+    assert [counter.get_total_flops() for counter in work.values()] == [3 * once, 2 * once, once]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["16-bit weights", "autocast"])
+def test_in_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(monkeypatch, autocast):
+    torch.manual_seed(0)
+    weight, hidden, targets = torch.randn(500, 32) / 4, torch.randn(1, 60, 32), torch.randint(0, 500, (60,))
+    scale = 1 / 37
+
+    def found(dtype, form):
+        head = nn.Linear(32, 500, bias=False, dtype=dtype)
+        head.weight.data.copy_(weight)
+        states = hidden.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
+            loss = form(head, states, targets) * scale
+        loss.backward()
+        assert (head.weight.grad.dtype, states.grad.dtype) == (dtype, dtype)
+        return [loss.detach().double(), head.weight.grad.double(), states.grad.double()]
+
+    def plain_form(head, states, targets):
+        return F.cross_entropy(head(states)[0].float(), targets, reduction="sum")
+
+    monkeypatch.setattr(loss_module, "HEAD_CHUNK", 16)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    exact = found(torch.float64, lambda *told: F.cross_entropy(told[0](told[1])[0], targets, reduction="sum"))
+    for ours, plain, true in zip(found(dtype, told_loss), found(dtype, plain_form), exact, strict=True):
+        assert (plain - true).norm() > 0
+        assert (ours - true).norm() <= 1.5 * (plain - true).norm() + 1e-5 * true.norm()
+
+
+def test_float16_and_adapted_heads_are_left_to_autograd(tiny_dir):
+    """Float16 gradients are scaled before the backward pass, so that small ones do not vanish in it."""
+    head = nn.Linear(8, 100, bias=False)
+    hidden = torch.randn(4, 8)
+    assert HeadLoss(head.forward)._plain_weight(hidden) is head.weight
+    with torch.autocast("cpu", torch.float16):
+        assert HeadLoss(head.forward)._plain_weight(hidden) is None
+    assert HeadLoss(nn.Linear(8, 100).forward)._plain_weight(hidden) is None, "it has a bias"
+    model = get_peft_model(load_model(str(tiny_dir), torch_dtype="float32"), copy.deepcopy(HEADS["LoRA"]))
+    adapted = model.get_output_embeddings()
+    assert HeadLoss(adapted.forward)._plain_weight(torch.randn(4, adapted.in_features)) is None
 
 
 def test_without_targets_the_head_is_itself(tiny_dir, batch):
@@ -108,7 +169,7 @@ def test_without_targets_the_head_is_itself(tiny_dir, batch):
         loss_sum(model, batch)
         assert torch.equal(model(**inputs).logits, before)
         broken = batch | {"targets": batch["targets"][:-1]}
-        with pytest.raises(ValueError, match="to match target batch_size"):
+        with pytest.raises(ValueError, match="do not match"):
             loss_sum(model, broken)
         assert torch.equal(model(**inputs).logits, before), "an error left the targets behind"
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, before)

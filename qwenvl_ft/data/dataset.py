@@ -18,7 +18,7 @@ from qwenvl_ft.data.draft import IGNORE
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.lengths import BAD, Lengths, measure, require_some
-from qwenvl_ft.data.packing import Batch, RunShape, assign, fill, pack_lengths, single_rows
+from qwenvl_ft.data.packing import Batch, RunShape, assign, fill, group_rows, pack_lengths, single_rows
 from qwenvl_ft.errors import DataError
 
 DEFAULT_COSTS = CostModel()
@@ -226,9 +226,12 @@ class PlanSampler(Sampler[list[Ticket]]):
         seed: int = 0,
         shuffle: bool = True,
         costs: CostModel = DEFAULT_COSTS,
+        grouped: bool = False,
     ) -> None:
+        """Args: grouped: rows of like cost share a step, see `group_rows`."""
         self.dataset = dataset
         self.costs = costs
+        self.grouped = grouped
         self.shape = shape
         self.rank = rank
         self.packing = packing
@@ -255,7 +258,11 @@ class PlanSampler(Sampler[list[Ticket]]):
             kept = list(self._plans.items())[-1:]
             planned = self.dataset.at(epoch)
             costs = self.costs.of(planned.tokens, planned.patches)
-            passes = assign(self.rows(epoch), costs, self.shape, balance=self.shuffle)
+            rows: Sequence[Sequence[int]] = self.rows(epoch)
+            if self.grouped:
+                alike = DEFAULT_COSTS.of(planned.tokens, planned.patches)
+                rows = group_rows(rows, alike, self.shape, seed=self.seed, epoch=epoch)
+            passes = assign(rows, costs, self.shape, balance=self.shuffle)
             self._plans = dict(kept) | {epoch: passes}
         return self._plans[epoch]
 

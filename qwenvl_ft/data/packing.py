@@ -16,6 +16,10 @@ WASTE = 0.005
 """Share of a mean sample that rounding lengths may cost: lengths that round alike swap places from epoch to epoch."""
 
 
+WINDOW = 64
+"""Steps among which `group_rows` exchanges rows."""
+
+
 def pack_lengths(lengths: ArrayLike, *, max_length: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
     """Fill rows of ``max_length`` tokens: best-fit decreasing, seeded.
 
@@ -96,6 +100,30 @@ class RunShape:
         return self.world_size * self.rows_per_batch
 
 
+def group_rows(
+    rows: Sequence[Sequence[int]], costs: ArrayLike, shape: RunShape, *, seed: int = 0, epoch: int = 0
+) -> list[Sequence[int]]:
+    """Let rows of like cost share an optimizer step, so that ranks wait less where each takes one row a step.
+
+    Of every `WINDOW` steps the rows are sorted by cost and cut into steps anew, whose order is drawn; rows of a last
+    step that is not whole stay last.
+
+    Args:
+        rows: from `pack_lengths` or single, in random order.
+        costs: float[N] of each sample; the same on all machines, since steps follow from it.
+    """
+    cost, rng = np.asarray(costs, dtype=np.float64), np.random.default_rng([seed, epoch, WINDOW])
+    size = shape.rows_per_pass * shape.accumulation
+    whole = len(rows) // size * size
+    grouped: list[Sequence[int]] = []
+    for begin in range(0, whole, WINDOW * size):
+        window = rows[begin : min(begin + WINDOW * size, whole)]
+        order = np.argsort([-float(cost[list(row)].sum()) for row in window], kind="stable")
+        for step in rng.permutation(len(window) // size):
+            grouped.extend(window[i] for i in order[step * size : (step + 1) * size])
+    return grouped + list(rows[whole:])
+
+
 Batch = list[int]
 """Indices of the samples of one batch. ``~i`` (negative) is sample i as a filler: present, but without a label."""
 
@@ -160,4 +188,4 @@ def fill(rows: Sequence[Sequence[int]], lengths: ArrayLike, max_length: int) -> 
     return tokens / (len(rows) * max_length) if rows else 0.0
 
 
-__all__ = ["Batch", "RunShape", "assign", "fill", "pack_lengths", "single_rows"]
+__all__ = ["Batch", "RunShape", "assign", "fill", "group_rows", "pack_lengths", "single_rows"]

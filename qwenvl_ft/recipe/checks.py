@@ -25,6 +25,8 @@ GALORE_KEYS = (
 )
 PROJECTED = ("galore", "apollo")
 """Beginnings of the names of optimizers that project the gradients of chosen modules."""
+SAMPLING = ("random", "group_by_length")
+"""How an epoch's rows come into steps."""
 LORAS = ("lora", "longlora")
 OPTIONS_ONLY = get_args(PeftsOwn)
 """Train types of peft whose own settings are in peft_options."""
@@ -104,6 +106,16 @@ def _checkpointing(recipe: Any) -> str | None:
         if key == "preserve_rng_state" and not value:
             return f"{given} would draw dropout anew in the backward pass. Remove it."
     return None
+
+
+def _sampling(recipe: Any) -> str | None:
+    told = _argument(recipe, "train_sampling_strategy")
+    if told in (None, *SAMPLING):
+        return None
+    return (
+        f"training.train_sampling_strategy={told} cannot be honoured: each epoch's rows are planned anew from lengths. "
+        f"Use {' or '.join(SAMPLING)}."
+    )
 
 
 def _lengths(recipe: Any) -> str | None:
@@ -482,6 +494,7 @@ CHECKS = (
     _output,
     _unread,
     _checkpointing,
+    _sampling,
     _lengths,
     _method,
     _metric,

@@ -107,6 +107,7 @@ ALIASES: dict[str, Alias] = {
     "model": same("model.model"),
     "dataset": same("data.train"),
     "val_dataset": same("data.val"),
+    "group_by_length": chosen("training.train_sampling_strategy", "group_by_length", "random"),
     "dataset_test_ratio": same("data.split_dataset_ratio"),
     "jsonl": same("data.train"),
     "train_jsonl": same("data.train"),

@@ -16,7 +16,6 @@ FIXED: dict[str, tuple[Any, str]] = {
     "length_column_name": ("length", "lengths are measured, not read from the data"),
     "dataloader_drop_last": (False, "no record is left out of an epoch"),
     "dataloader_in_order": (True, "the order of the rows is planned"),
-    "train_sampling_strategy": ("random", "rows are planned from lengths; training.packing and data_seed decide"),
     "ignore_data_skip": (False, "a resumed run goes on with the rows that it has not seen; skipping costs nothing"),
     "accelerator_config": (None, "the loaders are our own, and accelerate's settings do not reach them"),
     "logging_nan_inf_filter": (False, "it would hide a loss that is not finite, which ends the run"),

@@ -34,6 +34,7 @@ KEPT = {
     "training": (
         "seed",
         "data_seed",
+        "train_sampling_strategy",
         "packing",
         "padding_free",
         "optimizer",

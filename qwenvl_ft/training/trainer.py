@@ -163,6 +163,7 @@ class QwenVLTrainer(Trainer):
             seed=seed,
             shuffle=training,
             costs=self.costs,
+            grouped=training and args.train_sampling_strategy == "group_by_length",
         )
 
     def _loader(self, sampler: PlanSampler) -> EpochLoader:

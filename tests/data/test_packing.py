@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qwenvl_ft.data.packing import RunShape, assign, fill, pack_lengths
+from qwenvl_ft.data.packing import RunShape, assign, fill, group_rows, pack_lengths
 from qwenvl_ft.errors import DataError
 
 
@@ -72,6 +72,30 @@ def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
     assert plan[-1] == [[2], [~2]]
     real = [i for passes in plan for batch in passes for i in batch if i >= 0]
     assert sorted(real) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("world", [2, 8, 64])
+def test_grouped_rows_balance_ranks_that_take_one_row_a_step(world):
+    lengths = lognormal(60_000)
+    rows = pack_lengths(lengths, max_length=8192)
+    vision = np.random.default_rng(1).choice([0.0, 0.5, 3.0], size=lengths.size)
+    cost = lengths * (1 + vision) + lengths.astype(float) ** 2 / 32_768
+    shape = RunShape(world_size=world)
+
+    def waiting(rows):
+        plan = assign(rows, cost, shape)[: len(rows) // world]
+        loads = np.array([[cost[batch].sum() for batch in passes] for passes in plan])
+        return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
+
+    grouped = group_rows(rows, cost, shape)
+    assert waiting(grouped) < 1.03
+    assert waiting(rows) > 1.05, "vacuous: any rows are alike"
+    assert sorted(map(tuple, grouped)) == sorted(map(tuple, rows))
+    whole = len(rows) // world * world
+    assert grouped[whole:] == rows[whole:]
+    again = group_rows(rows, cost, RunShape(accumulation=world))
+    assert again == grouped, "the same steps, however many processes share them"
+    assert group_rows(rows, cost, shape, epoch=1) != grouped
 
 
 def test_ranks_get_rows_of_like_cost():

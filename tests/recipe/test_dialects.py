@@ -24,6 +24,7 @@ MEANINGS = {
     "model": ("m", {"model.model": "m"}),
     "dataset": ("a%50,b", {"data.train": "a%50,b"}),
     "val_dataset": ("v", {"data.val": "v"}),
+    "group_by_length": ("true", {"training.train_sampling_strategy": "group_by_length"}),
     "dataset_test_ratio": ("0.01", {"data.split_dataset_ratio": 0.01}),
     "jsonl": ("a.jsonl", {"data.train": "a.jsonl"}),
     "train_jsonl": ("a.jsonl", {"data.train": "a.jsonl"}),

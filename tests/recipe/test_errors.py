@@ -211,6 +211,8 @@ def test_a_wrong_file_is_one_exact_line(name, write, tmp_path):
 
 
 CONTRADICTIONS = {
+    "training.train_sampling_strategy=sequential cannot be honoured: each epoch's rows are planned anew from lengths. "
+    "Use random or group_by_length.": ["training.train_sampling_strategy=sequential"],
     "template.max_pixels=1048576 lets one image take 1024 tokens, but template.max_length=512. Lower the first or "
     "raise the second.": ["template.max_pixels=1048576", "template.max_length=512"],
     "template.min_pixels=2000 is above template.max_pixels=1000. Lower the first.": [
@@ -334,7 +336,6 @@ OTHERWISE = {
     "ignore_data_skip": True,
     "accelerator_config": {"split_batches": True},
     "eval_accumulation_steps": 4,
-    "train_sampling_strategy": "group_by_length",
     "length_column_name": "size",
     "label_names": ["words"],
     "include_for_metrics": ["inputs"],

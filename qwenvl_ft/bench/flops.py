@@ -22,6 +22,7 @@ from qwenvl_ft.model.anatomy import canonical_name, part_of
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "GB200": 2500.0,
+    "H200 NVL": 835.5,
     "H200": 989.4,
     "GH200": 989.4,
     "H100 NVL": 835.5,

@@ -11,9 +11,8 @@ import torch
 
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.model.attention import resolve_attn_impl
-from qwenvl_ft.model.load import turn_cache_off
-from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
-from qwenvl_ft.model.patch_embed import use_linear_patch_embed
+from qwenvl_ft.model.load import use_packed_rows
+from qwenvl_ft.model.packed_attention import TEXT_NAME
 from qwenvl_ft.model.tiny import SIZES as TINY
 from qwenvl_ft.model.tiny import make_processor, make_tokenizer
 
@@ -161,11 +160,7 @@ def random_model(config: Any, told: Any, device: torch.device) -> Any:
             dtype=getattr(torch, told.torch_dtype),
             attn_implementation="sdpa" if attention == TEXT_NAME else attention,
         )
-    if told.patch_embed == "linear":
-        use_linear_patch_embed(model)
-    if attention == TEXT_NAME:
-        use_packed_attention(model)
-    turn_cache_off(model)
+    use_packed_rows(model, attention=attention, patch_embed=told.patch_embed)
     return model
 
 

@@ -19,6 +19,7 @@ from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
 from qwenvl_ft.bench.sizes import random_model, write_size
 from qwenvl_ft.bench.workload import filled_records
 from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_config
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training import setup
@@ -221,6 +222,7 @@ def bench_step(options: StepOptions) -> tuple[StepResult, str]:
 def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
     write_size(options.size, folder)
     recipe = step_recipe(options, folder)
+    _check(recipe, options)
     args = build_arguments(recipe)
     device = args.device
     trainer = bench_trainer(recipe, args, options, folder)
@@ -257,13 +259,28 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
     return result, profiler.write(options.profile) if profiler and options.profile else ""
 
 
+def _check(recipe: Any, options: StepOptions) -> None:
+    """Refuse what a bench of random weights and full rows would not honour."""
+    if options.image_share + options.supervised_share > 1:
+        raise RecipeError(
+            f"image_share={options.image_share} and supervised_share={options.supervised_share} are more than all "
+            "tokens together. Lower one."
+        )
+    if not recipe.training.padding_free:
+        raise RecipeError("training.padding_free=false: the bench counts the work of packed rows. Remove it.")
+    if recipe.quantization.quantization_bit is not None:
+        raise RecipeError("quantization.quantization_bit: the bench has random weights in full. Remove it.")
+
+
 def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) -> QwenVLTrainer:
     """The trainer of a recipe over made-up records, as `qwenvl_ft.train` builds it."""
     processor = setup.build_processor(recipe)
     steps = options.warmup + options.steps + PROFILED_STEPS
     records = filled_records(
         processor.tokenizer,
-        tokens=int(1.1 * steps * options.rows * options.row_length * args.world_size),
+        tokens=int(1.1 * steps * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+        * options.row_length
+        * args.world_size,
         mean_sample=options.mean_sample or min(512, options.row_length // 8),
         longest=options.row_length,
         image_share=options.image_share,

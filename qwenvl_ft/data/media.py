@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
             _check_area(value, name, policy)
             yield value
         else:
+            if isinstance(source, str) and _waits(source):
+                raise DataError(f"image {name} is a pipe or a device. Give a file.")
             with PILImage.open(source) as image:
                 _check_area(image, name, policy)
                 yield image
@@ -155,6 +158,12 @@ def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
         except binascii.Error as error:
             raise DataError(f"image {name} is not valid base64: {error}.") from None
     return text
+
+
+def _waits(path: str) -> bool:
+    """Whether opening it could wait for somebody who writes."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - for each image
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _is_base64(text: str) -> bool:

@@ -84,13 +84,22 @@ def load_model(
     )
     model = _from_pretrained(plan)
     tell_quantized(model)
+    use_packed_rows(model, attention=plan.attention, patch_embed=patch_embed)
+    return model if plan.adapter is None else with_adapter(model, plan.adapter)
+
+
+def use_packed_rows(model: Any, *, attention: str, patch_embed: str) -> None:
+    """Prepare a new model for packed rows, in place; the same weights.
+
+    Args:
+        attention: as in `LoadPlan`.
+    """
     if patch_embed == "linear":
         use_linear_patch_embed(model)
-    if plan.attention == TEXT_NAME:
+    if attention == TEXT_NAME:
         use_packed_attention(model)
     use_media_places(model)
     turn_cache_off(model)
-    return model if plan.adapter is None else with_adapter(model, plan.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,13 @@ def _kernel() -> Callable[..., Tensor] | None:
     return kernel if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
+@cache
+def _takes_groups() -> bool:
+    """Whether the kernel lets queries share keys and values; torch 2.11's does not."""
+    kernel: Any = _kernel()
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
 def _varlen(
     module: nn.Module, flat: list[Tensor], borders: Tensor | None, longest: int | None, kwargs: dict[str, Any]
 ) -> Tensor:
@@ -159,9 +166,9 @@ def _varlen(
     if is_causal if is_causal is not None else getattr(module, "is_causal", True):
         options["window_size"] = (-1, 0)
     if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in inspect.signature(kernel).parameters:
+        if _takes_groups():
             options["enable_gqa"] = True
-        else:  # torch 2.11
+        else:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     # One tensor as both borders: cuDNN takes only that.

@@ -10,7 +10,7 @@ Letters: T tokens of the row, P patches, V tokens of media, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class MediaPlaces:
         return told
 
 
-@cache
+@lru_cache(maxsize=256)
 def _frame(height: int, width: int, merge: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """What transformers computes of one frame of ``height * width`` patches."""
     from transformers import vision_utils

@@ -240,7 +240,7 @@ class QwenVLTrainer(Trainer):
         told = split_labels(inputs, self.loss_weights)
         weights = told.pop("target_weights", None)  # DeepSpeed would round them to the model's precision
         ready = super()._prepare_inputs(told)
-        return ready if weights is None else ready | {"target_weights": weights.to(self.args.device)}
+        return ready if weights is None else ready | {"target_weights": self._prepare_input(weights)}
 
     def _prepare_input(self, data: Any) -> Any:
         """As transformers', but the host does not wait for a copy to a GPU, and float32 stays float32."""

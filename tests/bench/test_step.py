@@ -11,6 +11,9 @@ from qwenvl_ft.bench.step import StepOptions, StepResult, bench_step
 from qwenvl_ft.bench.workload import filled_records
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.model.load import load_model
+from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
@@ -46,6 +49,37 @@ def test_the_command_prints_json_of_a_lora_step_with_a_setting_of_the_recipe(cap
     assert told["attention"] == "sdpa"
     assert told["tokens_per_second"] == pytest.approx(told["tokens"] / told["seconds"], abs=0.1)
     assert 0 < told["mfu"] < 1
+
+
+def test_a_bench_steps_model_is_prepared_as_a_loaded_one(monkeypatch, tiny_dir):
+    """Media are placed by the workers, or it would measure another path."""
+    kept = []
+    plain = QwenVLTrainer.train
+    monkeypatch.setattr(QwenVLTrainer, "train", lambda self, **told: (kept.append(self.model), plain(self, **told))[1])
+    bench_step(StepOptions(row_length=256, steps=1, warmup=0, rows=1))
+    bare = load_model(tiny_dir, torch_dtype="float32")
+    assert MediaPlaces.of(kept[0]) is not None
+    kinds = [{type(vars(m).get("forward")) for m in model.modules()} for model in (kept[0], bare)]
+    assert kinds[1] <= kinds[0]
+
+
+def test_accumulated_steps_have_full_rows_too():
+    options = StepOptions(row_length=256, steps=2, warmup=1, settings=("training.gradient_accumulation_steps=4",))
+    result, _ = bench_step(options)
+    assert result.tokens > 0.8 * 2 * 4 * 256
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (StepOptions(image_share=0.6, supervised_share=0.5), "are more than all tokens together"),
+        (StepOptions(settings=("training.padding_free=false", "training.packing=false")), "counts the work of packed"),
+        (StepOptions(train_type="lora", settings=("quantization.quantization_bit=4",)), "has random weights in full"),
+    ],
+)
+def test_what_a_bench_would_not_honour_is_refused(options, told):
+    with pytest.raises(RecipeError, match=told):
+        bench_step(options)
 
 
 def test_an_unknown_size_is_an_error_in_one_line(capsys):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import struct
 import threading
 import time
@@ -200,7 +201,12 @@ def test_wrong_media_are_one_clear_line(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
     buffer = io.BytesIO()
     picture(64, 64).save(buffer, "PNG")
+    for name in ("pipe.png", "pipe.jpg"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name} is a pipe or a device\. Give a file\."):
+            image_size(str(tmp_path / name), POLICY)
     cases = [
+        (str(tmp_path / "pipe.jpg"), r"pipe\.jpg is a pipe or a device"),
         (str(tmp_path / "none.png"), r"none\.png does not exist"),
         (str(tmp_path), "is a folder"),
         (str(tmp_path / "text.png"), r"text\.png is not an image that can be read \(5 bytes\)"),

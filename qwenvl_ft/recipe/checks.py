@@ -70,6 +70,11 @@ NEEDS = {
     "liger_kernel_config": "use_liger_kernel",
 }
 """Field of ``training`` -> the one without which it is not read."""
+CUDA_GRAPHS = {
+    "torch_compile_mode": ("reduce-overhead", "max-autotune"),
+    "torch_compile_backend": ("cudagraphs",),
+}
+"""Field of ``training`` -> the values that need shapes which do not change."""
 DATASET_KEYS = ("annotation_path", "data_path", "reader")
 
 
@@ -116,6 +121,22 @@ def _sampling(recipe: Any) -> str | None:
         f"training.train_sampling_strategy={told} cannot be honoured: each epoch's rows are planned anew from lengths. "
         f"Use {' or '.join(SAMPLING)}."
     )
+
+
+def _compile(recipe: Any) -> str | None:
+    """CUDA graphs are recorded for one shape, and rows differ in length; two ways to fuse the same."""
+    for name, values in CUDA_GRAPHS.items():
+        told = _argument(recipe, name)
+        if told in values:
+            instead = "Use max-autotune-no-cudagraphs" if told == "max-autotune" else "Remove it"
+            return f"training.{name}={told} records a CUDA graph for each length, and no two rows are alike. {instead}."
+    compiled = any(_argument(recipe, name) for name in ("torch_compile", *CUDA_GRAPHS))
+    if compiled and _argument(recipe, "use_liger_kernel"):
+        return "training.torch_compile=true fuses what training.use_liger_kernel=true has fused already. Choose one."
+    for name, told in (_argument(recipe, "liger_kernel_config") or {}).items():
+        if not isinstance(told, bool):
+            return f"training.liger_kernel_config.{name}={shown(told)} is not true or false."
+    return None
 
 
 def _lengths(recipe: Any) -> str | None:
@@ -495,6 +516,7 @@ CHECKS = (
     _unread,
     _checkpointing,
     _sampling,
+    _compile,
     _lengths,
     _method,
     _metric,

@@ -40,6 +40,7 @@ FIXED: dict[str, tuple[Any, str]] = {
 said.)"""
 
 MAPPING_KEYS: dict[str, tuple[str, ...]] = {
+    "liger_kernel_config": ("rms_norm", "swiglu", "rope", "fused_linear_cross_entropy"),
     "activation_checkpointing_kwargs": (
         "use_reentrant",
         "preserve_rng_state",

@@ -3,6 +3,7 @@
 Letters: S rows, T tokens of a row, K supervised tokens, V words.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,6 +92,26 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
         head.targets = head.weights = None
 
 
+def use_fused_loss(model: nn.Module, function: Any) -> str:
+    """Let Liger's fused linear cross entropy compute the head's loss, where it can.
+
+    It does as `_LinearLoss` does, in one kernel for softmax, loss and gradient, but it waits for the device twice a
+    step. Tokens with weights of their own, and a head that trains on hidden states that do not, keep our own.
+
+    Args:
+        function: ``LigerFusedLinearCrossEntropyFunction``.
+
+    Returns:
+        Why it is not used; empty if it is.
+    """
+    head = _head_loss(model)
+    if not head.is_linear:
+        kind = type(getattr(head.forward, "__self__", head.forward))
+        return f"the language head is no plain linear layer ({kind.__name__} of {kind.__module__})"
+    head.fused = function
+    return ""
+
+
 class HeadLoss:
     """Stands in for the language head's ``forward``: as it is, or the sum of its losses while targets are set.
 
@@ -103,6 +124,13 @@ class HeadLoss:
         self.targets: Tensor | None = None
         self.weights: Tensor | None = None
         self.label_smoothing = self.z_loss = 0.0
+        self.fused: Any = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the head is one matrix product without a bias."""
+        head: Any = getattr(self.forward, "__self__", None)
+        return getattr(self.forward, "__func__", None) is nn.Linear.forward and head.bias is None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> logits ``[..., V]``, or with targets int64[K] for K hidden states a float64 scalar.
@@ -120,6 +148,8 @@ class HeadLoss:
         weights = weights if self.weights is None else self.weights.to(flat.device)
         options = self.label_smoothing, self.z_loss  # as arguments: set anew before the backward pass computes again
         if (weight := self._plain_weight(flat)) is not None:
+            if self.fused is not None and self.weights is None and (flat.requires_grad or not torch.is_grad_enabled()):
+                return _ligers_loss(self.fused, flat, weight, targets, *options).double()
             return _linear_loss(flat, weight, targets, weights, *options)
         parts = list(zip(flat.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
@@ -134,7 +164,7 @@ class HeadLoss:
         Float16 is left to autograd, whose gradients are scaled before they could vanish.
         """
         head: Any = getattr(self.forward, "__self__", None)
-        if getattr(self.forward, "__func__", None) is not nn.Linear.forward or head.bias is not None:
+        if not self.is_linear:
             return None
         is_plain = type(head.weight) in (Tensor, nn.Parameter)
         return head.weight if is_plain and _product_dtype(hidden, head.weight) != torch.float16 else None
@@ -149,6 +179,26 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What a linear layer would compute in here."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _ligers_loss(
+    function: Any, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """The sum of the losses by Liger, over at most `HEAD_CHUNK` tokens at a time: a float32 scalar."""
+    words, width = weight.shape
+    chunks = -(-len(targets) // HEAD_CHUNK)
+    told = {
+        "_input": hidden,
+        "weight": weight,
+        "target": targets,
+        "lse_square_scale": z_loss,
+        "label_smoothing": label_smoothing,
+        "reduction": "sum",
+        "accum_dtype": torch.float32,
+        "chunk_mem_const": max(words // (width * chunks), 1),  # times as many logits as hidden states
+    }
+    known = list(inspect.signature(function.forward).parameters.values())[1:]  # without ctx
+    return function.apply(*(told.get(entry.name, entry.default) for entry in known))[0]
 
 
 @torch.compiler.disable

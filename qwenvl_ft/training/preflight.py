@@ -8,7 +8,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError
 from qwenvl_ft.model.config import skeleton
+from qwenvl_ft.model.kernels import require_liger
 from qwenvl_ft.model.load import loading_options, plan_loading, trained_lengths
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.tuning.methods import METHODS
@@ -141,15 +141,23 @@ def _wandb(recipe: Any, args: Any) -> None:
 
 
 def _liger(recipe: Any, args: Any) -> None:
-    if not args.use_liger_kernel:
+    if args.use_liger_kernel:
+        require_liger(args.device)
+
+
+def _compile(recipe: Any, args: Any) -> None:
+    """The compiler of ``training.torch_compile``, on one sum: on a CPU it needs one for C++."""
+    if not args.torch_compile:
         return
-    if find_spec("liger_kernel") is None:
-        raise RecipeError("training.use_liger_kernel=true: it is not installed. Do so by pip install liger-kernel.")
-
-    def patch() -> None:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: F401
-
-    _try("training.use_liger_kernel=true", patch)
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    try:
+        torch.compile(lambda x: x.sin(), backend=backend, mode=mode)(torch.ones(2, device=args.device))
+    except Exception as error:
+        cause = str(error).partition("\n")[0].rstrip(".")
+        raise RecipeError(
+            f"training.torch_compile=true with {backend} cannot compile here: {cause}. Install what it needs (on a CPU "
+            "a C++ compiler: apt-get install g++), or remove the key."
+        ) from error
 
 
 def _sharding(recipe: Any, args: Any) -> None:
@@ -255,4 +263,4 @@ def _names(tuner: Any, config: Any) -> None:
         names(skeleton(copy.deepcopy(config)), tuner)
 
 
-TRIALS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub)
+TRIALS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub, _compile)

@@ -304,6 +304,10 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
     say(f"{type(trainer.model).__name__}, {versions}, {args.device}, processes: {args.world_size}")
     if reason := obstacle(trainer.processing_class.image_processor):
         say(f"images are normalised in the loader's workers, at eight times the bytes: {reason}")
+    if trainer.fused is not None:
+        say(str(trainer.fused))
+    if args.torch_compile:
+        say(f"the language model's layers are compiled by {args.torch_compile_backend} in the first steps")
     rates = {"llm": args.learning_rate, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}
     rates = {part: args.learning_rate if rate is None else rate for part, rate in rates.items()}
     for line in trainable_table(trainer.model, rates).splitlines():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -22,12 +23,14 @@ from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
 from qwenvl_ft.data.packing import RunShape
 from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import DataError, RecipeError, TrainingError
+from qwenvl_ft.model.compiled import compile_layers, restore_layers
+from qwenvl_ft.model.kernels import LOSS, Fused, use_liger
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.callbacks.method import MethodCallback
 from qwenvl_ft.training.checkpointing import narrow_checkpointing
 from qwenvl_ft.training.gradients import PartGradients
-from qwenvl_ft.training.loss import loss_sum, split_labels, target_weights
+from qwenvl_ft.training.loss import loss_sum, split_labels, target_weights, use_fused_loss
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.training.same_run import save_plan
@@ -111,6 +114,7 @@ class QwenVLTrainer(Trainer):
         if True in raw:
             use_raw_patches(model, processor.image_processor)
         self._unchecked: list[tuple[int, Tensor, list[Any]]] = []
+        liger, args.use_liger_kernel = args.use_liger_kernel, False  # transformers would patch classes, and fail
         super().__init__(
             model=model,
             args=args,
@@ -123,6 +127,7 @@ class QwenVLTrainer(Trainer):
             told = f"one process sees {args.n_gpu} GPUs"
             raise RecipeError(f"{told}. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
         self.loss_is_scaled_for_ga = True
+        self.fused = self._use_liger() if liger else None
         self.noise: SampleNoise | None = None
         if args.neftune_noise_alpha:
             self.noise, self.neftune_noise_alpha = SampleNoise(args.neftune_noise_alpha), None  # not transformers' own
@@ -134,6 +139,16 @@ class QwenVLTrainer(Trainer):
         self.add_callback(self.meter)
         if isinstance(model, TrainedPeftModel):
             self.add_callback(MethodCallback(model))
+
+    def _use_liger(self) -> Fused:
+        """Liger's kernels in the model, and in the loss if it can be told to them."""
+        model = cast(nn.Module, self.model)
+        fused = use_liger(model, self.args.device, self.args.liger_kernel_config)
+        if fused.loss is not None:
+            why = "loss_weights give tokens weights of their own" if self.loss_weights else ""
+            if why := why or use_fused_loss(model, fused.loss):
+                fused.loss, fused.left[LOSS] = None, why
+        return fused
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -186,6 +201,14 @@ class QwenVLTrainer(Trainer):
     def num_examples(self, dataloader: Any) -> int:
         return len(cast(Sized, dataloader.dataset))
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As transformers'; layers are compiled while it lasts."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if self.args.torch_compile:
+                restore_layers(cast(nn.Module, self.model))
+
     # -- steps: transformers counts those of one epoch for all ----------------------------------------------------
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
@@ -208,10 +231,19 @@ class QwenVLTrainer(Trainer):
         return epochs, steps, examples, samples, batch, passes, max_steps
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
-        """Before the model is wrapped: which layers are recomputed."""
-        if self.args.activation_checkpointing:
-            narrow_checkpointing(cast(nn.Module, self.model), self.checkpointed)
+        """Before the model is wrapped: which layers are recomputed, and whether they are compiled."""
+        model, args = cast(nn.Module, self.model), self.args
+        if args.activation_checkpointing:
+            narrow_checkpointing(model, self.checkpointed)
+        if args.torch_compile:
+            compile_layers(model, backend=str(args.torch_compile_backend), mode=args.torch_compile_mode)
         return super()._prepare_for_training(*arguments, **options)
+
+    def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
+        """accelerate would compile the whole model, wrap it and change the names of its weights."""
+        return super()._build_accelerator_args(**options) | {
+            "dynamo_plugin": TorchDynamoPlugin(backend=DynamoBackend.NO)
+        }
 
     def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
         """Where a resumed run goes on: epochs that are over, passes done in the next."""

@@ -318,6 +318,10 @@ CONTRADICTIONS = {
     "training.activation_checkpointing_kwargs.offload='maybe' is not true or false.": [
         "training.activation_checkpointing_kwargs.offload=maybe"
     ],
+    "training.torch_compile_mode=max-autotune records a CUDA graph for each length, and no two rows are alike. Use "
+    "max-autotune-no-cudagraphs.": ["training.torch_compile_mode=max-autotune"],
+    "training.torch_compile_backend=cudagraphs records a CUDA graph for each length, and no two rows are alike. "
+    "Remove it.": ["training.torch_compile_backend=cudagraphs"],
     "training.output_dir is empty. Give a folder: training.output_dir=output.": ["training.output_dir="],
     "training.lr_scheduler_type=cosine has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
     "cosine_warmup_with_min_lr.": ["training.lr_scheduler_kwargs.min_lr=1e-6"],

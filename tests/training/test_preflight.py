@@ -84,6 +84,10 @@ REFUSED = {
         ["training.use_liger_kernel=true"],
         "training.use_liger_kernel=true",
     ),
+    "a compiler that is not here": (
+        ["training.torch_compile_backend=hpu_backend"],
+        "training.torch_compile=true with hpu_backend cannot compile here: Invalid backend",
+    ),
     "shards for one process": (
         ["training.fsdp=full_shard"],
         "training.fsdp=full_shard shards the model over processes, and there is one.",

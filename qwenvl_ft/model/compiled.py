@@ -1,0 +1,86 @@
+"""The language model's layers compiled by torch, one region for all of them.
+
+Compiling the whole model fails on it, and would compile anew for each mixture of images. The layers are all alike, and
+most of what they launch is small: norms, rotations, SiLU, sums. Attention is left out, which is a kernel of its own and
+depends on where samples begin. So is what computes a layer again: a region that holds a checkpoint is given up by
+torch.compile without a word as soon as something in it cannot be compiled. Rows are never quite full, so that their
+number of tokens is a variable of the compiled code.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qwenvl_ft.model.anatomy import family_of
+
+
+class CompiledForward:
+    """Stands in for a layer's ``forward``: its own code compiled, computed again in the backward pass if it was.
+
+    Names, weights, hooks and what is saved stay as they are.
+    """
+
+    def __init__(self, layer: nn.Module, compiled: Callable[..., Tensor]) -> None:
+        self.layer, self.compiled = layer, compiled
+
+    def __call__(self, hidden: Tensor, **told: Any) -> Tensor:
+        layer: Any = self.layer
+        if layer.training and layer.gradient_checkpointing:
+            return layer._gradient_checkpointing_func(partial(self.compiled, layer, **told), hidden)
+        return self.compiled(layer, hidden, **told)
+
+
+def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | None = None) -> int:
+    """Compile the language model's layers in place; wrappers (adapters, sharding) are looked through.
+
+    Args:
+        model: with a key-value cache turned off, as for training.
+        backend: as torch.compile's.
+        mode: as torch.compile's.
+
+    Returns:
+        The number of layers. They are compiled by the first passes.
+    """
+    inner = _inner(model)
+    name = inner.config.get_text_config()._attn_implementation
+    if name in ALL_ATTENTION_FUNCTIONS and not hasattr(ALL_ATTENTION_FUNCTIONS[name], "_torchdynamo_disable"):
+        ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
+    layers = list(_layers(inner))
+    made: dict[Callable[..., Any], Callable[..., Tensor]] = {}
+    for layer in layers:
+        if "forward" not in vars(layer):
+            plain = _plain_forward(type(layer))
+            if plain not in made:
+                made[plain] = torch.compile(plain, backend=backend, mode=mode, dynamic=True)
+            layer.forward = CompiledForward(layer, made[plain])
+    return len(layers)
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`, for generation, where each step would be compiled anew."""
+    for layer in _layers(_inner(model)):
+        if isinstance(vars(layer).get("forward"), CompiledForward):
+            del layer.forward
+
+
+def _plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    """A layer's forward below the wrapper by which transformers computes it again, once for each class above it."""
+    forward = kind.forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return forward
+
+
+def _inner(model: nn.Module) -> Any:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _layers(inner: Any) -> Any:
+    layers = inner.get_submodule(family_of(inner.config.model_type).text_layers)
+    return (layer for layer in layers if isinstance(layer, GradientCheckpointingLayer))

@@ -244,9 +244,9 @@ class _LinearLoss(torch.autograd.Function):
                     torch.mm(states, words.T, out=logits)
                 else:
                     logits.copy_(states @ words.T)
-                losses = _losses_of(logits, targets[part], label_smoothing, z_loss)
+                losses = _losses_of(logits, targets[part], weights[part].float(), label_smoothing, z_loss)
                 total += losses.double() @ weights[part]
-                gradient = logits.mul_(weights[part, None].float()).to(dtype)
+                gradient = logits.to(dtype)
                 if of_hidden is not None:
                     of_hidden[part] = gradient @ words
                 if of_weight is not None and of_weight.dtype == dtype:
@@ -264,8 +264,8 @@ class _LinearLoss(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None, None, None
 
 
-def _losses_of(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """float32[k] of logits float32[k, V], in whose place stands then the gradient of the losses' sum."""
+def _losses_of(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """float32[k] of logits float32[k, V], in whose place stands then the gradient of ``weights @ losses``."""
     rows = torch.arange(len(targets), device=logits.device)
     largest = logits.amax(-1, keepdim=True)
     logits.sub_(largest)
@@ -274,15 +274,15 @@ def _losses_of(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: 
         losses -= label_smoothing * logits.mean(-1)
     sums = logits.exp_().sum(-1, keepdim=True)
     losses += sums.log().squeeze(-1)
-    share = 1 / sums  # [k, 1]
+    share = weights[:, None] / sums  # [k, 1]
     if z_loss:
         norm = sums.log() + largest
         losses += z_loss * norm.square().squeeze(-1)
         share = share * (1 + 2 * z_loss * norm)
     logits.mul_(share)
     if label_smoothing:
-        logits -= label_smoothing / logits.shape[-1]
-    logits[rows, targets] -= 1 - label_smoothing
+        logits -= weights[:, None] * (label_smoothing / logits.shape[-1])
+    logits[rows, targets] -= weights * (1 - label_smoothing)
     return losses
 
 

@@ -146,6 +146,25 @@ def test_in_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(monkey
         assert (ours - true).norm() <= 1.5 * (plain - true).norm() + 1e-5 * true.norm()
 
 
+def test_weights_smoothing_and_z_loss_together_are_autograds_in_float64(monkeypatch):
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(16, 300, bias=False), torch.randn(1, 40, 16, requires_grad=True)
+    targets, weights = torch.randint(0, 300, (40,)), torch.rand(40, dtype=torch.float64)
+    monkeypatch.setattr(loss_module, "HEAD_CHUNK", 16)
+    stand_in = HeadLoss(head.forward)
+    stand_in.targets, stand_in.weights, stand_in.label_smoothing, stand_in.z_loss = targets, weights, 0.1, 0.01
+    loss = stand_in(hidden)
+    loss.backward()
+    weight, states = (value.detach().double().requires_grad_() for value in (head.weight, hidden))
+    logits = states[0] @ weight.T
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+    exact = (losses + 0.01 * logits.logsumexp(-1).square()) @ weights
+    exact.backward()
+    for found, true in ((loss, exact), (head.weight.grad, weight.grad), (hidden.grad, states.grad)):
+        torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(losses.mean() * weights.sum(), exact, rtol=1e-3), "vacuous: the weights do not count"
+
+
 def test_float16_and_adapted_heads_are_left_to_autograd(tiny_dir):
     """Float16 gradients are scaled before the backward pass, so that small ones do not vanish in it."""
     head = nn.Linear(8, 100, bias=False)

@@ -22,7 +22,7 @@ FUSED = "meta_flash"
 """Attention that keeps what a flash kernel keeps: queries, keys, values, output and one number a row."""
 SETTINGS = {
     "full": ("tuner.train_type=full", "tuner.freeze_vit=false", "tuner.freeze_aligner=false"),
-    "lora": ("tuner.train_type=lora", "tuner.lora_rank=16"),
+    "lora": ("tuner.train_type=lora", "tuner.lora_rank=16", "tuner.target_parameters=[]"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.packed_attention import packed_attention
 from qwenvl_ft.training.loss import HeadLoss
 
@@ -88,6 +89,8 @@ def bench_attention(
     Returns:
         Seconds of each (the best of ``rounds`` taken in turns), their ratio, and the largest difference of the outputs.
     """
+    if samples > tokens:
+        raise BenchError(f"{samples} samples do not fit into a row of {tokens} tokens. Lower samples.")
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)

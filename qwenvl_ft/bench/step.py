@@ -19,7 +19,7 @@ from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
 from qwenvl_ft.bench.sizes import random_model, write_size
 from qwenvl_ft.bench.workload import filled_records
 from qwenvl_ft.data.dataset import SampleDataset
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.load import load_config
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training import setup
@@ -147,8 +147,13 @@ class Clock(TrainerCallback):
         self.cpu.append(time.process_time())
 
     def _see(self, module: nn.Module, positional: Any, told: dict[str, Any]) -> None:
-        borders = told["cu_seq_lens_q"], told.get("image_cu_seqlens")
-        self.seen.append((self.step, *borders, told["logits_to_keep"].numel()))
+        text = told["cu_seq_lens_q"] if "cu_seq_lens_q" in told else _borders(told["attention_mask"])
+        self.seen.append((self.step, text, told.get("image_cu_seqlens"), told["logits_to_keep"].numel()))
+
+
+def _borders(mask: Tensor) -> Tensor:
+    """int64[B + 1], where the samples of a padded batch would begin in a row, padding left out."""
+    return torch.nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
 
 
 class Profiler(TrainerCallback):
@@ -213,7 +218,8 @@ def bench_step(options: StepOptions) -> tuple[StepResult, str]:
         What was measured, and the table of the profile, if one was asked for.
 
     Raises:
-        RecipeError: an option or a setting does not fit.
+        RecipeError: a setting does not fit.
+        BenchError: an option does not fit, or a setting that a model of random weights has no use for.
     """
     with TemporaryDirectory() as name:
         return _measured(options, Path(name))
@@ -262,14 +268,12 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
 def _check(recipe: Any, options: StepOptions) -> None:
     """Refuse what a bench of random weights and full rows would not honour."""
     if options.image_share + options.supervised_share > 1:
-        raise RecipeError(
+        raise BenchError(
             f"image_share={options.image_share} and supervised_share={options.supervised_share} are more than all "
             "tokens together. Lower one."
         )
-    if not recipe.training.padding_free:
-        raise RecipeError("training.padding_free=false: the bench counts the work of packed rows. Remove it.")
     if recipe.quantization.quantization_bit is not None:
-        raise RecipeError("quantization.quantization_bit: the bench has random weights in full. Remove it.")
+        raise BenchError("quantization.quantization_bit: the bench has random weights in full. Remove it.")
 
 
 def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) -> QwenVLTrainer:

@@ -150,7 +150,7 @@ def fit(
 def growth(
     what: Annotated[Literal["rows", "records"], typer.Argument(help="By row length, or by number of records.")],
     size: SIZE = "tiny",
-    most: Annotated[int | None, typer.Option(help="Longest row, or most records.")] = None,
+    most: Annotated[int | None, typer.Option(help="Longest row, or most records.", min=2048)] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
 ) -> None:
     """How training speed grows with row length, and the data path with records; a JSON object a line."""

@@ -103,6 +103,7 @@ class _Measured(Dataset[tuple[Row, list[File], str]]):
 
     def __getitem__(self, index: int) -> tuple[Row, list[File], str]:
         files: list[File] = []
+        conversation = None
         try:
             told = self.records[index]
             conversation = told if isinstance(told, Conversation) else read_record(*told)
@@ -111,7 +112,7 @@ class _Measured(Dataset[tuple[Row, list[File], str]]):
         except DataError as error:
             if self.on_error == "raise" or isinstance(error, (TooLong, Unsupervised)):
                 raise
-            return (0, 0, False, BAD, 0, 0), files, str(error)
+            return (0, 0, False, BAD, 0, 0), files + _unreached(conversation), str(error)
 
     def _row(self, conversation: Conversation) -> Row:
         try:
@@ -129,6 +130,14 @@ def conversation_files(conversation: Conversation) -> list[str]:
     for video in conversation.media(Video):
         values += video.value if isinstance(video.value, (list, tuple)) else [video.value]
     return [path for path in map(file_of, values) if path is not None]
+
+
+def _unreached(conversation: Conversation | None) -> list[File]:
+    """URLs of a record that could not be measured, in a state that no path has: they are tried again the next time."""
+    if conversation is None:
+        return []
+    values = [str(medium.value) for kind in (Image, Video) for medium in conversation.media(kind)]
+    return [(value, 0, 0) for value in values if value.startswith(("http://", "https://"))]
 
 
 def measure(

@@ -49,6 +49,11 @@ def test_the_loss_in_chunks_is_the_plain_one_in_less_memory(capsys):
     assert told["chunked"]["gib"] < 0.5 * told["plain"]["gib"]
 
 
+def test_more_samples_than_tokens_are_refused():
+    with pytest.raises(BenchError, match="64 samples do not fit into a row of 32 tokens"):
+        bench_attention(tokens=32, samples=64)
+
+
 def test_attention_is_the_same_both_ways():
     told = bench_attention(tokens=512, samples=8, heads=4, kv_heads=2, size=16, rounds=1)
     assert told["largest_difference"] < 1e-5

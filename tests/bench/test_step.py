@@ -11,7 +11,7 @@ from qwenvl_ft.bench.step import StepOptions, StepResult, bench_step
 from qwenvl_ft.bench.workload import filled_records
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.trainer import QwenVLTrainer
@@ -63,6 +63,22 @@ def test_a_bench_steps_model_is_prepared_as_a_loaded_one(monkeypatch, tiny_dir):
     assert kinds[1] <= kinds[0]
 
 
+def test_padded_batches_count_what_is_no_padding(monkeypatch):
+    given = []
+    plain = QwenVLTrainer.training_step
+
+    def seen(self, model, inputs, count=None):
+        given.append((inputs["input_ids"].numel(), int(inputs["attention_mask"].sum())))
+        return plain(self, model, inputs, count)
+
+    monkeypatch.setattr(QwenVLTrainer, "training_step", seen)
+    settings = ("training.packing=false", "training.padding_free=false")
+    result, _ = bench_step(StepOptions(row_length=256, rows=4, steps=2, warmup=1, settings=settings))
+    assert result.tokens == sum(tokens for _, tokens in given[1:3])
+    assert result.samples == 8
+    assert any(slots > tokens for slots, tokens in given), "vacuous: no padding"
+
+
 def test_accumulated_steps_have_full_rows_too():
     options = StepOptions(row_length=256, steps=2, warmup=1, settings=("training.gradient_accumulation_steps=4",))
     result, _ = bench_step(options)
@@ -73,12 +89,11 @@ def test_accumulated_steps_have_full_rows_too():
     ("options", "told"),
     [
         (StepOptions(image_share=0.6, supervised_share=0.5), "are more than all tokens together"),
-        (StepOptions(settings=("training.padding_free=false", "training.packing=false")), "counts the work of packed"),
         (StepOptions(train_type="lora", settings=("quantization.quantization_bit=4",)), "has random weights in full"),
     ],
 )
 def test_what_a_bench_would_not_honour_is_refused(options, told):
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(BenchError, match=told):
         bench_step(options)
 
 

@@ -298,3 +298,15 @@ def test_of_processes_that_start_together_one_measures_and_the_others_read(proce
         assert lengths[0] == lengths[1] == lengths[2]
         read = records.log.read_text().split()
         assert (len(set(read)), len(read)) == (measured, measured * 200), "with folders of their own each measures"
+
+
+def test_a_url_that_could_not_be_reached_is_tried_again(processor, tmp_path, monkeypatch):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A box."}]
+    records = ListRecords([{"image": "http://127.0.0.1:9/a.png", "conversations": turns}])
+    encoder = Encoder(processor, policy=MediaPolicy(allow_urls=True))
+    for _ in range(2):
+        assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {"that cannot be read": 1}
+    monkeypatch.setattr("qwenvl_ft.data.media._fetch", lambda url, policy: encoded(picture(64, 64), "PNG"))
+    assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}
+    monkeypatch.undo()
+    assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}, "measured once, it is cached"

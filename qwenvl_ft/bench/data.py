@@ -1,6 +1,5 @@
 """How fast records become batches, per core, beside the least that any loader must do: decode and resize the images."""
 
-import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,22 +10,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image as PILImage
-from torchvision.transforms.v2 import functional as pixels
 
 from qwenvl_ft.bench.workload import write_records
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.conversation import Image
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.lengths import measure
+from qwenvl_ft.data.media import open_image
 from qwenvl_ft.data.packing import RunShape, assign, fill, pack_lengths
-from qwenvl_ft.data.pixels import obstacle
+from qwenvl_ft.data.pixels import obstacle, resized, stored
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.model.placed_media import MediaPlaces
 
+TABLE_SIDE = 48
+"""Rows of the learned position table of every released Qwen3-VL."""
 TURN = 8
 """Records that the floor, then the encoder, takes in its turn, so that noise of the machine hits both alike."""
 
@@ -115,13 +115,15 @@ def bench_data(
             encode_seconds=encode,
             floor_seconds=floor,
             bytes_per_image=size / count,
-            processor_bytes_per_image=size / count * (8 if encoder.raw_pixels else 1),
+            processor_bytes_per_image=_processor_bytes(images, encoder) / count,
         )
 
 
 def _in_turns(told: list[Any], images: list[list[Any]], encoder: Encoder) -> tuple[float, float, int]:
     """Seconds of encoding and of the floor, bytes of pixels."""
-    collator, size = QwenVLCollator(), 0
+    own = encoder.processor
+    places = MediaPlaces((own.image_token_id, own.video_token_id), own.image_processor.merge_size, TABLE_SIDE)
+    collator, size = QwenVLCollator(places=places), 0
     encode = floor = 0.0
     _encoded(told[:TURN], encoder, collator)  # what is made once
     _floor(images[:TURN], encoder)
@@ -130,8 +132,15 @@ def _in_turns(told: list[Any], images: list[list[Any]], encoder: Encoder) -> tup
         floor += _cpu(partial(_floor, images[part], encoder))[0]
         seconds, batch = _cpu(partial(_encoded, told[part], encoder, collator))
         encode += seconds
-        size += batch["pixel_values"].nbytes if "pixel_values" in batch else 0
+        size += sum(value.nbytes for name, value in batch.items() if name.startswith("pixel_"))
     return encode, floor, size
+
+
+def _processor_bytes(images: list[list[Any]], encoder: Encoder) -> int:
+    """Of the pixels that the image processor would hand over."""
+    own = encoder.processor.image_processor
+    opened = (open_image(value, encoder.policy) for of_record in images for value in of_record)
+    return sum(own(images=[image], return_tensors="pt")["pixel_values"].nbytes for image in opened)
 
 
 def _encoded(told: list[Any], encoder: Encoder, collator: QwenVLCollator) -> dict[str, Any]:
@@ -139,19 +148,16 @@ def _encoded(told: list[Any], encoder: Encoder, collator: QwenVLCollator) -> dic
 
 
 def _floor(images: list[list[Any]], encoder: Encoder) -> None:
-    """Decode and resize, by the same libraries and to the same size, and nothing else."""
+    """Decode and resize, as the encoder does and to the same size, and nothing else."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     own = encoder.processor.image_processor
     factor = own.patch_size * own.merge_size
+    areas = {"min_pixels": own.size.shortest_edge, "max_pixels": own.size.longest_edge}
     for value in (value for of_record in images for value in of_record):
-        file = io.BytesIO(value) if isinstance(value, bytes) else value
-        with PILImage.open(file) as image:
-            whole = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
-        areas = {"min_pixels": own.size.shortest_edge, "max_pixels": own.size.longest_edge}
-        height, width = whole.shape[1:]
-        size = smart_resize(height, width, factor=factor, **areas)
-        pixels.resize(whole, list(size), interpolation=pixels.InterpolationMode.BICUBIC, antialias=True)
+        image = open_image(value, encoder.policy)
+        height, width = smart_resize(image.height, image.width, factor=factor, **areas)
+        resized(stored(image).permute(2, 0, 1), height, width, own)
 
 
 def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -56,6 +57,11 @@ class Planned:
     def patches(self) -> NDArray[np.int64]:
         """int64[S]"""
         return self.measured.patches[self.index].astype(np.int64)
+
+    def key(self) -> tuple[int, str]:
+        """Samples, and a hash of all that a plan follows from."""
+        told = (self.index, self.tokens, self.patches, self.measured.has_video[self.index])
+        return len(self), xxhash.xxh128(b"".join(np.ascontiguousarray(column).tobytes() for column in told)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -284,6 +290,16 @@ class PlanSampler(Sampler[list[Ticket]]):
             step -= self.steps(epoch)
             epoch += 1
         return epoch, step
+
+    def waiting(self) -> float:
+        """How much more than the mean rank the costliest of a step has to do, in the current epoch: 0.1 is a tenth."""
+        planned = self.dataset.at(self.epoch)
+        cost = self.costs.of(planned.tokens, planned.patches)
+        loads = np.array([[cost[[i for i in b if i >= 0]].sum() for b in ranks] for ranks in self.plan(self.epoch)])
+        begins = range(0, len(loads), self.shape.accumulation)
+        steps = np.array([loads[i : i + self.shape.accumulation].sum(axis=0) for i in begins])  # [steps, ranks]
+        whole = steps[:-1] if len(steps) > 1 else steps
+        return float((whole.max(axis=1) / whole.mean(axis=1)).mean()) - 1
 
     def fill(self) -> float:
         """Share of the packed rows' places that hold a token, in the current epoch."""

@@ -136,7 +136,21 @@ class Encoder:
             DataError: the record is malformed, a medium cannot be opened, or nothing of it is supervised.
             TooLong: it exceeds ``max_length`` and the strategy does not cut.
         """
-        return self._sample(self.draft(self.conversation(record, media_root)))
+        conversation = self.conversation(record, media_root)
+        return self._sample(self.draft(conversation, self._grids_in_time(conversation)))
+
+    def _grids_in_time(self, conversation: Conversation) -> list[Grid]:
+        """Grids of the images, from their headers; a disk that does not answer has an end and a name."""
+        images, source = conversation.media(Image), conversation.source
+        if not images:
+            return []
+        processor = self.processor.image_processor
+        grids = (image_grid(image, processor, self.policy, source) for image in images)
+
+        def late(came: int) -> DataError:
+            return DataError(f"{source}: {self._late(images[came])}")
+
+        return list(within(lambda: grids, self.policy.image_timeout, late))
 
     def prompt(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> Sample:
         """Encode what stands before the last assistant turn, and the template's invitation to answer.
@@ -192,9 +206,13 @@ class Encoder:
             return record
         return read_record(record, Source("record", "record", str(record.get("id", ""))), media_root)
 
-    def draft(self, conversation: Conversation) -> Draft:
-        """Tokens, labels and grids of a conversation, cut to ``max_length``; no pixel is decoded."""
-        draft = cut(self._tokenize(conversation), self.max_length, self.truncation_strategy)
+    def draft(self, conversation: Conversation, image_grids: list[Grid] | None = None) -> Draft:
+        """Tokens, labels and grids of a conversation, cut to ``max_length``; no pixel is decoded.
+
+        Args:
+            image_grids: those of its images, if they are known.
+        """
+        draft = cut(self._tokenize(conversation, image_grids=image_grids), self.max_length, self.truncation_strategy)
         if not draft.supervised[1:].any():
             raise Unsupervised(
                 f"{draft.source}: no token is supervised. Each record needs an assistant turn"
@@ -234,9 +252,11 @@ class Encoder:
 
     # -- text ------------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, conversation: Conversation, *, invite: bool = False) -> Draft:
+    def _tokenize(
+        self, conversation: Conversation, *, invite: bool = False, image_grids: list[Grid] | None = None
+    ) -> Draft:
         source = conversation.source
-        shown = self._show(conversation, invite=invite)
+        shown = self._show(conversation, invite=invite, image_grids=image_grids)
         encoding = self._encode(shown.text, source)
         ids = np.asarray(encoding.ids, dtype=np.int64)
         supervised = np.zeros(ids.size, dtype=bool)
@@ -249,7 +269,9 @@ class Encoder:
         media = shown.images, shown.image_grids, shown.videos, shown.clips
         return Draft(ids, supervised, counts, widths, group, *media, source)
 
-    def _show(self, conversation: Conversation, *, invite: bool = False) -> _Shown:
+    def _show(
+        self, conversation: Conversation, *, invite: bool = False, image_grids: list[Grid] | None = None
+    ) -> _Shown:
         source = conversation.source
         messages = conversation.messages
         if not messages:
@@ -257,7 +279,8 @@ class Encoder:
         if self.system_prompt and messages[0].role != "system":
             messages = (Message("system", (Text(self.system_prompt),)), *messages)
         images, videos = conversation.media(Image), conversation.media(Video)
-        image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
+        if image_grids is None:
+            image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
         clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
         text = self._render(messages, tools, invite, source)
@@ -384,7 +407,9 @@ class Encoder:
     def _image_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             images = list(
-                within(lambda: self._decoded(draft), self.policy.image_timeout, lambda came: self._late(draft, came))
+                within(
+                    lambda: self._decoded(draft), self.policy.image_timeout, lambda came: self._late(draft.images[came])
+                )
             )
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
@@ -408,9 +433,9 @@ class Encoder:
     def _decoded(self, draft: Draft) -> Iterator[PILImage.Image]:
         return (open_image(image.value, self.policy) for image in draft.images)
 
-    def _late(self, draft: Draft, came: int) -> DataError:
+    def _late(self, image: Image) -> DataError:
         return DataError(
-            f"image {medium_name(draft.images[came].value)} cannot be read within data.image_timeout="
+            f"image {medium_name(image.value)} cannot be read within data.image_timeout="
             f"{self.policy.image_timeout:g} s. Is its disk or network slow? Drop the record, or raise the limit."
         )
 

@@ -44,7 +44,7 @@ def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_process
     """
     side, merge = image_processor.patch_size, image_processor.merge_size
     _, high, wide = grid
-    pixels = resized(_stored(image).permute(2, 0, 1), high * side, wide * side, image_processor)  # [4, H, W]
+    pixels = resized(stored(image).permute(2, 0, 1), high * side, wide * side, image_processor)  # [4, H, W]
     whole = pixels.permute(1, 2, 0).contiguous().view(torch.int32)
     blocks = whole.view(high // merge, merge, side, wide // merge, merge, side).permute(0, 3, 1, 4, 2, 5)
     blocks = blocks.reshape(high * wide, side * side)  # a pixel moves as one number: half the time of four
@@ -54,7 +54,7 @@ def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_process
     return patches.view(high * wide, CHANNELS * side * side)
 
 
-def _stored(image: PILImage.Image) -> Tensor:
+def stored(image: PILImage.Image) -> Tensor:
     """uint8[H, W, 4] of an RGB image: the bytes that PIL holds, with its fourth that means nothing.
 
     An image of more than 16 MB is held in several blocks and is copied; any other is shared.

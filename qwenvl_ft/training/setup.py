@@ -38,6 +38,8 @@ from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 
 logger = logging.getLogger(__name__)
 
+WAITING = 0.03
+"""More work than this, over the mean, of a step's costliest rank is told of."""
 TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes", "default")
 """What ms-swift calls ways of writing tools into the system prompt."""
 
@@ -318,6 +320,10 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
         say(dataset.summary())
     if trainer.packing:
         say(f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full")
+    waiting = sampler.waiting() if args.world_size > 1 else 0.0
+    if waiting > WAITING:
+        more = "" if sampler.grouped else "; training.train_sampling_strategy=group_by_length lets like rows meet"
+        say(f"the costliest rank of a step has {waiting:.0%} more to do than the mean{more}")
     if resume is not None:
         say(f"going on from {resume}")
 

@@ -132,6 +132,8 @@ class QwenVLTrainer(Trainer):
         if args.neftune_noise_alpha:
             self.noise, self.neftune_noise_alpha = SampleNoise(args.neftune_noise_alpha), None  # not transformers' own
             cast(Any, self.model).get_input_embeddings().register_forward_hook(self.noise)
+        for dataset in sets:
+            require_alike(dataset, 0, args.world_size)
         has_media = any(bool(dataset.at(0).patches.any()) for dataset in _all_of(train_dataset))
         self.gradients = PartGradients(zero_gradient_steps, has_media=has_media)
         self.costs = same_everywhere(machine_costs(), args.world_size)
@@ -259,7 +261,9 @@ class QwenVLTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        epoch = options["epoch"]
+        epoch, data = options["epoch"], self.train_sampler.dataset
+        if data.measured_as(epoch) == epoch > 0:
+            require_alike(data, epoch, self.args.world_size)
         options["steps_in_epoch"] = self.train_sampler.passes(epoch)
         options["num_update_steps_per_epoch"] = self.train_sampler.steps(epoch)
         self.bad_samples = 0
@@ -549,6 +553,25 @@ def same_everywhere(value: Any, world_size: int) -> Any:
         torch.distributed.broadcast_object_list(told, src=0)
         return told[0]
     return value
+
+
+def require_alike(dataset: SampleDataset, epoch: int, world_size: int) -> None:
+    """Refuse processes that see other data: each would follow a plan of its own, and they would wait for each other.
+
+    Raises:
+        DataError: on every process, with the samples that each has.
+    """
+    if world_size == 1:
+        return
+    told: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(told, dataset.at(epoch).key())
+    differing = next((rank for rank in range(world_size) if told[rank] != told[0]), None)
+    if differing is not None:
+        raise DataError(
+            f"{dataset.name}: process 0 has {told[0][0]:,} samples and process {differing} {told[differing][0]:,}"
+            + (", of other lengths" if told[0][0] == told[differing][0] else "")
+            + ". All processes need the same records and media: are files of a machine missing, or others?"
+        )
 
 
 def _media_kinds(sets: list[SampleDataset]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def test_the_data_path_is_measured_beside_its_floor(tmp_path):
     told = bench_data(bench_processor(max_pixels=65536), records=16).told()
     assert told["records"] == 16
     assert told["images"] > 5
-    assert told["bytes_per_image"] == told["processor_bytes_per_image"] / 8
+    assert told["bytes_per_image"] == pytest.approx(told["processor_bytes_per_image"] / 8)
     assert 0.75 < told["bytes_per_image"] / (65536 * 3) <= 1, "a byte a channel of each pixel"
     assert told["encode_seconds"] > told["floor_seconds"] > 0
     assert told["plan_again_seconds"] < told["plan_seconds"]

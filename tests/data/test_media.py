@@ -258,6 +258,21 @@ class Stalled:
         return self.value
 
 
+def test_a_disk_that_does_not_answer_when_a_header_is_read_has_an_end_too(processor, monkeypatch):
+    class Asleep(Stalled):
+        def size(self):
+            return self.open().size
+
+    encoder = Encoder(processor, policy=MediaPolicy(image_timeout=0.3))
+    turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
+    conversation = encoder.conversation({"image": [picture(64, 64)], "conversations": turns})
+    user = conversation.messages[0]
+    content = (ImagePart(Asleep()), *user.content[1:])
+    late = replace(conversation, messages=(replace(user, content=content), *conversation.messages[1:]))
+    with pytest.raises(DataError, match=r"record: image /far/away/slow.png cannot be read within data.image_timeout"):
+        encoder(late)
+
+
 def test_an_image_that_hangs_is_named_after_its_time(processor):
     encoder = Encoder(processor, policy=MediaPolicy(image_timeout=0.3))
     turns = [{"from": "human", "value": "<image><image>a"}, {"from": "gpt", "value": "b"}]

@@ -1,8 +1,12 @@
 """The plan of an epoch: complete, full, seeded, balanced, the same for any number of processes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from qwenvl_ft.data.costs import CostModel
+from qwenvl_ft.data.dataset import PlanSampler
 from qwenvl_ft.data.packing import RunShape, assign, fill, group_rows, pack_lengths
 from qwenvl_ft.errors import DataError
 
@@ -72,6 +76,16 @@ def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
     assert plan[-1] == [[2], [~2]]
     real = [i for passes in plan for batch in passes for i in batch if i >= 0]
     assert sorted(real) == [0, 1, 2]
+
+
+def test_the_sampler_says_how_much_more_the_costliest_rank_has_to_do():
+    lengths, patches = np.array([100, 200, 300, 400, 50]), np.zeros(5, dtype=int)
+    planned = SimpleNamespace(tokens=lengths, patches=patches)
+    data = SimpleNamespace(at=lambda epoch: planned, measured_as=lambda epoch: 0)
+    costs = CostModel(token_square=0.0)
+    sampler = PlanSampler(data, RunShape(2), packing=False, max_length=400, costs=costs)
+    sampler._plans[0] = [[[0], [1]], [[2], [3]], [[4], [~0]]]
+    assert sampler.waiting() == pytest.approx((200 / 150 + 400 / 350) / 2 - 1)
 
 
 @pytest.mark.parametrize("world", [2, 8, 64])

@@ -1,6 +1,7 @@
 """Run by torchrun: one optimizer step and one evaluation over the standard records; rank 0 writes what came out."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from qwenvl_ft.model.load import load_processor
 
 
 def main() -> None:
-    folder, checkpoint, packing, records = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "packed", int(sys.argv[4])
+    folder, checkpoint, packing, records = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     weights = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
     torch.set_num_threads(1)
     encoder = Encoder(load_processor(checkpoint))
+    if packing == "other data":
+        records -= int(os.environ["RANK"])
     trainer = make_trainer(
         folder,
         checkpoint,
@@ -26,7 +29,7 @@ def main() -> None:
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=4,
-        trainer_options={"packing": packing, "max_length": 200, "loss_weights": weights},
+        trainer_options={"packing": packing == "packed", "max_length": 200, "loss_weights": weights},
         datasets=["odd" if i % 2 else "even" for i in range(records)],
         ddp_backend="gloo",
     )

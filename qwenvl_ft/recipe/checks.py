@@ -133,9 +133,6 @@ def _compile(recipe: Any) -> str | None:
     compiled = any(_argument(recipe, name) for name in ("torch_compile", *CUDA_GRAPHS))
     if compiled and _argument(recipe, "use_liger_kernel"):
         return "training.torch_compile=true fuses what training.use_liger_kernel=true has fused already. Choose one."
-    for name, told in (_argument(recipe, "liger_kernel_config") or {}).items():
-        if not isinstance(told, bool):
-            return f"training.liger_kernel_config.{name}={shown(told)} is not true or false."
     return None
 
 

@@ -123,18 +123,28 @@ def test_a_run_compiles_while_it_trains_and_saves_what_plain_layers_would(tiny_d
         "plain": {},
         "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     }.items():
-        told = {"learning_rate": 1e-2, "optim": "sgd", "max_steps": 2, "per_device_train_batch_size": 4} | options
+        told = {
+            "learning_rate": 1e-2,
+            "optim": "sgd",
+            "max_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "per_device_train_batch_size": 4,
+        } | options
         trainer = make_trainer(tmp_path / name, tiny_dir, encoder, **told)
         trainer.add_callback(seen := Seen())
         loss, grads = one_step(trainer)
         trainer.save_model(str(tmp_path / name / "saved"))
         saved = load_model(str(tmp_path / name / "saved"), torch_dtype="float32").state_dict()
-        results[name] = loss, grads, saved
+        evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        results[name] = loss, grads, saved, evals
         assert seen.compiled == (name == "compiled")
         assert not any(isinstance(module.forward, CompiledForward) for module in trainer.model.modules())
         assert counters["stats"]["unique_graphs"] == 0 or name == "compiled"
     assert counters["stats"]["unique_graphs"] > 0
     assert_same(results["compiled"][:2], results["plain"][:2])
+    assert results["compiled"][3] == pytest.approx(results["plain"][3], rel=1e-6)
+    assert len(results["plain"][3]) == 2
     plain, compiled = results["plain"][2], results["compiled"][2]
     assert plain.keys() == compiled.keys()
     start = load_model(str(tiny_dir), torch_dtype="float32").state_dict()

@@ -320,6 +320,10 @@ CONTRADICTIONS = {
     ],
     "training.torch_compile_mode=max-autotune records a CUDA graph for each length, and no two rows are alike. Use "
     "max-autotune-no-cudagraphs.": ["training.torch_compile_mode=max-autotune"],
+    "training.torch_compile=true fuses what training.use_liger_kernel=true has fused already. Choose one.": [
+        "training.torch_compile=true",
+        "training.use_liger_kernel=true",
+    ],
     "training.torch_compile_backend=cudagraphs records a CUDA graph for each length, and no two rows are alike. "
     "Remove it.": ["training.torch_compile_backend=cudagraphs"],
     "training.output_dir is empty. Give a folder: training.output_dir=output.": ["training.output_dir="],

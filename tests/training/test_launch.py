@@ -126,3 +126,19 @@ def test_two_processes_train_the_same_weights(tiny_dir, data, tmp_path, referenc
 def test_two_sharded_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, preset):
     run = start("torchrun", 2, tiny_dir, data, tmp_path, "deepspeed.enabled=true", f"deepspeed.config={preset}")
     assert_same_run(run, reference, tiny_dir)
+
+
+COMPILED = {
+    "ddp": [],
+    "zero3": ["deepspeed.enabled=true", "deepspeed.config=zero3"],
+    "fsdp2": ["training.fsdp=full_shard", "training.fsdp_config.version=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", COMPILED)
+def test_compiled_layers_of_two_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, way):
+    compiled = ["training.torch_compile_backend=aot_eager", "training.gradient_checkpointing=true"]
+    run = start("torchrun", 2, tiny_dir, data, tmp_path, *compiled, *COMPILED[way])
+    assert_same_run(run, reference, tiny_dir)

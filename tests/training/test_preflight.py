@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -182,6 +184,18 @@ def test_it_is_one_line_before_data_are_read_and_nothing_is_written(name, tiny_d
     told = capsys.readouterr().err
     assert told.startswith(f"error: {expected}"), told
     assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_cpu_without_a_compiler_for_cpp_is_one_line(tiny_dir, tmp_path):
+    words = [sys.executable, "-m", "qwenvl_ft.train", *settings(tiny_dir, tmp_path, "training.torch_compile=true")]
+    env = os.environ | {"CXX": "/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path.parent / "inductor")}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 2
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("error: training.torch_compile=true with inductor cannot compile here: InvalidCxxCompiler: ")
+    assert "apt-get install g++" in told
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """An end to work that may never come back: a disk that stalls, a decoder that hangs in a damaged file."""
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -13,25 +14,27 @@ AHEAD = 2
 
 
 def within(make: Callable[[], Iterator[Item]], seconds: float, late: Callable[[int], Exception]) -> Iterator[Item]:
-    """The items of ``make()``, made in a thread of its own.
+    """The items of ``make()``, made in another thread.
 
     A thread that hangs in a system call or a C library cannot be stopped. It is left behind: it holds its memory, but
     neither this thread nor the end of the process waits for it. C code must release the interpreter's lock while it
-    works, as PyAV does.
+    works, as PyAV does. A thread that is done is used again, so that memory which it has touched is.
 
     Args:
         seconds: that all items together may take.
         late: number of items that came in time -> the error to raise.
     """
-    items: queue.Queue[tuple[str, Any]] = queue.Queue(AHEAD)
-    dropped = threading.Event()
-    worker = threading.Thread(target=_fill, args=(make, items, dropped), daemon=True, name="deadline")
+    work = _Work(make)
     begin, count = monotonic(), 0
-    worker.start()
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
+    worker.given.put(work)
     try:
         while True:
             try:
-                kind, told = items.get(timeout=max(begin + seconds - monotonic(), 0.0))
+                kind, told = work.made.get(timeout=max(begin + seconds - monotonic(), 0.0))
             except queue.Empty:
                 raise late(count) from None
             if kind == "error":
@@ -39,20 +42,50 @@ def within(make: Callable[[], Iterator[Item]], seconds: float, late: Callable[[i
             if kind == "end":
                 return
             count += 1
+            work.places.release()
             yield told
     finally:
-        dropped.set()
-        while not items.empty():
-            items.get_nowait()  # so that a thread which waits to hand one over goes on, and ends
+        work.dropped = True
+        work.places.release()  # so that a thread which waits to hand one over goes on, and ends
 
 
-def _fill(make: Callable[[], Iterator[Any]], items: queue.Queue[tuple[str, Any]], dropped: threading.Event) -> None:
-    try:
-        for item in make():
-            items.put(("item", item))
-            if dropped.is_set():
-                return
-    except BaseException as error:
-        items.put(("error", error))
-    else:
-        items.put(("end", None))
+class _Work:
+    """Items to make, and those that are made."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self.make = make
+        self.made: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.places = threading.Semaphore(AHEAD)
+        self.dropped = False
+
+
+class _Worker(threading.Thread):
+    """Does one work after the other; idle between them, and gone with the process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="deadline")
+        self.given: queue.SimpleQueue[_Work] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            work = self.given.get()
+            last: tuple[str, Any] = ("end", None)
+            try:
+                for item in work.make():
+                    work.places.acquire()
+                    if work.dropped:
+                        break
+                    work.made.put(("item", item))
+                    del item
+            except BaseException as error:
+                last = ("error", error)
+            _idle.append(self)
+            work.made.put(last)
+            del work, last
+
+
+_idle: list[_Worker] = []
+"""Workers of this process that wait for work."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from PIL import Image as PILImage
 from transformers import Qwen3VLProcessor
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 from transformers.video_utils import VideoMetadata
@@ -406,21 +404,20 @@ class Encoder:
 
     def _image_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            images = list(
+            made = list(
                 within(
-                    lambda: self._decoded(draft), self.policy.image_timeout, lambda came: self._late(draft.images[came])
+                    lambda: self._opened(draft), self.policy.image_timeout, lambda came: self._late(draft.images[came])
                 )
             )
         except DataError as error:
             raise DataError(f"{draft.source}: {error}") from None
-        processor = self.processor.image_processor
-        side = processor.patch_size
-        opened = [replace(image, value=pixels) for image, pixels in zip(draft.images, images, strict=True)]
-        grids = [image_grid(image, processor, self.policy, draft.source) for image in opened]
+        images, grids = [pixels for pixels, _ in made], [grid for _, grid in made]
         checked = checked_grids(torch.tensor(grids), draft.image_grids, draft.source)
         if self.raw_pixels:
-            return torch.cat(list(map(raw_patches, images, grids, repeat(processor)))), checked
-        if all(image.limits == Limits() for image in opened):
+            return images[0] if len(images) == 1 else torch.cat(images), checked
+        processor = self.processor.image_processor
+        side = processor.patch_size
+        if all(image.limits == Limits() for image in draft.images):
             told = processor(images=images, return_tensors="pt")
         else:  # each image as one that has its size already
             sized = [
@@ -430,8 +427,13 @@ class Encoder:
             told = processor(images=sized, do_resize=False, return_tensors="pt")
         return told["pixel_values"], checked_grids(told["image_grid_thw"], grids, draft.source)
 
-    def _decoded(self, draft: Draft) -> Iterator[PILImage.Image]:
-        return (open_image(image.value, self.policy) for image in draft.images)
+    def _opened(self, draft: Draft) -> Iterator[tuple[Any, Grid]]:
+        """Each image's patches, or the image where the processor makes them, and its grid as it is now."""
+        processor = self.processor.image_processor
+        for image in draft.images:
+            pixels = open_image(image.value, self.policy)
+            grid = image_grid(replace(image, value=pixels), processor, self.policy, draft.source)
+            yield raw_patches(pixels, grid, processor) if self.raw_pixels else pixels, grid
 
     def _late(self, image: Image) -> DataError:
         return DataError(

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from qwenvl_ft.data import deadline
 from qwenvl_ft.data.deadline import AHEAD, within
 from qwenvl_ft.errors import DataError
 
@@ -16,8 +17,17 @@ def late(count):
     return DataError(f"late after {count}")
 
 
-def workers():
-    return [thread for thread in threading.enumerate() if thread.name == "deadline"]
+def busy():
+    workers = [thread for thread in threading.enumerate() if thread.name == "deadline"]
+    return [worker for worker in workers if worker not in deadline._idle]
+
+
+def settles():
+    """Whether all workers are done within some seconds."""
+    end = time.monotonic() + 5
+    while busy() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not busy()
 
 
 def test_items_come_in_order_and_errors_are_the_workers_own():
@@ -35,7 +45,7 @@ def test_items_come_in_order_and_errors_are_the_workers_own():
 
 def test_a_hang_is_left_and_says_how_far_it_came():
     begin, (silent, pipe) = time.monotonic(), os.pipe()
-    before = len(workers())
+    assert settles()
 
     def hangs():
         yield from range(3)
@@ -44,11 +54,10 @@ def test_a_hang_is_left_and_says_how_far_it_came():
     with pytest.raises(DataError, match="late after 3"):
         list(within(hangs, 0.3, late))
     assert 0.25 < time.monotonic() - begin < 2
-    assert len(workers()) == before + 1, "vacuous: it did not hang"
+    assert len(busy()) == 1, "vacuous: it did not hang"
+    assert list(within(lambda: iter(range(9)), 10, late)) == list(range(9)), "the next work waits for nobody"
     os.write(pipe, b"x")
-    for thread in workers():
-        thread.join(5)
-    assert not workers()
+    assert settles()
 
 
 def test_who_stops_asking_stops_the_work():
@@ -62,10 +71,41 @@ def test_who_stops_asking_stops_the_work():
     for number in within(many, 10, late):
         if number == 3:
             break
-    for thread in workers():
-        thread.join(5)
-    assert not workers()
+    assert settles()
     assert len(made) <= 3 + 1 + AHEAD + 2, "it goes no further ahead than it may"
+
+
+def test_one_thread_does_all_work_in_turn_and_another_where_two_are_asked_at_once():
+    def name():
+        yield threading.get_ident()
+
+    one = {next(iter(list(within(name, 10, late)))) for _ in range(50)}
+    assert len(one) == 1
+    assert threading.get_ident() not in one
+
+    def many():
+        for _ in range(10):
+            yield threading.get_ident()
+
+    outer = within(many, 10, late)
+    first = next(outer)
+    inner = set(within(many, 10, late))
+    assert inner != {first}
+    assert set(outer) == {first}
+    assert settles()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_a_worker_of_its_own():
+    assert list(within(lambda: iter([1]), 10, late)) == [1]
+    child = os.fork()
+    if child == 0:
+        told = 1
+        try:
+            told = 0 if list(within(lambda: iter([1]), 2, late)) == [1] else 1
+        finally:
+            os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_the_process_ends_though_a_thread_hangs():

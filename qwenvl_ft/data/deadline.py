@@ -69,20 +69,21 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         while True:
-            work = self.given.get()
-            last: tuple[str, Any] = ("end", None)
-            try:
-                for item in work.make():
-                    work.places.acquire()
-                    if work.dropped:
-                        break
-                    work.made.put(("item", item))
-                    del item
-            except BaseException as error:
-                last = ("error", error)
-            _idle.append(self)
-            work.made.put(last)
-            del work, last
+            self._do(self.given.get())  # in a call of its own: an idle worker holds nothing of it
+
+    def _do(self, work: _Work) -> None:
+        last: tuple[str, Any] = ("end", None)
+        try:
+            for item in work.make():
+                work.places.acquire()
+                if work.dropped:
+                    break
+                work.made.put(("item", item))
+                del item
+        except BaseException as error:
+            last = ("error", error)
+        _idle.append(self)
+        work.made.put(last)
 
 
 _idle: list[_Worker] = []

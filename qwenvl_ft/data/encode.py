@@ -6,10 +6,10 @@ medium, which follows from the media's headers. Letters: D draft tokens, L token
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,11 +144,7 @@ class Encoder:
             return []
         processor = self.processor.image_processor
         grids = (image_grid(image, processor, self.policy, source) for image in images)
-
-        def late(came: int) -> DataError:
-            return DataError(f"{source}: {self._late(images[came])}")
-
-        return list(within(lambda: grids, self.policy.image_timeout, late))
+        return list(within(lambda: grids, self.policy.image_timeout, partial(self._late, images, source)))
 
     def prompt(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> Sample:
         """Encode what stands before the last assistant turn, and the template's invitation to answer.
@@ -403,14 +399,8 @@ class Encoder:
         return sample
 
     def _image_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            made = list(
-                within(
-                    lambda: self._opened(draft), self.policy.image_timeout, lambda came: self._late(draft.images[came])
-                )
-            )
-        except DataError as error:
-            raise DataError(f"{draft.source}: {error}") from None
+        late = partial(self._late, draft.images, draft.source)
+        made = list(within(lambda: self._opened(draft), self.policy.image_timeout, late))
         images, grids = [pixels for pixels, _ in made], [grid for _, grid in made]
         checked = checked_grids(torch.tensor(grids), draft.image_grids, draft.source)
         if self.raw_pixels:
@@ -431,13 +421,16 @@ class Encoder:
         """Each image's patches, or the image where the processor makes them, and its grid as it is now."""
         processor = self.processor.image_processor
         for image in draft.images:
-            pixels = open_image(image.value, self.policy)
+            try:
+                pixels = open_image(image.value, self.policy)
+            except DataError as error:
+                raise DataError(f"{draft.source}: {error}") from None
             grid = image_grid(replace(image, value=pixels), processor, self.policy, draft.source)
             yield raw_patches(pixels, grid, processor) if self.raw_pixels else pixels, grid
 
-    def _late(self, image: Image) -> DataError:
+    def _late(self, images: Sequence[Image], source: Source, came: int) -> DataError:
         return DataError(
-            f"image {medium_name(image.value)} cannot be read within data.image_timeout="
+            f"{source}: image {medium_name(images[came].value)} cannot be read within data.image_timeout="
             f"{self.policy.image_timeout:g} s. Is its disk or network slow? Drop the record, or raise the limit."
         )
 

@@ -21,7 +21,7 @@ def jpeg_size(path: str) -> tuple[int, int] | None:
     """(height, width) of a plain JPEG file; None if it is not one, or cannot be opened."""
     try:
         with open(path, "rb", buffering=0, opener=_at_once) as file:
-            return _size(file.read(HEAD))
+            return _size(file.read(HEAD) or b"")  # None of a pipe in which nothing is yet
     except (OSError, ValueError):
         return None
 

@@ -17,7 +17,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwenvl_ft.model.adapters.tuner import OwnLayer
 from qwenvl_ft.model.anatomy import family_of
+
+RECOMPILES = 8
+"""Times that a layer may be compiled anew for rows of another kind."""
 
 
 class CompiledForward:
@@ -52,6 +56,8 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
     if name in ALL_ATTENTION_FUNCTIONS and not hasattr(ALL_ATTENTION_FUNCTIONS[name], "_torchdynamo_disable"):
         ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
     layers = list(_layers(inner))
+    config: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    config.recompile_limit = max(config.recompile_limit, RECOMPILES + len(layers))  # each may have a rank of its own
     made: dict[Callable[..., Any], Callable[..., Tensor]] = {}
     for layer in layers:
         if "forward" not in vars(layer):
@@ -83,4 +89,5 @@ def _inner(model: nn.Module) -> Any:
 
 def _layers(inner: Any) -> Any:
     layers = inner.get_submodule(family_of(inner.config.model_type).text_layers)
-    return (layer for layer in layers if isinstance(layer, GradientCheckpointingLayer))
+    found = (layer.base_layer if isinstance(layer, OwnLayer) else layer for layer in layers)
+    return (layer for layer in found if isinstance(layer, GradientCheckpointingLayer))

@@ -54,6 +54,10 @@ TrainType = Literal[
 class TunerConfig:
     """Which weights are trained, and how."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.init_weights, str):
+            self.init_weights = self.init_weights.lower()  # OLoRA, as the papers write it
+
     train_type: TrainType = "lora"
     """How weights are trained: all of the parts that are not frozen (full), low-rank updates (lora), small networks
     after their MLPs (adapter), edits of hidden states (reft), new blocks in the language model (llamapro), lora with

@@ -231,7 +231,8 @@ class _LinearLoss(torch.autograd.Function):
         dtype = _product_dtype(hidden, weight)
         chunk = min(HEAD_CHUNK, CPU_CHUNK) if hidden.device.type == "cpu" else HEAD_CHUNK
         of_hidden = torch.empty_like(hidden) if needed[0] else None
-        of_weight = torch.zeros_like(weight) if needed[1] else None
+        # summed in float32: in 16 bits each chunk would round the sum of all before it
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
         total = weights.new_zeros(())
         place = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32)  # [chunk, V]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -253,7 +254,7 @@ class _LinearLoss(torch.autograd.Function):
                     torch.addmm(of_weight, gradient.T, states, out=of_weight)
                 elif of_weight is not None:
                     of_weight += gradient.T @ states
-        ctx.gradients = of_hidden, of_weight
+        ctx.gradients, ctx.dtype = (of_hidden, of_weight), weight.dtype
         return total
 
     @staticmethod
@@ -261,6 +262,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         of_hidden, of_weight = (None if told is None else told.mul_(scale) for told in ctx.gradients)
         del ctx.gradients  # a second pass would scale them again
+        of_weight = None if of_weight is None else of_weight.to(ctx.dtype)
         return of_hidden, of_weight, None, None, None, None, None
 
 

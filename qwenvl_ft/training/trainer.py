@@ -148,6 +148,8 @@ class QwenVLTrainer(Trainer):
         fused = use_liger(model, self.args.device, self.args.liger_kernel_config)
         if fused.loss is not None:
             why = "loss_weights give tokens weights of their own" if self.loss_weights else ""
+            if self.args.fp16:
+                why = "autograd scales float16 gradients before they could vanish"
             if why := why or use_fused_loss(model, fused.loss):
                 fused.loss, fused.left[LOSS] = None, why
         return fused
@@ -238,7 +240,9 @@ class QwenVLTrainer(Trainer):
         if args.activation_checkpointing:
             narrow_checkpointing(model, self.checkpointed)
         if args.torch_compile:
-            compile_layers(model, backend=str(args.torch_compile_backend), mode=args.torch_compile_mode)
+            count = compile_layers(model, backend=str(args.torch_compile_backend), mode=args.torch_compile_mode)
+            if count == 0:
+                raise RecipeError("training.torch_compile=true: no layer of this model can be compiled. Remove it.")
         return super()._prepare_for_training(*arguments, **options)
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:

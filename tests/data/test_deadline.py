@@ -1,10 +1,12 @@
 """Work that never comes back is left behind: by the caller, and by the end of the process."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -17,9 +19,18 @@ def late(count):
     return DataError(f"late after {count}")
 
 
+@pytest.fixture(autouse=True)
+def left_behind(monkeypatch):
+    """What other tests left hanging is not counted."""
+    monkeypatch.setattr(sys.modules[__name__], "HANGING", set(busy()))
+
+
+HANGING = set()
+
+
 def busy():
-    workers = [thread for thread in threading.enumerate() if thread.name == "deadline"]
-    return [worker for worker in workers if worker not in deadline._idle]
+    workers = {thread for thread in threading.enumerate() if thread.name == "deadline"}
+    return workers - set(deadline._idle) - HANGING
 
 
 def settles():
@@ -93,6 +104,27 @@ def test_one_thread_does_all_work_in_turn_and_another_where_two_are_asked_at_onc
     assert inner != {first}
     assert set(outer) == {first}
     assert settles()
+
+
+def test_an_idle_worker_holds_nothing_of_its_work():
+    class Item:
+        pass
+
+    made = []
+
+    def many():
+        for _ in range(3):
+            item = Item()
+            made.append(weakref.ref(item))
+            yield item
+
+    for items in (within(many, 10, late), within(many, 10, late)):
+        next(items)
+        items.close()
+    assert settles()
+    gc.collect()
+    assert made
+    assert not any(reference() for reference in made)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -201,10 +201,12 @@ def test_wrong_media_are_one_clear_line(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
     buffer = io.BytesIO()
     picture(64, 64).save(buffer, "PNG")
-    for name in ("pipe.png", "pipe.jpg"):
+    for name in ("pipe.png", "pipe.jpg", "held.jpg"):
         os.mkfifo(tmp_path / name)
+        held = os.open(tmp_path / name, os.O_RDWR) if name == "held.jpg" else None
         with pytest.raises(DataError, match=rf"{name} is a pipe or a device\. Give a file\."):
             image_size(str(tmp_path / name), POLICY)
+    os.close(held)
     cases = [
         (str(tmp_path / "pipe.jpg"), r"pipe\.jpg is a pipe or a device"),
         (str(tmp_path / "none.png"), r"none\.png does not exist"),

@@ -12,7 +12,9 @@ from transformers import TrainerCallback
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.model.compiled import CompiledForward, compile_layers, restore_layers
 from qwenvl_ft.model.load import load_model
+from qwenvl_ft.recipe.schema import TunerConfig
 from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.tuning.prepare import prepare_model
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,33 @@ def assert_same(found, expected, *, tolerance=2e-5):
     assert found[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         assert (found[1][name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name
+
+
+def test_layers_that_an_adapter_wraps_whole_are_compiled_below_it(tiny_dir, batches):
+    reft = TunerConfig(train_type="reft", freeze_vit=True, freeze_aligner=True)
+    torch.manual_seed(0)
+    model = prepare_model(load_model(str(tiny_dir), torch_dtype="float32", attn_impl="packed_sdpa"), reft).train()
+    expected = step(model, batches[0])
+    assert compile_layers(model, backend="aot_eager") == 4
+    assert_same(step(model, batches[0]), expected)
+    assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+
+
+def test_layers_of_other_ranks_are_all_compiled(tiny_dir, batches, monkeypatch):
+    """dynamo gives up after so many compilations of one function, and every rank is one."""
+    ranks = {f"layers\\.{layer}\\..*": layer + 1 for layer in range(4)}
+    model = load_model(str(tiny_dir), torch_dtype="float32", attn_impl="packed_sdpa").train()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], rank_pattern=ranks))
+    monkeypatch.setattr("qwenvl_ft.model.compiled.RECOMPILES", 2)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        compile_layers(model, backend="aot_eager")
+        for batch in batches[:2]:
+            step(model, batch)
+        assert torch._dynamo.config.recompile_limit == 2 + 4
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 2
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):  # vacuous otherwise
+            step(model, batches[0])
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("dense", False), ("dense", True), ("moe", True), ("lora", True)])

@@ -156,6 +156,7 @@ def test_packed_equals_alone(quantized, encoder, mixed_records, name, tolerance)
 REFUSALS = {
     "tuner.train_type=full": "train_type=full does not work over weights in few bits",
     "tuner.train_type=llamapro": "train_type=llamapro does not work over weights in few bits",
+    "tuner.init_weights=OLoRA": "init_weights=olora changes the base weights",
     "tuner.train_type=loha": "train_type=loha does not work over weights in few bits",
     "deepspeed.enabled=true deepspeed.config=zero3": "cannot be sharded by deepspeed.config=zero3",
 }

@@ -69,6 +69,12 @@ def test_layers_that_are_frozen_by_name_are_not_drawn(checkpoints, encoder, tmp_
         lisa.on_step_begin(trainer.args, trainer.state, trainer.control, optimizer=torch.optim.SGD([torch.zeros(1)]))
         assert lisa.active == [2, 3]
     lisa.on_train_end(trainer.args, trainer.state, trainer.control)
+    lisa.on_step_begin(trainer.args, trainer.state, trainer.control, optimizer=torch.optim.SGD([torch.zeros(1)]))
+    frozen_now = [not value.requires_grad for value in trainer.model.parameters()]
+    assert any(frozen_now)
+    lisa.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert lisa._free == [2, 3], "a run that begins again, with layers left frozen by the draw before"
+    lisa.on_train_end(trainer.args, trainer.state, trainer.control)
     frozen(trainer, 0, 1, 2)
     with pytest.raises(RecipeError, match=r"lisa_activated_layers=2, but .* has 4 layers, and 3 of them are frozen\."):
         lisa.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)

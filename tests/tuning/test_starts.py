@@ -256,6 +256,14 @@ def test_a_start_in_16_bits_is_what_is_taken_out_of_the_base(fresh, tuner, train
     torch.testing.assert_close(weight(opened.get_base_model().get_submodule(name)), trained, rtol=0, atol=1e-6)
 
 
+def test_lora_dtype_holds_where_eva_gives_layers_other_ranks(fresh, tuner, batches):
+    told = tuner(init_weights="EVA", lora_dtype="bfloat16", lora_rank=4, eva_rho=2.0)
+    model = prepare_model(fresh(), told, batches=batches * 4)
+    lora = [value for name, value in model.named_parameters() if ".lora_" in name]
+    assert {value.dtype for value in lora} == {torch.bfloat16}
+    assert len({len(value) for name, value in model.named_parameters() if ".lora_A." in name}) > 1, "vacuous"
+
+
 def test_a_start_takes_no_more_directions_than_a_layer_has(fresh, tuner, batches):
     for start, rank in (("pissa", 65), ("olora", 65), ("lora-ga", 33)):
         with pytest.raises(RecipeError, match=rf"init_weights={start} with rank {rank} takes .* out of .*, which has "):

@@ -42,6 +42,7 @@ class LisaCallback(TrainerCallback):
                 "training.lisa_activated_layers freezes and unfreezes layers on the way, which DDP, FSDP and DeepSpeed "
                 "do not see. Start one process, or leave it out."
             )
+        self._thaw()  # a run that begins again with smaller batches
         decoder = model.model.language_model.layers
         self._weights = [[value for value in layer.parameters() if value.requires_grad] for layer in decoder]
         self._free = [index for index, weights in enumerate(self._weights) if weights]
@@ -57,9 +58,13 @@ class LisaCallback(TrainerCallback):
             self._activate(state.global_step // self.interval, optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._thaw()
+
+    def _thaw(self) -> None:
         for weights in self._weights:
             for value in weights:
                 value.requires_grad_(True)
+        self._weights = []
 
     def _activate(self, draw: int, optimizer: Any) -> None:
         self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self._free, self.layers))

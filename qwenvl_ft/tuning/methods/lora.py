@@ -56,6 +56,8 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
     start.prepare(model, config)
     wrapped = start.finish(wrap(model, config, tuner, start.kind))
+    if tuner.lora_dtype is not None and start.kind is None:
+        wrapped.hold_in(getattr(torch, tuner.lora_dtype))  # eva has made some anew
     if config.target_parameters:  # of this stage, or of an earlier one
         _set_dropout(wrapped, tuner.lora_dropout)
     return wrapped

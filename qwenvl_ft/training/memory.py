@@ -23,6 +23,8 @@ def remedies(recipe: Any, args: Any) -> list[str]:
     parts = chosen_parts(recipe.training)
     rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     chosen, length, zero = recipe.tuner.train_type, recipe.template.max_length, recipe.deepspeed
+    said = recipe.training.arguments
+    kept = said.get("activation_checkpointing_kwargs") or {}
     applies = {
         "training.activation_checkpointing=true": not args.activation_checkpointing,
         "training.llm_gradient_checkpointing=true": args.activation_checkpointing and not parts["llm"],
@@ -33,8 +35,12 @@ def remedies(recipe: Any, args: Any) -> list[str]:
         f"template.max_length={length // 2}": length > 2048,
         "a lower template.max_pixels": True,
         "deepspeed.enabled=true deepspeed.config=zero3": args.world_size > 1 and not zero.enabled,
+        "training.optim=adamw_8bit": chosen == "full"
+        and said.get("optim") in (None, "adamw_torch", "adamw_torch_fused"),
         "tuner.train_type=lora": chosen == "full",
         "quantization.quantization_bit=4": chosen == "lora" and recipe.quantization.quantization_bit is None,
+        "training.activation_checkpointing_kwargs.offload=true": args.activation_checkpointing
+        and not kept.get("offload"),
         "deepspeed.enabled=true deepspeed.config=zero3_offload": not (zero.enabled and zero.config == "zero3_offload"),
     }
     return [setting for setting, open_to_try in applies.items() if open_to_try]

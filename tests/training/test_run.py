@@ -201,7 +201,7 @@ def test_a_full_device_is_one_line_with_what_this_run_has_left_to_try(tiny_dir, 
         "error: out of memory after step 2: CUDA out of memory. Tried to allocate 2 GiB. Try, in this order: "
         "training.activation_checkpointing=true; "
         "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=6, the same batch; "
-        "model.attn_impl=auto; a lower template.max_pixels; tuner.train_type=lora; "
+        "model.attn_impl=auto; a lower template.max_pixels; training.optim=adamw_8bit; tuner.train_type=lora; "
         "deepspeed.enabled=true deepspeed.config=zero3_offload."
     )
 
@@ -214,9 +214,17 @@ def test_memory_is_first_saved_where_it_costs_least():
         "a lower template.max_pixels",
         "deepspeed.enabled=true deepspeed.config=zero3",
         "quantization.quantization_bit=4",
+        "training.activation_checkpointing_kwargs.offload=true",
         "deepspeed.enabled=true deepspeed.config=zero3_offload",
     ]
-    words = ["template.max_length=2048", "deepspeed.enabled=true", "deepspeed.config=zero3_offload"]
+    offload = "training.activation_checkpointing_kwargs.offload=true"
+    words = [
+        offload,
+        "training.optim=adamw_8bit",
+        "template.max_length=2048",
+        "deepspeed.enabled=true",
+        "deepspeed.config=zero3_offload",
+    ]
     assert remedies(load_recipe("sft_4b", words), args) == ["a lower template.max_pixels", "tuner.train_type=lora"]
 
 

@@ -264,6 +264,13 @@ def test_lora_dtype_holds_where_eva_gives_layers_other_ranks(fresh, tuner, batch
     assert len({len(value) for name, value in model.named_parameters() if ".lora_A." in name}) > 1, "vacuous"
 
 
+def test_dropout_of_a_start_that_is_part_of_the_base_is_warned_of(fresh, tuner, caplog):
+    for start, share, warned in (("pissa", 0.05, True), ("pissa", 0.0, False), (True, 0.05, False)):
+        caplog.clear()
+        prepare_model(fresh(), tuner(init_weights=start, lora_dropout=share))
+        assert ("drops parts of the base model itself" in caplog.text) == warned
+
+
 def test_a_start_takes_no_more_directions_than_a_layer_has(fresh, tuner, batches):
     for start, rank in (("pissa", 65), ("olora", 65), ("lora-ga", 33)):
         with pytest.raises(RecipeError, match=rf"init_weights={start} with rank {rank} takes .* out of .*, which has "):

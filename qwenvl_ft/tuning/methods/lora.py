@@ -9,6 +9,7 @@ import torch
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
+from qwenvl_ft.recipe.checks import BASE_CHANGING
 from qwenvl_ft.tuning.freeze import frozen_parts
 from qwenvl_ft.tuning.methods.starts import check_sizes, start_of
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
@@ -54,6 +55,13 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
     )
     if tuner.use_dora and not isinstance(where["target_modules"], list):
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
+    if tuner.lora_dropout and str(tuner.init_weights).startswith(BASE_CHANGING):
+        logger.warning(
+            "tuner.lora_dropout=%g with init_weights=%s drops parts of the base model itself, out of which the start "
+            "is taken, so training begins with a larger loss. Set tuner.lora_dropout=0.",
+            tuner.lora_dropout,
+            tuner.init_weights,
+        )
     start.prepare(model, config)
     wrapped = start.finish(wrap(model, config, tuner, start.kind))
     if tuner.lora_dtype is not None and start.kind is None:

@@ -3,7 +3,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 DEMO ?= .demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.anatomy import PARTS, family_of, part_of
-from qwenvl_ft.recipe.checks import BASE_CHANGING, LORAS, OVER_BITS
+from qwenvl_ft.recipe.checks import LORAS, OVER_BITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,7 +129,7 @@ def require_adapter_over_quantized(model: nn.Module, tuner: TunerConfig, saved: 
             f"tuner.train_type={tuner.train_type} does not work over weights in few bits, and those of {parts} are "
             f"quantised. Use one of {', '.join(known)}, or a model in 16 bits."
         )
-    if str(tuner.init_weights).startswith(BASE_CHANGING):
+    if tuner.changes_base:
         raise RecipeError(
             f"tuner.init_weights={tuner.init_weights} changes the base weights, and those of {parts} are quantised. "
             "Remove it, or take a model in 16 bits."

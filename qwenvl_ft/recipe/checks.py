@@ -35,8 +35,6 @@ WITH_LORA = (*LORAS, "adalora")
 PEFT = ("lora", "longlora", "adalora", "vera", "boft", "fourierft", "bone", *OPTIONS_ONLY)
 OVER_BITS = (*LORAS, "adapter", "reft", "boft", "bone", "fourierft", "oft", "vera")
 """Train types that work over weights that bitsandbytes quantised: trained, resumed and merged in tests."""
-BASE_CHANGING = ("pissa", "olora", "lora-ga")
-"""Beginnings of the starts of LoRA that change the base weights."""
 KEYS_OF: dict[str, tuple[str, ...]] = {
     "lora_ga_": LORAS,
     "eva_": LORAS,
@@ -169,7 +167,7 @@ def _start(recipe: Any) -> str | None:
     """A start of LoRA that changes weights which cannot be changed, or a setting of one that is not chosen."""
     chosen = recipe.tuner.init_weights
     bits = recipe.quantization.quantization_bit
-    if bits and str(chosen).startswith(BASE_CHANGING):
+    if bits and recipe.tuner.changes_base:
         return (
             f"tuner.init_weights={chosen} changes the base weights, which quantization.quantization_bit={bits} fixes. "
             "Use tuner.init_weights=loftq."

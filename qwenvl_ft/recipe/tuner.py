@@ -54,10 +54,6 @@ TrainType = Literal[
 class TunerConfig:
     """Which weights are trained, and how."""
 
-    def __post_init__(self) -> None:
-        if isinstance(self.init_weights, str):
-            self.init_weights = self.init_weights.lower()  # OLoRA, as the papers write it
-
     train_type: TrainType = "lora"
     """How weights are trained: all of the parts that are not frozen (full), low-rank updates (lora), small networks
     after their MLPs (adapter), edits of hidden states (reft), new blocks in the language model (llamapro), lora with
@@ -194,3 +190,12 @@ class TunerConfig:
     quarter of the context."""
     longlora_embeddings_and_norms: bool = True
     """Train embeddings and normalisation layers of the language model too, as the paper does."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init_weights, str):
+            self.init_weights = self.init_weights.lower()  # OLoRA, as the papers write it
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether LoRA's start is taken out of the base weights."""
+        return str(self.init_weights).startswith(("pissa", "olora", "lora-ga"))

@@ -9,7 +9,6 @@ import torch
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
-from qwenvl_ft.recipe.checks import BASE_CHANGING
 from qwenvl_ft.tuning.freeze import frozen_parts
 from qwenvl_ft.tuning.methods.starts import check_sizes, start_of
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
@@ -55,7 +54,7 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
     )
     if tuner.use_dora and not isinstance(where["target_modules"], list):
         logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
-    if tuner.lora_dropout and str(tuner.init_weights).startswith(BASE_CHANGING):
+    if tuner.lora_dropout and tuner.changes_base:
         logger.warning(
             "tuner.lora_dropout=%g with init_weights=%s drops parts of the base model itself, out of which the start "
             "is taken, so training begins with a larger loss. Set tuner.lora_dropout=0.",

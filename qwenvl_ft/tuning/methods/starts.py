@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from qwenvl_ft.data.draft import IGNORE
 from qwenvl_ft.errors import RecipeError, unknown_name
-from qwenvl_ft.recipe.checks import BASE_CHANGING
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.targets import plain_start
 
@@ -58,9 +57,9 @@ def check_sizes(tuner: TunerConfig, sizes: dict[str, tuple[int, int]]) -> None:
     Raises:
         RecipeError: names the layer.
     """
-    start = str(tuner.init_weights).lower()
-    if not start.startswith(BASE_CHANGING):
+    if not tuner.changes_base:
         return
+    start = tuner.init_weights
     share = 2 if start == "lora-ga" else 1  # it takes 2 r singular vectors
     for name, (rank, side) in sizes.items():
         if share * rank > side:

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "qwenvl_ft"
 LAYERS = [
     {"errors"},
+    {"upstream"},
     {"recipe"},
     {"model", "data"},
     {"tuning"},

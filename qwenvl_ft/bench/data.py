@@ -24,6 +24,7 @@ from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.records import load_records
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.upstream.media import frame_tables
 
 TABLE_SIDE = 48
 """Rows of the learned position table of every released Qwen3-VL."""
@@ -122,7 +123,9 @@ def bench_data(
 def _in_turns(told: list[Any], images: list[list[Any]], encoder: Encoder) -> tuple[float, float, int]:
     """Seconds of encoding and of the floor, bytes of pixels."""
     own = encoder.processor
-    places = MediaPlaces((own.image_token_id, own.video_token_id), own.image_processor.merge_size, TABLE_SIDE)
+    places = MediaPlaces(
+        (own.image_token_id, own.video_token_id), frame_tables(own.image_processor.merge_size, TABLE_SIDE)
+    )
     collator, size = QwenVLCollator(places=places), 0
     encode = floor = 0.0
     _encoded(told[:TURN], encoder, collator)  # what is made once

@@ -26,6 +26,7 @@ from qwenvl_ft.training import setup
 from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.upstream.attention import attention_of
 
 TOP_COSTS = 10
 """Operations that a profile prints."""
@@ -329,4 +330,4 @@ def _now(device: torch.device) -> float:
 def _attention_name(model: Any) -> str:
     """What computes attention in the language model."""
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return str(inner.config.get_text_config()._attn_implementation)
+    return attention_of(inner.config.get_text_config())

@@ -8,17 +8,26 @@ number of tokens is a variable of the compiled code.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenvl_ft.model.adapters.tuner import OwnLayer
 from qwenvl_ft.model.anatomy import family_of
+from qwenvl_ft.upstream.attention import attention_of, without_compiling
+from qwenvl_ft.upstream.layers import (
+    COMPILED,
+    allow_recompiling,
+    call_layer,
+    plain_forward,
+    stand_in,
+    standing_in,
+    step_aside,
+)
 
 RECOMPILES = 8
 """Times that a layer may be compiled anew for rows of another kind."""
@@ -33,11 +42,8 @@ class CompiledForward:
     def __init__(self, layer: nn.Module, compiled: Callable[..., Tensor]) -> None:
         self.layer, self.compiled = layer, compiled
 
-    def __call__(self, hidden: Tensor, **told: Any) -> Tensor:
-        layer: Any = self.layer
-        if layer.training and layer.gradient_checkpointing:
-            return layer._gradient_checkpointing_func(partial(self.compiled, layer, **told), hidden)
-        return self.compiled(layer, hidden, **told)
+    def __call__(self, hidden: Tensor, **options: Any) -> Tensor:
+        return call_layer(self.layer, self.compiled, hidden, options)
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | None = None) -> int:
@@ -50,37 +56,32 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
 
     Returns:
         The number of layers. They are compiled by the first passes.
+
+    Raises:
+        RecipeError: the installed transformers or torch has layers of another shape.
     """
+    COMPILED.require("training.torch_compile=true")
     inner = _inner(model)
-    name = inner.config.get_text_config()._attn_implementation
-    if name in ALL_ATTENTION_FUNCTIONS and not hasattr(ALL_ATTENTION_FUNCTIONS[name], "_torchdynamo_disable"):
-        ALL_ATTENTION_FUNCTIONS.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
+    name = attention_of(inner.config.get_text_config())
+    if name in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, without_compiling(ALL_ATTENTION_FUNCTIONS[name]))
     layers = list(_layers(inner))
-    config: Any = torch._dynamo.config  # type: ignore[attr-defined]
-    config.recompile_limit = max(config.recompile_limit, RECOMPILES + len(layers))  # each may have a rank of its own
+    allow_recompiling(RECOMPILES + len(layers))  # each may have a rank of its own
     made: dict[Callable[..., Any], Callable[..., Tensor]] = {}
     for layer in layers:
-        if "forward" not in vars(layer):
-            plain = _plain_forward(type(layer))
+        if standing_in(layer) is None:
+            plain = plain_forward(type(layer))
             if plain not in made:
                 made[plain] = torch.compile(plain, backend=backend, mode=mode, dynamic=True)
-            layer.forward = CompiledForward(layer, made[plain])
+            stand_in(layer, CompiledForward(layer, made[plain]))
     return len(layers)
 
 
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`, for generation, where each step would be compiled anew."""
     for layer in _layers(_inner(model)):
-        if isinstance(vars(layer).get("forward"), CompiledForward):
-            del layer.forward
-
-
-def _plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """A layer's forward below the wrapper by which transformers computes it again, once for each class above it."""
-    forward = kind.forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return forward
+        if isinstance(standing_in(layer), CompiledForward):
+            step_aside(layer)
 
 
 def _inner(model: nn.Module) -> Any:

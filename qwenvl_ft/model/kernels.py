@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from transformers.activations import SiLUActivation
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
+from qwenvl_ft.upstream.layers import stand_in, standing_in, with_rotation
 
 KEY = "training.use_liger_kernel=true"
 DEVICES = ("cuda", "xpu")
 """Kinds of device that Triton compiles Liger's kernels for (AMD's are called cuda too)."""
-ROTATION = "apply_rotary_pos_emb"
 
 
 class FusedNorm:
@@ -74,14 +73,8 @@ def fused_mlp(module: Any, function: Any) -> Callable[..., Any] | None:
 
 
 def fused_attention(module: Any, function: Any) -> Callable[..., Any] | None:
-    """The forward of an attention layer, the same code with another rotation; None for modules without one."""
-    forward = type(module).forward
-    if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
-        return None
-    names = forward.__globals__ | {ROTATION: FusedRotation(function)}
-    copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(copied, module)
+    """The forward of an attention layer with Liger's rotation; None for modules without one."""
+    return with_rotation(module, FusedRotation(function))
 
 
 @dataclass(frozen=True)
@@ -180,8 +173,8 @@ def _put(model: nn.Module, forward: Callable[[Any, Any], Callable[..., Any] | No
     count = 0
     for name, module in model.named_modules():
         of_text = "language_model." in name and part_of(name) == "llm"
-        if of_text and "forward" not in vars(module) and (own := forward(module, function)) is not None:
-            module.forward = own  # type: ignore[method-assign]
+        if of_text and standing_in(module) is None and (own := forward(module, function)) is not None:
+            stand_in(module, own)
             count += 1
     return count
 

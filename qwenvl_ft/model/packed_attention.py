@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.upstream.attention import VARLEN, KeptFor, set_attention, varlen_kernel, vision_name
+
 TEXT_NAME = "packed_sdpa"
-VISION_NAME = "packed_sdpa_in_place_of_flash"
-"""transformers hands ``cu_seqlens`` to the vision attention only if the implementation's name contains "flash"."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,16 @@ def use_packed_attention(model: Any) -> None:
     """Let the text model and the vision tower of a loaded model attend per sample and per image."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(TEXT_NAME, packed_attention)
-    AttentionInterface.register(VISION_NAME, packed_attention)
+    of_vision = vision_name(TEXT_NAME)
+    for name in (TEXT_NAME, of_vision):
+        AttentionInterface.register(name, packed_attention)
     AttentionMaskInterface.register(TEXT_NAME, packed_mask)
-    # Set directly: `set_attn_implementation` takes a name with "flash" in it for a package (transformers 5.23). Only
-    # the setter walks into the parts, so each config has its own name.
-    model.config._attn_implementation_internal = TEXT_NAME
-    model.config.text_config._attn_implementation_internal = TEXT_NAME
-    model.config.vision_config._attn_implementation_internal = VISION_NAME
+    for config, name in (
+        (model.config, TEXT_NAME),
+        (model.config.text_config, TEXT_NAME),
+        (model.config.vision_config, of_vision),
+    ):
+        set_attention(config, name)
 
 
 def _kernel_dtype(value: Tensor) -> torch.dtype | None:
@@ -136,21 +138,14 @@ def _kernel_dtype(value: Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-@cache
 def _kernel() -> Callable[..., Tensor] | None:
-    """``varlen_attn`` of torch 2.11 and later, the first that has a window."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    kernel: Any = varlen_attn
-    return kernel if "window_size" in inspect.signature(varlen_attn).parameters else None
+    """torch's kernel for unequal lengths; None where this torch has none of the shape that is known."""
+    return None if VARLEN.missing() else varlen_kernel()
 
 
 @cache
-def _takes_groups() -> bool:
+def _takes_groups(kernel: Callable[..., Tensor]) -> bool:
     """Whether the kernel lets queries share keys and values; torch 2.11's does not."""
-    kernel: Any = _kernel()
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
@@ -161,12 +156,13 @@ def _varlen(
     kernel = _kernel()
     assert kernel is not None
     query, key, value = flat
+    longest = None if longest is None else int(longest)  # transformers before 5.15 gives the vision's as a tensor
     options: dict[str, Any] = {"scale": kwargs.get("scaling")}
     is_causal = kwargs.get("is_causal")
     if is_causal if is_causal is not None else getattr(module, "is_causal", True):
         options["window_size"] = (-1, 0)
     if key.shape[1] != query.shape[1]:
-        if _takes_groups():
+        if _takes_groups(kernel):
             options["enable_gqa"] = True
         else:
             repeats = query.shape[1] // key.shape[1]
@@ -175,15 +171,15 @@ def _varlen(
     return kernel(query, key, value, borders, borders, longest, longest, **options)
 
 
+_PLANS = KeptFor()
+
+
 def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> Plan | None:
     """The plan of a row, made once: every layer gets the same tensor, so the plan is kept on it."""
     source = cu_seqlens if cu_seqlens is not None else position_ids
     if source is None:
         return None
-    if not hasattr(source, "_packed_plan"):
-        lengths = sample_lengths(cu_seqlens, position_ids, rows, tokens)
-        source._packed_plan = make_plan(lengths, source.device)  # type: ignore[attr-defined]
-    return source._packed_plan  # type: ignore[attr-defined]
+    return _PLANS.get(source, lambda: make_plan(sample_lengths(cu_seqlens, position_ids, rows, tokens), source.device))
 
 
 def sample_lengths(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> list[int]:

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwenvl_ft.upstream.layers import compute_as
+
 PATCH_EMBEDS = ("linear", "conv3d")
 """What ``model.patch_embed`` accepts."""
+TAKES_RAW = "qwenvl_ft_takes_raw"
+"""Set on a module that has a `RawPatches`."""
 
 
 class PatchConv3d(nn.Conv3d):
@@ -41,7 +45,7 @@ def use_linear_patch_embed(model: nn.Module) -> int:
         if name.endswith("patch_embed.proj") and type(module) is nn.Conv3d:
             if module.stride != module.kernel_size or module.padding != (0, 0, 0) or module.groups != 1:
                 raise AssertionError(f"{name} is not a convolution over single patches: {module}")
-            module.__class__ = PatchConv3d
+            compute_as(module, PatchConv3d)
             found += 1
     return found
 
@@ -55,9 +59,9 @@ def use_raw_patches(model: nn.Module, image_processor: Any) -> None:
     scale = 1 / image_processor.rescale_factor
     mean, std = (torch.tensor(value) * scale for value in (image_processor.image_mean, image_processor.image_std))
     for name, module in model.named_modules():
-        hooks = module._forward_pre_hooks.values()
-        if name.endswith("patch_embed") and not any(isinstance(hook, RawPatches) for hook in hooks):
+        if name.endswith("patch_embed") and TAKES_RAW not in vars(module):
             module.register_forward_pre_hook(RawPatches(module.proj, mean, std))
+            setattr(module, TAKES_RAW, True)
 
 
 class RawPatches:

@@ -24,11 +24,11 @@ def argument_types() -> dict[str, Any]:
 
     It imports transformers, and so torch, which takes seconds: only a recipe that has such a key pays for it.
     """
-    from transformers import TrainingArguments
+    from qwenvl_ft.upstream.arguments import field_types
 
-    hints = get_type_hints(TrainingArguments) | HF_TYPES
-    names = [entry.name for entry in fields(TrainingArguments) if entry.init]
-    return {name: Annotated[hints[name], HF_LIMITS[name]] if name in HF_LIMITS else hints[name] for name in names}
+    found = field_types()
+    hints = found | HF_TYPES
+    return {name: Annotated[hints[name], HF_LIMITS[name]] if name in HF_LIMITS else hints[name] for name in found}
 
 
 def type_of(key: str) -> Any:

@@ -20,6 +20,7 @@ from qwenvl_ft.recipe.schema import GALORE, SECRETS
 from qwenvl_ft.training.checkpointing import chosen_parts
 from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
+from qwenvl_ft.upstream.arguments import as_installed
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -190,7 +191,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     if recipe.deepspeed.enabled:
         stand_alone()
     try:
-        args = TrainingArguments(**told)
+        args = TrainingArguments(**as_installed(told))
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
         raise RecipeError(f"training: {error}") from None
     join_processes(args)

@@ -28,5 +28,5 @@ def narrow_checkpointing(model: nn.Module, parts: dict[str, bool]) -> None:
         if getattr(module, "gradient_checkpointing", False) and not parts.get(part_of(f"{name}."), True):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module, "_require_grads_hooks", None):
+        if isinstance(module, PreTrainedModel):
             module.disable_input_require_grads()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from qwenvl_ft.model.anatomy import FREEZE_FLAGS, PARTS, part_of
 
@@ -21,11 +23,10 @@ CAUSES = {
 """Part -> why no gradient reaches it, where the data have media."""
 
 
-class PartGradients:
+class PartGradients(TrainerCallback):
     """Norms of the gradients by part, before they are clipped.
 
-    They stay on their device until a log line is written. Under DeepSpeed, which keeps gradients to itself, nothing is
-    measured.
+    They stay on their device until a log line is written. Not for DeepSpeed, which keeps gradients to itself.
 
     Args:
         patience: steps in a row without any gradient in a part that trains, after which a warning says so, once; 0 is
@@ -41,36 +42,36 @@ class PartGradients:
         self._without: Tensor | None = None
         self._told: set[str] = set()
 
-    def measure(self, model: nn.Module, total: Any) -> None:
-        """Read the gradients of a step.
-
-        Args:
-            total: norm of all of them before clipping; that of the parts follows from what is left and this.
-        """
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Read the gradients of a step, as clipping left them."""
         if not self._parts:
             for name, parameter in model.named_parameters():
                 self._parts.setdefault(part_of(name), []).append(parameter)
         norms = [_norm(self._parts[part]) for part in self._trained()]
-        if all(norm is None for norm in norms) and float(total or 0) > 0:
-            return  # DeepSpeed
         device = next(iter(self._parts.values()))[0].device
         found = torch.stack([torch.zeros((), device=device) if norm is None else norm for norm in norms])
-        left = torch.linalg.vector_norm(found)
-        before = torch.as_tensor(total if total is not None else left, device=device, dtype=found.dtype)
-        self._norms = torch.where((left > 0) & before.isfinite(), found * (before / left), found)
+        self._norms = found
         steps = torch.zeros_like(found, dtype=torch.int64) if self._without is None else self._without
         self._without = (steps + 1) * (found == 0)
 
-    def read(self) -> dict[str, float]:
-        """``grad_norm/PART`` of the last step; waits for the device. Warns of parts without a gradient."""
+    def read(self, total: float | None) -> dict[str, float]:
+        """``grad_norm/PART`` of the last step; waits for the device. Warns of parts without a gradient.
+
+        Args:
+            total: norm of all gradients of that step before clipping; None if nothing was clipped.
+        """
         if self._norms is None or self._without is None:
             return {}
+        left = float(torch.linalg.vector_norm(self._norms))
+        if left == 0 and total:
+            return {}  # there are gradients, and they are hidden
         trained = self._trained()
         for part, steps in zip(trained, self._without.tolist(), strict=True):
             if self.patience and steps >= self.patience and part not in self._told:
                 self._told.add(part)
                 logger.warning("%s", _warning(part, steps, self.has_media))
-        return {f"grad_norm/{part}": norm for part, norm in zip(trained, self._norms.tolist(), strict=True)}
+        scale = float(total) / left if total is not None and left > 0 and math.isfinite(total) else 1.0
+        return {f"grad_norm/{part}": norm * scale for part, norm in zip(trained, self._norms.tolist(), strict=True)}
 
     def _trained(self) -> list[str]:
         return [part for part in PARTS if any(value.requires_grad for value in self._parts.get(part, ()))]

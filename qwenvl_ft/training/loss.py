@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, stand_in
 
 HEAD_CHUNK = 1_024
 """Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words."""
@@ -106,7 +107,7 @@ def use_fused_loss(model: nn.Module, function: Any) -> str:
     """
     head = _head_loss(model)
     if not head.is_linear:
-        kind = type(getattr(head.forward, "__self__", head.forward))
+        kind = type(owner_of(head.forward) or head.forward)
         return f"the language head is no plain linear layer ({kind.__name__} of {kind.__module__})"
     head.fused = function
     return ""
@@ -129,8 +130,8 @@ class HeadLoss:
     @property
     def is_linear(self) -> bool:
         """Whether the head is one matrix product without a bias."""
-        head: Any = getattr(self.forward, "__self__", None)
-        return getattr(self.forward, "__func__", None) is nn.Linear.forward and head.bias is None
+        head: Any = owner_of(self.forward)
+        return is_plain_linear(self.forward) and head.bias is None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> logits ``[..., V]``, or with targets int64[K] for K hidden states a float64 scalar.
@@ -163,7 +164,7 @@ class HeadLoss:
 
         Float16 is left to autograd, whose gradients are scaled before they could vanish.
         """
-        head: Any = getattr(self.forward, "__self__", None)
+        head: Any = owner_of(self.forward)
         if not self.is_linear:
             return None
         is_plain = type(head.weight) in (Tensor, nn.Parameter)
@@ -293,5 +294,5 @@ def _head_loss(model: nn.Module) -> HeadLoss:
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     head: Any = inner.get_output_embeddings()
     if not isinstance(head.forward, HeadLoss):
-        head.forward = HeadLoss(head.forward)
+        stand_in(head, HeadLoss(head.forward))
     return head.forward

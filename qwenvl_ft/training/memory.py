@@ -4,6 +4,7 @@ from typing import Any
 
 from qwenvl_ft.errors import TrainingError
 from qwenvl_ft.training.checkpointing import chosen_parts
+from qwenvl_ft.upstream.arguments import recomputes
 
 
 def out_of_memory(recipe: Any, args: Any, step: int, cause: BaseException) -> TrainingError:
@@ -26,9 +27,9 @@ def remedies(recipe: Any, args: Any) -> list[str]:
     said = recipe.training.arguments
     kept = said.get("activation_checkpointing_kwargs") or {}
     applies = {
-        "training.activation_checkpointing=true": not args.activation_checkpointing,
-        "training.llm_gradient_checkpointing=true": args.activation_checkpointing and not parts["llm"],
-        "training.vit_gradient_checkpointing=true": args.activation_checkpointing and not parts["vision"],
+        "training.activation_checkpointing=true": not recomputes(args),
+        "training.llm_gradient_checkpointing=true": recomputes(args) and not parts["llm"],
+        "training.vit_gradient_checkpointing=true": recomputes(args) and not parts["vision"],
         "training.per_device_train_batch_size=1 "
         f"training.gradient_accumulation_steps={accumulated * rows}, the same batch": rows > 1,
         "model.attn_impl=auto": recipe.model.attn_impl in ("sdpa", "eager"),
@@ -39,8 +40,7 @@ def remedies(recipe: Any, args: Any) -> list[str]:
         and said.get("optim") in (None, "adamw_torch", "adamw_torch_fused"),
         "tuner.train_type=lora": chosen == "full",
         "quantization.quantization_bit=4": chosen == "lora" and recipe.quantization.quantization_bit is None,
-        "training.activation_checkpointing_kwargs.offload=true": args.activation_checkpointing
-        and not kept.get("offload"),
+        "training.activation_checkpointing_kwargs.offload=true": recomputes(args) and not kept.get("offload"),
         "deepspeed.enabled=true deepspeed.config=zero3_offload": not (zero.enabled and zero.config == "zero3_offload"),
     }
     return [setting for setting, open_to_try in applies.items() if open_to_try]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qwenvl_ft.checkpoint import AUTO, finished, resolve_resume
@@ -25,6 +24,7 @@ from qwenvl_ft.training import setup
 from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.callbacks.progress import ProgressCallback
 from qwenvl_ft.tuning.methods import METHODS
+from qwenvl_ft.upstream.processes import forget_precision
 
 NOT_PUBLISHED = ("checkpoint-*", "runs", "recipe.yaml")
 """What a phase's folder has that is of the phase alone."""
@@ -88,7 +88,7 @@ def between() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    AcceleratorState._reset_state()
+    forget_precision()
     wandb: Any = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish()  # the next phase's steps begin at 0 again

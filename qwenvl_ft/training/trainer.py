@@ -6,15 +6,18 @@ divided once by the global batch's), evaluation (the same sum), the optimizer's 
 
 import logging
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
@@ -42,11 +45,13 @@ from qwenvl_ft.tuning.optimizer import (
     param_groups,
     schedule_with_floor,
 )
+from qwenvl_ft.upstream.arguments import recomputes
+from qwenvl_ft.upstream.trainer import EpochLength, PlannedTrainer
 
 log = logging.getLogger("qwenvl_ft.data")
 
 
-class QwenVLTrainer(Trainer):
+class QwenVLTrainer(PlannedTrainer):
     """transformers' Trainer for packed Qwen-VL rows.
 
     Args:
@@ -104,7 +109,6 @@ class QwenVLTrainer(Trainer):
         self.checkpointed = checkpointed or {}
         self.z_loss = z_loss
         self.recipe = recipe
-        self.part_rates: dict[str, float] = {}
         self.bad_samples = 0
         sets = _all_of(train_dataset, eval_dataset)
         raw = {dataset.encoder.raw_pixels for dataset in sets}
@@ -113,20 +117,20 @@ class QwenVLTrainer(Trainer):
         self.fillers = vision_fillers(processor, _media_kinds(sets), raw_pixels=True in raw)
         if True in raw:
             use_raw_patches(model, processor.image_processor)
-        self._unchecked: list[tuple[int, Tensor, list[Any]]] = []
+        self._unchecked: list[_PassLoss] = []
         liger, args.use_liger_kernel = args.use_liger_kernel, False  # transformers would patch classes, and fail
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            args,
             train_dataset=cast(Dataset[Any], train_dataset),
             eval_dataset=cast(Any, eval_dataset),
             processing_class=processor,
+            compute_loss_func=_already_scaled,
             **more,
         )
         if args.n_gpu > 1:
             told = f"one process sees {args.n_gpu} GPUs"
             raise RecipeError(f"{told}. Launch one per GPU: accelerate launch -m qwenvl_ft.train ...")
-        self.loss_is_scaled_for_ga = True
         self.fused = self._use_liger() if liger else None
         self.noise: SampleNoise | None = None
         if args.neftune_noise_alpha:
@@ -139,6 +143,10 @@ class QwenVLTrainer(Trainer):
         self.costs = same_everywhere(machine_costs(), args.world_size)
         self.meter = Meter(args)
         self.add_callback(self.meter)
+        self.rates = PartRates()
+        self.add_callback(self.rates)
+        if not self.is_deepspeed_enabled:  # it keeps gradients to itself
+            self.add_callback(self.gradients)
         if isinstance(model, TrainedPeftModel):
             self.add_callback(MethodCallback(model))
 
@@ -158,7 +166,7 @@ class QwenVLTrainer(Trainer):
 
     def get_train_dataloader(self) -> EpochLoader:
         sampler = self.plan_sampler(cast(SampleDataset, self.train_dataset))
-        self.meter.follow(sampler, self.max_length * self._train_batch_size if self.packing else None)
+        self.meter.follow(sampler, self.max_length * self.rows_per_pass if self.packing else None)
         return self._loader(sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
@@ -170,7 +178,7 @@ class QwenVLTrainer(Trainer):
     def plan_sampler(self, dataset: SampleDataset, *, training: bool = True) -> PlanSampler:
         """This rank's plan over a data set: shuffled by epoch for training, in a fixed order for evaluation."""
         args = self.args
-        rows = self._train_batch_size if training else args.per_device_eval_batch_size
+        rows = self.rows_per_pass if training else args.per_device_eval_batch_size
         shape = RunShape(args.world_size, rows, args.gradient_accumulation_steps if training else 1)
         seed = args.data_seed if args.data_seed is not None else args.seed
         return PlanSampler(
@@ -234,83 +242,75 @@ class QwenVLTrainer(Trainer):
             samples += math.ceil(rest * len(sampler.dataset.at(whole))) if rest else 0
         return epochs, steps, examples, samples, batch, passes, max_steps
 
-    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
-        """Before the model is wrapped: which layers are recomputed, and whether they are compiled."""
+    def before_wrapping(self) -> None:
+        """Which layers are recomputed, and whether they are compiled."""
         model, args = cast(nn.Module, self.model), self.args
-        if args.activation_checkpointing:
+        if recomputes(args):
             narrow_checkpointing(model, self.checkpointed)
         if args.torch_compile:
             count = compile_layers(model, backend=str(args.torch_compile_backend), mode=args.torch_compile_mode)
             if count == 0:
                 raise RecipeError("training.torch_compile=true: no layer of this model can be compiled. Remove it.")
-        return super()._prepare_for_training(*arguments, **options)
 
-    def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
-        """accelerate would compile the whole model, wrap it and change the names of its weights."""
-        return super()._build_accelerator_args(**options) | {
-            "dynamo_plugin": TorchDynamoPlugin(backend=DynamoBackend.NO)
-        }
-
-    def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
-        """Where a resumed run goes on: epochs that are over, passes done in the next."""
-        super()._init_training_state(*arguments, **options)
-        epochs, steps = self.train_sampler.locate(self.state.global_step)
+    def resume_at(self, step: int) -> tuple[int, int]:
+        epochs, steps = self.train_sampler.locate(step)
         return epochs, steps * self.args.gradient_accumulation_steps
 
-    def _run_epoch(self, *_: Any, **options: Any) -> None:  # transformers names all of them
-        """One epoch, by its own number of rows.
+    def begin_epoch(self, epoch: int) -> EpochLength | None:
+        """An epoch's own number of rows.
 
         A run that is resumed at its last step is done; transformers would train one step more.
         """
         if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        epoch, data = options["epoch"], self.train_sampler.dataset
+            return None
+        data = self.train_sampler.dataset
         if data.measured_as(epoch) == epoch > 0:
             require_alike(data, epoch, self.args.world_size)
-        options["steps_in_epoch"] = self.train_sampler.passes(epoch)
-        options["num_update_steps_per_epoch"] = self.train_sampler.steps(epoch)
         self.bad_samples = 0
-        super()._run_epoch(**options)
+        return EpochLength(self.train_sampler.passes(epoch), self.train_sampler.steps(epoch))
+
+    def end_epoch(self, epoch: int) -> None:
         self.check_bad_samples(epoch)
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        told = split_labels(inputs, self.loss_weights)
-        weights = told.pop("target_weights", None)  # DeepSpeed would round them to the model's precision
-        ready = super()._prepare_inputs(told)
-        return ready if weights is None else ready | {"target_weights": self._prepare_input(weights)}
-
-    def _prepare_input(self, data: Any) -> Any:
-        """As transformers', but the host does not wait for a copy to a GPU, and float32 stays float32."""
+    def to_device(self, data: Any) -> Any:
+        """A value of a batch; the host does not wait for a copy to a GPU, and float32 stays float32."""
         if not isinstance(data, Tensor):
-            return super()._prepare_input(data)
+            return data
         if data.device.type == "cpu" and self.args.device.type == "cuda" and not data.is_pinned():
             data = data.pin_memory()
         return data.to(self.args.device, non_blocking=True)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Supervised tokens of the global batch, or their weights' sum: all passes of the step, all ranks."""
-        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples)
+    def ready(self, batch: dict[str, Any], weights: dict[str, float] | None = None) -> dict[str, Any]:
+        """A batch on the device, its labels as `split_labels` makes them."""
+        return {name: self.to_device(value) for name, value in split_labels(batch, weights).items()}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """A step's batches, and the global batch's supervised tokens or, of weighted ones, the sum of the weights."""
+        batches = list(islice(epoch_iterator, num_batches))
+        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         count = torch.full((), tokens, device=device, dtype=torch.int64)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count, reduction="sum")
         self.meter.supervised(count)
-        return count if self.loss_weights is None else self._summed_weights(batch_samples, device)
+        return batches, count if self.loss_weights is None else self._summed_weights(batches, device)
 
     def _summed_weights(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         assert self.loss_weights is not None
-        told = sum(float(target_weights(batch, self.loss_weights).sum()) for batch in batch_samples)
-        total = torch.full((), told, device=device, dtype=torch.float64)
+        summed = sum(float(target_weights(batch, self.loss_weights).sum()) for batch in batch_samples)
+        total = torch.full((), summed, device=device, dtype=torch.float64)
         return cast(Tensor, self.accelerator.reduce(total, reduction="sum")) if self.args.world_size > 1 else total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.noise is not None:
             self.noise.follow(inputs)
         self.bad_samples += _warn(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unchecked.append((self.state.global_step + 1, loss, inputs["sources"]))
+        ready = _Ready(self.ready(inputs, self.loss_weights))
+        loss = super().training_step(model, {"batch": ready}, num_items_in_batch)
+        self._unchecked.append(_PassLoss(self.state.global_step + 1, loss, ready.loss, inputs["sources"]))
         if loss.device.type == "cpu":
             self.check_losses()
         return loss
@@ -327,29 +327,40 @@ class QwenVLTrainer(Trainer):
         The sum is divided once, by the tokens of all passes and ranks, and multiplied by the ranks because gradients
         are averaged over them. Summed over passes and averaged over ranks it is the mean.
         """
+        ready: _Ready = inputs["batch"]
         smoothing, z_loss = (self.args.label_smoothing_factor, self.z_loss) if model.training else (0.0, 0.0)
-        total = loss_sum(model, inputs, label_smoothing=smoothing, z_loss=z_loss)
+        total = loss_sum(model, ready.tensors, label_smoothing=smoothing, z_loss=z_loss)
         loss = (
             total * self.args.world_size / torch.clamp(num_items_in_batch, min=1 if self.loss_weights is None else 1e-9)
         )
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(inner, TrainedPeftModel) and (penalty := inner.penalty()) is not None:
             loss = loss + penalty / self.current_gradient_accumulation_steps  # once a step, and averaged over ranks
+        ready.loss = loss.detach()
         return (loss, None) if return_outputs else loss
 
     def check_losses(self) -> None:
-        """Raises TrainingError if a loss since the last check was not finite. Waits for the device once."""
+        """Look at the losses since the last check. Waits for the device once.
+
+        Raises:
+            TrainingError: one is not finite, or transformers has trained on another than `compute_loss` returned.
+        """
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked:
             return
-        finite = torch.isfinite(torch.stack([loss for _, loss, _ in unchecked])).tolist()
-        for (step, loss, sources), fine in zip(unchecked, finite, strict=True):
-            if not fine:
-                rows = ", ".join(str(source) for source in sources)
+        losses = torch.stack([torch.stack((entry.trained, entry.computed)).double() for entry in unchecked]).tolist()
+        for entry, (trained, computed) in zip(unchecked, losses, strict=True):
+            if not math.isfinite(trained):
+                rows = ", ".join(str(source) for source in entry.sources)
                 raise TrainingError(
-                    f"step {step}: the loss is {loss.item()} in the row of {rows}. Look at these "
+                    f"step {entry.step}: the loss is {trained} in the row of {rows}. Look at these "
                     "records; else lower training.learning_rate or training.max_grad_norm, or use "
                     "model.torch_dtype=bfloat16 instead of float16."
+                )
+            if trained != computed:
+                raise TrainingError(
+                    f"step {entry.step}: transformers {transformers.__version__} made {trained} of the loss {computed} "
+                    "before the backward pass. Install a version that docs/compatibility.md lists."
                 )
 
     def check_bad_samples(self, epoch: int) -> int:
@@ -397,7 +408,7 @@ class QwenVLTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         kwargs = dict(cast(dict[str, Any], self.args.lr_scheduler_kwargs or {}))
         if self.lr_scheduler is None and self.args.lr_scheduler_type in MIN_LR_SCHEDULES and "min_lr" in kwargs:
-            self.lr_scheduler = schedule_with_floor(
+            schedule = schedule_with_floor(
                 self.args.lr_scheduler_type,
                 cast(torch.optim.Optimizer, optimizer or self.optimizer),
                 warmup_steps=self.args.get_warmup_steps(num_training_steps),
@@ -405,18 +416,8 @@ class QwenVLTrainer(Trainer):
                 min_lr=float(kwargs.pop("min_lr")),
                 **kwargs,
             )
-            self._created_lr_scheduler = True
+            self.use_scheduler(schedule)
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _get_learning_rate(self) -> float:
-        """The language model's rate, or the first group's if that is frozen; keeps those of all parts for the log."""
-        self.part_rates = logged_rates(cast(torch.optim.Optimizer, self.optimizer))
-        return self.part_rates["llm"] if "llm" in self.part_rates else next(iter(self.part_rates.values()))
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        total = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.gradients.measure(model, total)
-        return total
 
     def _settle(self) -> None:
         """Schedule-free optimizers train at other weights than those to evaluate and save: switch to the latter. The
@@ -461,8 +462,7 @@ class QwenVLTrainer(Trainer):
         with torch.no_grad():
             for inputs in cast(Iterable[dict[str, Any]], dataloader):
                 bad += _warn(inputs)
-                batch = self._prepare_inputs(inputs)
-                batch.pop("target_weights", None)
+                batch = self.ready(inputs)
                 with self.compute_loss_context_manager():
                     total[0] += loss_sum(model, batch).double()
                 total[1] += batch["targets"].numel()
@@ -483,18 +483,20 @@ class QwenVLTrainer(Trainer):
 
     def _evaluation_model(self) -> nn.Module:
         """The model as training wraps it, or prepared for evaluation alone."""
-        model = self._wrap_model(cast(nn.Module, self.model), training=False)
-        if not self.accelerator._models and model is self.model:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        return cast(nn.Module, model)
+        if not self.is_prepared:
+            self.is_prepared = True
+            return self.accelerator.prepare_model(cast(nn.Module, self.model), evaluation_mode=True)
+        return cast(nn.Module, self.model_wrapped)
 
     # -- log and save ----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.check_losses()
-            logs.update({f"lr/{part}": rate for part, rate in self.part_rates.items()})
-            logs.update(self.gradients.read())
+            if "learning_rate" in logs:
+                logs["learning_rate"] = self.rates.of_llm(logs["learning_rate"])
+            logs.update({f"lr/{part}": rate for part, rate in self.rates.by_part.items()})
+            logs.update(self.gradients.read(logs.get("grad_norm")))
             logs.update(self.meter.read(self.state))
             if bad := self.check_bad_samples(self.train_sampler.epoch):
                 logs["bad_samples"] = bad
@@ -507,32 +509,71 @@ class QwenVLTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    @contextmanager
+    def saving(self) -> Iterator[None]:
         self.check_losses()
         self._settle()
         with self.meter.paused():
-            super()._save_checkpoint(model, trial)
+            yield
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def save_beside_optimizer(self, folder: str) -> None:
         if self.args.should_save:
-            save_plan(self.train_sampler, Path(output_dir))
-        if isinstance(self.model, TrainedPeftModel) and self.args.should_save:
-            self.model.save_state(Path(output_dir))
+            save_plan(self.train_sampler, Path(folder))
+            if isinstance(self.model, TrainedPeftModel):
+                self.model.save_state(Path(folder))
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, *arguments: Any, **options: Any) -> None:
         """Weights, processor and recipe; served checkpoints generate with a cache, so the config says so again."""
         config = cast(Any, self.model).config
         configs = [config, getattr(config, "text_config", None)]
         for config in filter(None, configs):
             config.use_cache = True
         try:
-            super()._save(output_dir, state_dict)
+            super().save_model(output_dir, *arguments, **options)
         finally:
             for config in filter(None, configs):
                 config.use_cache = False
         if self.recipe is not None and self.args.should_save:
             self.recipe.save(Path(output_dir or str(self.args.output_dir)) / "recipe.yaml")
+
+
+@dataclass
+class _Ready:
+    """A batch that is on its device. transformers hands on what it does not know, as it is."""
+
+    tensors: dict[str, Any]
+    loss: Tensor | None = None
+    """What `compute_loss` made of it."""
+
+
+@dataclass(frozen=True)
+class _PassLoss:
+    """The loss of one pass, as far as it is known without waiting for the device."""
+
+    step: int
+    trained: Tensor
+    computed: Any
+    sources: list[Any]
+
+
+class PartRates(TrainerCallback):
+    """The learning rates of a step, by part."""
+
+    def __init__(self) -> None:
+        self.by_part: dict[str, float] = {}
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Before the schedule moves on."""
+        self.by_part = logged_rates(optimizer)
+
+    def of_llm(self, otherwise: float) -> float:
+        """The language model's rate, or the first group's if that is frozen."""
+        return self.by_part["llm"] if "llm" in self.by_part else next(iter(self.by_part.values()), otherwise)
+
+
+def _already_scaled(*_: Any, **__: Any) -> Any:
+    """transformers divides the loss by the number of accumulated passes, unless it has a loss function like this."""
+    raise AssertionError("QwenVLTrainer.compute_loss computes the loss")
 
 
 def _warn(batch: dict[str, Any]) -> int:

@@ -27,7 +27,7 @@ def test_what_fits_trains_the_same_weights_as_if_it_had_been_asked_for(
         step = trainer.training_step
 
         def limited(model, inputs, *more):
-            if trainer._train_batch_size > 2:
+            if trainer.rows_per_pass > 2:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
             return step(model, inputs, *more)
 

@@ -25,6 +25,7 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.packed_attention import Plan, by_groups, make_plan, packed_attention, packed_mask, sample_lengths
 from qwenvl_ft.tuning.methods.lora import build_lora
 from qwenvl_ft.tuning.targets import inside, saved_modules
+from qwenvl_ft.upstream.attention import KeptFor, attention_of, set_attention
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
@@ -77,9 +78,9 @@ def use_shifted_attention(model: Any, group_size: int) -> None:
     logger.info(
         "longlora: text attention by torch's SDPA in groups of %d, in place of %s",
         group_size,
-        text._attn_implementation,
+        attention_of(text),
     )
-    text._attn_implementation_internal = name
+    set_attention(text, name)
 
 
 def shifted_attention(
@@ -126,18 +127,24 @@ def _plans_of(
     group_size: int,
     device: torch.device,
 ) -> list[Plan]:
-    """The plans of both halves of the heads, made once a pass: all layers get the same tensor, which keeps them."""
+    """The plans of both halves of the heads, made once a pass: all layers get the same tensor."""
     source = cu_seqlens if cu_seqlens is not None else position_ids
-    kept = getattr(source, "_shifted_plans", None)
-    if kept is None or kept[0] != group_size:
+
+    def make() -> list[Plan]:
         lengths = sample_lengths(cu_seqlens, position_ids, rows, tokens)
-        plans = [
-            make_plan(
-                [part for length in lengths for part in group_lengths(length, group_size, shifted=shifted)], device
-            )
+        halves = (
+            [part for length in lengths for part in group_lengths(length, group_size, shifted=shifted)]
             for shifted in (False, True)
-        ]
-        kept = (group_size, plans)
-        if source is not None:
-            source._shifted_plans = kept  # type: ignore[attr-defined]
-    return kept[1]
+        )
+        return [make_plan(parts, device) for parts in halves]
+
+    if source is None:
+        return make()
+    plans: dict[int, list[Plan]] = _PLANS.get(source, dict)
+    if group_size not in plans:
+        plans[group_size] = make()
+    return plans[group_size]
+
+
+_PLANS = KeptFor()
+"""For a tensor of borders: group size -> plans."""

@@ -1,0 +1,60 @@
+"""Borrowed: the names of TrainingArguments' fields, which change between versions while recipes do not.
+
+``activation_checkpointing`` and its ``_kwargs`` are ``gradient_checkpointing`` before transformers 5.23, which keeps
+the old name as an alias up to 6. ``offload`` and ``every_n_layers`` among the ``_kwargs`` are there from 5.17 on. A
+recipe uses the newest name; `installed_name` says what the installed version calls it. A field that this version does
+not have yet is refused with its key, as an unknown one is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from typing import Any, get_type_hints
+
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Field -> its name in earlier versions."""
+SINCE = {
+    "every_n_layers": "every_n_layers",
+    "offload": "offload",
+}
+"""Key of ``activation_checkpointing_kwargs`` -> the parameter of `PreTrainedModel` that takes it."""
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    """Annotation of every field of TrainingArguments that can be set, under the newest name."""
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    found = {entry.name: hints[entry.name] for entry in fields(TrainingArguments) if entry.init}
+    for name, earlier in RENAMED.items():
+        if name not in found and earlier in found:
+            found[name] = found[earlier]
+    return found
+
+
+def installed_name(name: str) -> str:
+    """What the installed version calls a field."""
+    from transformers import TrainingArguments
+
+    known = {entry.name for entry in fields(TrainingArguments)}
+    return RENAMED[name] if name in RENAMED and name not in known else name
+
+
+def field_value(args: Any, name: str) -> Any:
+    """A field of TrainingArguments, by its newest name."""
+    return getattr(args, installed_name(name))
+
+
+def recomputes(args: Any) -> bool:
+    """Whether activations are computed again in the backward pass."""
+    return bool(field_value(args, "activation_checkpointing"))
+
+
+def as_installed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields by their newest names -> by those of the installed version."""
+    return {installed_name(name): value for name, value in values.items()}

@@ -1,0 +1,180 @@
+"""Borrowed: the steps of transformers' training loop that have no public hook, as hooks with names of ours.
+
+`PlannedTrainer` overrides five private methods of `transformers.Trainer` (`OVERRIDDEN`), which have the same names and
+parameters in transformers 5.5 to 5.24, and reads ``_train_batch_size`` and sets ``_created_lr_scheduler``. Each
+override calls a hook that says what it is for, and then the method it overrides.
+
+A release that renames one of them would call ours no longer, and train by other rows than planned without a word.
+There is no other path, so `LOOP` is asked before a trainer is made, and refuses in one line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.probe import Feature, takes
+
+COMPILING = "torch_compile", "torch_compile_backend", "torch_compile_mode"
+"""Fields of TrainingArguments by which accelerate compiles the whole model."""
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    "_init_training_state": (
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "_run_epoch": (
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
+    "_save_checkpoint": ("model", "trial"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
+}
+"""Private method of Trainer -> its parameters, all of which it is given by name or in this order."""
+
+
+@dataclass(frozen=True)
+class EpochLength:
+    """How much an epoch has."""
+
+    passes: int
+    """Batches of this process."""
+    steps: int
+    """Optimizer steps."""
+
+
+class PlannedTrainer(Trainer):
+    """transformers' Trainer with hooks where a plan of rows needs them; a subclass fills them in.
+
+    Raises:
+        RecipeError: this transformers runs another loop.
+    """
+
+    def __init__(self, model: Any, args: Any, **options: Any) -> None:
+        if reason := LOOP.missing():
+            raise RecipeError(f"{LOOP.name} does not work: transformers {reason}. {LOOP.instead}")
+        with _without_compiling(args):
+            super().__init__(model, args, **options)
+        self.is_prepared = False
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def before_wrapping(self) -> None:
+        """Training begins: checkpointing is on, the model is not yet wrapped, no optimizer exists."""
+
+    def resume_at(self, step: int) -> tuple[int, int]:
+        """An optimizer step -> epochs that are over, and passes that are done in the next one."""
+        raise NotImplementedError
+
+    def begin_epoch(self, epoch: int) -> EpochLength | None:
+        """An epoch begins; None if nothing is left to train."""
+        raise NotImplementedError
+
+    def end_epoch(self, epoch: int) -> None:
+        """An epoch is over."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Entered before a checkpoint is written, left when it is complete."""
+        return nullcontext()
+
+    def save_beside_optimizer(self, folder: str) -> None:
+        """The optimizer's state stands in a checkpoint's folder; what else a resumed run needs goes there too. After
+        it come the random states and, last, the trainer's own."""
+
+    @property
+    def rows_per_pass(self) -> int:
+        """``per_device_train_batch_size``, or what ``auto_find_batch_size`` has found."""
+        return int(self._train_batch_size)
+
+    def use_scheduler(self, scheduler: Any) -> None:
+        """Train with a schedule of our own; a second `train` makes a new one, as of transformers'."""
+        self.lr_scheduler = scheduler
+        self._created_lr_scheduler = True
+
+    # -- what calls them -------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        self.before_wrapping()
+        self.is_prepared = True
+        return super()._prepare_for_training(*arguments, **options)
+
+    def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
+        super()._init_training_state(*arguments, **options)
+        return self.resume_at(self.state.global_step)
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        options |= dict(zip(OVERRIDDEN["_run_epoch"], arguments, strict=False))
+        length = self.begin_epoch(options["epoch"])
+        if length is None:
+            self.control.should_training_stop = True
+            return
+        options["steps_in_epoch"], options["num_update_steps_per_epoch"] = length.passes, length.steps
+        super()._run_epoch(**options)
+        self.end_epoch(options["epoch"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.saving():
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.save_beside_optimizer(output_dir)
+
+
+@contextmanager
+def _without_compiling(args: Any) -> Iterator[None]:
+    """Build the accelerator as if nothing were compiled: it would wrap the model and change the names of its weights.
+
+    TrainingArguments has put the same settings into the environment, where accelerate finds them too.
+    """
+    kept = {name: getattr(args, name) for name in COMPILING}
+    variables = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
+    environment = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    for name, value in zip(COMPILING, (False, None, None), strict=True):
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        os.environ.update(environment)
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+@cache
+def _other_loop() -> str:
+    for name, parameters in OVERRIDDEN.items():
+        method = getattr(Trainer, name, None)
+        if method is None:
+            return f"has no Trainer.{name}"
+        if reason := takes(method, *parameters):
+            return reason
+    return ""
+
+
+LOOP = Feature(
+    name="training by planned rows",
+    packages=("transformers",),
+    missing=_other_loop,
+    instead="Install a transformers that docs/compatibility.md lists.",
+)
+FEATURES = (LOOP,)

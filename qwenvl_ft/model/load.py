@@ -20,6 +20,7 @@ from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.quantization import bnb_config, require_kernels, tell_quantized
 from qwenvl_ft.recipe.provenance import saved_recipe
+from qwenvl_ft.upstream.experts import experts_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -158,7 +159,9 @@ def plan_loading(
         "attn_implementation": "sdpa" if attention == TEXT_NAME else attention,
         "revision": revision or "main",
         "use_safetensors": True,
-    } | _placement(device_map, max_memory, config)
+        "ignore_mismatched_sizes": True,  # it says which; without, it raises
+    }
+    options |= experts_implementation(config, torch_dtype) | _placement(device_map, max_memory, config)
     require_kernels(config)
     if quantization is not None and quantization.quantization_bit is not None:
         options["quantization_config"] = bnb_config(quantization, config)
@@ -317,10 +320,9 @@ def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
         if "device_map" not in options:
             raise
         raise RecipeError(f"model.device_map does not fit {source}: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise CheckpointError(f"weights of {source} do not have the shapes its config.json says.") from error
+    if info["mismatched_keys"]:
+        name = sorted(map(str, info["mismatched_keys"]))[0]
+        raise CheckpointError(f"weights of {source} do not have the shapes its config.json says, as {name}.")
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} weights of its model, the first is {missing[0]}.")

@@ -20,7 +20,8 @@ from qwenvl_ft.recipe.schema import GALORE, SECRETS
 from qwenvl_ft.training.checkpointing import chosen_parts
 from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
-from qwenvl_ft.upstream.arguments import as_installed
+from qwenvl_ft.upstream.arguments import as_installed, require_checkpointing_options
+from qwenvl_ft.upstream.probe import fallbacks
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -184,10 +185,12 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     told["activation_checkpointing"] = any(chosen_parts(recipe.training).values())
     if told["activation_checkpointing"]:
         told.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
+        require_checkpointing_options(told["activation_checkpointing_kwargs"])
     if told.get("load_best_model_at_end") or told.get("save_strategy") == "best":
         told.setdefault("metric_for_best_model", "eval_loss")
         told.setdefault("greater_is_better", False)  # loss and perplexity; transformers knows only names ending in loss
     try_model(recipe)
+    fallbacks()  # asked once, before DeepSpeed shards every model that is made
     if recipe.deepspeed.enabled:
         stand_alone()
     try:

@@ -107,7 +107,7 @@ def use_fused_loss(model: nn.Module, function: Any) -> str:
     """
     head = _head_loss(model)
     if not head.is_linear:
-        kind = type(owner_of(head.forward) or head.forward)
+        kind = type(owner_of(head.head_forward) or head.head_forward)
         return f"the language head is no plain linear layer ({kind.__name__} of {kind.__module__})"
     head.fused = function
     return ""
@@ -121,7 +121,7 @@ class HeadLoss:
     """
 
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
-        self.forward = forward
+        self.head_forward = forward
         self.targets: Tensor | None = None
         self.weights: Tensor | None = None
         self.label_smoothing = self.z_loss = 0.0
@@ -130,8 +130,8 @@ class HeadLoss:
     @property
     def is_linear(self) -> bool:
         """Whether the head is one matrix product without a bias."""
-        head: Any = owner_of(self.forward)
-        return is_plain_linear(self.forward) and head.bias is None
+        head: Any = owner_of(self.head_forward)
+        return is_plain_linear(self.head_forward) and head.bias is None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> logits ``[..., V]``, or with targets int64[K] for K hidden states a float64 scalar.
@@ -140,7 +140,7 @@ class HeadLoss:
             ValueError: there are more hidden states than targets, or fewer.
         """
         if self.targets is None:
-            return self.forward(hidden)
+            return self.head_forward(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])  # [K, D]
         targets = self.targets.to(flat.device)
         if len(flat) != len(targets):
@@ -164,14 +164,14 @@ class HeadLoss:
 
         Float16 is left to autograd, whose gradients are scaled before they could vanish.
         """
-        head: Any = owner_of(self.forward)
+        head: Any = owner_of(self.head_forward)
         if not self.is_linear:
             return None
         is_plain = type(head.weight) in (Tensor, nn.Parameter)
         return head.weight if is_plain and _product_dtype(hidden, head.weight) != torch.float16 else None
 
     def _losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-        logits = self.forward(hidden).float()
+        logits = self.head_forward(hidden).float()
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
 

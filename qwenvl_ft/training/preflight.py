@@ -24,6 +24,7 @@ from qwenvl_ft.model.load import loading_options, plan_loading, trained_lengths
 from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
+from qwenvl_ft.upstream.layers import COMPILED
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
 """Beginnings of the names of optimizers that are built from the model's own modules."""
@@ -149,6 +150,7 @@ def _compile(recipe: Any, args: Any) -> None:
     """The compiler of ``training.torch_compile``, on one sum: on a CPU it needs one for C++."""
     if not args.torch_compile:
         return
+    COMPILED.require("training.torch_compile=true")
     backend, mode = args.torch_compile_backend, args.torch_compile_mode
     try:
         torch.compile(lambda x: x.sin(), backend=backend, mode=mode)(torch.ones(2, device=args.device))

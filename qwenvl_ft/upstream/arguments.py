@@ -8,20 +8,21 @@ not have yet is refused with its key, as an unknown one is.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.probe import installed
 
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 """Field -> its name in earlier versions."""
-SINCE = {
-    "every_n_layers": "every_n_layers",
-    "offload": "offload",
-}
-"""Key of ``activation_checkpointing_kwargs`` -> the parameter of `PreTrainedModel` that takes it."""
+CHECKPOINTING_OPTIONS = "every_n_layers", "offload"
+"""Keys of ``activation_checkpointing_kwargs`` that transformers takes; the others are torch's."""
 
 
 @cache
@@ -53,6 +54,20 @@ def field_value(args: Any, name: str) -> Any:
 def recomputes(args: Any) -> bool:
     """Whether activations are computed again in the backward pass."""
     return bool(field_value(args, "activation_checkpointing"))
+
+
+def require_checkpointing_options(given: dict[str, Any]) -> None:
+    """Raises RecipeError if ``activation_checkpointing_kwargs`` has a key that this transformers hands on to torch."""
+    from transformers import PreTrainedModel
+
+    enable = getattr(PreTrainedModel, installed_name("activation_checkpointing") + "_enable")
+    known = inspect.signature(enable).parameters
+    for name in CHECKPOINTING_OPTIONS:
+        if name in given and name not in known:
+            raise RecipeError(
+                f"training.activation_checkpointing_kwargs.{name}: {installed(('transformers',))} does not have it. "
+                "Remove the key, or install transformers 5.17 or later."
+            )
 
 
 def as_installed(values: dict[str, Any]) -> dict[str, Any]:

@@ -49,9 +49,9 @@ class Feature:
 
 def features() -> tuple[Feature, ...]:
     """All of them; imports what they are borrowed from."""
-    from qwenvl_ft.upstream import attention, layers, media, trainer
+    from qwenvl_ft.upstream import attention, experts, layers, media, trainer
 
-    return tuple(feature for module in (attention, layers, media, trainer) for feature in module.FEATURES)
+    return tuple(feature for module in (attention, experts, layers, media, trainer) for feature in module.FEATURES)
 
 
 def fallbacks() -> list[str]:

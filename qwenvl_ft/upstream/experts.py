@@ -1,0 +1,68 @@
+"""Borrowed: transformers' choice of how experts are computed, which is grouped products by default.
+
+``torch.nn.functional.grouped_mm`` (torch 2.10 and later) or ``torch._grouped_mm`` (before) is what transformers 5.5 to
+5.24 calls for it wherever one of them exists, also where it has no kernel: torch 2.8 has none for a CPU. So it is
+tried, and where it fails a model is loaded with ``experts_implementation="eager"`` (public): one expert after another.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+from qwenvl_ft.upstream.probe import Feature
+
+
+def experts_implementation(config: Any, dtype: str) -> dict[str, str]:
+    """What `from_pretrained` is to be given for a model's experts; empty for models without, and for the default.
+
+    Args:
+        dtype: of the weights, as ``bfloat16``; any other text counts as that.
+    """
+    if not hasattr(config.get_text_config(), "num_experts"):
+        return {}
+    kind = getattr(torch, dtype, None)
+    missing = no_grouped_product(kind if isinstance(kind, torch.dtype) else torch.bfloat16)
+    return {"experts_implementation": "eager"} if missing else {}
+
+
+@cache
+def no_grouped_product(dtype: torch.dtype) -> str:
+    """Why grouped products do not run on this machine's device; empty if they do."""
+    product: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if product is None:
+        return ""  # transformers has a loop of its own for it
+    device = _device()
+    try:
+        rows = torch.ones(16, 16, dtype=dtype, device=device)
+        product(rows, rows[None].repeat(2, 1, 1), offs=torch.tensor([8, 16], dtype=torch.int32, device=device))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return (
+            f"has no grouped product of {str(dtype).removeprefix('torch.')} on {device.type} ({type(error).__name__})"
+        )
+    return ""
+
+
+def _device() -> torch.device:
+    """The one that this process will train on."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return (
+        torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK") or 0)) if accelerator else torch.device("cpu")
+    )
+
+
+def _not_on_cpu() -> str:
+    """Of an accelerator only a model with experts asks: it would be woken for nothing."""
+    return no_grouped_product(torch.bfloat16) if _device().type == "cpu" else ""
+
+
+GROUPED = Feature(
+    name="experts in grouped products",
+    packages=("torch",),
+    missing=_not_on_cpu,
+    instead="experts are computed one after another, which takes longer",
+)
+FEATURES = (GROUPED,)

@@ -1,0 +1,98 @@
+"""What a package borrows from other libraries by private names, as its syntax tree shows it.
+
+python tests/upstream/private_names.py [FOLDER]    # prints a line for each
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "qwenvl_ft"
+DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make"}
+"""Underscored names that Python documents for use: os._exit, and those of named tuples."""
+INNARDS = {
+    "__code__",
+    "__globals__",
+    "__closure__",
+    "__defaults__",
+    "__kwdefaults__",
+    "__wrapped__",
+    "__self__",
+    "__func__",
+    "__getstate__",
+}
+"""How Python makes functions, methods and pickles: to read it of another's object is to know how that is made."""
+MESSAGES = {f"str({name})" for name in ("error", "exception", "cause", "warning", "warning.message", "caught")}
+"""Texts of another library's errors and warnings, which change between versions."""
+REPLACED = {"forward", "__class__"}
+ASKING = {"getattr", "hasattr", "setattr", "delattr"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED and name != "_"
+
+
+def own_names(trees: list[ast.Module]) -> set[str]:
+    """Private names that the package itself defines, anywhere."""
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        is_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        if is_self and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and text of each private name of another library in one file."""
+    documented = {id(node) for node in ast.walk(tree) if _is_module_class(node)}
+    for node in ast.walk(tree):
+        text = ""
+        if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("qwenvl_ft"):
+            names = [*node.module.split("."), *(name.name for name in node.names)]
+            text = next((name for name in names if is_private(name)), "") and ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            text = next((n.name for n in node.names if any(map(is_private, n.name.split(".")))), "")
+        elif isinstance(node, ast.Attribute):
+            of_super = ast.unparse(node.value) == "super()"
+            foreign = is_private(node.attr) and (node.attr not in own or of_super)
+            replaces = node.attr in REPLACED and isinstance(node.ctx, ast.Store) and id(node) not in documented
+            text = ast.unparse(node) if foreign or replaces or node.attr in INNARDS else ""
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ASKING and len(node.args) > 1:
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            sets = ast.unparse(node.func) == "setattr" and name in REPLACED
+            foreign = isinstance(name, str) and ((is_private(name) and name not in own) or name in INNARDS)
+            text = ast.unparse(node) if foreign or sets else ""
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+            right = node.comparators[0]
+            of_text = isinstance(right, ast.Call) and ast.unparse(right) in MESSAGES
+            text = ast.unparse(node) if of_text and isinstance(node.left, ast.Constant) else ""
+        if text:
+            yield node.lineno, text
+
+
+def _is_module_class(node: ast.AST) -> bool:
+    """``sys.modules[__name__].__class__``, which Python documents."""
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules[__name__].__class__"
+
+
+def findings(package: Path = PACKAGE, *, without: tuple[str, ...] = ("upstream",)) -> list[str]:
+    """A line for each private name that the files of a package, but for some folders, take from elsewhere."""
+    files = sorted(package.rglob("*.py"))
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    own = own_names(list(trees.values()))
+    return [
+        f"{file.relative_to(package.parent)}:{line}: {text}"
+        for file, tree in trees.items()
+        if file.relative_to(package).parts[0] not in without
+        for line, text in sorted(borrowed(tree, own))
+    ]
+
+
+if __name__ == "__main__":
+    found = findings(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE)
+    print(*found, f"{len(found)} in {len({line.split(':')[0] for line in found})} files", sep="\n")

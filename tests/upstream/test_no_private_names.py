@@ -1,0 +1,92 @@
+"""What is borrowed from other libraries stands in one room: no other file knows a private name of theirs."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+from private_names import borrowed, findings, own_names
+
+import qwenvl_ft
+
+
+def test_no_file_outside_the_room_uses_a_private_name():
+    assert not findings()
+
+
+def test_the_room_itself_has_some():
+    """The guard of the test above: the scan sees what is there."""
+    assert len(findings(without=())) > 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from transformers.utils.chat_template_utils import _compile_jinja_template",
+        "from torch._dynamo.utils import counters",
+        "import torch._dynamo",
+        "config._attn_implementation",
+        "super()._save(folder)",
+        "module.forward = other",
+        "module.__class__ = Other",
+        "setattr(module, 'forward', other)",
+        "hasattr(source, '_plan')",
+        "part.__getstate__()",
+        "function.__code__",
+        "'mismatch' in str(error)",
+    ],
+)
+def test_each_way_of_borrowing_is_seen(line):
+    tree = ast.parse(line)
+    assert list(borrowed(tree, own_names([tree])))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["self._own = 1; other._own", "os._exit(1)", "entry._replace(a=1)", "sys.modules[__name__].__class__ = Own"],
+)
+def test_names_of_our_own_and_documented_ones_are_not(line):
+    tree = ast.parse(line)
+    assert not list(borrowed(tree, own_names([tree])))
+
+
+def classes():
+    """Every class of the package outside the room, by the module that defines it."""
+    for entry in pkgutil.walk_packages(qwenvl_ft.__path__, "qwenvl_ft."):
+        if entry.name.startswith("qwenvl_ft.upstream"):
+            continue
+        module = importlib.import_module(entry.name)
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if kind.__module__ == entry.name:
+                yield kind
+
+
+def overridden(kind):
+    """Private methods of a class that one of its bases from another library has too."""
+    foreign = [base for base in kind.__mro__[1:] if not base.__module__.startswith(("qwenvl_ft", "builtins"))]
+    for name in vars(kind):
+        if name.startswith("_") and not name.startswith("__"):
+            yield from (f"{kind.__qualname__}.{name} of {base.__qualname__}" for base in foreign if name in vars(base))
+
+
+MADE_BY_PYTHON = (
+    "_abc_impl",
+    "_is_protocol",
+    "_member_",
+    "_generate_next_value_",
+    "_value",
+    "_unhash",
+    "_hashable",
+)
+
+
+def test_no_class_outside_the_room_overrides_a_private_method():
+    found = [line for kind in classes() for line in overridden(kind)]
+    assert not [line for line in found if not any(name in line for name in MADE_BY_PYTHON)]
+
+
+def test_an_override_would_be_seen():
+    from qwenvl_ft.upstream.trainer import PlannedTrainer
+
+    assert "PlannedTrainer._run_epoch of Trainer" in list(overridden(PlannedTrainer))

@@ -49,9 +49,9 @@ def no_grouped_product(dtype: torch.dtype) -> str:
 def _device() -> torch.device:
     """The one that this process will train on."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return (
-        torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK") or 0)) if accelerator else torch.device("cpu")
-    )
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK") or 0))
 
 
 def _not_on_cpu() -> str:

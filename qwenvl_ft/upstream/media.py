@@ -21,7 +21,7 @@ Where the shape is another, batches go transformers' own way (`PLACES`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
@@ -52,6 +52,8 @@ class Placed:
     """int64[V], the media's tokens in the row."""
     inputs: dict[nn.Module, Tensor]
     """Layer -> [V, D], added to its input."""
+    added: set[nn.Module] = field(default_factory=set)
+    """Layers that have taken theirs."""
 
 
 def place_media(model: nn.Module, borders_suffice: Callable[[Any], bool]) -> int:
@@ -71,6 +73,7 @@ def place_media(model: nn.Module, borders_suffice: Callable[[Any], bool]) -> int
         deep = len(inner.config.vision_config.deepstack_visual_indexes)
         if deep < len(inner.language_model.layers) and not differs(*classes):
             inner.register_forward_pre_hook(_Placing(borders_suffice), with_kwargs=True)
+            inner.language_model.register_forward_hook(_require_added, with_kwargs=True)
             setattr(inner, MARK, True)
             found += 1
     return found
@@ -178,11 +181,18 @@ def _add(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) ->
     features = placed.inputs.get(layer)
     if features is None:
         return arguments, rest
+    placed.added.add(layer)
     name = "hidden_states"
     hidden = rest[name] if name in rest else arguments[0]
     tokens, features = placed.tokens.to(hidden.device), features.to(hidden.device, hidden.dtype)
     summed = hidden.index_copy(1, tokens, hidden.index_select(1, tokens) + features[None])
     return (arguments, rest | {name: summed}) if name in rest else ((summed, *arguments[1:]), rest)
+
+
+def _require_added(text: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+    """Forward hook of the text model: each layer has taken its features, or the hidden states are wrong."""
+    if ADDED in given and len(given[ADDED].added) != len(given[ADDED].inputs):
+        raise AssertionError("features of images were not added to the layers that they belong to")
 
 
 def _without_text_borders(visual: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> Any:

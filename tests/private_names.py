@@ -1,6 +1,6 @@
 """What a package borrows from other libraries by private names, as its syntax tree shows it.
 
-python tests/upstream/private_names.py [FOLDER]    # prints a line for each
+python tests/private_names.py [FOLDER]    # prints a line for each
 """
 
 import ast
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[2] / "qwenvl_ft"
+PACKAGE = Path(__file__).resolve().parents[1] / "qwenvl_ft"
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make"}
 """Underscored names that Python documents for use: os._exit, and those of named tuples."""
 INNARDS = {

@@ -4,9 +4,13 @@ A byte-level BPE splits a text at its added tokens, then into words, and merges 
 text are those of its words, of which a data set has few. What this does not cover, the tokenizer itself counts.
 """
 
-import json
+import pickle
 import re
 from typing import Any
+
+from tokenizers import Regex
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -76,15 +80,20 @@ def _splits_as_known(tokenizer: Any, added: Any) -> bool:
         return False
     if any(token.normalized or token.lstrip or token.rstrip or token.single_word for token in added):
         return False
-    state = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else {"type": "NFC"}
-    steps = json.loads(tokenizer.pre_tokenizer.__getstate__()) if tokenizer.pre_tokenizer else {}
-    parts = steps.get("pretokenizers", [])
     return (
-        state == {"type": "NFC"}
-        and [part["type"] for part in parts] == ["Split", "ByteLevel"]
-        and (parts[0]["pattern"], parts[0]["behavior"], parts[0]["invert"]) == ({"Regex": SPLIT}, "Isolated", False)
-        and not parts[1]["add_prefix_space"]
-        and not parts[1]["use_regex"]
+        _same(tokenizer.normalizer, None, NFC())
+        and _same(tokenizer.pre_tokenizer, *(_splitting(trim) for trim in (False, True)))
         and type(tokenizer.model).__name__ == "BPE"
         and not tokenizer.model.dropout
     )
+
+
+def _splitting(trim_offsets: bool) -> PreTokenizer:
+    """Of the tokenizers of Qwen2-VL to Qwen3-VL."""
+    words = Split(Regex(SPLIT), behavior="isolated", invert=False)
+    return Sequence([words, ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets, use_regex=False)])
+
+
+def _same(part: Any, *known: Any) -> bool:
+    """Whether a part of a tokenizer is as one of these, by all that it is saved with."""
+    return pickle.dumps(part) in map(pickle.dumps, known)

@@ -6,6 +6,7 @@ medium, which follows from the media's headers. Letters: D draft tokens, L token
 
 import hashlib
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,8 +20,6 @@ import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import Qwen3VLProcessor
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Sample, Source, Text, Video
 from qwenvl_ft.data.counting import TokenCounter
@@ -48,6 +47,8 @@ from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.rope import mrope_positions
 from qwenvl_ft.data.video import Clip, clip_pixels, plan_clip
 from qwenvl_ft.errors import DataError, RecipeError, unknown_name
+from qwenvl_ft.upstream.processors import require_known_rule, video_patches
+from qwenvl_ft.upstream.templates import TemplateRenderer, render_with_tools
 
 
 class Extent(NamedTuple):
@@ -89,7 +90,8 @@ class Encoder:
         raw_pixels: images as raw patches (data/pixels.py), which a model takes after `use_raw_patches`.
 
     Raises:
-        RecipeError: an unknown strategy, or a control token in the system prompt or the tools.
+        RecipeError: an unknown strategy, a control token in the system prompt or the tools, or a transformers whose
+            processors resize by a rule that is not known.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class Encoder:
         self._start_id = self._tokenizer.token_to_id(VISION_START)
         self._end_id = self._tokenizer.token_to_id(VISION_END)
         self._template = processor.chat_template or processor.tokenizer.chat_template
+        self._rendered = TemplateRenderer(processor.tokenizer, self._template)
+        require_known_rule(processor)
 
     def __call__(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> Sample:
         """Encode a record for training.
@@ -223,6 +227,7 @@ class Encoder:
             "tools": self.tools,
             "vision_id": self.add_vision_id,
             "template": self._template,
+            "special": self._rendered.special_tokens,
             "image": self.processor.image_processor.to_dict(),
             "video": self.processor.video_processor.to_dict(),
             "policy": asdict(self.policy),
@@ -238,7 +243,7 @@ class Encoder:
         tokenizer, told = self._tokenizer, hashlib.sha256()
         file = Path(self.processor.tokenizer.name_or_path or "/", "tokenizer.json")
         told.update(file.read_bytes() if file.is_file() else tokenizer.to_str().encode())
-        states = [part and part.__getstate__() for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
+        states = [pickle.dumps(part, protocol=4) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
         added = sorted((number, repr(token)) for number, token in tokenizer.get_added_tokens_decoder().items())
         switches = tokenizer.truncation, tokenizer.padding, tokenizer.encode_special_tokens
         told.update(repr((states, added, switches, tokenizer.get_vocab_size())).encode())
@@ -286,24 +291,13 @@ class Encoder:
     def _render(self, messages: tuple[Message, ...], tools: list[Any], invite: bool, source: Source) -> str:
         chat = [template_message(message, source) for message in messages]
         refuse_control(tools, f"{source}: a tool")
-        told: dict[str, Any] = {"tools": tools or None, "add_generation_prompt": invite}
-        told["add_vision_id"] = self.add_vision_id
+        told = {"add_generation_prompt": invite, "add_vision_id": self.add_vision_id}
         try:
             if tools or any("tool_calls" in message for message in chat):
-                rendered: Any = render_jinja_template(conversations=[chat], chat_template=self._template, **told)
-                return rendered[0][0]
-            return self._plain_template.render(messages=chat, documents=None, **told)
+                return render_with_tools(self.processor.tokenizer, self._template, chat, tools or None, **told)
+            return self._rendered(chat, **told)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"{source}: the chat template cannot show it: {' '.join(str(error).split())}.") from None
-
-    @property
-    def _plain_template(self) -> Any:
-        """The compiled template, for messages of nothing but texts and kinds of media, which `template_message` makes.
-
-        transformers copies messages first, so that a template gets at no object with methods; there are none. The
-        template is compiled once a process, and not kept here: it does not pickle.
-        """
-        return _compile_jinja_template(self._template)
 
     def _encode(self, text: str, source: Source) -> Any:
         with _lone_surrogates_named(text, source):
@@ -436,17 +430,11 @@ class Encoder:
 
     def _video_pixels(self, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         processor = self.processor.video_processor
-        pixels = processor(
-            videos=[
-                clip_pixels(video, clip, processor, self.policy, draft.source)
-                for video, clip in zip(draft.videos, draft.clips, strict=True)
-            ],
-            video_metadata=[VideoMetadata(total_num_frames=len(clip.indices), fps=clip.rate) for clip in draft.clips],
-            do_resize=False,
-            do_sample_frames=False,
-            cap_pixels_per_frame=False,
-            return_tensors="pt",
-        )
+        clips = [
+            clip_pixels(video, clip, processor, self.policy, draft.source)
+            for video, clip in zip(draft.videos, draft.clips, strict=True)
+        ]
+        pixels = video_patches(processor, clips, [clip.rate for clip in draft.clips])
         return pixels["pixel_values_videos"], checked_grids(pixels["video_grid_thw"], draft.video_grids, draft.source)
 
 

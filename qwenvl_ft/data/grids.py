@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from qwenvl_ft.data.conversation import Image, Limits, Source
 from qwenvl_ft.data.media import MediaPolicy, image_size
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.upstream import processors
 
 Grid = tuple[int, int, int]
 """Patches along time, height, width."""
@@ -30,7 +30,7 @@ def image_grid(image: Image, processor: Any, policy: MediaPolicy, source: Source
 def exact_size(height: int, width: int, factor: int) -> tuple[int, int]:
     """A stated size in whole merged patches of ``factor`` pixels."""
     least, most = (tokens * factor * factor for tokens in EXACT_TOKENS)
-    return smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=most)
+    return processors.image_size(height, width, factor=factor, min_pixels=least, max_pixels=most)
 
 
 def _size(height: int, width: int, limits: Limits, processor: Any) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def _size(height: int, width: int, limits: Limits, processor: Any) -> tuple[int,
         least, most = min(least, limits.max_pixels), limits.max_pixels
     if limits.min_pixels is not None:
         least, most = limits.min_pixels, max(most, limits.min_pixels)
-    return smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=most)
+    return processors.image_size(height, width, factor=factor, min_pixels=least, max_pixels=most)
 
 
 def checked_grids(actual: torch.Tensor, planned: list[Grid], source: Source) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
-from transformers.image_utils import pil_torch_interpolation_mapping
+
+from qwenvl_ft.upstream.processors import interpolation, is_torchvision
 
 STANDARD = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 """Settings of an image processor of which raw patches are the first half."""
@@ -23,9 +24,7 @@ CHANNELS = 3
 
 def obstacle(image_processor: Any) -> str:
     """Why an image processor's patches cannot be made from raw ones; empty if they can."""
-    from transformers.image_processing_backends import TorchvisionBackend
-
-    if not isinstance(image_processor, TorchvisionBackend):
+    if not is_torchvision(image_processor):
         return f"the image processor is {type(image_processor).__name__}, not of torchvision"
     for name, value in STANDARD.items():
         found = getattr(image_processor, name, None)
@@ -71,5 +70,4 @@ def resized(pixels: Tensor, height: int, width: int, processor: Any) -> Tensor:
     """uint8[..., height, width] of uint8[..., H, W], as the torchvision processors of transformers resize."""
     if pixels.shape[-2:] == (height, width):
         return pixels
-    mode = pil_torch_interpolation_mapping.get(processor.resample, processor.resample)
-    return tvF.resize(pixels, [height, width], interpolation=mode, antialias=True)
+    return tvF.resize(pixels, [height, width], interpolation=interpolation(processor), antialias=True)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from qwenvl_ft.data.conversation import Sampling, Source, Video
 from qwenvl_ft.data.deadline import within
@@ -25,6 +24,7 @@ from qwenvl_ft.data.grids import Grid, exact_size
 from qwenvl_ft.data.media import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.pixels import resized
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.upstream import processors
 
 DEFAULT_FPS = 2.0
 """Frames a second of a list of frames that does not say; the rate at which the released models sample videos."""
@@ -69,7 +69,7 @@ def plan_clip(video: Video, processor: Any, policy: MediaPolicy, source: Source)
     Raises:
         DataError: the video cannot be opened, has too few frames, or the processor knows no videos.
     """
-    if not hasattr(processor, "max_video_tokens"):
+    if not processors.shows_videos(processor):
         raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(processor).__name__}.")
     try:
         footage = _listed(video, policy) if isinstance(video.value, (list, tuple)) else _filmed(video.value, policy)
@@ -201,9 +201,7 @@ def _size(video: Video, footage: Footage, frames: int, processor: Any) -> tuple[
         return footage.height, footage.width
     if limits.resized_height is not None and limits.resized_width is not None:
         return exact_size(limits.resized_height, limits.resized_width, factor)
-    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-    if processor.cap_pixels_per_frame:
-        most = max(min(processor.max_video_tokens * factor * factor, most // frames), int(least * 1.05)) * frames
+    least, most = processor.size["shortest_edge"], processors.most_of_video(processor, frames)
     if limits.total_pixels is not None:
         most = min(most, limits.total_pixels)
     if limits.max_pixels is not None:
@@ -212,7 +210,7 @@ def _size(video: Video, footage: Footage, frames: int, processor: Any) -> tuple[
     if limits.min_pixels is not None:
         least = limits.min_pixels * frames
         most = max(least, most)
-    return smart_resize(
+    return processors.video_size(
         frames,
         footage.height,
         footage.width,

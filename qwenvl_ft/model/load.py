@@ -412,12 +412,13 @@ def _set_areas(processor: Any, prefix: str, smallest: int | None, largest: int |
 
 
 def _set_frames(processor: Any, area: int | None, fps: float | None, least: int | None, most: int | None) -> None:
-    """Which frames are taken, and the largest of them (source: ``cap_pixels_per_frame`` of transformers)."""
-    told = {"fps": fps, "min_frames": least, "max_frames": most}
+    """Which frames are taken, and the largest of them."""
     if area is not None:
+        from qwenvl_ft.upstream.processors import set_frame_cap
+
         tokens = area // (processor.patch_size * processor.merge_size) ** 2
-        told |= {"max_video_tokens": max(tokens, 1), "cap_pixels_per_frame": True}
-    for name, value in told.items():
+        set_frame_cap(processor, max(tokens, 1))
+    for name, value in {"fps": fps, "min_frames": least, "max_frames": most}.items():
         if value is not None:
             setattr(processor, name, value)
     if processor.min_frames > processor.max_frames:

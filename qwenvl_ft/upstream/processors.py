@@ -1,0 +1,268 @@
+"""Borrowed: the rules by which transformers' Qwen processors resize images and videos, and where processors differ.
+
+Grids are planned from headers by the processors' own functions, so that a run shows a medium as inference with the same
+transformers shows it.
+
+- ``smart_resize`` of ``models.qwen2_vl.image_processing_qwen2_vl`` and ``models.qwen3_vl.video_processing_qwen3_vl``,
+  public names in the files of models: 5.5 to 5.24. The one of videos counts an odd number of frames as one more up to
+  5.12, and refuses frames smaller than a token; from 5.15 on it rounds to even and enlarges. Where a name is gone, a
+  copy of the rule of 5.24 stands in (`RESIZING`), if the processors' public counts of patches agree with it.
+- ``Qwen3VLVideoProcessor.cap_pixels_per_frame`` and ``max_video_tokens``: 5.16 to 5.24, and announced to go, as the cap
+  becomes the rule. Before 5.16 there is no cap, and a recipe that asks for one is refused. A processor that has the
+  number and no switch caps always.
+- ``transformers.image_utils.pil_torch_interpolation_mapping`` is not borrowed: `interpolation` has the same six pairs.
+- An image processor is of torchvision if its ``backend`` says so: a public property, 5.5 to 5.24.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from PIL.Image import Resampling
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.probe import Feature, first, installed, takes
+
+INTERPOLATIONS = {
+    Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
+    Resampling.BOX: InterpolationMode.BOX,
+    Resampling.BILINEAR: InterpolationMode.BILINEAR,
+    Resampling.HAMMING: InterpolationMode.HAMMING,
+    Resampling.BICUBIC: InterpolationMode.BICUBIC,
+    Resampling.LANCZOS: InterpolationMode.LANCZOS,
+}
+"""A processor's ``resample``, a number of PIL -> what its torchvision backend resizes tensors by."""
+
+IMAGE_RULE = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
+VIDEO_RULE = "transformers.models.qwen3_vl.video_processing_qwen3_vl"
+PROBE_SIZES = (17, 40), (480, 641), (3000, 2000)
+"""(height, width) of what the copied rules are compared on: enlarged, rounded, shrunk."""
+PROBE_FRAMES = 7
+RULE_ARGUMENTS = ("height", "width", "factor", "min_pixels", "max_pixels")
+
+
+def image_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) after resizing, in whole tokens of ``factor`` pixels.
+
+    Raises:
+        ValueError: the image is too long and thin.
+    """
+    return _rule(IMAGE_RULE)(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+
+def video_size(
+    frames: int, height: int, width: int, *, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """(height, width) of each frame after resizing; the areas are of all frames together.
+
+    Raises:
+        ValueError: the frames are too long and thin, or too small for this transformers.
+    """
+    return _rule(VIDEO_RULE)(
+        num_frames=frames,
+        height=height,
+        width=width,
+        temporal_factor=temporal_factor,
+        factor=factor,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+
+
+def require_known_rule(processor: Any) -> None:
+    """Where the processors' own rules are not found: theirs must count as many patches as the copies here.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    if not RESIZING.missing():
+        return
+    parts = [(processor.image_processor, "get_number_of_image_patches", 1)]
+    if shows_videos(processor.video_processor):
+        parts.append((processor.video_processor, "get_num_of_video_patches", PROBE_FRAMES))
+    for part, count, frames in parts:
+        for height, width in PROBE_SIZES:
+            steps = -(-frames // part.temporal_patch_size)
+            size = _probed(part, frames, height, width)
+            ours = steps * size[0] * size[1] // part.patch_size**2
+            given = (height, width) if frames == 1 else (frames, height, width)
+            theirs = getattr(part, count)(*given) if hasattr(part, count) else None
+            if theirs != ours:
+                raise RecipeError(
+                    f"{type(part).__name__} of {installed(('transformers',))} makes {theirs} patches of {width} x "
+                    f"{height} pixels, {ours} are expected. Install a version that docs/compatibility.md lists."
+                )
+
+
+def _probed(part: Any, frames: int, height: int, width: int) -> tuple[int, int]:
+    told = {"factor": part.patch_size * part.merge_size, "min_pixels": part.size["shortest_edge"]}
+    if frames == 1:
+        return image_size(height, width, max_pixels=part.size["longest_edge"], **told)
+    most = most_of_video(part, frames)
+    return video_size(frames, height, width, temporal_factor=part.temporal_patch_size, max_pixels=most, **told)
+
+
+def interpolation(processor: Any) -> Any:
+    """How a processor resizes, as torchvision takes it."""
+    mode = INTERPOLATIONS.get(processor.resample, processor.resample)
+    return _lanczos() if mode is InterpolationMode.LANCZOS else mode
+
+
+def is_torchvision(image_processor: Any) -> bool:
+    """Whether an image processor resizes by torchvision."""
+    return getattr(image_processor, "backend", "") == "torchvision"
+
+
+def shows_videos(video_processor: Any) -> bool:
+    """Whether it is one of Qwen3-VL, which says the time of each frame."""
+    from transformers import Qwen3VLVideoProcessor
+
+    return isinstance(video_processor, Qwen3VLVideoProcessor)
+
+
+def most_of_video(processor: Any, frames: int) -> int:
+    """Largest area of all frames of a video together: the processor's, and its cap per frame where that is on."""
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if not _caps(processor):
+        return int(most)
+    cap = processor.max_video_tokens * (processor.patch_size * processor.merge_size) ** 2
+    return int(max(min(cap, most // frames), int(least * 1.05)) * frames)
+
+
+def set_frame_cap(processor: Any, tokens: int) -> None:
+    """Show no frame in more tokens.
+
+    Raises:
+        RecipeError: this transformers has no cap.
+    """
+    if not hasattr(processor, "max_video_tokens"):
+        CAP.require("template.video_frame_max_pixels")
+    processor.max_video_tokens = tokens
+    if hasattr(processor, "cap_pixels_per_frame"):
+        processor.cap_pixels_per_frame = True
+
+
+def video_patches(processor: Any, clips: Sequence[torch.Tensor], rates: Sequence[float]) -> Any:
+    """What a processor makes of frames that are chosen and resized already.
+
+    Args:
+        clips: uint8[F, 3, H, W] each.
+        rates: frames a second of each film; their times are in the text, so nothing depends on it.
+    """
+    from transformers.video_utils import VideoMetadata
+
+    told: dict[str, Any] = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
+    if hasattr(processor, "cap_pixels_per_frame"):
+        told["cap_pixels_per_frame"] = False  # it has no part without resizing, and warns if nothing is said
+    metadata = [VideoMetadata(total_num_frames=len(clip), fps=rate) for clip, rate in zip(clips, rates, strict=True)]
+    return processor(videos=list(clips), video_metadata=metadata, **told)
+
+
+def _caps(processor: Any) -> bool:
+    if not hasattr(processor, "max_video_tokens"):
+        return False
+    return bool(getattr(processor, "cap_pixels_per_frame", True))
+
+
+@cache
+def _lanczos() -> InterpolationMode:
+    """Before 0.27, torchvision resizes no tensor so, and transformers takes the nearest that it has."""
+    try:
+        resize(torch.zeros(3, 4, 4, dtype=torch.uint8), [2, 2], interpolation=InterpolationMode.LANCZOS)
+    except (ValueError, TypeError, NotImplementedError):
+        return InterpolationMode.BICUBIC
+    return InterpolationMode.LANCZOS
+
+
+@cache
+def _rule(module: str) -> Callable[..., tuple[int, int]]:
+    if _no_rule(module):
+        return _image_rule if module == IMAGE_RULE else _video_rule
+    rule: Callable[..., tuple[int, int]] = import_module(module).smart_resize
+    return rule
+
+
+def _no_rule(module: str) -> str:
+    try:
+        rule = import_module(module).smart_resize
+    except (ImportError, AttributeError):
+        return f"has no {module}.smart_resize"
+    more = ("num_frames", "temporal_factor") if module == VIDEO_RULE else ()
+    return takes(rule, *RULE_ARGUMENTS, *more)
+
+
+def _image_rule(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Source: ``smart_resize`` of transformers 5.24, models/qwen2_vl/image_processing_qwen2_vl.py."""
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(
+            f"absolute aspect ratio must be smaller than 200, got {max(height, width) / min(height, width)}"
+        )
+    sizes = round(height / factor) * factor, round(width / factor) * factor
+    if sizes[0] * sizes[1] > max_pixels:
+        return _fitted(height, width, factor, math.sqrt(height * width / max_pixels))
+    if sizes[0] * sizes[1] < min_pixels:
+        return _filled(height, width, factor, math.sqrt(min_pixels / (height * width)))
+    return sizes
+
+
+def _video_rule(
+    num_frames: int, height: int, width: int, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Source: ``smart_resize`` of transformers 5.24, models/qwen3_vl/video_processing_qwen3_vl.py."""
+    if num_frames < temporal_factor:
+        raise ValueError(f"t:{num_frames} must be larger than temporal_factor:{temporal_factor}")
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(
+            f"absolute aspect ratio must be smaller than 200, got {max(height, width) / min(height, width)}"
+        )
+    sizes = round(height / factor) * factor, round(width / factor) * factor
+    area = round(num_frames / temporal_factor) * temporal_factor * sizes[0] * sizes[1]
+    if area > max_pixels:
+        return _fitted(height, width, factor, math.sqrt(num_frames * height * width / max_pixels))
+    if area < min_pixels:
+        return _filled(height, width, factor, math.sqrt(min_pixels / (num_frames * height * width)))
+    return sizes
+
+
+def _fitted(height: int, width: int, factor: int, beta: float) -> tuple[int, int]:
+    return (
+        max(factor, math.floor(height / beta / factor) * factor),
+        max(factor, math.floor(width / beta / factor) * factor),
+    )
+
+
+def _filled(height: int, width: int, factor: int, beta: float) -> tuple[int, int]:
+    return math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+
+
+@cache
+def _no_cap() -> str:
+    from transformers import Qwen3VLVideoProcessor
+
+    found = hasattr(Qwen3VLVideoProcessor, "max_video_tokens")
+    return "" if found else "has no Qwen3VLVideoProcessor.max_video_tokens (5.16 is the first that has)"
+
+
+RESIZING = Feature(
+    name="media resized by the processors' own rule",
+    packages=("transformers",),
+    missing=cache(lambda: first(_no_rule(IMAGE_RULE), _no_rule(VIDEO_RULE))),
+    instead="the rule of transformers 5.24 is used where the processor counts as many patches, else data is refused",
+)
+CAP = Feature(
+    name="a largest area of a video's frames",
+    packages=("transformers",),
+    missing=_no_cap,
+    instead="",
+)
+FEATURES = (RESIZING,)

@@ -61,7 +61,7 @@ def stored(image: PILImage.Image) -> Tensor:
     try:
         told: Any = pa.array(image)
         pixels = torch.from_dlpack(told.values)
-    except ValueError:
+    except (ValueError, TypeError):  # several blocks, or a Pillow that does not share its bytes
         pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 4)
 

@@ -24,8 +24,9 @@ from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.data.lengths import measure
 from qwenvl_ft.data.media import MediaPolicy
 from qwenvl_ft.data.video import clip_pixels, plan_clip, spread
-from qwenvl_ft.errors import DataError
+from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
+from qwenvl_ft.upstream.processors import CAP
 
 SOURCE = Source("d", "d.jsonl:7")
 
@@ -77,6 +78,12 @@ def loaded(processor, path):
     return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata
 
 
+def capped(video_processor):
+    """The cap per frame, if this transformers has one, said aloud: it warns where nothing is said."""
+    name = "cap_pixels_per_frame"
+    return {name: bool(getattr(video_processor, name))} if hasattr(video_processor, name) else {}
+
+
 def official(processor, path, question):
     """Ids without the outer pair of borders (facts of the released models), pixels and grid of transformers."""
     video, metadata = loaded(processor, path)
@@ -86,12 +93,14 @@ def official(processor, path, question):
         videos=[video],
         video_metadata=[metadata],
         do_sample_frames=False,
-        cap_pixels_per_frame=bool(processor.video_processor.cap_pixels_per_frame),
         return_tensors="pt",
+        **capped(processor.video_processor),
     )
     ids = out["input_ids"][0].tolist()
     first = ids.index(processor.vision_start_token_id)
     last = len(ids) - 1 - ids[::-1].index(processor.vision_end_token_id)
+    if ids[first + 1] == processor.video_token_id:  # transformers 5.9 and older write no outer pair
+        return ids, out
     return ids[:first] + ids[first + 1 : last] + ids[last + 1 :], out
 
 
@@ -179,6 +188,8 @@ def test_hidden_frames_are_not_counted(processor, films, tmp_path):
 @pytest.mark.parametrize("angle", [90, 180, 270])
 def test_a_turned_video_stands_upright(processor, tmp_path, angle):
     """The white corner goes where a player shows it: a positive angle turns counter-clockwise."""
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV writes no turned films")
     path = film(str(tmp_path / "turned.mp4"), size=(128, 64), turned=angle)
     part = processor.video_processor
     clip = plan_clip(Video(path), part, MediaPolicy(), SOURCE)
@@ -231,6 +242,10 @@ def test_each_video_can_say_how_it_is_shown(processor, films):
 
 
 def test_a_cap_per_frame_is_the_processors_own(tiny_dir, films):
+    if CAP.missing():
+        with pytest.raises(RecipeError, match=r"template.video_frame_max_pixels: .* does not work with transformers"):
+            load_processor(str(tiny_dir), video_frame_max_pixels=4096)
+        return
     processor = load_processor(str(tiny_dir), video_frame_max_pixels=4096)
     ids, out = official(processor, films["odd"], "What moves?")
     sample = Encoder(processor)(asked(films["odd"]))
@@ -379,14 +394,14 @@ def test_videos_and_images_of_one_sample_are_what_transformers_makes_of_them(pro
             told[1][1],
         ],
         do_sample_frames=False,
-        cap_pixels_per_frame=bool(part.cap_pixels_per_frame),
         return_tensors="pt",
+        **capped(part),
     )
     decoded = processor.tokenizer.decode(out["input_ids"][0].tolist())
     frame = r"<[\d.]+ seconds><\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>"
     outer = rf"<\|vision_start\|>((?:{frame})+)<\|vision_end\|>"
     expected, count = re.subn(outer, r"\1", decoded)
-    assert count == 3, "vacuous: no outer borders were there"
+    assert count in (0, 3), "transformers 5.9 and older write no outer pair"
     sample = Encoder(processor, add_vision_id=True)(record)
     assert processor.tokenizer.decode(sample["input_ids"].tolist()).startswith(expected)
     assert "Video 3: <0." in expected

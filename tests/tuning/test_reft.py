@@ -1,12 +1,16 @@
 """ReFT's edits are the paper's formulas, at positions that a loop over samples finds too."""
 
+import itertools
+
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.adapters.reft import INTERVENTIONS, ReftLayer, edited, parse_positions
 from qwenvl_ft.model.load import with_adapter
+from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.tuning.prepare import prepare_model
 
@@ -150,6 +154,139 @@ def test_batched_generation_answers_as_one_prompt_alone(fresh, tuner, processor,
     for prompt, answer in zip(prompts, answers, strict=True):
         alone = processor.tokenizer([prompt], return_tensors="pt")
         assert torch.equal(model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :], answer)
+
+
+def edit_of(layer):
+    """LoReFT's formula with a layer's weights: hidden states -> what they become."""
+    rotate, weight = layer.basis("default").detach(), layer.reft_W["default"].detach()
+    bias = layer.reft_bias["default"].detach()
+    return lambda h: h + ((h @ weight.T + bias) - h @ rotate.T) @ rotate
+
+
+def answered_by_hand(fresh, kind, adapted, inputs, first, last, count):
+    """Logits of a greedy answer: the whole sequence anew for each token, edited at the prompt's ends by hooks."""
+    plain, prompt = fresh(kind).eval(), inputs["input_ids"].shape[1]
+    chosen = sorted({*range(first), *range(prompt - last, prompt)})
+
+    def by_hand(formula):
+        def hook(module, args, output):
+            output = output.clone()
+            output[:, chosen] = formula(output[:, chosen])
+            return output
+
+        return hook
+
+    for name, layer in edits(adapted).items():
+        plain.get_submodule(name).register_forward_hook(by_hand(edit_of(layer)))
+    ids, media = (
+        inputs["input_ids"],
+        {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs},
+    )
+    steps = []
+    for _ in range(count):
+        types = {"mm_token_type_ids": (ids == plain.config.image_token_id).int()} if media else {}
+        with torch.no_grad():
+            logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **media, **types).logits
+        steps.append(logits[0, -1])
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return torch.stack(steps)
+
+
+def answered(model, inputs, count=6, **options):
+    """Logits of each step of a greedy answer, for each row."""
+    told = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    found = model.generate(**inputs, **told, **options, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(found.logits, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("positions", ["f2+l3", "l1"])
+def test_generation_edits_the_prompt_alone(fresh, tuner, processor, batch, kind, positions):
+    """A prompt by itself, one with images, and a batch that is padded on the left: as without any cache."""
+    first, last = parse_positions(positions)
+    model = stirred(prepare_model(fresh(kind), tuner(train_type="reft", reft_positions=positions, **TEXT_ONLY))).eval()
+    expected = answered_by_hand(fresh, kind, model, batch, first, last, 6)
+    torch.testing.assert_close(answered(model, batch)[0], expected, rtol=1e-4, atol=1e-4)
+
+    processor.tokenizer.padding_side = "left"
+    prompts = ["Say a word about the small red circle.", "Yes, and?"]
+    together = answered(model, processor.tokenizer(prompts, return_tensors="pt", padding=True))
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = processor.tokenizer([prompt], return_tensors="pt")
+        expected = answered_by_hand(fresh, kind, model, alone, first, last, 6)
+        torch.testing.assert_close(answered(model, alone)[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_edits_of_generated_tokens_would_be_seen(fresh, tuner, batch, monkeypatch):
+    """As if no cache were found, which transformers 5.24 did to code that knew it by its old name."""
+    monkeypatch.setattr("qwenvl_ft.model.adapters.reft.continues", lambda inputs: False)
+    model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="l1", **TEXT_ONLY))).eval()
+    expected = answered_by_hand(fresh, "dense", model, batch, 0, 1, 6)
+    found = answered(model, batch)[0]
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, expected, atol=0.05)
+
+
+def test_generation_without_a_cache_is_refused(fresh, tuner, batch):
+    """Each step would be a whole prompt, whose last token is an answer's."""
+    model = prepare_model(fresh(), tuner(train_type="reft", **TEXT_ONLY)).eval()
+    with pytest.raises(RecipeError, match=r"use_cache=False.*reft_positions"):
+        model.generate(**batch, max_new_tokens=3, use_cache=False)
+    first = prepare_model(fresh(), tuner(train_type="reft", reft_positions="f1", **TEXT_ONLY)).eval()
+    torch.testing.assert_close(answered(first, batch, use_cache=False), answered(first, batch), rtol=1e-4, atol=1e-4)
+
+
+class Edited(torch.nn.Module):
+    """A layer whose output, or whose input, is edited at chosen places by the paper's formula."""
+
+    def __init__(self, layer, edit, chosen):
+        super().__init__()
+        self.layer, self.chosen = layer, chosen
+        self.formula = edit_of(edit)
+        self.before, self.after = None, True
+
+    def edited(self, hidden):
+        hidden = hidden.clone()
+        hidden[0, self.chosen] = self.formula(hidden[0, self.chosen])
+        return hidden
+
+    def forward(self, hidden, **told):
+        output = self.layer(hidden if self.before is None else self.before(hidden), **told)
+        return self.edited(output) if self.after else output
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("positions", ["all", "f7+l9"])
+def test_an_edit_comes_before_what_deepstack_adds(fresh, tuner, encoder, mixed_records, checkpoints, kind, positions):
+    """transformers' own model, loaded by itself, each layer wrapped in a module that edits what the layer returns."""
+    options = {"attn_impl": "eager", "patch_embed": "conv3d"}
+    settings = {"train_type": "reft", "reft_positions": positions} | TEXT_ONLY
+    model = stirred(prepare_model(fresh(kind, **options), tuner(**settings))).eval()
+    sample = encoder(mixed_records[2])
+    batches = [QwenVLCollator()([sample]), QwenVLCollator(places=MediaPlaces.of(model))([sample])]
+    chosen = list(range(len(sample["input_ids"])))
+    if positions != "all":
+        chosen = sorted(by_loop(sample, *parse_positions(positions)))
+    plain = AutoModelForImageTextToText.from_pretrained(
+        checkpoints[kind], dtype=torch.float32, attn_implementation="eager"
+    )
+    text = plain.model.language_model
+    assert len(plain.config.vision_config.deepstack_visual_indexes) > 1, "vacuous: no feature is added behind a layer"
+    wrapped = [Edited(layer, edit, chosen) for layer, edit in zip(text.layers, edits(model).values(), strict=True)]
+    text.layers = torch.nn.ModuleList(wrapped)
+    told = {name: batches[0][name] for name in ("input_ids", "position_ids", "pixel_values", "image_grid_thw")}
+    told["mm_token_type_ids"] = (told["input_ids"] == plain.config.image_token_id).int()
+    with torch.no_grad():
+        expected = plain.eval()(**told, use_cache=False).logits
+        for row in batches:
+            assert torch.equal(
+                model(**{name: value for name, value in row.items() if name != "sources"}).logits, expected
+            )
+        for layer, following in itertools.pairwise(wrapped):
+            layer.after, following.before = False, layer.edited
+        swapped = plain(**told, use_cache=False).logits
+    assert not torch.allclose(swapped, expected, atol=1e-3), "vacuous: the order makes no difference"
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 
 def register_adapters() -> None:
-    """Make our types known to peft, which has no door for types that are not in its own list (peft 0.21)."""
-    from peft import mapping
-
+    """Make our types known to peft."""
     from qwenvl_ft.model.adapters.bottleneck import BottleneckConfig, BottleneckTuner
     from qwenvl_ft.model.adapters.reft import ReftConfig, ReftTuner
+    from qwenvl_ft.upstream.peft import register_type
 
-    for config, tuner in ((BottleneckConfig, BottleneckTuner), (ReftConfig, ReftTuner)):
-        kind = config.kind.value
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config  # type: ignore[index]
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner  # type: ignore[index]
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix  # type: ignore[index]
+    register_type(BottleneckConfig.kind.value, BottleneckConfig, BottleneckTuner)
+    register_type(ReftConfig.kind.value, ReftConfig, ReftTuner)

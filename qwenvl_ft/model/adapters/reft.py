@@ -16,6 +16,7 @@ a layer share its weights. Letters: B rows, T tokens, D width, Q rank, K edited 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.adapters.tuner import OwnConfig, OwnLayer, OwnTuner, OwnType
+from qwenvl_ft.upstream.cache import continues, named
 
 INTERVENTIONS = ("LoreftIntervention", "NoreftIntervention", "ConsreftIntervention")
 """Kinds of edit, by pyreft's names."""
@@ -54,11 +56,23 @@ class Positions:
         self.first, self.last = parse_positions(told)
         self.index: Tensor | None = None
         """int64[K] into the B * T tokens; None for all of them."""
+        self.tokens = -1
+        """B * T of the pass that it was made for."""
 
     def follow(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the model, which sees what the layers do not: where prompts end."""
-        inputs = kwargs | ({"input_ids": args[0]} if args else {})
-        self.index = None if self.everywhere else edited(inputs, self.first, self.last)
+        if not self.everywhere:
+            inputs = named(model, args, kwargs)
+            self.index, self.tokens = edited(inputs, self.first, self.last), math.prod(_given(inputs).shape[:2])
+
+    def of(self, output: Tensor) -> Tensor | None:
+        """``index``, for a layer's output ``[B, T, D]``."""
+        if not self.everywhere and math.prod(output.shape[:-1]) != self.tokens:
+            raise CheckpointError(
+                "ReFT's layers ran without their model's forward, which sees where prompts end. Call the PeftModel, "
+                "its base model, or their generate."
+            )
+        return self.index
 
 
 class ReftLayer(OwnLayer):
@@ -95,7 +109,7 @@ class ReftLayer(OwnLayer):
         return (q * r.diagonal().sign()).T
 
     def changed(self, output: Tensor, adapter_name: str) -> Tensor:
-        index = self.positions[adapter_name].index
+        index = self.positions[adapter_name].of(output)
         if index is not None and index.numel() == 0:
             return output
         flat = output.reshape(-1, output.shape[-1])  # [B * T, D]
@@ -114,9 +128,24 @@ class ReftTuner(OwnTuner):
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
 
-    def _add(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
+    def add_to(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
         width = self.model.config.get_text_config().hidden_size
         layer.add(adapter_name, config, width=width, positions=self._positions(adapter_name, config))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's; a cache is how edits know where the prompt ended.
+
+        Raises:
+            RecipeError: without a cache, the last token of an answer would be taken for the prompt's.
+        """
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        cached = kwargs["use_cache"] if "use_cache" in kwargs else settings.use_cache
+        if cached is False and any(self.followed[name].last for name in self.active_adapters if name in self.followed):
+            raise RecipeError(
+                "use_cache=False: generation needs a cache with tuner.reft_positions that count from a prompt's end, "
+                "which could not be told from the answer's. Leave use_cache on."
+            )
+        return self.model.generate(*args, **kwargs)
 
     def _positions(self, adapter_name: str, config: Any) -> Positions:
         """Of one adapter, the same for all layers; peft tells of the first adapter only before it adds layers."""
@@ -147,16 +176,15 @@ def edited(inputs: dict[str, Any], first: int, last: int) -> Tensor:
     """Edited positions of a forward pass, from the model's keyword arguments.
 
     A prompt ends before an answer, told by ``labels`` or by the positions that predict one in ``logits_to_keep``;
-    without either, as in generation, it is the whole sample. With tokens in the cache nothing is edited: what comes
-    after them are answers.
+    without either, as in generation, it is the whole sample. Where earlier passes have seen tokens nothing is edited:
+    what comes after them are answers.
 
     Returns:
         int64[K], ascending, into the B * T tokens.
     """
-    given = next(inputs[key] for key in ("input_ids", "inputs_embeds") if key in inputs and inputs[key] is not None)
+    given = _given(inputs)
     rows, tokens = given.shape[:2]
-    cache = inputs["past_key_values"] if "past_key_values" in inputs else None
-    if cache is not None and cache.get_seq_length() > 0:
+    if continues(inputs):
         return torch.empty(0, dtype=torch.int64, device=given.device)
     real, begins = _samples(inputs, rows, tokens, given.device)
     place = torch.arange(tokens, device=given.device).expand(rows, -1)
@@ -173,6 +201,12 @@ def edited(inputs: dict[str, Any], first: int, last: int) -> Tensor:
     same = start.gather(1, after.clamp(max=tokens - 1)) == start
     chosen = (place - start < first) | ((after - place < last) & same)
     return (chosen & real & ~answer).flatten().nonzero(as_tuple=True)[0]
+
+
+def _given(inputs: dict[str, Any]) -> Tensor:
+    """int64[B, T] or float[B, T, D]: what the model is called with."""
+    tensor: Tensor = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
+    return tensor
 
 
 def _samples(inputs: dict[str, Any], rows: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.upstream.peft import BaseTunerLayer, PeftConfig, WrappingTuner
 
 
 class OwnType(StrEnum):
@@ -72,39 +71,22 @@ class OwnLayer(nn.Module, BaseTunerLayer):
             yield from (name for name in self.active_adapters if name in weights)
 
 
-class OwnTuner(BaseTuner):
+class OwnTuner(WrappingTuner):
     """Wraps each target in the tuner's kind of layer."""
 
-    target_module_mapping = {}
     tuner_layer_cls: type[OwnLayer]
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        layer = target if isinstance(target, OwnLayer) else self.tuner_layer_cls(target)
-        self._add(layer, adapter_name, peft_config)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+    def wrapped(self, module: nn.Module, adapter_name: str, config: Any) -> nn.Module:
+        layer = module if isinstance(module, OwnLayer) else self.tuner_layer_cls(module)
+        self.add_to(layer, adapter_name, config)
+        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
             for names in layer.adapter_layer_names:
                 weights = getattr(layer, names)
                 if adapter_name in weights:
                     weights[adapter_name].requires_grad_(False)
+        return layer
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """peft hands the child's weight on, which a module of several layers does not have."""
-        if isinstance(new_module, OwnLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
-
-    def _add(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
+    def add_to(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
+        """Make the weights of an adapter in a layer."""
         layer.add(adapter_name, config)

@@ -139,17 +139,17 @@ def _adapter(checkpoint: str | Path) -> Path:
     if not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} is a whole model, with nothing to merge: serve it as it is.")
     from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     from qwenvl_ft.model.adapters import register_adapters
     from qwenvl_ft.model.adapters.tuner import OwnTuner
+    from qwenvl_ft.upstream.peft import tuner_of
 
     register_adapters()
     try:
         kind: Any = PeftConfig.from_pretrained(str(folder)).peft_type
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/adapter_config.json is not one of peft's: {error}") from error
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    tuner = tuner_of(kind)
     if tuner is None or issubclass(tuner, OwnTuner):
         raise CheckpointError(
             f"{folder} is an adapter of type {kind.value}, which changes what flows through the model and no weight, "
@@ -172,11 +172,11 @@ def require_new(out: str | Path) -> Path:
 
 def _untie(wrapped: Any) -> bool:
     """Give the language head a weight of its own if the adapter changes it, or the embedding, and not both alike."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from qwenvl_ft.upstream.peft import is_adapted
 
     model = wrapped.get_base_model()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    adapted = [module for module in (head, embedding) if isinstance(module, BaseTunerLayer)]
+    adapted = [module for module in (head, embedding) if is_adapted(module)]
     if not adapted or _weight(head) is not _weight(embedding):
         return False
     base: Any = adapted[0].get_base_layer()
@@ -191,11 +191,10 @@ def _weight(module: Any) -> Any:
 @torch.no_grad()
 def _merge_layers(wrapped: Any, folder: Path) -> tuple[int, int]:
     """Merge in place, one layer in float32 at a time; how many layers and full copies there are."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+    from qwenvl_ft.upstream.peft import is_adapted, is_full_copy
 
     modules = dict(wrapped.named_modules())
-    layers: dict[str, Any] = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    layers: dict[str, Any] = {name: module for name, module in modules.items() if is_adapted(module)}
     for name, layer in layers.items():
         dtypes = {key: value.dtype for key, value in layer.named_parameters()}
         layer.float()
@@ -205,7 +204,7 @@ def _merge_layers(wrapped: Any, folder: Path) -> tuple[int, int]:
             raise CheckpointError(f"{folder} cannot be merged at {name}: {error}") from error
         for key, value in layer.named_parameters():
             value.data = value.data.to(dtypes[key])
-    copies = [module for module in modules.values() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [module for module in modules.values() if is_full_copy(module)]
     for copy in copies:
         like = next(copy.original_module.parameters()).dtype
         copy.modules_to_save.to(like)

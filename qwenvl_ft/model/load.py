@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import textwrap
 import warnings
 from dataclasses import dataclass, fields
@@ -341,36 +340,27 @@ def with_adapter(model: Any, adapter: str | Path, *, name: str = "default") -> A
             f"{adapter} was trained with rope_scaling={scaling}, and the model has none. Load it with that, or open "
             "the adapter by itself."
         )
-    from peft import PeftModel
-    from peft.utils import load_peft_weights
-
     from qwenvl_ft.model.adapters import register_adapters
+    from qwenvl_ft.upstream.peft import load_onto, unmatched
 
     register_adapters()
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(adapter), name)
-                wrapped = model
-            else:
-                wrapped = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
+            wrapped = load_onto(model, str(adapter), name)
     except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
         raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(error)}") from error
-    for warning in told:
-        if "missing adapter keys" in str(warning.message):
-            raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(warning.message)}")
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    own = re.compile(
-        r"(\.modules_to_save)?\." + name + r"(?=\.|$)|\.weight$"
-    )  # what peft leaves out of names in the file
-    known = {own.sub("", key) for key in wrapped.state_dict()}
-    saved = load_peft_weights(str(adapter), device="cpu")
-    strange = sorted(key for key in saved if own.sub("", key) not in known and not _beside(wrapped, key, name))
+    missing, strange = unmatched(wrapped, str(adapter), name)
+    if missing:
+        raise CheckpointError(
+            f"{adapter} does not fit {model.name_or_path}: it lacks {missing[0]} ({len(missing)} such)."
+        )
     if strange:
         raise CheckpointError(
             f"{adapter} does not fit {model.name_or_path}, which has no place for {strange[0]} ({len(strange)} such)."
         )
+    for warning in told:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return wrapped
 
 
@@ -432,10 +422,3 @@ def _set_frames(processor: Any, area: int | None, fps: float | None, least: int 
 
 def _one_line(error: Warning | Exception | str) -> str:
     return textwrap.shorten(str(error), width=300) or type(error).__name__
-
-
-def _beside(model: Any, key: str, adapter: str) -> bool:
-    """Whether a saved tensor belongs into what a layer holds beside its state, as the places of ShiRA's weights."""
-    owner, _, last = key.rpartition(".")
-    held = getattr(dict(model.named_modules()).get(owner), last, None)
-    return isinstance(held, dict) and adapter in held

@@ -131,10 +131,10 @@ def _adapter_prefix(model: Any) -> str:
     """How peft begins the names of an adapter's own weights (``lora_``); empty without an adapter."""
     if not hasattr(model, "peft_config"):
         return ""
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from qwenvl_ft.upstream.peft import prefix_of
 
     config = next(iter(model.peft_config.values()))
-    return f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    return f".{prefix_of(config.peft_type)}"
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:

@@ -65,10 +65,10 @@ class Earlier:
         if not all((folder / name).is_file() for name in FILES):
             raise CheckpointError(f"{KEY}={folder} {_what_it_is(folder)}")
         from peft import PeftConfig
-        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
         from safetensors import safe_open
 
         from qwenvl_ft.model.adapters import register_adapters
+        from qwenvl_ft.upstream.peft import prefix_of
 
         register_adapters()
         try:
@@ -77,7 +77,7 @@ class Earlier:
             raise CheckpointError(f"{folder}/adapter_config.json is not one of peft's: {error}") from error
         with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
             keys = list(opened.keys())
-        mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+        mark = f".{prefix_of(config.peft_type)}"
         names = (key.partition(mark)[0].removeprefix(ROOT) for key in keys if mark in key and key.startswith(ROOT))
         owners = {str(name).rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}
         layers = [name for name in names if not any(f".{name}".endswith(f".{owner}") for owner in owners)]
@@ -195,10 +195,10 @@ class Earlier:
 
 
 def _size(config: Any, field: str, pattern: str, name: str) -> Any:
-    from peft.utils.other import get_pattern_key
+    from qwenvl_ft.upstream.peft import pattern_of
 
     patterns = getattr(config, pattern)
-    key = get_pattern_key(patterns.keys(), name)
+    key = pattern_of(patterns, name)
     return patterns[key] if key in patterns else getattr(config, field)
 
 

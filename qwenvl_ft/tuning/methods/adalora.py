@@ -8,8 +8,6 @@ that a resumed run cuts as the uninterrupted one does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +17,12 @@ from torch import Tensor, nn
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.tuning.methods.lora import place, require_whole_weights, wrap
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
+from qwenvl_ft.upstream.ranks import count_trained_ranks, memory_of, require_ranks
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
 
 STATE = "adalora_state.safetensors"
-IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""What peft's rank allocator keeps for each weight."""
 
 
 def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
@@ -36,6 +33,7 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     """
     from peft import AdaLoraConfig
 
+    require_ranks()
     if tuner.adalora_target_r >= tuner.adalora_init_r:
         raise RecipeError(
             f"tuner.adalora_target_r={tuner.adalora_target_r} is not below tuner.adalora_init_r="
@@ -62,25 +60,8 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
         **where,
     )
     wrapped: Any = wrap(model, config, tuner, AdaLoraPeftModel)
-    allocator = wrapped.base_model.rankallocator
-    for name in ("update_and_allocate", "mask_using_rank_pattern"):
-        setattr(allocator, name, partial(_of_trained, getattr(allocator, name)))
+    count_trained_ranks(wrapped)
     return wrapped
-
-
-class _Trained:
-    """A model as far as it trains: layers of an earlier stage in frozen parts keep their ranks, and cost no budget."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
-
-
-def _of_trained(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A method of peft's rank allocator, shown what trains."""
-    return method(_Trained(model), *args, **kwargs)
 
 
 class AdaLoraPeftModel(TrainedPeftModel):
@@ -99,8 +80,7 @@ class AdaLoraPeftModel(TrainedPeftModel):
                 "end of the run."
             )
         config.total_step = total_steps
-        tuner: Any = self.base_model
-        tuner.rankallocator._set_budget_scheduler(_Trained(tuner.model))
+        count_trained_ranks(self)
 
     def penalty(self) -> Tensor | None:
         """``orth_reg_weight`` times the mean distance of the A and B from orthonormal ones, in float32 (source: the
@@ -132,10 +112,9 @@ class AdaLoraPeftModel(TrainedPeftModel):
     def save_state(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        allocator: Any = self.base_model.rankallocator
         tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in self._adapter_weights()}
-        for kind in IMPORTANCE:
-            tensors |= {f"{kind}/{name}": value for name, value in getattr(allocator, kind).items()}
+        for kind, kept in memory_of(self).items():
+            tensors |= {f"{kind}/{name}": value for name, value in kept.items()}
         for name, mask in (self._config.rank_pattern or {}).items():
             tensors[f"rank_pattern/{name}"] = torch.tensor(mask)
         save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, folder / STATE)
@@ -153,6 +132,7 @@ class AdaLoraPeftModel(TrainedPeftModel):
         state, weights = load_file(folder / STATE), dict(self._adapter_weights())
         allocator: Any = self.base_model.rankallocator
         allocator.reset_ipt()
+        memory = memory_of(self)
         pattern = {}
         with torch.no_grad():
             for key, value in state.items():
@@ -163,7 +143,7 @@ class AdaLoraPeftModel(TrainedPeftModel):
                     pattern[name] = value.tolist()
                 else:
                     place_of = weights[f"base_model.model.{name}"].device
-                    getattr(allocator, kind)[name] = value.to(place_of)
+                    memory[kind][name] = value.to(place_of)
         self._config.rank_pattern = pattern or None
         return result
 

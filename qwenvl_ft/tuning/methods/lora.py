@@ -14,6 +14,7 @@ from qwenvl_ft.tuning.methods.starts import check_sizes, start_of
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import adapter_targets, parameter_targets, plain_start, saved_modules
+from qwenvl_ft.upstream.peft import is_full_copy, lora_layers, no_target, pattern_of, without_bitsandbytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,8 +94,6 @@ def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, paramete
     Raises:
         RecipeError: names that match nothing, and recipes that leave nothing to adapt or train.
     """
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
     saved = saved_modules(model, tuner)
     embeddings = model.get_input_embeddings() if tied_copies else None
     _refuse_tied(model, [name for name in saved if model.get_submodule(name) is not embeddings])
@@ -107,7 +106,7 @@ def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, paramete
             "e.g. tuner.freeze_llm=false."
         )
     # peft refuses an empty list of targets, but lets this name match nothing.
-    told = {"target_modules": targets or DUMMY_TARGET_MODULES, "modules_to_save": saved or None}
+    told = {"target_modules": targets or no_target(), "modules_to_save": saved or None}
     return told | ({"target_parameters": weights or None} if parameters else {})
 
 
@@ -118,25 +117,25 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) ->
         kind: the class of the PeftModel, a `TrainedPeftModel`; None is peft's own, except for ``lora_dtype``.
     """
     from peft import get_peft_model
-    from peft.utils import ModulesToSaveWrapper
 
     earlier = Earlier.of(tuner)
     if earlier is not None:
         earlier.widen(config, model)
     if tuner.lora_dtype is not None:
         kind = kind or TrainedPeftModel
-    if kind is None:
-        peft_model: Any = get_peft_model(model, config)
-    else:
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        peft_model = kind(model, config)
+    with without_bitsandbytes():
+        if kind is None:
+            peft_model: Any = get_peft_model(model, config)
+        else:
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+            peft_model = kind(model, config)
     frozen = frozen_parts(tuner)
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and ".modules_to_save." not in name and part_of(name) in frozen:
             parameter.requires_grad_(False)
     base = peft_model.get_base_model()
     for name in config.modules_to_save or []:
-        assert isinstance(base.get_submodule(name), ModulesToSaveWrapper), f"no copy of {name}"
+        assert is_full_copy(base.get_submodule(name)), f"no copy of {name}"
     if tuner.lora_dtype is not None:
         peft_model.hold_in(getattr(torch, tuner.lora_dtype))
     return peft_model
@@ -157,11 +156,9 @@ def require_whole_weights(model: nn.Module, key: str) -> None:
 
 def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:
     """Refuse a pattern that no target's name ends with; peft passes over it."""
-    from peft.utils.other import get_pattern_key
-
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(tuner, key):
-            if not any(get_pattern_key([pattern], target) == pattern for target in targets):
+            if not any(pattern_of([pattern], target) == pattern for target in targets):
                 example = targets[0] if targets else "none is left"
                 raise RecipeError(
                     f"tuner.{key} names {pattern!r}, which no adapted layer's name ends with. A target: {example}."
@@ -169,9 +166,7 @@ def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:
 
 
 def _rank_of(tuner: TunerConfig, target: str) -> int:
-    from peft.utils.other import get_pattern_key
-
-    key = get_pattern_key(list(tuner.rank_pattern), target)
+    key = pattern_of(tuner.rank_pattern, target)
     return tuner.rank_pattern.get(key, tuner.lora_rank)
 
 
@@ -182,14 +177,11 @@ def _smaller_side(module: Any) -> int:
 
 def _set_dropout(model: Any, share: float) -> None:
     """Dropout before the adapters of Linear layers, where peft was told none."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
     from torch import nn
 
-    for module in model.modules():
-        if share and isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
-            for name in module.lora_dropout:
-                module.lora_dropout[name] = nn.Dropout(p=share)
+    for _, module in lora_layers(model) if share else ():
+        for name in module.lora_dropout:
+            module.lora_dropout[name] = nn.Dropout(p=share)
 
 
 def _refuse_tied(model: Any, saved: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.tuning.methods.lora import place, wrap
+from qwenvl_ft.upstream.peft import config_class_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,8 +118,6 @@ def fitting_config(model: nn.Module, tuner: TunerConfig) -> Any:
         RecipeError: an option that the method does not have or refuses, a layer that does not suit it, or no target.
     """
     import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import PeftType
 
     kind, options, suits = tuner.train_type, dict(tuner.peft_options), None
     if kind in OWN_KEYS:
@@ -126,7 +125,7 @@ def fitting_config(model: nn.Module, tuner: TunerConfig) -> Any:
         options = told(tuner)
     else:
         name = kind.upper()
-    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
+    config_class = config_class_of(name, f"tuner.train_type={kind}")
     _check_options(kind, options, config_class)
     where = place(model, tuner)
     if not isinstance(where["target_modules"], list):

@@ -23,6 +23,7 @@ from qwenvl_ft.data.draft import IGNORE
 from qwenvl_ft.errors import RecipeError, unknown_name
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.targets import plain_start
+from qwenvl_ft.upstream.peft import lora_layers, public
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
@@ -109,16 +110,16 @@ def start_of(tuner: TunerConfig, batches: Any = None) -> Start:
 
 
 def _ga_settings(tuner: TunerConfig) -> dict[str, Any]:
-    from peft import LoraGAConfig
-
     scale: Any = GA_SCALES[tuner.lora_ga_scale]
-    told = LoraGAConfig(tuner.lora_ga_direction, scale, tuner.lora_ga_stable_gamma)
+    told = public("LoraGAConfig", "tuner.init_weights=lora-ga", "lora-ga")(
+        tuner.lora_ga_direction, scale, tuner.lora_ga_stable_gamma
+    )
     return {"init_lora_weights": "lora_ga", "lora_ga_config": told}
 
 
 def _ga_gradients(model: nn.Module, config: Any, batches: Any) -> None:
     """The mean gradient of each target over the batches, each of them the mean over its supervised tokens."""
-    from peft import preprocess_loraga
+    preprocess: Any = public("preprocess_loraga", "tuner.init_weights=lora-ga", "lora-ga")
 
     def passes() -> None:
         for batch in batches:
@@ -130,7 +131,7 @@ def _ga_gradients(model: nn.Module, config: Any, batches: Any) -> None:
 
     with warnings.catch_warnings():  # torch says that the first layers' inputs have no gradient, as they should not
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        preprocess_loraga(model, config, passes)
+        preprocess(model, config, passes)
 
 
 def _eva_settings(tuner: TunerConfig) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _eva_settings(tuner: TunerConfig) -> dict[str, Any]:
 
 def _eva(wrapped: Any, batches: Any) -> Any:
     """A from the main directions of each layer's inputs; ranks go to the layers whose inputs they explain best."""
-    from peft.tuners.lora.eva import initialize_lora_eva_weights
+    from peft import initialize_lora_eva_weights
 
     calls = 0
 
@@ -294,13 +295,12 @@ def _loftq(wrapped: Any) -> Any:
     """
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora import LoraLayer
 
     read = _original_weights(wrapped)
     found = 0
     module: Any
-    for name, module in wrapped.named_modules():
-        if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), Linear4bit):
+    for name, module in lora_layers(wrapped):
+        if not isinstance(module.get_base_layer(), Linear4bit):
             continue
         quantised: Any = module.get_base_layer().weight
         whole = read(f"{name.removeprefix('base_model.model.')}.weight").float().to(quantised.device)
@@ -328,7 +328,10 @@ def _original_weights(wrapped: Any) -> Callable[[str], Tensor]:
     from transformers.utils import cached_file
 
     source = wrapped.get_base_model().name_or_path
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    try:
+        index = cached_file(source, "model.safetensors.index.json")
+    except OSError:  # one file holds all weights
+        index = None
     shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else None
 
     def read(name: str) -> Tensor:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
 from torch import Tensor
+
+from qwenvl_ft.upstream.peft import PeftModelForCausalLM
 
 
 class TrainedPeftModel(PeftModelForCausalLM):

@@ -1,0 +1,74 @@
+"""AdaLoRA's allocator of ranks, shown what trains only, and its memory put away and back.
+
+Borrowed from `peft.tuners.adalora.RankAllocator`, whose shape is the same in peft 0.17.1 to 0.21.2:
+``RankAllocator(model, peft_config, adapter_name)`` counts the ranks of all layers of a model when it is made;
+``update_and_allocate`` and ``mask_using_rank_pattern`` walk over ``model.named_parameters()``; ``ipt``, ``exp_avg_ipt``
+and ``exp_avg_unc`` are dicts by a weight's name; ``BaseTuner.rankallocator`` is the one that is asked. Where one of
+these is missing, AdaLoRA is refused in one line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from qwenvl_ft.errors import RecipeError
+
+MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What the allocator keeps for each weight."""
+
+
+class _Trained:
+    """A model as far as it trains: layers of an earlier stage in frozen parts keep their ranks, and cost no budget."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+
+def count_trained_ranks(model: Any) -> None:
+    """Let AdaLoRA's budget be that of the layers of ``model``, a PeftModel, that train now; its memory is kept.
+
+    Raises:
+        RecipeError: the installed peft's allocator has another shape.
+    """
+    require_ranks()
+    from peft.tuners.adalora import RankAllocator
+
+    class TrainedRanks(RankAllocator):  # type: ignore[misc]
+        def update_and_allocate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().update_and_allocate(_Trained(model), *args, **kwargs)
+
+        def mask_using_rank_pattern(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().mask_using_rank_pattern(_Trained(model), *args, **kwargs)
+
+    tuner, adapter = model.base_model, model.active_adapter
+    ranks = TrainedRanks(_Trained(tuner.model), model.peft_config[adapter], adapter)
+    for kind, kept in memory_of(model).items():
+        setattr(ranks, kind, kept)
+    tuner.rankallocator = ranks
+
+
+def memory_of(model: Any) -> dict[str, dict[str, Tensor]]:
+    """Kind -> weight's name -> what the allocator remembers of it; these are the dicts themselves."""
+    return {kind: getattr(model.base_model.rankallocator, kind) for kind in MEMORY}
+
+
+def require_ranks() -> None:
+    """Raises RecipeError unless the installed peft's allocator has the shape that is described above."""
+    import peft
+    from peft.tuners import adalora
+
+    allocator: Any = getattr(adalora, "RankAllocator", None)
+    methods = ("update_and_allocate", "mask_using_rank_pattern", "reset_ipt")
+    known = allocator is not None and all(hasattr(allocator, name) for name in methods)
+    if not known or list(inspect.signature(allocator).parameters)[:3] != ["model", "peft_config", "adapter_name"]:
+        raise RecipeError(
+            f"tuner.train_type=adalora does not work with peft {peft.__version__}, whose rank allocator is another. "
+            "Install peft 0.21.2, or use tuner.train_type=lora."
+        )

@@ -12,6 +12,7 @@ LAYERS = [
     {"tuning"},
     {"checkpoint", "export"},
     {"training", "evaluation", "look"},
+    {"prove"},
     {"bench", "cli", "flare", "train"},
 ]
 """From the bottom up; what stands together may know each other."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
     "merge": "make one model of an adapter and its base, for serving",
+    "prove": "prove the promises on your model and data: packed = alone, losses, frozen bits, saved weights",
     "inspect": "say what a checkpoint holds: method, weights by part, ranks, sizes",
     "doctor": "say whether this machine can train, and what with",
     "bench": "measure data path, training step, loss, attention; fit the planner to this machine",
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 """Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""
 
-FLAGS_PASS = ("recipe", "check", "show", "stats")
+FLAGS_PASS = ("recipe", "check", "show", "stats", "prove")
 """Commands that take the flags of recipes beside their own options."""
 OWN_OPTIONS = ("convert", "bench")
 """Commands whose function takes the words behind its name and returns the exit code."""

@@ -1,0 +1,156 @@
+"""Logits, losses and gradients of each sample of some rows, by hand: not by the code that is being proven.
+
+Letters: K supervised tokens of a sample, V words, G kept elements of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenvl_ft.data.collate import QwenVLCollator
+from qwenvl_ft.data.conversation import Sample
+from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.model.anatomy import PARTS, part_of
+
+if TYPE_CHECKING:
+    from qwenvl_ft.prove.subject import Subject
+
+KEPT_ELEMENTS = 20_000_000
+"""Most elements of a gradient that are kept of one sample: 80 MB."""
+TINY = 1e-6
+"""A sample whose gradient is smaller than this share of the largest has none in that part, as text in the tower."""
+HALF_SCALE = 1024.0
+"""Float16: the loss is scaled by this, so that small gradients do not vanish."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every ``stride``-th element of the gradients, so that several of them fit into memory."""
+
+    stride: int
+    total: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Share:
+        total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        stride = -(-total // KEPT_ELEMENTS)
+        return cls(stride if stride == 1 else stride | 1, total)  # odd: not the same column of each matrix
+
+    def taken(self, model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
+        """Part -> float32[G], on the CPU."""
+        found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                found[part_of(name)].append(grad.flatten()[:: self.stride].float().div(scale).cpu())
+        return {part: torch.cat(pieces) for part, pieces in found.items() if pieces}
+
+    def __str__(self) -> str:
+        return "" if self.stride == 1 else f", each {self.stride}th of {self.total:,} elements"
+
+
+@dataclass
+class Measured:
+    """One entry for each sample."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    """float32[K, V] at the tokens that predict a supervised one."""
+    losses: list[Tensor] = field(default_factory=list)
+    """float32[K]"""
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    """Part -> float32[G], of the sum of the sample's losses."""
+
+    def errors(self, reference: Measured, what: str) -> Iterator[tuple[str, float]]:
+        """(which, relative difference) of each sample, and of each part for gradients."""
+        if what == "gradients":
+            yield from _gradient_errors(self.gradients, reference.gradients)
+            return
+        pairs = zip(getattr(self, what), getattr(reference, what), strict=True)
+        yield from ((f"sample {k}", relative(own, other)) for k, (own, other) in enumerate(pairs))
+
+
+def relative(found: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Root mean square of the difference over that of what is expected (or over ``scale``)."""
+    size = float(expected.double().norm()) if scale is None else scale
+    return float((found.double() - expected.double()).norm()) / max(size, 1e-30)
+
+
+def _gradient_errors(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> Iterator[tuple[str, float]]:
+    """A gradient that should be nothing is measured by the largest of the other samples'."""
+    for part in expected[0]:
+        sizes = [float(gradients[part].double().norm()) for gradients in expected]
+        largest = max(sizes)
+        if largest == 0.0:
+            continue
+        for k, size in enumerate(sizes):
+            scale = size if size > TINY * largest else largest
+            yield f"{part} of sample {k}", relative(found[k][part], expected[k][part], scale)
+
+
+def measured(
+    model: nn.Module, rows: Sequence[dict[str, Any]], *, autocast: Any, device: torch.device, share: Share
+) -> Measured:
+    """Run each row, and its samples' losses backward one by one.
+
+    Args:
+        rows: batches of the collator, with ``labels`` and their samples' numbers of supervised tokens, ``counts``.
+        autocast: makes the context of a forward pass.
+    """
+    told = Measured()
+    model.train()
+    for row in rows:
+        inputs, targets, counts = prepared(row, device)
+        begins = [sum(counts[:k]) for k in range(len(counts))]
+        for k, (begin, count) in enumerate(zip(begins, counts, strict=True)):
+            model.zero_grad(set_to_none=True)
+            with autocast():
+                logits = model(**inputs).logits[0]  # [K of all samples, V]
+            if k == 0:
+                told.logits += [part.float().cpu() for part in logits.detach().split(counts)]
+                losses = F.cross_entropy(logits.detach().float(), targets, reduction="none")
+                told.losses += [part.cpu() for part in losses.split(counts)]
+            part = slice(begin, begin + count)
+            scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
+            (F.cross_entropy(logits[part].float(), targets[part], reduction="sum") * scale).backward()
+            told.gradients.append(share.taken(model, scale))
+            del logits
+    model.zero_grad(set_to_none=True)
+    return told
+
+
+def seen_logits(
+    model: nn.Module, rows: Sequence[dict[str, Any]], *, autocast: Any, device: torch.device
+) -> list[Tensor]:
+    """float32[K, V] of each sample of the rows, as an evaluation computes them."""
+    found: list[Tensor] = []
+    model.eval()
+    with torch.no_grad(), autocast():
+        for row in rows:
+            inputs, _, counts = prepared(row, device)
+            found += [part.float().cpu() for part in model(**inputs).logits[0].split(counts)]
+    return found
+
+
+def prepared(row: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Tensor, list[int]]:
+    """The keyword arguments of the model for a flat row, the tokens that are predicted, and how many of each sample."""
+    labels = row["labels"][0]
+    places = (labels != IGNORE).nonzero(as_tuple=True)[0]
+    inputs = {key: value for key, value in row.items() if key not in ("labels", "sources", "faults", "counts")}
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return inputs | {"logits_to_keep": (places - 1).to(device)}, labels[places].to(device), row["counts"]
+
+
+def alone_rows(subject: Subject) -> list[dict[str, Any]]:
+    """Each sample by itself, without the fillers and places that training adds."""
+    return [with_counts(QwenVLCollator()([sample]), [sample]) for sample in subject.samples]
+
+
+def with_counts(row: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+    """A batch of these samples that also says how many supervised tokens each has."""
+    return row | {"counts": [int((sample["labels"] != IGNORE).sum()) for sample in samples]}

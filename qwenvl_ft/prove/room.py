@@ -1,0 +1,70 @@
+"""How much memory and disk a proof takes, and how much there is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+GIB = 1024**3
+SLACK = 2 * GIB
+"""Of activations and logits of a few short samples."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken, what torch holds without using it included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def free_disk(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of all weights, as they are or with those of floating point in ``dtype``."""
+    return sum(
+        p.numel() * (dtype.itemsize if dtype is not None and p.is_floating_point() else p.itemsize)
+        for p in model.parameters()
+    )
+
+
+def training_bytes(model: nn.Module) -> int:
+    """Bytes of gradients and of AdamW's two states."""
+    return sum(p.numel() * (p.itemsize + 8) for p in model.parameters() if p.requires_grad)
+
+
+def shortages(model: nn.Module, device: torch.device, folder: Path) -> Iterator[str]:
+    """What may not suffice, for a model that is on its device."""
+    needed, free = training_bytes(model) + SLACK, free_memory(device)
+    if needed > free:
+        yield (
+            f"training takes about {needed / GIB:.1f} GiB beside the weights, and {free / GIB:.1f} GiB of {device} are "
+            "free. Take a model of fewer layers or freeze more, if it does not suffice"
+        )
+    trained = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
+    whole = weight_bytes(model)
+    disk = whole if trained > whole / 2 else trained + whole
+    left = free_disk(folder)
+    if disk > left:
+        yield (
+            f"the saved and the merged model take about {disk / GIB:.1f} GiB, and {left / GIB:.1f} GiB are "
+            f"free in {folder.parent}. Give another --folder, or leave out: --skip merged"
+        )
+
+
+def float32_place(model: nn.Module, device: torch.device) -> torch.device | None:
+    """Where the weights fit in float32: the device, the CPU, or nowhere."""
+    more = weight_bytes(model, torch.float32) - weight_bytes(model)
+    if more + SLACK <= free_memory(device):
+        return device
+    cpu = torch.device("cpu")
+    if device.type != "cpu" and weight_bytes(model, torch.float32) + SLACK <= free_memory(cpu):
+        return cpu
+    return None

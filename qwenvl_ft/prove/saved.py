@@ -1,0 +1,332 @@
+"""What was trained is what was saved: opened by plain transformers and peft in a new process, it answers the same.
+
+An adapter is opened on its base model, and once more merged into it. An adapter of our own kinds, which plain peft does
+not know, is opened by `load_model` instead, and a row says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.evaluation.generate import STOP_TOKENS, prompt_batch
+from qwenvl_ft.prove.measure import alone_rows, relative, seen_logits
+from qwenvl_ft.prove.report import FAILED, OK, SKIPPED, Row
+from qwenvl_ft.prove.room import GIB, free_disk
+from qwenvl_ft.prove.subject import FACTOR, Subject
+
+SCRIPT = Path(__file__).with_name("plain.py")
+LIMIT_S = 900
+
+
+@dataclass
+class Answers:
+    """What a model said, an entry for each sample; N new tokens."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    """float32[K, V] where an answer is predicted."""
+    tokens: list[Tensor] = field(default_factory=list)
+    """int64[N], the likeliest one by one."""
+    steps: list[Tensor] = field(default_factory=list)
+    """float32[N, V] that they were taken from."""
+
+
+class Saved:
+    """The check: ``saved`` and ``merged``."""
+
+    name = "saved"
+
+    def __init__(self) -> None:
+        self.trained = Answers()
+        self.jobs: list[dict[str, Any]] = []
+        self.skipped: list[Row] = []
+
+    def measure(self, subject: Subject) -> None:
+        subject.say(f"{subject.options.new_tokens} tokens of each answer, and saving")
+        self.trained = Answers(subject.after)
+        inputs = subject.folder / "inputs"
+        inputs.mkdir()
+        settings = generation(subject)
+        paths = [_write_inputs(subject, k, inputs) for k in range(len(subject.samples))]
+        said = [_generated(subject, asked, settings) for _, asked in paths]
+        self.trained.tokens, self.trained.steps = [tokens for tokens, _ in said], [steps for _, steps in said]
+        folder = subject.folder / "saved"
+        subject.trainer.save_model(str(folder))
+        self.jobs = list(self._jobs(subject, folder, paths, settings))
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        yield from self.skipped
+        jobs = [job for job in self.jobs if job["plain"]]
+        if jobs:
+            subject.say("opening what was saved by plain transformers, in a new process")
+            failure = _run(jobs, subject)
+        for job in self.jobs:
+            if not job["plain"]:
+                subject.say(f"opening what was saved by load_model: plain peft has no {job['kind']}")
+                yield from self._compared(subject, job, _opened_by_us(subject, Path(job["adapter"])))
+            elif not Path(job["out"]).is_file():
+                error = Path(job["out"]).with_suffix(".error")
+                why = error.read_text(encoding="utf-8") if error.is_file() else failure
+                yield Row(check=job["check"], compared=job["told"], verdict=FAILED, note=why[:600])
+            else:
+                told = load_file(job["out"])
+                columns = (
+                    [told[f"{k}.{n}"] for n in range(len(subject.samples))] for k in ("logits", "tokens", "steps")
+                )
+                yield from self._compared(subject, job, Answers(*columns))
+
+    def _jobs(
+        self, subject: Subject, folder: Path, paths: list[tuple[Path, Path]], settings: GenerationConfig
+    ) -> Iterator[dict[str, Any]]:
+        """What is opened, and how; what is not is a row."""
+        adapter = (folder / "adapter_config.json").is_file()
+        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"] if adapter else ""
+        common = {
+            "samples": [[str(path) for path in pair] for pair in paths],
+            "device": str(subject.device),
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "generation": {
+                key: getattr(settings, key)
+                for key in (
+                    "max_new_tokens",
+                    "min_new_tokens",
+                    "do_sample",
+                    "use_cache",
+                    "eos_token_id",
+                    "pad_token_id",
+                )
+            },
+            "text": {},
+            "quantization": {},
+            "revision": "main",
+            "adapter": "",
+            "plain": True,
+            "kind": kind,
+        }
+        if not adapter:
+            yield common | {
+                "check": "saved weights",
+                "told": "by plain transformers",
+                "model": str(folder),
+                "out": str(subject.folder / "saved.safetensors"),
+            }
+            self._skip(subject, "merged", "train_type full saves a whole model: there is nothing to merge")
+            return
+        known = _plain_peft_knows(kind)
+        if not known:
+            self._skip(
+                subject, "saved", f"{kind} is an adapter of this library: plain peft does not know it", plain=True
+            )
+        yield (
+            common
+            | _over_base(subject)
+            | {
+                "check": "saved adapter",
+                "told": "on its base by plain transformers and peft" if known else "on its base by load_model",
+                "adapter": str(folder),
+                "plain": known,
+                "out": str(subject.folder / "saved.safetensors"),
+            }
+        )
+        merged = self._merged(subject, folder)
+        if merged is not None:
+            yield common | {
+                "check": "merged model",
+                "told": "by plain transformers",
+                "model": str(merged),
+                "out": str(subject.folder / "merged.safetensors"),
+            }
+
+    def _merged(self, subject: Subject, folder: Path) -> Path | None:
+        """Where the merged model will be; None if it cannot or shall not be made."""
+        if "merged" in subject.options.skip:
+            return None
+        needed = sum(p.numel() for p in subject.model.parameters()) * subject.dtype.itemsize
+        if needed > free_disk(subject.folder):
+            why = f"a merged model takes {needed / GIB:.1f} GiB, and {free_disk(subject.folder) / GIB:.1f} GiB are free"
+            self._skip(subject, "merged", f"{why} in {subject.folder.parent}: give another --folder")
+            return None
+        return subject.folder / "merged"
+
+    def merge(self, subject: Subject) -> None:
+        """Make the merged model, once the trained one is gone; a method that cannot be merged is a row."""
+        from qwenvl_ft.export.merge import merge
+
+        for job in [job for job in self.jobs if job["check"] == "merged model"]:
+            subject.say("merging")
+            try:
+                merge(subject.folder / "saved", job["model"], torch_dtype=job["dtype"])
+            except CheckpointError as error:
+                if "cannot be merged" not in str(error):
+                    raise
+                self.jobs.remove(job)
+                self._skip(subject, "merged", "the method changes no weight of the model, so it cannot be merged")
+
+    def _skip(self, subject: Subject, name: str, why: str, *, plain: bool = False) -> None:
+        if name in subject.options.skip:
+            return
+        check = {"saved": "saved adapter", "merged": "merged model"}[name]
+        compared = "opened by plain peft" if plain else "opened by plain transformers"
+        self.skipped.append(Row(check=check, compared=compared, verdict=SKIPPED, note=why))
+
+    def _compared(self, subject: Subject, job: dict[str, Any], found: Answers) -> Iterator[Row]:
+        """Logits and tokens; what training changed is what a loader would lose that left the weights out."""
+        limit = FACTOR * subject.noise("logits") + subject.floor
+        errors = [relative(own, other) for own, other in zip(found.logits, self.trained.logits, strict=True)]
+        changes = [relative(own, other) for own, other in zip(subject.before, subject.after, strict=True)]
+        figure = max(errors, key=lambda error: float("inf") if error != error else error)
+        yield Row.judged(
+            job["check"],
+            f"logits, opened {job['told']}",
+            figure=figure,
+            tolerance=limit,
+            fault=max(changes),
+        )
+        yield _tokens_row(job, self.trained, found, limit)
+
+
+def _tokens_row(job: dict[str, Any], ours: Answers, theirs: Answers, limit: float) -> Row:
+    """Token by token; where two are as likely as each other, rounding decides, and what follows is another answer."""
+    same, total, ties, wrong = 0, 0, [], ""
+    for k, (own, other) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)):
+        total += len(own)
+        if torch.equal(own, other):
+            same += len(own)
+            continue
+        length = min(len(own), len(other))
+        place = (
+            int((own[:length] != other[:length]).nonzero()[0]) if not torch.equal(own[:length], other[:length]) else -1
+        )
+        same += max(place, 0)
+        if place >= 0 and relative(theirs.steps[k][place], ours.steps[k][place]) <= limit:
+            ties.append(f"token {place + 1} of sample {k}")
+        else:
+            wrong = wrong or f"sample {k} differs from token {place + 1} on"
+    note = f"but for a tie within rounding at {', '.join(ties)}" if ties and not wrong else wrong
+    return Row(
+        check=job["check"],
+        compared=f"answers token by token, opened {job['told']}",
+        figure=f"{same} of {total} the same",
+        tolerance="all but ties",
+        verdict=FAILED if wrong else OK,
+        note=note,
+    )
+
+
+def generation(subject: Subject) -> GenerationConfig:
+    """The likeliest token each time, and exactly so many of them."""
+    tokenizer, count = subject.processor.tokenizer, subject.options.new_tokens
+    return GenerationConfig(
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _write_inputs(subject: Subject, index: int, folder: Path) -> tuple[Path, Path]:
+    """A sample and its prompt, as plain transformers takes them: pixels by the processor, no positions."""
+    import copy
+
+    encoder = copy.copy(subject.dataset.encoder)
+    encoder.raw_pixels = False
+    conversation = subject.dataset.conversation(index)
+    sample = encoder(conversation)
+    whole = prompt_batch(subject.processor, [sample])
+    whole["keep"] = (sample["labels"] != IGNORE).nonzero(as_tuple=True)[0] - 1
+    asked = prompt_batch(subject.processor, [encoder.prompt(conversation)])
+    paths = folder / f"{index}.safetensors", folder / f"{index}.prompt.safetensors"
+    for path, tensors in zip(paths, (whole, asked), strict=True):
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    return paths
+
+
+def _generated(subject: Subject, path: Path, settings: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """int64[N] and float32[N, V]: what the trained model answers."""
+    return answer(subject.model, path, settings, subject)
+
+
+def answer(model: Any, path: Path, settings: GenerationConfig, subject: Subject) -> tuple[Tensor, Tensor]:
+    asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
+    model.eval()
+    with torch.no_grad(), subject.autocast():
+        said = model.generate(**asked, generation_config=settings, output_logits=True, return_dict_in_generate=True)
+    return said.sequences[0, asked["input_ids"].shape[1] :].cpu(), torch.cat(said.logits).float().cpu()
+
+
+def _opened_by_us(subject: Subject, adapter: Path) -> Answers:
+    """What a new model answers that `load_model` made of an adapter's folder."""
+    from qwenvl_ft.model.load import load_model
+    from qwenvl_ft.model.patch_embed import use_raw_patches
+
+    model = load_model(
+        adapter,
+        torch_dtype=str(subject.dtype).removeprefix("torch."),
+        attn_impl=subject.recipe.model.attn_impl,
+        quantization=subject.recipe.quantization,
+    ).to(subject.device)
+    use_raw_patches(model, subject.processor.image_processor)
+    rows = alone_rows(subject)
+    found = Answers(seen_logits(model, rows, autocast=subject.autocast, device=subject.device))
+    for index in range(len(subject.samples)):
+        path = subject.folder / "inputs" / f"{index}.prompt.safetensors"
+        tokens, steps = answer(model, path, generation(subject), subject)
+        found.tokens.append(tokens)
+        found.steps.append(steps)
+    return found
+
+
+def _over_base(subject: Subject) -> dict[str, Any]:
+    """How plain transformers opens the base model that an adapter was trained on."""
+    from qwenvl_ft.model.quantization import bnb_config
+
+    told, model = subject.recipe.model, subject.model
+    found: dict[str, Any] = {"model": str(Path(told.model).resolve()) if Path(told.model).is_dir() else told.model}
+    found["revision"] = told.model_revision
+    if told.rope_scaling is not None or told.max_model_len is not None:
+        text = model.config.get_text_config()
+        found["text"] = {name: getattr(text, name) for name in ("rope_parameters", "max_position_embeddings")}
+    if subject.recipe.quantization.quantization_bit is not None:
+        found["quantization"] = {
+            key: value
+            for key, value in bnb_config(subject.recipe.quantization, model.config).to_dict().items()
+            if not key.startswith("_") and key != "quant_method"
+        }
+    return found
+
+
+def _plain_peft_knows(kind: str) -> bool:
+    """Whether a ``peft_type`` is one of peft's own."""
+    from peft import PeftType
+
+    return kind in {entry.value for entry in PeftType}
+
+
+def _run(jobs: list[dict[str, Any]], subject: Subject) -> str:
+    """Run the script over all jobs; what it said if it failed."""
+    path = subject.folder / "jobs.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    command = [sys.executable, "-P", str(SCRIPT), str(path)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment, cwd=subject.folder
+        )
+    except subprocess.TimeoutExpired:
+        return f"the new process did not end within {LIMIT_S} s"
+    return "" if done.returncode == 0 else f"the new process failed: {' '.join(done.stderr.split())[-500:]}"

@@ -1,0 +1,129 @@
+"""What is proven: the recipe of a run, changed into one that trains a few samples for a few steps and keeps nothing."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.errors import RecipeError, unknown_name
+from qwenvl_ft.look.target import target_recipe
+from qwenvl_ft.recipe.argv import ASSIGNMENT, recipe_from_argv
+
+SKIPPABLE = ("packed", "split", "frozen", "saved", "merged")
+"""Names of checks, as ``--skip`` takes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofOptions:
+    """How much is compared."""
+
+    samples: int = 5
+    """Samples; each is run several times."""
+    max_tokens: int = 4096
+    """Most tokens of all samples together. Records are chosen for it, the short ones first."""
+    steps: int = 3
+    """Training steps that are made before anything is compared."""
+    new_tokens: int = 16
+    """Tokens of each answer that is generated."""
+    skip: Sequence[str] = field(default_factory=tuple)
+    """Checks that are left out."""
+    folder: Path | None = None
+    """Where the temporary folder is made; None is the system's place."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 2), ("max_tokens", 1), ("steps", 1), ("new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few. Give {least} or more.")
+        for name in self.skip:
+            if name not in SKIPPABLE:
+                raise unknown_name("check to skip", name, SKIPPABLE)
+        if self.folder is not None and not self.folder.is_dir():
+            raise RecipeError(f"--folder {self.folder} is no folder. Make it first.")
+
+
+def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: str | None = None) -> Any:
+    """A command line's recipe: as of ``check``, but data need not be named.
+
+    Args:
+        data: files or registered names, as ``data.train``.
+        tuner: as ``tuner.train_type``.
+
+    Raises:
+        RecipeError: no model is named, or what is told is wrong.
+    """
+    more = [f"data.train={json.dumps(list(data))}"] if data else []
+    more += [f"tuner.train_type={tuner}"] if tuner else []
+    named = bool(words) and not words[0].startswith("--") and ASSIGNMENT.match(words[0]) is None
+    recipe = target_recipe([*words, *more]) if named else recipe_from_argv([*words, *more])
+    if not recipe.model.model and not recipe.phases:
+        raise RecipeError("name a model or a recipe. Example: qwenvl-ft prove --model Qwen/Qwen3-VL-4B-Instruct.")
+    return recipe
+
+
+def first_phase(recipe: Any) -> tuple[Any, list[str]]:
+    """The recipe that is proven, and what is left out of it, in words: of phases, all but the first."""
+    told = []
+    if recipe.phases:
+        recipe = recipe.phases[0]
+        told.append(f"of the recipe's phases, {recipe.phase} is looked at")
+    if recipe.deepspeed.enabled:
+        told.append("DeepSpeed is left out: one process on one device is looked at")
+    return recipe, told
+
+
+def proof_recipe(recipe: Any, steps: int, folder: Path) -> Any:
+    """A copy that trains ``steps`` steps on one device and writes into ``folder`` only.
+
+    What draws or adds to the loss is off, so that figures can be compared: noise, dropout (`still`), label smoothing,
+    weights of data sets, the penalty of AdaLoRA. The rate is constant: a warm-up would begin with no step at all.
+    """
+    told = copy.deepcopy(recipe)
+    told.deepspeed.enabled = False
+    told.data.val, told.data.split_dataset_ratio, told.data.loss_weights = None, 0.0, {}
+    told.data.on_error = "raise"
+    told.evaluation.run_after_training = False
+    told.training.z_loss, told.training.early_stopping_patience = 0.0, None
+    told.training.resume_from_checkpoint = None
+    told.training.padding_free = True
+    if told.tuner.train_type == "adalora":
+        told.tuner.adalora_tinit = told.tuner.adalora_tfinal = 0
+        told.tuner.adalora_orth_reg_weight = 0.0
+    for name in DROPPED:
+        told.training.arguments.pop(name, None)
+    told.training.arguments |= ARGUMENTS | {"output_dir": str(folder), "max_steps": steps}
+    return told
+
+
+DROPPED = (
+    "lr_scheduler_kwargs",
+    "neftune_noise_alpha",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "label_smoothing_factor",
+    "eval_steps",
+    "train_sampling_strategy",
+    "ddp_backend",
+    "fsdp",
+    "fsdp_config",
+)
+"""Fields of TrainingArguments that go back to their defaults."""
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "dataloader_num_workers": 0,
+    "dataloader_persistent_workers": False,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_steps": 1,
+    "logging_first_step": True,
+    "disable_tqdm": True,
+    "push_to_hub": False,
+    "auto_find_batch_size": False,
+}
+"""Fields of TrainingArguments that a proof sets."""

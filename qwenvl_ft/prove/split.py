@@ -1,0 +1,126 @@
+"""The loss of a step is that of its tokens, however they are split over rows and passes: by the real trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from qwenvl_ft.prove.measure import Measured, Share, relative
+from qwenvl_ft.prove.report import Row
+from qwenvl_ft.prove.subject import FACTOR, Subject, run_to_end
+
+
+@dataclass
+class Step:
+    """What one optimizer step found."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+class Split:
+    """The check."""
+
+    name = "split"
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Step] = {}
+
+    def measure(self, subject: Subject) -> None:
+        for name, shape in splits([len(sample["input_ids"]) for sample in subject.samples]).items():
+            subject.say(f"a step of {name}")
+            self.steps[name] = one_step(subject.trainer_like(**shape), subject.share)
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        assert subject.alone is not None
+        assert subject.reference is not None
+        expected, rounded = by_hand(subject.reference), by_hand(subject.alone)
+        wrong = mean_of_means(subject.reference)
+        subject.facts["splits"] = f"a step of {', '.join(self.steps)}"
+        errors = {name: abs(step.loss - expected.loss) / expected.loss for name, step in self.steps.items()}
+        worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+        yield Row.judged(
+            "loss of any split",
+            f"loss of the trainer's step in {len(self.steps)} splits; the worst is {worst}",
+            figure=errors[worst],
+            tolerance=FACTOR * subject.noise("losses") + subject.floor,
+            note=f"a mean of means would differ by {abs(wrong.loss - expected.loss) / expected.loss:.1e}",
+        )
+        yield self._gradients(subject, expected, rounded, wrong)
+
+    def _gradients(self, subject: Subject, expected: Step, rounded: Step, wrong: Step) -> Row:
+        """The part and split that are nearest to their limit."""
+        found = []
+        for part, gradient in expected.gradients.items():
+            limit = FACTOR * relative(rounded.gradients[part], gradient) + subject.floor
+            for name, step in self.steps.items():
+                error = relative(step.gradients[part], gradient)
+                fault = relative(wrong.gradients[part], gradient)
+                found.append((error / limit if math.isfinite(error) else math.inf, error, limit, fault, part, name))
+        _, error, limit, fault, part, name = max(found)
+        return Row.judged(
+            "loss of any split",
+            f"gradient of these steps{subject.share}; the worst is {part}, {name}",
+            figure=error,
+            tolerance=limit,
+            fault=fault,
+        )
+
+
+def splits(lengths: list[int]) -> dict[str, dict[str, Any]]:
+    """Name -> how a trainer sees samples of these lengths in one step."""
+    count, total = len(lengths), sum(lengths)
+    half = max(max(lengths), -(-total // 2))
+    told: dict[str, dict[str, Any]] = {"one packed row": {"packing": True, "max_length": total}}
+    rows = packed_rows(lengths, half)
+    told[f"{rows} packed rows in a pass each"] = {"packing": True, "max_length": half, "passes": rows}
+    told["one sample a pass"] = {"packing": False, "max_length": total, "passes": count}
+    told["two samples a pass"] = {"packing": False, "max_length": total, "rows": 2, "passes": -(-count // 2)}
+    return told
+
+
+def packed_rows(lengths: list[int], max_length: int) -> int:
+    """How many rows the first epoch has."""
+    from qwenvl_ft.data.packing import pack_lengths
+
+    return len(pack_lengths(lengths, max_length=max_length))
+
+
+def one_step(trainer: Any, share: Share) -> Step:
+    """Loss and gradient of one optimizer step over all samples; the weights stay as they are."""
+    kept: dict[str, Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            kept.update(share.taken(model))
+
+    trainer.add_callback(Keep())
+    run_to_end(trainer)
+    trainer.model.zero_grad(set_to_none=True)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Step(float(logged[0]), kept)
+
+
+def by_hand(told: Measured) -> Step:
+    """The mean over all supervised tokens of all samples."""
+    tokens = sum(len(losses) for losses in told.losses)
+    loss = float(torch.cat(told.losses).double().sum()) / tokens
+    return Step(loss, _summed(told, [1 / tokens] * len(told.losses)))
+
+
+def mean_of_means(told: Measured) -> Step:
+    """What a trainer computes that takes the mean of each pass, and the mean of these over the passes."""
+    counts = [len(losses) for losses in told.losses]
+    loss = sum(float(losses.double().mean()) for losses in told.losses) / len(counts)
+    return Step(loss, _summed(told, [1 / (count * len(counts)) for count in counts]))
+
+
+def _summed(told: Measured, weights: list[float]) -> dict[str, Tensor]:
+    pairs = list(zip(told.gradients, weights, strict=True))
+    return {part: sum((g[part].double() * w for g, w in pairs), torch.zeros(())) for part in told.gradients[0]}

@@ -1,0 +1,184 @@
+"""The model, data and trainer of a recipe, built as a run builds them, and what is known of them so far."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwenvl_ft.data.conversation import Sample
+from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.prove.measure import Measured, Share
+from qwenvl_ft.prove.settings import ProofOptions
+
+FACTOR = 3.0
+"""How much larger than the error of a sample alone, against the same reference, the error of a packed one may be."""
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2.5e-4}
+"""What is added: about 80 rounding steps of float32, a quarter of one of 16 bits."""
+
+
+@dataclass
+class Subject:
+    """What is looked at. The model is gone once it was saved and measured."""
+
+    recipe: Any
+    args: Any
+    options: ProofOptions
+    folder: Path
+    processor: Any
+    dataset: SampleDataset
+    samples: list[Sample]
+    trainer: Any
+    dtype: torch.dtype
+    """What the run computes in."""
+    say: Callable[[str], None]
+    share: Share
+    """Which elements of the gradients are kept."""
+    alone: Measured | None = None
+    """Each sample by itself, as the run computes it."""
+    reference: Measured | None = None
+    """Each sample by itself, as exactly as there is room for."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What the report says above its rows."""
+    before: list[torch.Tensor] = field(default_factory=list)
+    """Logits of the samples before training."""
+    after: list[torch.Tensor] = field(default_factory=list)
+    """The same after it."""
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.args.device
+
+    @property
+    def floor(self) -> float:
+        return FLOOR[self.dtype]
+
+    def autocast(self) -> Any:
+        """The precision of the run, as accelerate sets it around the model."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
+
+    def noise(self, what: str) -> float:
+        """The largest error of a sample alone in the run's precision: what rounding makes of ``what``."""
+        assert self.alone is not None
+        assert self.reference is not None
+        return max(error for _, error in self.alone.errors(self.reference, what))
+
+    def trainer_like(self, *, packing: bool, max_length: int, rows: int = 1, passes: int = 1) -> Any:
+        """Another trainer over the same model and samples, for one step that moves nothing.
+
+        Args:
+            rows: of a pass; without packing, samples.
+            passes: of the step.
+        """
+        from transformers.training_args import OptimizerNames
+
+        from qwenvl_ft.training.callbacks.method import MethodCallback
+        from qwenvl_ft.training.setup import build_trainer
+
+        recipe, args = copy.deepcopy(self.recipe), copy.copy(self.args)
+        recipe.training.packing, recipe.template.max_length = packing, max_length
+        recipe.training.vit_lr = recipe.training.aligner_lr = None
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = rows, passes
+        args.learning_rate, args.weight_decay, args.max_steps, args.max_grad_norm = 0.0, 0.0, 1, 1e9
+        args.optim, args.optim_args, args.optim_target_modules = OptimizerNames.SGD, None, None
+        trainer = build_trainer(recipe, args, self.model, self.processor, self.dataset)
+        trainer.remove_callback(MethodCallback)  # AdaLoRA would cut its ranks
+        calm(trainer)
+        return trainer
+
+    def train_faster(self, factor: float) -> None:
+        """Put another trainer in the place of the run's own, which goes on at ``factor`` times all rates."""
+        from qwenvl_ft.training import setup
+
+        recipe, args, model = copy.deepcopy(self.recipe), copy.copy(self.args), self.model
+        args.learning_rate *= factor
+        for key in ("vit_lr", "aligner_lr"):
+            if (rate := getattr(recipe.training, key)) is not None:
+                setattr(recipe.training, key, rate * factor)
+        self.trainer = None
+        more = {"callbacks": setup.callbacks(recipe, int(args.seed))}
+        self.trainer = setup.build_trainer(recipe, args, model, self.processor, self.dataset, **more)
+        calm(self.trainer)
+
+    def release(self) -> None:
+        """Give the memory of the model back."""
+        self.trainer = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def build_subject(recipe: Any, options: ProofOptions, folder: Path, say: Callable[[str], None]) -> Subject:
+    """Build everything that a run of the recipe needs.
+
+    Raises:
+        QwenVLError: as `qwenvl_ft.train` does.
+    """
+    from qwenvl_ft.prove.records import proof_dataset
+    from qwenvl_ft.training import setup
+    from qwenvl_ft.training.arguments import build_arguments
+
+    args = build_arguments(recipe)
+    processor = setup.build_processor(recipe)
+    dataset = proof_dataset(
+        recipe,
+        setup.build_encoder(recipe, processor),
+        samples=options.samples,
+        max_tokens=options.max_tokens,
+        folder=folder / "lengths",
+    )
+    samples = [dataset[index] for index in range(len(dataset))]
+    say(f"loading {recipe.model.model}")
+    model = setup.build_model(recipe, args, dataset)
+    trainer = setup.build_trainer(
+        recipe, args, model, processor, dataset, callbacks=setup.callbacks(recipe, int(args.seed))
+    )
+    calm(trainer)
+    return Subject(
+        recipe=recipe,
+        args=args,
+        options=options,
+        folder=folder,
+        processor=processor,
+        dataset=dataset,
+        samples=samples,
+        trainer=trainer,
+        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        say=say,
+        share=Share.of(model),
+    )
+
+
+def run_to_end(trainer: Any) -> None:
+    """Train, and take off again what accelerate put around the model's forward: its autocast would stay."""
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def still(model: nn.Module) -> None:
+    """Turn dropout off, of whatever kind: two passes of the same sample would differ."""
+    for module in model.modules():
+        told: Any = module
+        if "Dropout" in type(module).__name__ and isinstance(getattr(told, "p", None), float):
+            told.p = 0.0
+
+
+def calm(trainer: Any) -> None:
+    """Float16: begin with a scale of the loss that does not overflow, or the first steps would be left out."""
+    scaler = trainer.accelerator.scaler
+    if scaler is not None:
+        scaler.scale(torch.zeros(1, device=trainer.args.device))
+        scaler.update(1024.0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwenvl_ft.model.attention import resolve_attn_impl
 from qwenvl_ft.prove.measure import Measured, alone_rows, measured
 from qwenvl_ft.prove.room import GIB, float32_place, weight_bytes
 from qwenvl_ft.prove.subject import Subject
@@ -46,6 +47,8 @@ def measure_reference(subject: Subject) -> None:
     if place.type != subject.device.type:
         model.to(place)
     to_float32(model)
+    if attention_of(subject).startswith("flash"):  # its kernels know 16 bits only
+        use_attention(model, "sdpa")
     subject.reference = _measured(subject, place, nullcontext)
     subject.facts["reference"] = f"each sample alone in float32 on {place.type}"
 
@@ -55,10 +58,7 @@ def _measured(subject: Subject, device: torch.device, autocast: Any) -> Measured
 
 
 def to_float32(model: nn.Module) -> None:
-    """Hold all weights of floating point in float32, one at a time; those in few bits compute in it.
-
-    Kernels of flash-attention know 16 bits only: SDPA stands in for them.
-    """
+    """Hold all weights of floating point in float32, one at a time; those in few bits compute in it."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
@@ -66,17 +66,12 @@ def to_float32(model: nn.Module) -> None:
         told: Any = module
         if isinstance(getattr(told, "compute_dtype", None), torch.dtype):  # bitsandbytes
             told.compute_dtype = torch.float32
-    if any(name.startswith("flash") for name in attention_names(model)):
-        use_attention(model, "sdpa")
 
 
-def attention_names(model: nn.Module) -> set[str]:
-    """What computes attention, as the configs of the model's parts say."""
-    from transformers import PreTrainedModel
-
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    configs = (inner.config, inner.config.get_text_config(), getattr(inner.config, "vision_config", inner.config))
-    return {str(getattr(config, "attn_implementation", "")) for config in configs}
+def attention_of(subject: Subject) -> str:
+    """What computes attention in the run."""
+    told = subject.recipe.model
+    return resolve_attn_impl(told.attn_impl, str(subject.dtype).removeprefix("torch."))
 
 
 def use_attention(model: nn.Module, name: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.prove.frozen import Frozen
 from qwenvl_ft.prove.packed import Packed
-from qwenvl_ft.prove.reference import measure_alone, measure_reference
+from qwenvl_ft.prove.reference import attention_of, measure_alone, measure_reference
 from qwenvl_ft.prove.report import Report, Row
 from qwenvl_ft.prove.room import shortages
 from qwenvl_ft.prove.saved import Saved
@@ -102,7 +102,7 @@ def facts(subject: Subject) -> dict[str, str]:
         "model": f"{recipe.model.model}, {sum(p.numel() for p in subject.model.parameters()):,} parameters",
         "method": f"{recipe.tuner.train_type}, {subject.share.total:,} weights train",
         "data": f"{len(subject.samples)} samples, {tokens:,} tokens, of {recipe.data.train or 'records made up'}",
-        "precision": f"{str(subject.dtype).removeprefix('torch.')}, attention {recipe.model.attn_impl}",
+        "precision": f"{str(subject.dtype).removeprefix('torch.')}, attention {attention_of(subject)}",
         "device": here,
         "versions": f"Python {sys.version.split()[0]}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}",
     }

@@ -7,7 +7,6 @@ not know, is opened by `load_model` instead, and a row says so.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -322,11 +321,8 @@ def _run(jobs: list[dict[str, Any]], subject: Subject) -> str:
     path = subject.folder / "jobs.json"
     path.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "-P", str(SCRIPT), str(path)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment, cwd=subject.folder
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=subject.folder)
     except subprocess.TimeoutExpired:
         return f"the new process did not end within {LIMIT_S} s"
     return "" if done.returncode == 0 else f"the new process failed: {' '.join(done.stderr.split())[-500:]}"

@@ -161,11 +161,15 @@ def build_subject(recipe: Any, options: ProofOptions, folder: Path, say: Callabl
 
 
 def run_to_end(trainer: Any) -> None:
-    """Train, and take off again what accelerate put around the model's forward: its autocast would stay."""
-    try:
-        trainer.train()
-    finally:
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    """Train, and leave nothing of it but the weights.
+
+    What accelerate puts around the model's forward would stay, and compute a reference in 16 bits; the optimizer's
+    states would take the room that the reference needs.
+    """
+    trainer.train()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
 
 
 def still(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from qwenvl_ft.prove.saved import Saved
 from qwenvl_ft.prove.settings import ProofOptions, first_phase, proof_recipe
 from qwenvl_ft.prove.split import Split
 from qwenvl_ft.prove.subject import Subject, build_subject, still
+from qwenvl_ft.upstream.probe import fallbacks
 
 PACKAGES = ("qwenvl-ft", "torch", "transformers", "peft", "accelerate")
 
@@ -60,7 +61,7 @@ def prove(
         subject = build_subject(proof_recipe(recipe, options.steps, folder / "run"), options, folder, say)
         subject.facts |= facts(subject)
         report = Report(facts=subject.facts, warnings=left_out)
-        report.warnings += shortages(subject.model, subject.device, folder)
+        report.warnings += [*fallbacks(), *shortages(subject.model, subject.device, folder)]
         for line in report.warnings:
             say(f"warning: {line}")
         try:

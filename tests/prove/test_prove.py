@@ -165,9 +165,7 @@ def test_the_reference_of_16_bits_is_the_same_weights_in_plain_transformers_in_f
     measure_reference(subject)
     plain = AutoModelForImageTextToText.from_pretrained(tiny_dir, dtype=torch.bfloat16).float()
     for k, sample in enumerate(subject.samples):
-        batch = QwenVLCollator()(
-            [subject.dataset.encoder.__class__(subject.processor)(subject.dataset.conversation(k))]
-        )
+        batch = QwenVLCollator()([Encoder(subject.processor)(subject.dataset.conversation(k))])
         inputs = {key: batch[key] for key in ("input_ids", "pixel_values", "image_grid_thw") if key in batch}
         inputs["position_ids"] = batch["position_ids"]
         with torch.no_grad():

@@ -18,10 +18,11 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.probe import Feature, takes
+
+from transformers import Trainer  # isort: skip
 
 COMPILING = "torch_compile", "torch_compile_backend", "torch_compile_mode"
 """Fields of TrainingArguments by which accelerate compiles the whole model."""

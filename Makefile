@@ -1,5 +1,6 @@
 # What can be done here: make help. Every target makes .venv first where it is missing or older than the project's
-# metadata; with uv if it is installed, else with venv and pip.
+# metadata; with uv if it is installed, else with venv and pip. It holds the versions of requirements.lock, or with
+# NEWEST=1 the newest of everything.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,24 +8,45 @@ JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $
 DEMO ?= .demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+NEWEST ?=
+LOCK ?= requirements.lock
+VENVS ?= .upstream
+ENVS ?=
 
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
 UV := $(shell command -v uv 2>/dev/null)
+# Two stamps, of which one is there: what is installed is what was asked for last.
+STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
+STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test methods lint check clean
+.PHONY: help setup lock demo test contract upstream methods lint check clean
 
 help: ## what can be done here
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(STAMP) ## make .venv with everything that tests and demo need
+setup: ## make .venv with everything that tests and demo need; NEWEST=1 takes the newest instead of the lock
+ifdef NEWEST
+	@rm -f $(STAMP)
+endif
+	@$(MAKE) --no-print-directory $(STAMP)
+
+lock: ## take the newest of everything into requirements.lock (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
+	    --extra dev setup.cfg --output-file $(LOCK).new
+	@{ sed -n '/^#/p' requirements.lock; cat $(LOCK).new; } > $(LOCK).made && mv $(LOCK).made $(LOCK) && rm $(LOCK).new
 
 demo: $(STAMP) ## train a tiny Qwen3-VL to read handwritten digits and ask it about new ones (CPU, minutes)
 	@bash examples/digits/demo.sh $(PY) $(DEMO) $(DEMO_ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+contract: $(STAMP) ## test what is taken from other libraries, and the promises, with the installed versions
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal tests/upstream $(PYTEST_ARGS)
+
+upstream: ## run the contract with many versions and write docs/compatibility.md; ENVS="oldest newest" for some (needs uv)
+	$(PYTHON) tests/upstream/environments.py --venvs $(VENVS) --jobs $(JOBS) $(ENVS)
 
 methods: $(STAMP) ## try every training method on tiny models and write the table of docs/tuning.md
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/methods_table.py --write
@@ -47,10 +69,20 @@ else
 	$(PYTHON) -m venv --clear $(VENV)
 endif
 
-$(STAMP): $(PY) setup.cfg pyproject.toml
-ifdef UV
-	uv pip install --python $(PY) -e ".[dev]"
+# In an environment with newer versions the constraints take them back; --upgrade takes an older one forward.
+ifdef NEWEST
+HOW := --upgrade
 else
-	$(PY) -m pip install --disable-pip-version-check -e ".[dev]"
+HOW := --constraint $(LOCK)
+# The setuptools that builds the package is that of the lock too.
+BUILD := PIP_BUILD_CONSTRAINT=$(CURDIR)/$(LOCK) UV_BUILD_CONSTRAINT=$(CURDIR)/$(LOCK)
 endif
+
+$(STAMP): $(PY) setup.cfg pyproject.toml $(if $(NEWEST),,$(LOCK))
+ifdef UV
+	$(BUILD) uv pip install --python $(PY) $(HOW) -e ".[dev]"
+else
+	$(BUILD) $(PY) -m pip install --disable-pip-version-check $(HOW) $(if $(NEWEST),--upgrade-strategy eager) -e ".[dev]"
+endif
+	@rm -f $(STAMPS)
 	@touch $@

@@ -55,7 +55,7 @@ def packages(faults: list[str]) -> Iterator[str]:
     for text in requires("qwenvl-ft") or []:
         needed = Requirement(text)
         extra = str(needed.marker or "").partition("==")[2].strip(" '\"")
-        if extra in ("dev", "demo"):
+        if extra in ("dev", "demo", "contract"):
             continue
         try:
             here = version(needed.name)
@@ -70,6 +70,22 @@ def packages(faults: list[str]) -> Iterator[str]:
             )
 
 
+def compatibility(faults: list[str]) -> Iterator[str]:
+    """Which of the installed versions our own tests were run with, and what is slower or missing with them."""
+    from qwenvl_ft.upstream import probe, proven
+
+    installed, other = proven.here(), proven.unproven()
+    for name in proven.PACKAGES:
+        note = f"not run; run were {', '.join(proven.proven(name)) or 'none'}" if name in other else "run"
+        yield f"{name} {installed[name]}: {note}"
+    if same := proven.same_versions():
+        results = "; ".join(f"{name} on {proven.runs()[name]['date']}: {proven.result(name)}" for name in same)
+        yield f"all of them together, with this Python: {results}"
+    else:
+        yield "all of them together, with this Python: not run; `qwenvl-ft prove` checks them on your model"
+    yield from probe.fallbacks()
+
+
 def devices(faults: list[str]) -> Iterator[str]:
     """GPUs as torch sees them."""
     import torch
@@ -77,10 +93,11 @@ def devices(faults: list[str]) -> Iterator[str]:
     built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"
     yield f"{built}; {torch.cuda.device_count()} usable GPUs"
     for index in range(torch.cuda.device_count()):
-        told = torch.cuda.get_device_properties(index)
+        device = torch.cuda.get_device_properties(index)
         with torch.cuda.device(index):
             bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bfloat16"
-        yield f"{index}: {told.name}, {told.total_memory / GIB:.0f} GiB, capability {told.major}.{told.minor}{bf16}"
+        able = f"capability {device.major}.{device.minor}{bf16}"
+        yield f"{index}: {device.name}, {device.total_memory / GIB:.0f} GiB, {able}"
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         faults.append(
             "nvidia-smi is here, but torch sees no GPU: the driver is too old for its CUDA, or CUDA_VISIBLE_DEVICES "
@@ -99,6 +116,7 @@ def attention(faults: list[str]) -> Iterator[str]:
 LOOKS: dict[str, Callable[[list[str]], Iterator[Any]]] = {
     "machine": machine,
     "packages": packages,
+    "versions that our tests were run with": compatibility,
     "devices": devices,
     "attention": attention,
 }

@@ -1,0 +1,62 @@
+"""How docs/compatibility.md is written from the runs of `make upstream`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+HEAD = """\
+# Compatibility
+
+<!-- by make upstream -->
+
+`setup.cfg` asks for the oldest versions that pass the contract of `tests/upstream`, and for nothing newer. The contract
+trains tiny models and tests, with the versions at hand, everything that is taken from other libraries and every promise
+of the README. These environments were run:
+
+"""
+TAIL = """
+`make upstream` builds the environments and writes this page; `make upstream ENVS="oldest newest"` runs some of them
+again. `qwenvl-ft doctor` says which of the versions on a machine were run, and a training run with other versions says
+so in one line. `qwenvl-ft prove` checks the promises on your own model and versions.
+"""
+
+
+def write_page(path: Path, record: dict[str, dict[str, Any]], reasons: dict[str, str]) -> None:
+    """Write the page.
+
+    Args:
+        record: name of an environment -> its last run, in the order of the page.
+        reasons: name -> what it stands for.
+    """
+    path.write_text(HEAD + table(record, reasons) + gaps(record) + TAIL, encoding="utf-8")
+
+
+def table(record: dict[str, dict[str, Any]], reasons: dict[str, str]) -> str:
+    """A row for each environment."""
+    packages = list(dict.fromkeys(package for run in record.values() for package in run["versions"]))
+    heads = ["environment", "Python", *packages, "run on", "contract"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, run in record.items():
+        versions = [run["versions"].get(package, "") for package in packages]
+        rows.append([f"{name}: {reasons[name]}", run["python"], *versions, run["date"], result(run)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def result(run: dict[str, Any]) -> str:
+    """What came of a run, short."""
+    if run["fault"]:
+        return f"not run: {run['fault']}".replace("|", "\\|")
+    failed = f"**{run['failed']} failed**, " if run["failed"] else ""
+    skipped = f", {run['skipped']} skipped" if run["skipped"] else ""
+    return f"{failed}{run['passed']} passed{skipped}"
+
+
+def gaps(record: dict[str, dict[str, Any]]) -> str:
+    """What failed, and what is slower or missing, by environment."""
+    lines = []
+    for name, run in record.items():
+        lines += [f"- {name}: `{failure}` fails" for failure in run["failures"]]
+        lines += [f"- {name}: {fallback}" for fallback in run["fallbacks"]]
+    body = "\n".join(lines) if lines else "Nothing."
+    return f"\n## What is slower or missing where\n\n{body}\n"

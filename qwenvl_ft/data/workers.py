@@ -1,12 +1,10 @@
 """What keeps a loader's workers from hanging the run that waits for them."""
 
-import multiprocessing.queues
 import os
 import tempfile
-import traceback
-from typing import Any
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.workers import end_with_lost_items
 
 SOCKET_PATH = 107
 """Longest path of a socket, in bytes (unix(7))."""
@@ -35,9 +33,4 @@ def fail_loudly(worker: int) -> None:
     multiprocessing only prints the error (too many open files, a full /dev/shm) and goes on without the batch, for
     which the run would wait for ever.
     """
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
-
-
-def _end(error: Exception, batch: Any) -> None:
-    traceback.print_exception(error)
-    os._exit(1)
+    end_with_lost_items()

@@ -16,6 +16,7 @@ from qwenvl_ft.bench.sizes import SIZES, make_config, random_model
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.loss import HEAD_CHUNK
 from qwenvl_ft.tuning.prepare import prepare_model
+from qwenvl_ft.upstream.attention import set_attention
 
 GIB = 2**30
 FUSED = "meta_flash"
@@ -99,11 +100,13 @@ def kept_by_vision_block(model: nn.Module, patches: int) -> int:
 
 def kept(layer: nn.Module, hidden: Tensor, **told: Any) -> int:
     """Bytes that the backward pass of a layer needs beside its weights: what autograd packs, each storage once."""
-    weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+    held = [p.untyped_storage() for p in layer.parameters()]  # torch hands out one object of each while that lives
+    weights = set(map(id, held))
     packed: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        packed[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        packed[id(storage)] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -137,7 +140,7 @@ def _meta_model(size: str, told: Any) -> Any:
     """A size on the meta device, all in 16 bits, with attention that keeps what a flash kernel keeps."""
     model = random_model(make_config(size), told, torch.device("meta"))
     for config in (model.config.text_config, model.config.vision_config):
-        config._attn_implementation = FUSED
+        set_attention(config, FUSED)
     return model
 
 

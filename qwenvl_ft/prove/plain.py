@@ -42,6 +42,9 @@ def answered(model, job):
         with torch.no_grad():
             logits = model(**seen, logits_to_keep=keep, use_cache=False).logits[0]
             said = model.generate(**asked, generation_config=settings, output_logits=True, return_dict_in_generate=True)
+        for module in model.modules():
+            if "rope_deltas" in vars(module):
+                module.rope_deltas = None  # the next text alone would find this prompt's offsets
         found[f"logits.{number}"] = logits.float().cpu()
         found[f"tokens.{number}"] = said.sequences[0, asked["input_ids"].shape[1] :].cpu()
         found[f"steps.{number}"] = torch.cat(said.logits).float().cpu()

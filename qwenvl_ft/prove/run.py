@@ -96,13 +96,14 @@ def rows_of(subject: Subject) -> list[Row]:
 
 def facts(subject: Subject) -> dict[str, str]:
     """What the rows were found with."""
-    recipe, device = subject.recipe, subject.device
+    recipe, device, data = subject.recipe, subject.device, subject.recipe.data.train
     tokens = sum(len(sample["input_ids"]) for sample in subject.samples)
+    source = ", ".join(data) if isinstance(data, list | dict) else data or "records made up"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     return {
         "model": f"{recipe.model.model}, {sum(p.numel() for p in subject.model.parameters()):,} parameters",
         "method": f"{recipe.tuner.train_type}, {subject.share.total:,} weights train",
-        "data": f"{len(subject.samples)} samples, {tokens:,} tokens, of {recipe.data.train or 'records made up'}",
+        "data": f"{len(subject.samples)} samples, {tokens:,} tokens, of {source}",
         "precision": f"{str(subject.dtype).removeprefix('torch.')}, attention {attention_of(subject)}",
         "device": here,
         "versions": f"Python {sys.version.split()[0]}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}",

@@ -52,6 +52,7 @@ class Saved:
         self.trained = Answers()
         self.jobs: list[dict[str, Any]] = []
         self.skipped: list[Row] = []
+        self.cached = 0.0
 
     def measure(self, subject: Subject) -> None:
         subject.say(f"{subject.options.new_tokens} tokens of each answer, and saving")
@@ -60,13 +61,21 @@ class Saved:
         inputs.mkdir()
         settings = generation(subject)
         paths = [_write_inputs(subject, k, inputs) for k in range(len(subject.samples))]
-        said = [_generated(subject, asked, settings) for _, asked in paths]
+        said = [answer(subject.model, asked, settings, subject) for _, asked in paths]
         self.trained.tokens, self.trained.steps = [tokens for tokens, _ in said], [steps for _, steps in said]
+        whole = [at_once(subject.model, asked, told[0], subject) for (_, asked), told in zip(paths, said, strict=True)]
+        self.cached = max(relative(steps, other) for (_, steps), other in zip(said, whole, strict=True))
         folder = subject.folder / "saved"
         subject.trainer.save_model(str(folder))
         self.jobs = list(self._jobs(subject, folder, paths, settings))
 
     def rows(self, subject: Subject) -> Iterator[Row]:
+        yield Row.judged(
+            "generation",
+            "logits token by token with a cache, against one pass over the whole answer",
+            figure=self.cached,
+            tolerance=FACTOR * subject.noise("logits") + subject.floor,
+        )
         yield from self.skipped
         jobs = [job for job in self.jobs if job["plain"]]
         if jobs:
@@ -255,17 +264,32 @@ def _write_inputs(subject: Subject, index: int, folder: Path) -> tuple[Path, Pat
     return paths
 
 
-def _generated(subject: Subject, path: Path, settings: GenerationConfig) -> tuple[Tensor, Tensor]:
-    """int64[N] and float32[N, V]: what the trained model answers."""
-    return answer(subject.model, path, settings, subject)
-
-
 def answer(model: Any, path: Path, settings: GenerationConfig, subject: Subject) -> tuple[Tensor, Tensor]:
     asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
     model.eval()
     with torch.no_grad(), subject.autocast():
         said = model.generate(**asked, generation_config=settings, output_logits=True, return_dict_in_generate=True)
+        forget_offsets(model)
     return said.sequences[0, asked["input_ids"].shape[1] :].cpu(), torch.cat(said.logits).float().cpu()
+
+
+def at_once(model: Any, path: Path, tokens: Tensor, subject: Subject) -> Tensor:
+    """float32[N, V]: logits of an answer's tokens by one pass over all of it, without a cache."""
+    asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
+    begin, new = asked["input_ids"].shape[1], tokens[None].to(subject.device)
+    fillers = {"input_ids": new, "attention_mask": torch.ones_like(new), "mm_token_type_ids": torch.zeros_like(new)}
+    whole = asked | {key: torch.cat([asked[key], value], dim=1) for key, value in fillers.items()}
+    keep = torch.arange(begin - 1, begin - 1 + len(tokens), device=subject.device)
+    model.eval()
+    with torch.no_grad(), subject.autocast():
+        return model(**whole, logits_to_keep=keep, use_cache=False).logits[0].float().cpu()
+
+
+def forget_offsets(model: Any) -> None:
+    """Generation leaves its last prompt's position offsets in the model, where the next text alone would find them."""
+    for module in model.modules():
+        if "rope_deltas" in vars(module):
+            module.rope_deltas = None
 
 
 def _opened_by_us(subject: Subject, adapter: Path) -> Answers:

@@ -43,12 +43,13 @@ def test_lora_in_float32_is_exact_to_what_plain_transformers_and_peft_load(tiny_
         "trained weights",
         "packed = alone",
         "loss of any split",
+        "generation",
         "saved adapter",
         "merged model",
     }
     assert set(found.values()) == {OK}
     figures = [row.figure for row in report.rows if isinstance(row.figure, float)]
-    assert len(figures) == 7
+    assert len(figures) == 8
     assert max(figures) < 5e-6
     assert all(row.fault > 1e3 * row.tolerance for row in report.rows if isinstance(row.fault, float))
     assert [row.figure for row in report.rows if "token by token" in row.compared] == ["40 of 40 the same"] * 2

@@ -60,5 +60,5 @@ def show_one_gpu() -> None:
     """Let this process see its first GPU only, before torch looks: a proof runs on one."""
     import os
 
-    told = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = told.partition(",")[0]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]

@@ -86,25 +86,25 @@ class Frozen:
 def train(subject: Subject, watch: TrainerCallback) -> None:
     """Some steps of the run; more at ten times the rate, as long as the logits hardly change.
 
-    A saved model can be told from the base model only if training has changed more than rounding does.
+    A saved model can be stages from the base model only if training has changed more than rounding does.
     """
     how: dict[str, Any] = {"autocast": subject.autocast, "device": subject.device}
     rows, steps = alone_rows(subject), subject.options.steps
     subject.before = seen_logits(subject.model, rows, **how)
-    told = []
+    stages = []
     for attempt in range(ATTEMPTS):
         if attempt:
             subject.train_faster(FASTER**attempt)
         rate = subject.trainer.args.learning_rate
         subject.say(f"training {steps} steps of {subject.recipe.tuner.train_type} at {rate:.1g}")
-        told.append(f"{steps} at {rate:.1g}")
+        stages.append(f"{steps} at {rate:.1g}")
         subject.trainer.add_callback(watch)
         run_to_end(subject.trainer)
         subject.after = seen_logits(subject.model, rows, **how)
         change = max(relative(*pair) for pair in zip(subject.after, subject.before, strict=True))
         if change >= CHANGE[subject.dtype]:
             break
-    subject.facts["training"] = f"steps at the rate: {', then '.join(told)}; logits changed by {change:.1e}"
+    subject.facts["training"] = f"steps at the rate: {', then '.join(stages)}; logits changed by {change:.1e}"
 
 
 class Watch(TrainerCallback):

@@ -102,7 +102,7 @@ def measured(
         rows: batches of the collator, with ``labels`` and their samples' numbers of supervised tokens, ``counts``.
         autocast: makes the context of a forward pass.
     """
-    told = Measured()
+    found = Measured()
     model.train()
     for row in rows:
         inputs, targets, counts = prepared(row, device)
@@ -112,16 +112,16 @@ def measured(
             with autocast():
                 logits = model(**inputs).logits[0]  # [K of all samples, V]
             if k == 0:
-                told.logits += [part.float().cpu() for part in logits.detach().split(counts)]
+                found.logits += [part.float().cpu() for part in logits.detach().split(counts)]
                 losses = F.cross_entropy(logits.detach().float(), targets, reduction="none")
-                told.losses += [part.cpu() for part in losses.split(counts)]
+                found.losses += [part.cpu() for part in losses.split(counts)]
             part = slice(begin, begin + count)
             scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
             (F.cross_entropy(logits[part].float(), targets[part], reduction="sum") * scale).backward()
-            told.gradients.append(share.taken(model, scale))
+            found.gradients.append(share.taken(model, scale))
             del logits
     model.zero_grad(set_to_none=True)
-    return told
+    return found
 
 
 def seen_logits(

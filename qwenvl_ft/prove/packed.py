@@ -39,7 +39,7 @@ class Packed:
         assert subject.alone is not None
         assert subject.reference is not None
         leak = min(error for _, error in list(self.leaked.errors(subject.reference, "logits"))[1:])
-        for what, told in (("logits", ""), ("losses", " of each token"), ("gradients", f" by sample{subject.share}")):
+        for what, detail in (("logits", ""), ("losses", " of each token"), ("gradients", f" by sample{subject.share}")):
             errors = self.packed.errors(subject.reference, what)
             noises = dict(subject.alone.errors(subject.reference, what))
             limits = [(where, error, FACTOR * noises[where] + subject.floor) for where, error in errors]
@@ -47,7 +47,7 @@ class Packed:
             where, error, limit = max(limits, key=lambda entry: float("inf") if entry[1] != entry[1] else _share(entry))
             yield Row.judged(
                 "packed = alone",
-                f"{what}{told} in a packed row; the worst is {where}",
+                f"{what}{detail} in a packed row; the worst is {where}",
                 figure=error,
                 tolerance=limit,
                 **({"fault": leak} if what == "logits" else {}),

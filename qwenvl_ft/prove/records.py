@@ -113,8 +113,8 @@ def made_up(encoder: Encoder, count: int) -> Few:
         encoder.length(_record(4))
     except DataError:  # a processor without videos
         records = [_record(index + index // 4) for index in range(count)]
-    told = [(record, Source(MADE_UP, f"{MADE_UP}[{k}]"), None) for k, record in enumerate(records)]
-    return Few(told, f"{MADE_UP}-{count}")
+    listed = [(record, Source(MADE_UP, f"{MADE_UP}[{k}]"), None) for k, record in enumerate(records)]
+    return Few(listed, f"{MADE_UP}-{count}")
 
 
 def _record(index: int) -> dict[str, Any]:

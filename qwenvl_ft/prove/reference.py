@@ -63,15 +63,15 @@ def to_float32(model: nn.Module) -> None:
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
     for module in model.modules():
-        told: Any = module
-        if isinstance(getattr(told, "compute_dtype", None), torch.dtype):  # bitsandbytes
-            told.compute_dtype = torch.float32
+        layer: Any = module
+        if isinstance(getattr(layer, "compute_dtype", None), torch.dtype):  # bitsandbytes
+            layer.compute_dtype = torch.float32
 
 
 def attention_of(subject: Subject) -> str:
     """What computes attention in the run."""
-    told = subject.recipe.model
-    return resolve_attn_impl(told.attn_impl, str(subject.dtype).removeprefix("torch."))
+    settings = subject.recipe.model
+    return resolve_attn_impl(settings.attn_impl, str(subject.dtype).removeprefix("torch."))
 
 
 def use_attention(model: nn.Module, name: str) -> None:

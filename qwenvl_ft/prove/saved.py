@@ -10,18 +10,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from qwenvl_ft.data.draft import IGNORE
 from qwenvl_ft.errors import CheckpointError
-from qwenvl_ft.evaluation.generate import STOP_TOKENS, prompt_batch
+from qwenvl_ft.prove.answers import Answers, answer, at_once, generation, write_inputs
 from qwenvl_ft.prove.measure import alone_rows, relative, seen_logits
 from qwenvl_ft.prove.report import FAILED, OK, SKIPPED, Row
 from qwenvl_ft.prove.room import GIB, free_disk
@@ -29,18 +26,6 @@ from qwenvl_ft.prove.subject import FACTOR, Subject
 
 SCRIPT = Path(__file__).with_name("plain.py")
 LIMIT_S = 900
-
-
-@dataclass
-class Answers:
-    """What a model said, an entry for each sample; N new tokens."""
-
-    logits: list[Tensor] = field(default_factory=list)
-    """float32[K, V] where an answer is predicted."""
-    tokens: list[Tensor] = field(default_factory=list)
-    """int64[N], the likeliest one by one."""
-    steps: list[Tensor] = field(default_factory=list)
-    """float32[N, V] that they were taken from."""
 
 
 class Saved:
@@ -60,10 +45,12 @@ class Saved:
         inputs = subject.folder / "inputs"
         inputs.mkdir()
         settings = generation(subject)
-        paths = [_write_inputs(subject, k, inputs) for k in range(len(subject.samples))]
+        paths = [write_inputs(subject, k, inputs) for k in range(len(subject.samples))]
         said = [answer(subject.model, asked, settings, subject) for _, asked in paths]
         self.trained.tokens, self.trained.steps = [tokens for tokens, _ in said], [steps for _, steps in said]
-        whole = [at_once(subject.model, asked, told[0], subject) for (_, asked), told in zip(paths, said, strict=True)]
+        whole = [
+            at_once(subject.model, asked, tokens, subject) for (_, asked), (tokens, _) in zip(paths, said, strict=True)
+        ]
         self.cached = max(relative(steps, other) for (_, steps), other in zip(said, whole, strict=True))
         folder = subject.folder / "saved"
         subject.trainer.save_model(str(folder))
@@ -88,11 +75,11 @@ class Saved:
             elif not Path(job["out"]).is_file():
                 error = Path(job["out"]).with_suffix(".error")
                 why = error.read_text(encoding="utf-8") if error.is_file() else failure
-                yield Row(check=job["check"], compared=job["told"], verdict=FAILED, note=why[:600])
+                yield Row(check=job["check"], compared=job["opened"], verdict=FAILED, note=why[:600])
             else:
-                told = load_file(job["out"])
+                saved = load_file(job["out"])
                 columns = (
-                    [told[f"{k}.{n}"] for n in range(len(subject.samples))] for k in ("logits", "tokens", "steps")
+                    [saved[f"{k}.{n}"] for n in range(len(subject.samples))] for k in ("logits", "tokens", "steps")
                 )
                 yield from self._compared(subject, job, Answers(*columns))
 
@@ -127,7 +114,7 @@ class Saved:
         if not adapter:
             yield common | {
                 "check": "saved weights",
-                "told": "by plain transformers",
+                "opened": "by plain transformers",
                 "model": str(folder),
                 "out": str(subject.folder / "saved.safetensors"),
             }
@@ -143,34 +130,39 @@ class Saved:
             | _over_base(subject)
             | {
                 "check": "saved adapter",
-                "told": "on its base by plain transformers and peft" if known else "on its base by load_model",
+                "opened": "on its base by plain transformers and peft" if known else "on its base by load_model",
                 "adapter": str(folder),
                 "plain": known,
                 "out": str(subject.folder / "saved.safetensors"),
             }
         )
-        merged = self._merged(subject, folder)
-        if merged is not None:
+        why = self._unmergeable(subject, known)
+        if why:
+            self._skip(subject, "merged", why)
+        elif "merged" not in subject.options.skip:
             yield common | {
                 "check": "merged model",
-                "told": "by plain transformers",
-                "model": str(merged),
+                "opened": "by plain transformers",
+                "model": str(subject.folder / "merged"),
                 "out": str(subject.folder / "merged.safetensors"),
             }
 
-    def _merged(self, subject: Subject, folder: Path) -> Path | None:
-        """Where the merged model will be; None if it cannot or shall not be made."""
-        if "merged" in subject.options.skip:
-            return None
+    def _unmergeable(self, subject: Subject, known: bool) -> str:
+        """Why no merged model is made; empty if one is."""
+        if not known:
+            return "the method changes no weight of the model, so it cannot be merged"
+        bits = subject.recipe.quantization.quantization_bit
+        if bits is None and getattr(subject.model.config, "quantization_config", None) is not None:
+            return "the weights of the base model are quantised, and take no update"
         needed = sum(p.numel() for p in subject.model.parameters()) * subject.dtype.itemsize
-        if needed > free_disk(subject.folder):
-            why = f"a merged model takes {needed / GIB:.1f} GiB, and {free_disk(subject.folder) / GIB:.1f} GiB are free"
-            self._skip(subject, "merged", f"{why} in {subject.folder.parent}: give another --folder")
-            return None
-        return subject.folder / "merged"
+        free = free_disk(subject.folder)
+        if needed <= free:
+            return ""
+        room = f"{free / GIB:.1f} GiB are free in {subject.folder.parent}: give another --folder"
+        return f"a merged model takes {needed / GIB:.1f} GiB, and {room}"
 
     def merge(self, subject: Subject) -> None:
-        """Make the merged model, once the trained one is gone; a method that cannot be merged is a row."""
+        """Make the merged model, once the trained one is gone."""
         from qwenvl_ft.export.merge import merge
 
         for job in [job for job in self.jobs if job["check"] == "merged model"]:
@@ -178,10 +170,8 @@ class Saved:
             try:
                 merge(subject.folder / "saved", job["model"], torch_dtype=job["dtype"])
             except CheckpointError as error:
-                if "cannot be merged" not in str(error):
-                    raise
                 self.jobs.remove(job)
-                self._skip(subject, "merged", "the method changes no weight of the model, so it cannot be merged")
+                self.skipped.append(Row(check=job["check"], compared="merging", verdict=FAILED, note=str(error)))
 
     def _skip(self, subject: Subject, name: str, why: str, *, plain: bool = False) -> None:
         if name in subject.options.skip:
@@ -198,7 +188,7 @@ class Saved:
         figure = max(errors, key=lambda error: float("inf") if error != error else error)
         yield Row.judged(
             job["check"],
-            f"logits, opened {job['told']}",
+            f"logits, opened {job['opened']}",
             figure=figure,
             tolerance=limit,
             fault=max(changes),
@@ -226,70 +216,12 @@ def _tokens_row(job: dict[str, Any], ours: Answers, theirs: Answers, limit: floa
     note = f"but for a tie within rounding at {', '.join(ties)}" if ties and not wrong else wrong
     return Row(
         check=job["check"],
-        compared=f"answers token by token, opened {job['told']}",
+        compared=f"answers token by token, opened {job['opened']}",
         figure=f"{same} of {total} the same",
         tolerance="all but ties",
         verdict=FAILED if wrong else OK,
         note=note,
     )
-
-
-def generation(subject: Subject) -> GenerationConfig:
-    """The likeliest token each time, and exactly so many of them."""
-    tokenizer, count = subject.processor.tokenizer, subject.options.new_tokens
-    return GenerationConfig(
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _write_inputs(subject: Subject, index: int, folder: Path) -> tuple[Path, Path]:
-    """A sample and its prompt, as plain transformers takes them: pixels by the processor, no positions."""
-    import copy
-
-    encoder = copy.copy(subject.dataset.encoder)
-    encoder.raw_pixels = False
-    conversation = subject.dataset.conversation(index)
-    sample = encoder(conversation)
-    whole = prompt_batch(subject.processor, [sample])
-    whole["keep"] = (sample["labels"] != IGNORE).nonzero(as_tuple=True)[0] - 1
-    asked = prompt_batch(subject.processor, [encoder.prompt(conversation)])
-    paths = folder / f"{index}.safetensors", folder / f"{index}.prompt.safetensors"
-    for path, tensors in zip(paths, (whole, asked), strict=True):
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-    return paths
-
-
-def answer(model: Any, path: Path, settings: GenerationConfig, subject: Subject) -> tuple[Tensor, Tensor]:
-    asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
-    model.eval()
-    with torch.no_grad(), subject.autocast():
-        said = model.generate(**asked, generation_config=settings, output_logits=True, return_dict_in_generate=True)
-        forget_offsets(model)
-    return said.sequences[0, asked["input_ids"].shape[1] :].cpu(), torch.cat(said.logits).float().cpu()
-
-
-def at_once(model: Any, path: Path, tokens: Tensor, subject: Subject) -> Tensor:
-    """float32[N, V]: logits of an answer's tokens by one pass over all of it, without a cache."""
-    asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
-    begin, new = asked["input_ids"].shape[1], tokens[None].to(subject.device)
-    fillers = {"input_ids": new, "attention_mask": torch.ones_like(new), "mm_token_type_ids": torch.zeros_like(new)}
-    whole = asked | {key: torch.cat([asked[key], value], dim=1) for key, value in fillers.items()}
-    keep = torch.arange(begin - 1, begin - 1 + len(tokens), device=subject.device)
-    model.eval()
-    with torch.no_grad(), subject.autocast():
-        return model(**whole, logits_to_keep=keep, use_cache=False).logits[0].float().cpu()
-
-
-def forget_offsets(model: Any) -> None:
-    """Generation leaves its last prompt's position offsets in the model, where the next text alone would find them."""
-    for module in model.modules():
-        if "rope_deltas" in vars(module):
-            module.rope_deltas = None
 
 
 def _opened_by_us(subject: Subject, adapter: Path) -> Answers:
@@ -318,10 +250,12 @@ def _over_base(subject: Subject) -> dict[str, Any]:
     """How plain transformers opens the base model that an adapter was trained on."""
     from qwenvl_ft.model.quantization import bnb_config
 
-    told, model = subject.recipe.model, subject.model
-    found: dict[str, Any] = {"model": str(Path(told.model).resolve()) if Path(told.model).is_dir() else told.model}
-    found["revision"] = told.model_revision
-    if told.rope_scaling is not None or told.max_model_len is not None:
+    settings, model = subject.recipe.model, subject.model
+    found: dict[str, Any] = {
+        "model": str(Path(settings.model).resolve()) if Path(settings.model).is_dir() else settings.model
+    }
+    found["revision"] = settings.model_revision
+    if settings.rope_scaling is not None or settings.max_model_len is not None:
         text = model.config.get_text_config()
         found["text"] = {name: getattr(text, name) for name in ("rope_parameters", "max_position_embeddings")}
     if subject.recipe.quantization.quantization_bit is not None:

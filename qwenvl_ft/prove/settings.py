@@ -51,7 +51,7 @@ def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: 
         tuner: as ``tuner.train_type``.
 
     Raises:
-        RecipeError: no model is named, or what is told is wrong.
+        RecipeError: no model is named, or what is proof is wrong.
     """
     more = [f"data.train={json.dumps(list(data))}"] if data else []
     more += [f"tuner.train_type={tuner}"] if tuner else []
@@ -64,13 +64,13 @@ def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: 
 
 def first_phase(recipe: Any) -> tuple[Any, list[str]]:
     """The recipe that is proven, and what is left out of it, in words: of phases, all but the first."""
-    told = []
+    left_out = []
     if recipe.phases:
         recipe = recipe.phases[0]
-        told.append(f"of the recipe's phases, {recipe.phase} is looked at")
+        left_out.append(f"of the recipe's phases, {recipe.phase} is looked at")
     if recipe.deepspeed.enabled:
-        told.append("DeepSpeed is left out: one process on one device is looked at")
-    return recipe, told
+        left_out.append("DeepSpeed is left out: one process on one device is looked at")
+    return recipe, left_out
 
 
 def proof_recipe(recipe: Any, steps: int, folder: Path) -> Any:
@@ -79,21 +79,21 @@ def proof_recipe(recipe: Any, steps: int, folder: Path) -> Any:
     What draws or adds to the loss is off, so that figures can be compared: noise, dropout (`still`), label smoothing,
     weights of data sets, the penalty of AdaLoRA. The rate is constant: a warm-up would begin with no step at all.
     """
-    told = copy.deepcopy(recipe)
-    told.deepspeed.enabled = False
-    told.data.val, told.data.split_dataset_ratio, told.data.loss_weights = None, 0.0, {}
-    told.data.on_error = "raise"
-    told.evaluation.run_after_training = False
-    told.training.z_loss, told.training.early_stopping_patience = 0.0, None
-    told.training.resume_from_checkpoint = None
-    told.training.padding_free = True
-    if told.tuner.train_type == "adalora":
-        told.tuner.adalora_tinit = told.tuner.adalora_tfinal = 0
-        told.tuner.adalora_orth_reg_weight = 0.0
+    proof = copy.deepcopy(recipe)
+    proof.deepspeed.enabled = False
+    proof.data.val, proof.data.split_dataset_ratio, proof.data.loss_weights = None, 0.0, {}
+    proof.data.on_error = "raise"
+    proof.evaluation.run_after_training = False
+    proof.training.z_loss, proof.training.early_stopping_patience = 0.0, None
+    proof.training.resume_from_checkpoint = None
+    proof.training.padding_free = True
+    if proof.tuner.train_type == "adalora":
+        proof.tuner.adalora_tinit = proof.tuner.adalora_tfinal = 0
+        proof.tuner.adalora_orth_reg_weight = 0.0
     for name in DROPPED:
-        told.training.arguments.pop(name, None)
-    told.training.arguments |= ARGUMENTS | {"output_dir": str(folder), "max_steps": steps}
-    return told
+        proof.training.arguments.pop(name, None)
+    proof.training.arguments |= ARGUMENTS | {"output_dir": str(folder), "max_steps": steps}
+    return proof
 
 
 DROPPED = (

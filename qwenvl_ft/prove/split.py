@@ -77,12 +77,12 @@ def splits(lengths: list[int]) -> dict[str, dict[str, Any]]:
     """Name -> how a trainer sees samples of these lengths in one step."""
     count, total = len(lengths), sum(lengths)
     half = max(max(lengths), -(-total // 2))
-    told: dict[str, dict[str, Any]] = {"one packed row": {"packing": True, "max_length": total}}
+    shapes: dict[str, dict[str, Any]] = {"one packed row": {"packing": True, "max_length": total}}
     rows = packed_rows(lengths, half)
-    told[f"{rows} packed rows in a pass each"] = {"packing": True, "max_length": half, "passes": rows}
-    told["one sample a pass"] = {"packing": False, "max_length": total, "passes": count}
-    told["two samples a pass"] = {"packing": False, "max_length": total, "rows": 2, "passes": -(-count // 2)}
-    return told
+    shapes[f"{rows} packed rows in a pass each"] = {"packing": True, "max_length": half, "passes": rows}
+    shapes["one sample a pass"] = {"packing": False, "max_length": total, "passes": count}
+    shapes["two samples a pass"] = {"packing": False, "max_length": total, "rows": 2, "passes": -(-count // 2)}
+    return shapes
 
 
 def packed_rows(lengths: list[int], max_length: int) -> int:
@@ -107,20 +107,20 @@ def one_step(trainer: Any, share: Share) -> Step:
     return Step(float(logged[0]), kept)
 
 
-def by_hand(told: Measured) -> Step:
+def by_hand(measured: Measured) -> Step:
     """The mean over all supervised tokens of all samples."""
-    tokens = sum(len(losses) for losses in told.losses)
-    loss = float(torch.cat(told.losses).double().sum()) / tokens
-    return Step(loss, _summed(told, [1 / tokens] * len(told.losses)))
+    tokens = sum(len(losses) for losses in measured.losses)
+    loss = float(torch.cat(measured.losses).double().sum()) / tokens
+    return Step(loss, _summed(measured, [1 / tokens] * len(measured.losses)))
 
 
-def mean_of_means(told: Measured) -> Step:
+def mean_of_means(measured: Measured) -> Step:
     """What a trainer computes that takes the mean of each pass, and the mean of these over the passes."""
-    counts = [len(losses) for losses in told.losses]
-    loss = sum(float(losses.double().mean()) for losses in told.losses) / len(counts)
-    return Step(loss, _summed(told, [1 / (count * len(counts)) for count in counts]))
+    counts = [len(losses) for losses in measured.losses]
+    loss = sum(float(losses.double().mean()) for losses in measured.losses) / len(counts)
+    return Step(loss, _summed(measured, [1 / (count * len(counts)) for count in counts]))
 
 
-def _summed(told: Measured, weights: list[float]) -> dict[str, Tensor]:
-    pairs = list(zip(told.gradients, weights, strict=True))
-    return {part: sum((g[part].double() * w for g, w in pairs), torch.zeros(())) for part in told.gradients[0]}
+def _summed(measured: Measured, weights: list[float]) -> dict[str, Tensor]:
+    pairs = list(zip(measured.gradients, weights, strict=True))
+    return {part: sum((g[part].double() * w for g, w in pairs), torch.zeros(())) for part in measured.gradients[0]}

@@ -175,9 +175,9 @@ def run_to_end(trainer: Any) -> None:
 def still(model: nn.Module) -> None:
     """Turn dropout off, of whatever kind: two passes of the same sample would differ."""
     for module in model.modules():
-        told: Any = module
-        if "Dropout" in type(module).__name__ and isinstance(getattr(told, "p", None), float):
-            told.p = 0.0
+        layer: Any = module
+        if "Dropout" in type(module).__name__ and isinstance(getattr(layer, "p", None), float):
+            layer.p = 0.0
 
 
 def calm(trainer: Any) -> None:

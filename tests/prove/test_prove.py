@@ -200,12 +200,12 @@ def test_the_command_proves_on_real_records_and_prints_one_object(tiny_dir, tmp_
     words = ["prove", "--model", str(tiny_dir), "--data", str(write_jsonl(records)), "--tuner", "lora"]
     few = ["--samples", "3", "--steps", "1", "--skip", "saved", "--skip", "split", "--json"]
     assert main([*words, *few, "model.torch_dtype=float32"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"]
-    assert "3 samples" in told["facts"]["data"]
-    assert "transformers" in told["facts"]["versions"]
-    assert {row["check"] for row in told["rows"]} == {"frozen bits", "trained weights", "packed = alone"}
-    (gradients,) = [row for row in told["rows"] if row["compared"].startswith("gradients")]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"]
+    assert "3 samples" in printed["facts"]["data"]
+    assert "transformers" in printed["facts"]["versions"]
+    assert {row["check"] for row in printed["rows"]} == {"frozen bits", "trained weights", "packed = alone"}
+    (gradients,) = [row for row in printed["rows"] if row["compared"].startswith("gradients")]
     assert gradients["figure"] <= gradients["tolerance"]
 
 

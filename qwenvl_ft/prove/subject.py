@@ -17,6 +17,7 @@ from qwenvl_ft.data.conversation import Sample
 from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.prove.measure import Measured, Share
 from qwenvl_ft.prove.settings import ProofOptions
+from qwenvl_ft.upstream.autocast import forward_restored
 
 FACTOR = 3.0
 """How much larger than the error of a sample alone, against the same reference, the error of a packed one may be."""
@@ -166,8 +167,8 @@ def run_to_end(trainer: Any) -> None:
     What accelerate puts around the model's forward would stay, and compute a reference in 16 bits; the optimizer's
     states would take the room that the reference needs.
     """
-    trainer.train()
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    with forward_restored(trainer.model):
+        trainer.train()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
 

@@ -1,0 +1,22 @@
+"""What is counted on: accelerate's autocast stays on a model that it prepared, and can be taken off without a trace."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from qwenvl_ft.upstream.autocast import forward_restored
+
+
+class Doubling(nn.Linear):
+    def forward(self, value):
+        return super().forward(value) * 2
+
+
+def test_a_prepared_model_computes_as_before_afterwards():
+    model, value = Doubling(8, 8), torch.randn(4, 8)
+    expected = model(value)
+    with forward_restored(model):
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+        assert not torch.equal(prepared(value), expected), "vacuous: nothing was wrapped"
+    assert torch.equal(model(value), expected)
+    assert "forward" not in vars(model)

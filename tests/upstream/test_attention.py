@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from torch.nn.attention import varlen
+
 from transformers.utils import generic
 
 from qwenvl_ft.data.collate import QwenVLCollator
@@ -71,6 +71,8 @@ def test_one_config_is_set_and_its_parts_are_not(tiny_dir):
 
 
 def test_a_kernel_with_a_new_required_argument_is_not_called(monkeypatch, asked_anew):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
     def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, layout, *, scale=None, window_size=(-1, -1)):
         raise AssertionError("called without its layout")
 

@@ -49,9 +49,10 @@ class Feature:
 
 def features() -> tuple[Feature, ...]:
     """All of them; imports what they are borrowed from."""
-    from qwenvl_ft.upstream import attention, experts, layers, media, trainer
+    from qwenvl_ft.upstream import attention, experts, layers, media, processors, templates, trainer, workers
 
-    return tuple(feature for module in (attention, experts, layers, media, trainer) for feature in module.FEATURES)
+    borrowed = attention, experts, layers, media, processors, templates, trainer, workers
+    return tuple(feature for module in borrowed for feature in module.FEATURES)
 
 
 def fallbacks() -> list[str]:

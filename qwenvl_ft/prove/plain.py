@@ -41,7 +41,7 @@ def answered(model, job):
         keep = seen.pop("keep")
         with torch.no_grad():
             logits = model(**seen, logits_to_keep=keep, use_cache=False).logits[0]
-            said = model.generate(**asked, generation_config=settings, output_logits=True, return_dict_in_generate=True)
+            said = model.generate(**asked, generation_config=settings)
         for module in model.modules():
             if "rope_deltas" in vars(module):
                 module.rope_deltas = None  # the next text alone would find this prompt's offsets

@@ -26,6 +26,17 @@ from qwenvl_ft.prove.subject import FACTOR, Subject
 
 SCRIPT = Path(__file__).with_name("plain.py")
 LIMIT_S = 900
+GENERATION = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "do_sample",
+    "use_cache",
+    "output_logits",
+    "return_dict_in_generate",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""What the new process is told of the generation."""
 
 
 class Saved:
@@ -93,17 +104,7 @@ class Saved:
             "samples": [[str(path) for path in pair] for pair in paths],
             "device": str(subject.device),
             "dtype": str(subject.dtype).removeprefix("torch."),
-            "generation": {
-                key: getattr(settings, key)
-                for key in (
-                    "max_new_tokens",
-                    "min_new_tokens",
-                    "do_sample",
-                    "use_cache",
-                    "eos_token_id",
-                    "pad_token_id",
-                )
-            },
+            "generation": {key: getattr(settings, key) for key in GENERATION},
             "text": {},
             "quantization": {},
             "revision": "main",

@@ -12,6 +12,8 @@ NEWEST ?=
 LOCK ?= requirements.lock
 VENVS ?= .upstream
 ENVS ?=
+GPU_ARGS ?=
+FILE ?= .gpu/gpu.json
 
 PY := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
@@ -20,7 +22,7 @@ STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
 STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test contract upstream methods lint check clean
+.PHONY: help setup lock demo test contract upstream methods lint check gpu gpu-wheels gpu-report clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -57,6 +59,15 @@ lint: $(STAMP) ## format, lint and types, without the tests
 	$(PY) -m mypy
 
 check: lint test ## everything that has to pass before a change goes in
+
+gpu: ## run all that a GPU has to show, 25 minutes, no network needed; GPU_ARGS="--budget 9m --out DIR"
+	$(PYTHON) tests/gpu/day.py $(GPU_ARGS)
+
+gpu-wheels: ## download what such a machine lacks, for make gpu
+	$(PYTHON) tests/gpu/wheels.py
+
+gpu-report: ## write the tables of FILE=DIR/gpu.json into the documents
+	$(PYTHON) tests/gpu/report.py $(FILE)
 
 clean: ## remove what the demo and the tools wrote; .venv stays
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -117,7 +117,7 @@ class Clock(TrainerCallback):
         self.device, self.warmup, self.last = device, warmup, warmup + steps
         self.ends: list[float] = []
         self.cpu: list[float] = []
-        self.seen: list[tuple[int, Tensor, Tensor | None, int]] = []
+        self.seen: list[tuple[int, Tensor, Tensor | None, int | Tensor]] = []
         self.step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -133,7 +133,7 @@ class Clock(TrainerCallback):
         """The rows of the measured steps."""
         told = [entry[1:] for entry in self.seen if self.warmup <= entry[0] < self.last]
         return [
-            Row(text.diff().tolist(), [] if vision is None else vision.diff().tolist(), supervised)
+            Row(text.diff().tolist(), [] if vision is None else vision.diff().tolist(), int(supervised))
             for text, vision, supervised in told
         ]
 
@@ -149,7 +149,9 @@ class Clock(TrainerCallback):
 
     def _see(self, module: nn.Module, positional: Any, told: dict[str, Any]) -> None:
         text = told["cu_seq_lens_q"] if "cu_seq_lens_q" in told else _borders(told["attention_mask"])
-        self.seen.append((self.step, text, told.get("image_cu_seqlens"), told["logits_to_keep"].numel()))
+        kept = told["logits_to_keep"]  # places of a row, or a mask of a padded batch
+        supervised = kept.sum() if kept.dtype == torch.bool else kept.numel()
+        self.seen.append((self.step, text, told.get("image_cu_seqlens"), supervised))
 
 
 def _borders(mask: Tensor) -> Tensor:
@@ -281,12 +283,14 @@ def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) ->
     """The trainer of a recipe over made-up records, as `qwenvl_ft.train` builds it."""
     processor = setup.build_processor(recipe)
     steps = options.warmup + options.steps + PROFILED_STEPS
+    mean = options.mean_sample or min(512, options.row_length // 8)
+    row = options.row_length if recipe.training.packing else 2 * mean  # a batch of samples; some are short
     records = filled_records(
         processor.tokenizer,
         tokens=int(1.1 * steps * args.per_device_train_batch_size * args.gradient_accumulation_steps)
-        * options.row_length
+        * row
         * args.world_size,
-        mean_sample=options.mean_sample or min(512, options.row_length // 8),
+        mean_sample=mean,
         longest=options.row_length,
         image_share=options.image_share,
         supervised_share=options.supervised_share,

@@ -68,15 +68,17 @@ def test_padded_batches_count_what_is_no_padding(monkeypatch):
     plain = QwenVLTrainer.training_step
 
     def seen(self, model, inputs, count=None):
-        given.append((inputs["input_ids"].numel(), int(inputs["attention_mask"].sum())))
+        supervised = int((inputs["labels"][:, 1:] != -100).sum())
+        given.append((inputs["input_ids"].numel(), int(inputs["attention_mask"].sum()), supervised))
         return plain(self, model, inputs, count)
 
     monkeypatch.setattr(QwenVLTrainer, "training_step", seen)
     settings = ("training.packing=false", "training.padding_free=false")
     result, _ = bench_step(StepOptions(row_length=256, rows=4, steps=2, warmup=1, settings=settings))
-    assert result.tokens == sum(tokens for _, tokens in given[1:3])
+    assert result.tokens == sum(tokens for _, tokens, _ in given[1:3])
+    assert result.supervised_tokens == sum(supervised for _, _, supervised in given[1:3])
     assert result.samples == 8
-    assert any(slots > tokens for slots, tokens in given), "vacuous: no padding"
+    assert any(slots > tokens for slots, tokens, _ in given), "vacuous: no padding"
 
 
 def test_accumulated_steps_have_full_rows_too():

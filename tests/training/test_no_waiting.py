@@ -9,6 +9,7 @@ from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.encode import Encoder
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.upstream.arguments import as_installed
 
 
 class Forbidden(TrainerCallback):
@@ -38,8 +39,12 @@ def test_no_step_waits(tmp_path, tiny_dir, processor, checkpointing):
         logging_steps=100,
         logging_first_step=False,
         save_strategy="no",
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        **as_installed(
+            {
+                "activation_checkpointing": checkpointing,
+                "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+            }
+        ),
     )
     model = load_model(str(tiny_dir), torch_dtype="bfloat16")
     dataset = SampleDataset(ListRecords(RECORDS), Encoder(processor, raw_pixels=True), cache_dir=tmp_path / "cache")

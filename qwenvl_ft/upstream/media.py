@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.upstream.experts import experts_implementation
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -206,12 +207,18 @@ def differs(model_class: Any, config_class: Any) -> str:
 
     A model of a few hundred weights is run both ways: whatever a release changes shows in the numbers.
     """
+    from transformers import AutoModel
+
     if reason := first(takes_keywords(model_class.forward), _zero3()):
         return reason
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
-            plain, placed = _both_ways(model_class(_small(config_class)).float().eval())
+            config = _small(config_class)
+            model = AutoModel.from_config(config, **experts_implementation(config, "float32")).float().eval()
+            if type(model) is not model_class:
+                return f"has no {model_class.__name__} of its config"
+            plain, placed = _both_ways(model)
     except Exception as error:
         return f"runs another Qwen3-VL ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     if not torch.allclose(plain, placed, rtol=1e-4, atol=1e-5):

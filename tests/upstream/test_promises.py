@@ -177,7 +177,14 @@ def question(processor):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_full_training_freezes_saves_and_serves(checkpoints, data, tmp_path, question, kind):
     start = load_file(checkpoints[kind] / "model.safetensors")
-    result = run(checkpoints[kind], data, tmp_path, "tuner.train_type=full", "tuner.freeze_vit=true")
+    result = run(
+        checkpoints[kind],
+        data,
+        tmp_path,
+        "tuner.train_type=full",
+        "tuner.freeze_vit=true",
+        "tuner.freeze_aligner=false",
+    )
     assert result.steps == 4
     trained = load_file(tmp_path / "model.safetensors")
     assert trained.keys() == start.keys()

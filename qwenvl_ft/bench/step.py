@@ -149,7 +149,7 @@ class Clock(TrainerCallback):
 
     def _see(self, module: nn.Module, positional: Any, told: dict[str, Any]) -> None:
         text = told["cu_seq_lens_q"] if "cu_seq_lens_q" in told else _borders(told["attention_mask"])
-        kept = told["logits_to_keep"]  # places of a row, or a mask of a padded batch
+        kept = told["logits_to_keep" if "logits_to_keep" in told else "predicting"]  # of a row, or of a padded batch
         supervised = kept.sum() if kept.dtype == torch.bool else kept.numel()
         self.seen.append((self.step, text, told.get("image_cu_seqlens"), supervised))
 

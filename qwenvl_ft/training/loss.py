@@ -32,9 +32,10 @@ def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = No
         weights: data set -> weight of its tokens in the loss; 1 for those that are not named.
 
     Returns:
-        The batch without ``labels``, ``sources`` and ``faults``, with ``targets`` int64[K] and ``logits_to_keep``:
-        int64[K] for one row, bool[S, T] for padded rows. A row without supervised tokens keeps its first position and
-        has no target. With weights, ``target_weights`` float64[K].
+        The batch without ``labels``, ``sources`` and ``faults``, with ``targets`` int64[K] and, for one row,
+        ``logits_to_keep`` int64[K]; for padded rows it is ``predicting`` bool[S, T], because transformers takes such
+        a mask from 5.21 on only. A row without supervised tokens keeps its first position and has no target. With
+        weights, ``target_weights`` float64[K].
     """
     labels = batch["labels"]
     keep = F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE  # [S, T] at the token before each target
@@ -42,7 +43,10 @@ def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = No
     if not keep.any():
         keep[0, 0] = True
     rest = {key: value for key, value in batch.items() if key not in ("labels", "sources", "faults")}
-    rest["logits_to_keep"] = keep[0].nonzero(as_tuple=True)[0] if keep.shape[0] == 1 else keep
+    if keep.shape[0] == 1:
+        rest["logits_to_keep"] = keep[0].nonzero(as_tuple=True)[0]
+    else:
+        rest["predicting"] = keep
     rest["targets"] = targets
     if weights:
         rest["target_weights"] = target_weights(batch, weights)
@@ -82,15 +86,15 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     """
     inputs = {key: value for key, value in batch.items() if key not in ("targets", "target_weights")}
     targets = batch["targets"]
-    if targets.numel() == 0:
-        return model(**inputs).logits.double().sum() * 0.0
     head = _head_loss(model)
-    head.targets, head.weights = targets, batch.get("target_weights")
+    head.targets, head.weights = (targets, batch.get("target_weights")) if targets.numel() else (None, None)
+    head.predicting = batch.get("predicting")
     head.label_smoothing, head.z_loss = label_smoothing, z_loss
     try:
-        return model(**inputs).logits
+        result = model(**inputs).logits
+        return result if targets.numel() else result.double().sum() * 0.0
     finally:
-        head.targets = head.weights = None
+        head.targets = head.weights = head.predicting = None
 
 
 def use_fused_loss(model: nn.Module, function: Any) -> str:
@@ -124,6 +128,7 @@ class HeadLoss:
         self.head_forward = forward
         self.targets: Tensor | None = None
         self.weights: Tensor | None = None
+        self.predicting: Tensor | None = None
         self.label_smoothing = self.z_loss = 0.0
         self.fused: Any = None
 
@@ -139,6 +144,8 @@ class HeadLoss:
         Raises:
             ValueError: there are more hidden states than targets, or fewer.
         """
+        if self.predicting is not None:
+            hidden = hidden[self.predicting]
         if self.targets is None:
             return self.head_forward(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])  # [K, D]

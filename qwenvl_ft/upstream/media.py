@@ -35,8 +35,8 @@ KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Medium -> the argument that holds its patches."""
 TABLES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
 """What the vision tower takes instead of computing it; in a batch ``image_`` or ``video_`` stands before each."""
-TEXT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Borders of a row's samples: for the text model, and read by the vision tower as if they were its own before 5.19."""
+TEXT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "predicting")
+"""What is said of the row's tokens: not for the vision tower, which reads borders as its own before 5.19."""
 KNOWN = "bilinear", True
 """How learned positions are interpolated, and whether between the corners."""
 ADDED = "placed_features"

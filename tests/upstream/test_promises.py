@@ -13,11 +13,12 @@ from cases import RECORDS, make_trainer, one_step, picture
 from safetensors.torch import load_file
 
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.model.load import load_model
+from qwenvl_ft.model.load import load_config, load_model
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import train
 from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.upstream.experts import experts_implementation
 
 NEW_TOKENS = 12
 
@@ -140,8 +141,11 @@ def test_any_split_gives_one_loss_and_one_gradient(tmp_path, tiny_dir, encoder):
 PLAIN = f"""
 import sys, torch
 from transformers import AutoModelForImageTextToText
-folder, adapter, question, answer = sys.argv[1:5]
-model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+folder, adapter, question, answer, experts = sys.argv[1:]
+options = {{"dtype": torch.float32, "attn_implementation": "sdpa"}}
+if experts:
+    options["experts_implementation"] = experts
+model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
 if adapter:
     from peft import PeftModel
     model = PeftModel.from_pretrained(model, adapter).eval()
@@ -157,7 +161,9 @@ def plain_answer(folder, adapter, question, place):
     """Tokens that a second process generates, which knows transformers and peft alone."""
     torch.save(question, place / "question.pt")
     words = [sys.executable, "-c", PLAIN, str(folder), str(adapter or ""), str(place / "question.pt")]
-    done = subprocess.run([*words, str(place / "answer.pt")], capture_output=True, text=True, timeout=300, check=False)
+    words += [str(place / "answer.pt"), *experts_implementation(load_config(str(folder)), "float32").values()]
+    words += [""] * (len(words) < 8)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(place / "answer.pt", weights_only=True)
 

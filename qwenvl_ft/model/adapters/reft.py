@@ -232,7 +232,7 @@ def _predicting(inputs: dict[str, Any], rows: int, tokens: int, device: torch.de
     labels = inputs["labels"] if "labels" in inputs else None
     if labels is not None:
         return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    keep = inputs["logits_to_keep"] if "logits_to_keep" in inputs else None
+    keep = next((inputs[name] for name in ("predicting", "logits_to_keep") if name in inputs), None)
     if not isinstance(keep, Tensor):
         return None
     if keep.dtype == torch.bool:

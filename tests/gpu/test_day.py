@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -206,3 +207,11 @@ def test_a_rehearsal_and_a_document_without_markers_are_refused(documents):
     with pytest.raises(SystemExit, match="needs one line"):
         update(results(), documents)
     assert (documents / "docs" / "performance.md").read_text() in before, "all or nothing"
+
+
+def test_the_options_of_the_guide_exist():
+    guide = (ROOT / "docs" / "performance.md").read_text().split("## On a GPU")[1].split("<!-- gpu:begin -->")[0]
+    options = set(re.findall(r"--[a-z]+", guide))
+    words = [sys.executable, str(HERE / "day.py"), "--help"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert {"--budget", "--out", "--rehearse"} <= options <= set(re.findall(r"--[a-z]+", told))

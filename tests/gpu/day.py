@@ -195,7 +195,7 @@ def main() -> int:
         status: sum(entry["status"] == status for entry in told["steps"]) for status in ("ok", "failed", "skipped")
     }
     print(", ".join(f"{count} {status}" for status, count in counts.items()), "in", file)
-    return 0 if not counts["failed"] else 1
+    return 0  # a failed row is a result too: a plain Trainer that runs out of memory, say
 
 
 if __name__ == "__main__":

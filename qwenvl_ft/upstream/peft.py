@@ -70,7 +70,16 @@ with without_bitsandbytes():
 
 
 def register_type(kind: str, config: type, tuner: type) -> None:
-    """Make an adapter type of our own known to peft, by its ``peft_type``."""
+    """Make an adapter type of our own known to peft, by its ``peft_type``.
+
+    Raises:
+        RecipeError: the installed peft would not ask its tuner, or has no table to be written into.
+    """
+    if not hasattr(BaseTuner, "_create_and_replace"):
+        raise RecipeError(
+            f"adapters of this package's own (adapter, reft) do not work with peft {peft.__version__}, which has no "
+            "BaseTuner._create_and_replace. Install peft 0.21.2, or use tuner.train_type=lora."
+        )
     for table, value in (("CONFIG", config), ("TUNER", tuner), ("PREFIX", tuner.prefix)):  # type: ignore[attr-defined]
         _table(table)[kind] = value
     try:

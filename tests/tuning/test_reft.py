@@ -13,6 +13,7 @@ from qwenvl_ft.model.load import with_adapter
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.tuning.prepare import prepare_model
+from qwenvl_ft.upstream.experts import experts_implementation
 
 TEXT_ONLY = {"freeze_vit": True, "freeze_aligner": True}
 
@@ -268,9 +269,8 @@ def test_an_edit_comes_before_what_deepstack_adds(fresh, tuner, encoder, mixed_r
     chosen = list(range(len(sample["input_ids"])))
     if positions != "all":
         chosen = sorted(by_loop(sample, *parse_positions(positions)))
-    plain = AutoModelForImageTextToText.from_pretrained(
-        checkpoints[kind], dtype=torch.float32, attn_implementation="eager"
-    )
+    experts = experts_implementation(model.config, "float32")
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoints[kind], attn_implementation="eager", **experts)
     text = plain.model.language_model
     assert len(plain.config.vision_config.deepstack_visual_indexes) > 1, "vacuous: no feature is added behind a layer"
     wrapped = [Edited(layer, edit, chosen) for layer, edit in zip(text.layers, edits(model).values(), strict=True)]

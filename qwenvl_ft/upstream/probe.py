@@ -23,7 +23,7 @@ class Feature:
     name: str
     """What it does, for people."""
     packages: tuple[str, ...]
-    """The libraries that it depends on."""
+    """The libraries that it depends on; none of Python itself."""
     missing: Callable[[], str]
     """Why the installed versions do not have the shape that it was proven on; empty if they do."""
     instead: str
@@ -32,7 +32,10 @@ class Feature:
     def line(self) -> str:
         """What a run says of it; empty where it is there."""
         reason = self.missing()
-        return f"{self.name}: {installed(self.packages)} {reason}; {self.instead or 'it is refused'}" if reason else ""
+        if not reason:
+            return ""
+        who = f"{installed(self.packages)} " if self.packages else ""
+        return f"{self.name}: {who}{reason}; {self.instead or 'it is refused'}"
 
     def require(self, key: str) -> None:
         """Raises RecipeError in one line where it is missing.

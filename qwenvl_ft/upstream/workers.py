@@ -36,9 +36,9 @@ def _end(error: Exception, item: Any) -> None:
 @cache
 def _no_hook() -> str:
     if missing := lacks(multiprocessing.queues.Queue, (HOOK,)):
-        return missing
+        return f"this Python {missing}"
     parameters = inspect.signature(getattr(multiprocessing.queues.Queue, HOOK)).parameters
-    return "" if len(parameters) == 2 else f"has another Queue.{HOOK}"
+    return "" if len(parameters) == 2 else f"this Python has another Queue.{HOOK}"
 
 
 LOUD = Feature(

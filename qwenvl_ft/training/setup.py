@@ -36,6 +36,7 @@ from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model, trainable_table
 from qwenvl_ft.upstream.probe import fallbacks
+from qwenvl_ft.upstream.proven import unproven_line
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +306,7 @@ def tell(trainer: Any, progress: Any, resume: Path | None) -> None:
         say(f"goes on from {trainer.recipe.tuner.resume_from_checkpoint or trainer.recipe.model.model}")
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     say(f"{type(trainer.model).__name__}, {versions}, {args.device}, processes: {args.world_size}")
-    for line in fallbacks():
+    for line in filter(None, (unproven_line(), *fallbacks())):
         say(line)
     if reason := obstacle(trainer.processing_class.image_processor):
         say(f"images are normalised in the loader's workers, at eight times the bytes: {reason}")

@@ -28,6 +28,7 @@ from typing import Any
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.probe import Feature, lacks
 
 BITS = "bitsandbytes"
 SINCE = {
@@ -75,11 +76,7 @@ def register_type(kind: str, config: type, tuner: type) -> None:
     Raises:
         RecipeError: the installed peft would not ask its tuner, or has no table to be written into.
     """
-    if not hasattr(BaseTuner, "_create_and_replace"):
-        raise RecipeError(
-            f"adapters of this package's own (adapter, reft) do not work with peft {peft.__version__}, which has no "
-            "BaseTuner._create_and_replace. Install peft 0.21.2, or use tuner.train_type=lora."
-        )
+    OWN_TYPES.require(f"an adapter of type {kind}")
     for table, value in (("CONFIG", config), ("TUNER", tuner), ("PREFIX", tuner.prefix)):  # type: ignore[attr-defined]
         _table(table)[kind] = value
     try:
@@ -247,6 +244,15 @@ class WrappingTuner(BaseTuner):
         for name, module in new_module.named_modules():
             if self.prefix in name and not any(value.is_meta for value in module.parameters()):
                 module.to(place)
+
+
+OWN_TYPES = Feature(
+    name="a tuner of this package's own",
+    packages=("peft",),
+    missing=lambda: lacks(BaseTuner, ("_create_and_replace",)),
+    instead="",
+)
+FEATURES = (OWN_TYPES,)
 
 
 def _table(what: str) -> dict[Any, Any]:

@@ -9,13 +9,12 @@ these is missing, AdaLoRA is refused in one line.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.probe import Feature, lacks, takes
 
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """What the allocator keeps for each weight."""
@@ -37,7 +36,7 @@ def count_trained_ranks(model: Any) -> None:
     Raises:
         RecipeError: the installed peft's allocator has another shape.
     """
-    require_ranks()
+    RANKS.require("tuner.train_type=adalora")
     from peft.tuners.adalora import RankAllocator
 
     class TrainedRanks(RankAllocator):  # type: ignore[misc]
@@ -59,16 +58,14 @@ def memory_of(model: Any) -> dict[str, dict[str, Tensor]]:
     return {kind: getattr(model.base_model.rankallocator, kind) for kind in MEMORY}
 
 
-def require_ranks() -> None:
-    """Raises RecipeError unless the installed peft's allocator has the shape that is described above."""
-    import peft
+def _other_allocator() -> str:
     from peft.tuners import adalora
 
-    allocator: Any = getattr(adalora, "RankAllocator", None)
-    methods = ("update_and_allocate", "mask_using_rank_pattern", "reset_ipt")
-    known = allocator is not None and all(hasattr(allocator, name) for name in methods)
-    if not known or list(inspect.signature(allocator).parameters)[:3] != ["model", "peft_config", "adapter_name"]:
-        raise RecipeError(
-            f"tuner.train_type=adalora does not work with peft {peft.__version__}, whose rank allocator is another. "
-            "Install peft 0.21.2, or use tuner.train_type=lora."
-        )
+    asked = "update_and_allocate", "mask_using_rank_pattern", "reset_ipt"
+    if reason := lacks("peft.tuners.adalora", ("RankAllocator",)) or lacks(adalora.RankAllocator, asked):
+        return reason
+    return takes(adalora.RankAllocator, "model", "peft_config", "adapter_name")
+
+
+RANKS = Feature(name="AdaLoRA's ranks over what trains", packages=("peft",), missing=_other_allocator, instead="")
+FEATURES = (RANKS,)

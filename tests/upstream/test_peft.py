@@ -120,16 +120,10 @@ def test_a_release_without_its_tables_is_one_line(monkeypatch):
 
 def test_a_release_that_asks_tuners_otherwise_is_one_line(monkeypatch):
     monkeypatch.delattr(borrowed.BaseTuner, "_create_and_replace")
-    with pytest.raises(RecipeError, match=r"peft .* has no BaseTuner._create_and_replace"):
+    with pytest.raises(
+        RecipeError, match=r"adapter of type BOTTLENECK: .* peft .* has no BaseTuner\._create_and_replace"
+    ):
         register_adapters()
-
-
-class Asked:
-    """Two weights of an AdaLoRA layer, of which one trains."""
-
-    def named_parameters(self):
-        yield "a.lora_A.default", nn.Parameter(torch.ones(4, 2))
-        yield "b.lora_A.default", nn.Parameter(torch.ones(4, 2), requires_grad=False)
 
 
 def test_ranks_are_counted_over_what_trains():
@@ -153,10 +147,18 @@ def test_a_release_with_another_allocator_refuses_adalora_in_one_line(monkeypatc
     class Renamed:
         def __init__(self, module, settings): ...
 
-    for changed in (Renamed, None):
-        monkeypatch.setattr(adalora, "RankAllocator", changed)
-        with pytest.raises(RecipeError, match=r"train_type=adalora does not work with peft .*another\. Install"):
-            ranks.require_ranks()
+    assert ranks.RANKS.missing() == ""
+    monkeypatch.setattr(adalora, "RankAllocator", Renamed)
+    with pytest.raises(RecipeError, match=r"train_type=adalora: .* peft .*has no Renamed.update_and_allocate"):
+        ranks.count_trained_ranks(None)
+
+    class Needing(adalora.AdaLoraModel):
+        def __init__(self, model, peft_config, adapter_name, schedule): ...
+
+        mask_using_rank_pattern = reset_ipt = None
+
+    monkeypatch.setattr(adalora, "RankAllocator", Needing)
+    assert "needs 'schedule'" in ranks.RANKS.missing()
 
 
 def test_lora_is_wrapped_without_bitsandbytes():

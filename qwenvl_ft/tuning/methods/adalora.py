@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.tuning.methods.lora import place, require_whole_weights, wrap
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
-from qwenvl_ft.upstream.ranks import count_trained_ranks, memory_of, require_ranks
+from qwenvl_ft.upstream.ranks import RANKS, count_trained_ranks, memory_of
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
@@ -33,7 +33,7 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     """
     from peft import AdaLoraConfig
 
-    require_ranks()
+    RANKS.require("tuner.train_type=adalora")
     if tuner.adalora_target_r >= tuner.adalora_init_r:
         raise RecipeError(
             f"tuner.adalora_target_r={tuner.adalora_target_r} is not below tuner.adalora_init_r="

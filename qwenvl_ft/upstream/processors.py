@@ -44,7 +44,8 @@ IMAGE_RULE = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
 VIDEO_RULE = "transformers.models.qwen3_vl.video_processing_qwen3_vl"
 PROBE_SIZES = (17, 40), (480, 641), (3000, 2000)
 """(height, width) of what the copied rules are compared on: enlarged, rounded, shrunk."""
-PROBE_FRAMES = 7
+PROBE_FRAMES = 5
+"""Odd, so that one is added or taken."""
 RULE_ARGUMENTS = ("height", "width", "factor", "min_pixels", "max_pixels")
 
 
@@ -93,7 +94,7 @@ def require_known_rule(processor: Any) -> None:
             size = _probed(part, frames, height, width)
             ours = steps * size[0] * size[1] // part.patch_size**2
             given = (height, width) if frames == 1 else (frames, height, width)
-            theirs = getattr(part, count)(*given) if hasattr(part, count) else None
+            theirs = getattr(part, count)(*given, {}) if hasattr(part, count) else None
             if theirs != ours:
                 raise RecipeError(
                     f"{type(part).__name__} of {installed(('transformers',))} makes {theirs} patches of {width} x "

@@ -1,0 +1,54 @@
+"""upstream/workers.py: a queue calls its hook for what cannot be handed over, and without the hook nothing breaks."""
+
+import multiprocessing
+import multiprocessing.queues
+
+from qwenvl_ft.upstream import workers
+from qwenvl_ft.upstream.workers import LOUD, end_with_lost_items
+
+
+def put(queue, item, ends):
+    if ends:
+        end_with_lost_items()
+    queue.put(item() if callable(item) else item)
+    queue.close()
+    queue.join_thread()
+
+
+class Stuck:
+    """What cannot be pickled."""
+
+    def __reduce__(self):
+        raise OSError("too many open files")
+
+
+def exit_code(item, *, ends):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=put, args=(context.Queue(), item, ends))
+    process.start()
+    process.join(20)
+    return process.exitcode
+
+
+def test_a_process_ends_where_an_item_is_lost(capfd):
+    assert exit_code(Stuck, ends=True) == 1
+    assert "too many open files" in capfd.readouterr().err
+
+
+def test_by_itself_the_queue_goes_on_without_the_item():
+    """What the hook is for; if this fails, Python does it by itself and upstream/workers.py can go."""
+    assert exit_code(Stuck, ends=False) == 0
+
+
+def test_a_python_without_the_hook_says_so_and_goes_on(monkeypatch):
+    monkeypatch.delattr(multiprocessing.queues.Queue, workers.HOOK)
+    workers._no_hook.cache_clear()
+    assert LOUD.line() == (
+        "loader workers that end when a batch is lost: this Python has no Queue._on_queue_feeder_error; "
+        "an error in handing a batch over is printed, and the run waits for the batch"
+    )
+    end_with_lost_items()
+    assert not hasattr(multiprocessing.queues.Queue, workers.HOOK)
+    monkeypatch.undo()
+    workers._no_hook.cache_clear()
+    assert LOUD.missing() == ""

@@ -225,7 +225,7 @@ def test_the_command_proves_on_real_records_and_prints_one_object(tiny_dir, tmp_
         (["--model", "TINY", "--samples", "1"], "--samples 1 is too few"),
         (["--model", "TINY", "--skip", "packing"], "Did you mean 'packed'"),
         (["--model", "TINY", "--folder", "/no/such"], "is no folder"),
-        (["--model", "TINY", "--data", "no.jsonl"], "does not exist"),
+        (["--model", "TINY", "--data", "no.jsonl"], "do not find no.jsonl: there is no such file"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_2(tiny_dir, capsys, words, said):

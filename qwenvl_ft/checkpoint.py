@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from qwenvl_ft.errors import CheckpointError
 
+PREFIX = "checkpoint"
+"""Of the folder of a checkpoint, as transformers' Trainer writes it: ``checkpoint-STEP``."""
 STATE = "trainer_state.json"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "*/adapter_model.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "scheduler.pt")
@@ -17,7 +17,7 @@ NO_OPTIMIZER = "it holds no optimizer: it is the end of a run, or was saved with
 def step_of(folder: Path) -> int:
     """The step in ``checkpoint-STEP``; -1 for any other name."""
     prefix, _, number = folder.name.rpartition("-")
-    return int(number) if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit() else -1
+    return int(number) if prefix == PREFIX and number.isdigit() else -1
 
 
 def missing(folder: Path) -> str | None:

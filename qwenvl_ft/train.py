@@ -30,6 +30,13 @@ def train(recipe: Any) -> TrainResult:
     """
     if recipe.phases:
         return train_phases(recipe)
+    from qwenvl_ft.training.arguments import unused_packages
+
+    with unused_packages(recipe):
+        return _train(recipe)
+
+
+def _train(recipe: Any) -> TrainResult:
     import torch
 
     from qwenvl_ft.checkpoint import resolve_resume

@@ -29,6 +29,7 @@ from qwenvl_ft.model.load import (
 )
 from qwenvl_ft.model.quantization import dequantized
 from qwenvl_ft.recipe.schema import QuantizationConfig
+from qwenvl_ft.upstream.unused import unused
 
 RECIPE = "recipe.yaml"
 
@@ -106,7 +107,8 @@ def merge(
             config.tie_word_embeddings = False
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial, max_shard_size=max_shard_size)
+    with unused("deepspeed"):
+        merged.save_pretrained(partial, max_shard_size=max_shard_size)
     own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     (load_processor(folder) if own_processor else load_processor(source, revision=revision)).save_pretrained(partial)
     if target.exists():

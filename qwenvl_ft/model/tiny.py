@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, hint
+from qwenvl_ft.upstream.unused import unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -111,7 +112,9 @@ def make_tiny(directory: str | Path, *, moe: bool = False, seed: int = 0, **size
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(size["vocab_words"])
     make_processor(tokenizer, size).save_pretrained(directory)
-    make_model(tokenizer, size, moe=moe, seed=seed).save_pretrained(directory)
+    model = make_model(tokenizer, size, moe=moe, seed=seed)
+    with unused("deepspeed"):
+        model.save_pretrained(directory)
     return directory
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 from qwenvl_ft.upstream.arguments import as_installed, require_checkpointing_options
 from qwenvl_ft.upstream.probe import fallbacks
+from qwenvl_ft.upstream.unused import unused
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -203,6 +205,12 @@ def build_arguments(recipe: Any) -> TrainingArguments:
         os.environ["TENSORBOARD_LOGGING_DIR"] = recipe.training.logging_dir
     tell_trackers(recipe.training, list(args.report_to or []))
     return args
+
+
+def unused_packages(recipe: Any) -> AbstractContextManager[None]:
+    """Inside, what the recipe does not use is not imported by the libraries that find it installed."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    return nullcontext() if recipe.deepspeed.enabled or launched else unused("deepspeed")
 
 
 def tell_trackers(told: Any, report_to: list[str]) -> None:

@@ -25,9 +25,12 @@ from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.upstream.layers import COMPILED
+from qwenvl_ft.upstream.unused import unused
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
 """Beginnings of the names of optimizers that are built from the model's own modules."""
+IMPORTED_TO_BE_FOUND = ("wandb", "comet_ml")
+"""Trackers that transformers imports to know whether they are there."""
 MANY_STEPS = 10**6
 PROBES = ("1", "0.5")
 """Values of ``optim_args`` that no option takes for the same."""
@@ -118,12 +121,13 @@ def _try(what: str, build: Callable[[], Any]) -> Any:
 def _trackers(recipe: Any, args: Any) -> None:
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    installed = get_available_reporting_integrations()
+    with unused(*(name for name in IMPORTED_TO_BE_FOUND if name not in args.report_to)):
+        installed = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in installed:
             raise RecipeError(
                 f"training.report_to={name}: it is not installed. Install its package, or choose another: "
-                f"{', '.join(['none', *installed])}."
+                f"{', '.join(['none', *get_available_reporting_integrations()])}."
             )
 
 

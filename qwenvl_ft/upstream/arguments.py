@@ -28,10 +28,9 @@ CHECKPOINTING_OPTIONS = "every_n_layers", "offload"
 @cache
 def field_types() -> dict[str, Any]:
     """Annotation of every field of TrainingArguments that can be set, under the newest name."""
-    from transformers import TrainingArguments
-
-    hints = get_type_hints(TrainingArguments)
-    found = {entry.name: hints[entry.name] for entry in fields(TrainingArguments) if entry.init}
+    kind = _arguments()
+    hints = get_type_hints(kind)
+    found = {entry.name: hints[entry.name] for entry in fields(kind) if entry.init}
     for name, earlier in RENAMED.items():
         if name not in found and earlier in found:
             found[name] = found[earlier]
@@ -40,9 +39,7 @@ def field_types() -> dict[str, Any]:
 
 def installed_name(name: str) -> str:
     """What the installed version calls a field."""
-    from transformers import TrainingArguments
-
-    known = {entry.name for entry in fields(TrainingArguments)}
+    known = {entry.name for entry in fields(_arguments())}
     return RENAMED[name] if name in RENAMED and name not in known else name
 
 
@@ -74,6 +71,13 @@ def worker_context(args: Any) -> str | None:
     """How loader workers are started; transformers 5.12 and before let the platform choose."""
     name = "dataloader_multiprocessing_context"
     return getattr(args, name) if hasattr(args, name) else None
+
+
+def _arguments() -> Any:
+    import qwenvl_ft.upstream.peft  # noqa: F401  # isort: skip - transformers would import all that peft does
+    from transformers import TrainingArguments  # isort: skip
+
+    return TrainingArguments
 
 
 def as_installed(values: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def unproven_line() -> str:
         f"{name} {installed[name]}" + (f" (nearest: {', '.join(nearest)})" if nearest else "")
         for name, nearest in unproven().items()
     ]
-    return f"our tests were not run with {'; '.join(parts)}: `qwenvl-ft prove` checks them in a minute" if parts else ""
+    if not parts:
+        return ""
+    return f"our tests were not run with {'; '.join(parts)}: `qwenvl-ft prove --model DIR` checks them"
 
 
 def same_versions() -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.train import train
 from qwenvl_ft.upstream import proven
 
 NOW = {"torch": "2.14.0", "transformers": "5.19.0", "peft": "0.19.1"}
@@ -94,3 +96,17 @@ def test_doctor_says_which_of_the_installed_versions_were_run(kept, monkeypatch,
     assert "  transformers 5.19.0: run\n" in said
     assert "  peft 0.19.1: not run; run were 0.21.2\n" in said
     assert "all of them together, with this Python: not run" in said
+
+
+def test_a_training_run_says_so_in_one_line(kept, tiny_dir, write_jsonl, tmp_path, capsys):
+    kept["one"] = run(NOW | {"peft": "0.21.2"})
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    data = write_jsonl([{"conversations": turns}])
+    settings = [f"model.model={tiny_dir}", f"data.train={data}", f"training.output_dir={tmp_path / 'run'}"]
+    settings += ["training.max_steps=1", "training.report_to=none", "training.dataloader_num_workers=0"]
+    train(load_recipe(None, [*settings, "template.max_length=160"]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "tests were not run" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "our tests were not run with peft 0.19.1 (nearest: 0.21.2): `qwenvl-ft prove --model DIR`"
+    )

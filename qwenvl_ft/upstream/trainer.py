@@ -76,6 +76,9 @@ class PlannedTrainer(Trainer):
             raise RecipeError(f"{LOOP.name} does not work: transformers {reason}. {LOOP.instead}")
         with _without_compiling(args):
             super().__init__(model, args, **options)
+        # transformers 5.5.0 lets accelerate divide the loss by these steps, although the loop has done so. Later
+        # releases set 1 themselves.
+        self.accelerator.gradient_accumulation_steps = 1
         self.is_prepared = False
 
     # -- hooks -----------------------------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
             foreign = is_private(node.attr) and (node.attr not in own or of_super)
             replaces = node.attr in REPLACED and isinstance(node.ctx, ast.Store) and id(node) not in documented
             text = ast.unparse(node) if foreign or replaces or node.attr in INNARDS else ""
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and _in_innards(node):
+            text = ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            name = node.args[0].value if isinstance(node.args[0], ast.Constant) else ""
+            text = ast.unparse(node) if any(map(is_private, name.split("."))) else ""
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ASKING and len(node.args) > 1:
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
             sets = ast.unparse(node.func) == "setattr" and name in REPLACED
@@ -73,6 +78,12 @@ def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
             text = ast.unparse(node) if of_text and isinstance(node.left, ast.Constant) else ""
         if text:
             yield node.lineno, text
+
+
+def _in_innards(node: ast.Subscript) -> bool:
+    """``vars(x)["forward"]`` or ``x.__dict__["forward"]``."""
+    holder, name = ast.unparse(node.value), ast.unparse(node.slice).strip("'")
+    return name in REPLACED and (holder.startswith("vars(") or holder.endswith(".__dict__"))
 
 
 def _is_module_class(node: ast.AST) -> bool:

@@ -156,7 +156,8 @@ def _varlen(
     kernel = _kernel()
     assert kernel is not None
     query, key, value = flat
-    longest = None if longest is None else int(longest)  # transformers before 5.15 gives the vision's as a tensor
+    if isinstance(longest, Tensor) and borders is not None:  # the vision tower's, before transformers 5.15
+        longest = _LONGEST.get(borders, lambda: int(borders.diff().max()))
     options: dict[str, Any] = {"scale": kwargs.get("scaling")}
     is_causal = kwargs.get("is_causal")
     if is_causal if is_causal is not None else getattr(module, "is_causal", True):
@@ -172,6 +173,7 @@ def _varlen(
 
 
 _PLANS = KeptFor()
+_LONGEST = KeptFor()
 
 
 def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> Plan | None:

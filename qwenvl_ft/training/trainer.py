@@ -45,7 +45,7 @@ from qwenvl_ft.tuning.optimizer import (
     param_groups,
     schedule_with_floor,
 )
-from qwenvl_ft.upstream.arguments import recomputes, worker_context
+from qwenvl_ft.upstream.arguments import is_reentrant, recomputes, worker_context
 from qwenvl_ft.upstream.trainer import EpochLength, PlannedTrainer
 
 log = logging.getLogger("qwenvl_ft.data")
@@ -197,7 +197,7 @@ class QwenVLTrainer(PlannedTrainer):
         args = self.args
         workers = args.dataloader_num_workers
         collator = (
-            QwenVLCollator(self.fillers, MediaPlaces.of(cast(nn.Module, self.model)))
+            QwenVLCollator(self.fillers, None if is_reentrant(args) else MediaPlaces.of(cast(nn.Module, self.model)))
             if self.padding_free
             else PaddedCollator(cast(Any, self.processing_class).tokenizer.pad_token_id, self.fillers)
         )
@@ -486,7 +486,7 @@ class QwenVLTrainer(PlannedTrainer):
         if not self.is_prepared:
             self.is_prepared = True
             return self.accelerator.prepare_model(cast(nn.Module, self.model), evaluation_mode=True)
-        return cast(nn.Module, self.model_wrapped)
+        return cast(nn.Module, self.model)
 
     # -- log and save ----------------------------------------------------------------------------------------------
 

@@ -53,6 +53,12 @@ def recomputes(args: Any) -> bool:
     return bool(field_value(args, "activation_checkpointing"))
 
 
+def is_reentrant(args: Any) -> bool:
+    """Whether layers are computed again in torch's older way, which takes no gradient through keyword arguments."""
+    options = field_value(args, "activation_checkpointing_kwargs") or {}
+    return recomputes(args) and bool(options.get("use_reentrant"))
+
+
 def require_checkpointing_options(given: dict[str, Any]) -> None:
     """Raises RecipeError if ``activation_checkpointing_kwargs`` has a key that this transformers hands on to torch."""
     from transformers import PreTrainedModel

@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from qwenvl_ft.upstream.probe import Feature, lacks, takes
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.probe import Feature, installed, lacks, takes
 
 VISION_SUFFIX = "_in_place_of_flash"
 """What makes the vision tower hand ``cu_seqlens`` to a function that is no flash-attention package."""
@@ -45,7 +46,10 @@ def set_attention(config: Any, name: str) -> None:
     else:
         config._attn_implementation = name
     if attention_of(config) != name:
-        raise AssertionError(f"{type(config).__name__} does not take the attention implementation {name!r}")
+        raise RecipeError(
+            f"{installed(('transformers',))} does not take the attention implementation {name!r} for a "
+            f"{type(config).__name__}. Set model.attn_impl=sdpa, or install a version that docs/compatibility.md lists."
+        )
 
 
 def vision_name(text_name: str) -> str:

@@ -7,13 +7,16 @@ tried, and where it fails a model is loaded with ``experts_implementation="eager
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from typing import Any
 
 import torch
 
-from qwenvl_ft.upstream.probe import Feature
+from qwenvl_ft.upstream.probe import installed
+
+logger = logging.getLogger(__name__)
 
 
 def experts_implementation(config: Any, dtype: str) -> dict[str, str]:
@@ -26,7 +29,10 @@ def experts_implementation(config: Any, dtype: str) -> dict[str, str]:
         return {}
     kind = getattr(torch, dtype, None)
     missing = no_grouped_product(kind if isinstance(kind, torch.dtype) else torch.bfloat16)
-    return {"experts_implementation": "eager"} if missing else {}
+    if not missing:
+        return {}
+    logger.warning("%s %s: experts are computed one after another, which takes longer", installed(("torch",)), missing)
+    return {"experts_implementation": "eager"}
 
 
 @cache
@@ -52,17 +58,3 @@ def _device() -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK") or 0))
-
-
-def _not_on_cpu() -> str:
-    """Of an accelerator only a model with experts asks: it would be woken for nothing."""
-    return no_grouped_product(torch.bfloat16) if _device().type == "cpu" else ""
-
-
-GROUPED = Feature(
-    name="experts in grouped products",
-    packages=("torch",),
-    missing=_not_on_cpu,
-    instead="experts are computed one after another, which takes longer",
-)
-FEATURES = (GROUPED,)

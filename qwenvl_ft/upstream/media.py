@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenvl_ft.upstream.experts import experts_implementation
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -215,7 +214,8 @@ def differs(model_class: Any, config_class: Any) -> str:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
             config = _small(config_class)
-            model = AutoModel.from_config(config, **experts_implementation(config, "float32")).float().eval()
+            experts = {"experts_implementation": "eager"} if hasattr(config.text_config, "num_experts") else {}
+            model = AutoModel.from_config(config, **experts).float().eval()
             if type(model) is not model_class:
                 return f"has no {model_class.__name__} of its config"
             plain, placed = _both_ways(model)
@@ -289,6 +289,7 @@ def _zero3() -> str:
     return "was not tried before DeepSpeed began to shard new models" if is_deepspeed_zero3_enabled() else ""
 
 
+@cache
 def _no_tables() -> str:
     module = "transformers.vision_utils"
     names = "get_vision_position_ids", "get_vision_interpolation_indices_and_weights", "get_vision_attention_seqlens"
@@ -304,12 +305,17 @@ def _no_tables() -> str:
 
 
 def _no_places() -> str:
-    if missing := lacks("transformers.models.qwen3_vl.modeling_qwen3_vl", ("Qwen3VLModel",)):
+    where = "transformers.models.qwen3_vl"
+    names = f"{where}.modeling_qwen3_vl", f"{where}_moe.modeling_qwen3_vl_moe"
+    if missing := first(lacks(names[0], ("Qwen3VLModel",)), lacks(names[1], ("Qwen3VLMoeModel",))):
         return missing
-    from transformers import Qwen3VLConfig
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel
 
-    return differs(Qwen3VLModel, Qwen3VLConfig)
+    return first(
+        *(differs(*classes) for classes in ((Qwen3VLModel, Qwen3VLConfig), (Qwen3VLMoeModel, Qwen3VLMoeConfig)))
+    )
 
 
 PLACES = Feature(
@@ -321,7 +327,7 @@ PLACES = Feature(
 POSITIONS = Feature(
     name="positions of patches computed by the loader's workers",
     packages=("transformers",),
-    missing=cache(_no_tables),
+    missing=_no_tables,
     instead="the vision tower computes them itself and waits for the device a few times a step",
 )
 FEATURES = (PLACES, POSITIONS)

@@ -52,9 +52,9 @@ class Feature:
 
 def features() -> tuple[Feature, ...]:
     """All of them; imports what they are borrowed from."""
-    from qwenvl_ft.upstream import attention, experts, layers, media, processors, templates, trainer, workers
+    from qwenvl_ft.upstream import attention, layers, media, processors, templates, trainer, workers
 
-    borrowed = attention, experts, layers, media, processors, templates, trainer, workers
+    borrowed = attention, layers, media, processors, templates, trainer, workers
     return tuple(feature for module in borrowed for feature in module.FEATURES)
 
 

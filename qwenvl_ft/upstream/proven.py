@@ -70,9 +70,11 @@ def unproven_line() -> str:
         f"{name} {installed[name]}" + (f" (nearest: {', '.join(nearest)})" if nearest else "")
         for name, nearest in unproven().items()
     ]
-    if not parts:
-        return ""
-    return f"our tests were not run with {'; '.join(parts)}: `qwenvl-ft prove --model DIR` checks them"
+    if parts:
+        return f"our tests were not run with {'; '.join(parts)}: `qwenvl-ft prove --model DIR` checks them"
+    if not same_versions():
+        return "our tests were run with each of these versions, but not together: `qwenvl-ft prove --model DIR` checks"
+    return ""
 
 
 def same_versions() -> list[str]:

@@ -52,6 +52,23 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_save_optimizer_and_scheduler": ("output_dir",),
 }
 """Private method of Trainer -> its parameters, all of which it is given by name or in this order."""
+CALLED: dict[str, tuple[str, ...]] = {
+    "get_train_dataloader": (),
+    "get_eval_dataloader": ("eval_dataset",),
+    "num_examples": ("dataloader",),
+    "set_initial_training_values": ("args", "dataloader"),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "floating_point_ops": ("inputs",),
+    "create_optimizer": ("model",),
+    "create_scheduler": ("num_training_steps", "optimizer"),
+    "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+    "log": ("logs", "start_time"),
+    "save_model": ("output_dir",),
+}
+"""Public method of Trainer that a subclass of ours overrides -> its parameters; one that is gone is called no longer."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,7 @@ def _without_compiling(args: Any) -> Iterator[None]:
 
 @cache
 def _other_loop() -> str:
-    for name, parameters in OVERRIDDEN.items():
+    for name, parameters in (OVERRIDDEN | CALLED).items():
         method = getattr(Trainer, name, None)
         if method is None:
             return f"has no Trainer.{name}"

@@ -28,6 +28,7 @@ from compatibility_page import write_page
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "qwenvl_ft/upstream/proven.json"
 PAGE = ROOT / "docs/compatibility.md"
+OLDEST = "lowest-direct"
 READY = ".built"
 """File in an environment that was built to its end."""
 TIMEOUT = 3600
@@ -53,7 +54,7 @@ PLAN = {
     "oldest": Environment(
         why="each lower bound of setup.cfg",
         python="3.11",
-        options=("--resolution", "lowest-direct"),
+        options=("--resolution", OLDEST),
     ),
     "t5.12": Environment(
         why="June 2026, with the torch of vLLM 0.20 to 0.24",
@@ -172,15 +173,21 @@ def run(environment: Environment, folder: Path, jobs: str) -> dict[str, Any]:
 
 
 def build(environment: Environment, folder: Path) -> None:
-    """Make the environment where it is missing; raises Fault with uv's own words."""
-    if (folder / READY).exists():
+    """Make the environment where it is missing, and take what is new into one that is to have the newest.
+
+    Raises:
+        Fault: in uv's own words.
+    """
+    is_there = (folder / READY).exists()
+    if is_there and (environment.day or OLDEST in environment.options):
         return
     uv = shutil.which("uv")
     if uv is None:
         sys.exit("make upstream needs uv, which shares packages between environments: pip install uv")
     print(f"building {folder}", flush=True)
-    call(uv, "venv", "--clear", "--python", interpreter(environment.python), str(folder))
-    extra = ("--exclude-newer", environment.day) if environment.day else ()
+    if not is_there:
+        call(uv, "venv", "--clear", "--python", interpreter(environment.python), str(folder))
+    extra = ("--exclude-newer", environment.day) if environment.day else ("--upgrade",) if is_there else ()
     needed = ("-r", str(ROOT / "setup.cfg"), "--extra", "contract", *environment.pins)
     call(uv, "pip", "install", "--python", str(folder), *extra, *environment.options, *needed)
     (folder / READY).touch()

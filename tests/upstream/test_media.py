@@ -26,7 +26,7 @@ def asked_anew():
 
     def forget():
         media.differs.cache_clear()
-        media.POSITIONS.missing.cache_clear()
+        media._no_tables.cache_clear()
 
     forget()
     yield
@@ -165,9 +165,8 @@ def test_a_release_with_other_tables_computes_them_itself(tiny_dir, samples, mon
     def needs_more(grid_thw, spatial_merge_size, scale, kwargs=None):
         raise AssertionError("called without its new argument")
 
-    asked_anew_too = media.POSITIONS.missing
     monkeypatch.setattr(vision_utils, "get_vision_position_ids", needs_more)
-    asked_anew_too.cache_clear()
+    media._no_tables.cache_clear()
     places, found = losses(tiny_dir, samples)
     assert places.tables is None
     assert found == pytest.approx(known[1], rel=1e-7)

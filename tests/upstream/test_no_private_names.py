@@ -32,6 +32,8 @@ def test_the_room_itself_has_some():
         "module.__class__ = Other",
         "setattr(module, 'forward', other)",
         "hasattr(source, '_plan')",
+        "vars(module)['forward'] = other",
+        "importlib.import_module('torch._dynamo')",
         "part.__getstate__()",
         "function.__code__",
         "'mismatch' in str(error)",

@@ -68,7 +68,7 @@ CALLED: dict[str, tuple[str, ...]] = {
     "log": ("logs", "start_time"),
     "save_model": ("output_dir",),
 }
-"""Public method of Trainer that a subclass of ours overrides -> its parameters; one that is gone is called no longer."""
+"""Public method of Trainer that a subclass of ours overrides -> its parameters. One that is gone is not called."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from qwenvl_ft.upstream import trainer as upstream
 CALLED = ("before_wrapping", "resume_at", "begin_epoch", "end_epoch", "saving", "save_beside_optimizer")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def asked_anew():
     upstream.LOOP.missing.cache_clear()
     yield
@@ -67,7 +67,11 @@ def test_a_release_with_a_new_required_argument_is_refused(tmp_path, tiny_dir, e
 def test_a_release_that_scales_the_loss_again_ends_the_run(tmp_path, tiny_dir, encoder, monkeypatch):
     """As transformers does where a model, or its loss function, does not say that it has done so."""
     step = Trainer.training_step
-    monkeypatch.setattr(Trainer, "training_step", lambda self, *arguments: step(self, *arguments) / 2)
+
+    def halved(self, model, inputs, num_items_in_batch=None):
+        return step(self, model, inputs, num_items_in_batch) / 2
+
+    monkeypatch.setattr(Trainer, "training_step", halved)
     trainer = make_trainer(tmp_path, tiny_dir, encoder, per_device_train_batch_size=8)
     with pytest.raises(TrainingError, match=r"step 1: transformers .* made .* of the loss"):
         trainer.train()

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.upstream.cache import named
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -136,8 +137,7 @@ class _Placing:
         kinds = [kind for kind in KINDS if f"{kind}_places" in given]
         if not kinds:
             return None
-        if arguments:
-            given = dict(zip(("input_ids",), arguments, strict=True)) | given
+        given = named(model, arguments, given)
         own = tuple(f"{kind}_" for kind in KINDS)
         rest = {name: value for name, value in given.items() if not name.startswith(own)}
         for name in ("input_ids", "mm_token_type_ids", *KINDS.values()):

@@ -12,13 +12,13 @@ PUBLIC = {
     "load_recipe": "qwenvl_ft.recipe.load",
     "load_model": "qwenvl_ft.model.load",
     "load_processor": "qwenvl_ft.model.load",
-    "register_dataset": "qwenvl_ft.data.registry",
-    "DATASETS": "qwenvl_ft.data.registry",
+    "register_dataset": "qwenvl_ft.data.sources.registry",
+    "DATASETS": "qwenvl_ft.data.sources.registry",
     "load_jsonl": "qwenvl_ft.data.readers.json_text",
     "AugmentationPreprocessor": "qwenvl_ft.data.dense.preprocessor",
-    "Encoder": "qwenvl_ft.data.encode",
+    "Encoder": "qwenvl_ft.data.encode.encoder",
     "QwenVLCollator": "qwenvl_ft.data.collate",
-    "pack_lengths": "qwenvl_ft.data.packing",
+    "pack_lengths": "qwenvl_ft.data.plan.packing",
     "prepare_model": "qwenvl_ft.tuning.prepare",
     "QwenVLTrainer": "qwenvl_ft.training.trainer",
     "train": "qwenvl_ft.train",
@@ -28,11 +28,11 @@ PUBLIC = {
 if TYPE_CHECKING:
     from qwenvl_ft.data.collate import QwenVLCollator as QwenVLCollator
     from qwenvl_ft.data.dense.preprocessor import AugmentationPreprocessor as AugmentationPreprocessor
-    from qwenvl_ft.data.encode import Encoder as Encoder
-    from qwenvl_ft.data.packing import pack_lengths as pack_lengths
+    from qwenvl_ft.data.encode.encoder import Encoder as Encoder
+    from qwenvl_ft.data.plan.packing import pack_lengths as pack_lengths
     from qwenvl_ft.data.readers.json_text import load_jsonl as load_jsonl
-    from qwenvl_ft.data.registry import DATASETS as DATASETS
-    from qwenvl_ft.data.registry import register_dataset as register_dataset
+    from qwenvl_ft.data.sources.registry import DATASETS as DATASETS
+    from qwenvl_ft.data.sources.registry import register_dataset as register_dataset
     from qwenvl_ft.model.load import load_model as load_model
     from qwenvl_ft.model.load import load_processor as load_processor
     from qwenvl_ft.recipe.load import load_recipe as load_recipe

@@ -24,6 +24,11 @@ class CheckpointError(QwenVLError, ValueError):
     """A model, adapter or training checkpoint cannot be used."""
 
 
+def one_line(error: Warning | Exception | str, limit: int = 300) -> str:
+    """Another library's message on one line, at most ``limit`` characters; the error's type if it has no message."""
+    return " ".join(str(error).split())[:limit] or (error if isinstance(error, str) else type(error).__name__)
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'? Known: x, y.`` with the first sentence only where something is close.
 

@@ -5,9 +5,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from qwenvl_ft.errors import QwenVLError
+from qwenvl_ft.recipe.schema import Recipe
 
 
 @dataclass
@@ -21,7 +21,7 @@ class TrainResult:
     """Number of the signal that ended the run early."""
 
 
-def train(recipe: Any) -> TrainResult:
+def train(recipe: Recipe) -> TrainResult:
     """Run a recipe from model and data to checkpoint and evaluation; one with phases, each of them in turn.
 
     Raises:
@@ -36,17 +36,18 @@ def train(recipe: Any) -> TrainResult:
         return _train(recipe)
 
 
-def _train(recipe: Any) -> TrainResult:
+def _train(recipe: Recipe) -> TrainResult:
     import torch
 
-    from qwenvl_ft.checkpoint import resolve_resume
-    from qwenvl_ft.look.gate import check_before_training
+    from qwenvl_ft import assemble
+    from qwenvl_ft.checkpoint.complete import resolve_resume
+    from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training import setup
     from qwenvl_ft.training.arguments import build_arguments
     from qwenvl_ft.training.callbacks.progress import ProgressCallback
     from qwenvl_ft.training.callbacks.signals import SignalCallback
-    from qwenvl_ft.training.memory import out_of_memory
-    from qwenvl_ft.training.same_run import require_same_plan, require_same_recipe
+    from qwenvl_ft.training.gate import check_before_training
+    from qwenvl_ft.training.out_of_memory import out_of_memory
 
     args = build_arguments(recipe)
     resume = resolve_resume(recipe.training.resume_from_checkpoint, Path(str(args.output_dir)))
@@ -54,10 +55,10 @@ def _train(recipe: Any) -> TrainResult:
         require_same_recipe(recipe, resume)
     if not recipe.phase:  # before the first phase, all were checked
         check_before_training(recipe)
-    processor = setup.build_processor(recipe)
-    train_set, eval_set = setup.build_datasets(recipe, processor, args.seed)
-    questions = setup.build_questions(recipe, train_set.encoder, args.seed)
-    model = setup.build_model(recipe, args, train_set)
+    processor = assemble.build_processor(recipe)
+    train_set, eval_set = assemble.build_datasets(recipe, processor, args.seed)
+    questions = assemble.build_questions(recipe, train_set.encoder, args.seed)
+    model = assemble.build_model(recipe, args, train_set)
     trainer = setup.build_trainer(
         recipe,
         args,
@@ -89,7 +90,7 @@ def _train(recipe: Any) -> TrainResult:
     return result
 
 
-def train_phases(recipe: Any) -> TrainResult:
+def train_phases(recipe: Recipe) -> TrainResult:
     """Run the phases of a recipe one after the other, those that are not finished yet.
 
     Returns:
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
 class _Callable(ModuleType):
     """``qwenvl_ft.train`` is this module and the public function of that name; calling the module runs it."""
 
-    def __call__(self, recipe: Any) -> TrainResult:
+    def __call__(self, recipe: Recipe) -> TrainResult:
         return train(recipe)
 
 

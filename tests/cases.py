@@ -54,7 +54,7 @@ RECORDS = answers_of(1, 30, 2, 5, 17, 1, 9, 3)
 
 
 def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, datasets=None, trainer_options=None, **arguments):
-    from qwenvl_ft.data.dataset import SampleDataset
+    from qwenvl_ft.data.plan.dataset import SampleDataset
     from qwenvl_ft.model.load import load_model
     from qwenvl_ft.training.trainer import QwenVLTrainer
 

@@ -71,7 +71,7 @@ def processor(tiny_dir):
 
 @pytest.fixture(scope="session")
 def encoder(processor):
-    from qwenvl_ft.data.encode import Encoder
+    from qwenvl_ft.data.encode.encoder import Encoder
 
     return Encoder(processor)
 

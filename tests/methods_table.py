@@ -21,9 +21,10 @@ from cases import ListRecords, picture
 from peft import PeftModel
 from transformers import PrinterCallback, TrainingArguments
 
+from qwenvl_ft.assemble import start_batches
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.dataset import SampleDataset
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.export.merge import merge
 from qwenvl_ft.model.adapters import register_adapters
@@ -32,7 +33,6 @@ from qwenvl_ft.model.tiny import make_tiny
 from qwenvl_ft.recipe.schema import QuantizationConfig, TunerConfig
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.loss import loss_sum, split_labels
-from qwenvl_ft.training.setup import start_batches
 from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.optimizer import param_groups

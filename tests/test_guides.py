@@ -8,9 +8,9 @@ import pytest
 
 from qwenvl_ft.cli.main import COMMANDS
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.keys import type_of
 from qwenvl_ft.recipe.schema import SECTIONS
+from qwenvl_ft.recipe.values import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,8 +10,10 @@ LAYERS = [
     {"recipe"},
     {"model", "data"},
     {"tuning"},
-    {"checkpoint", "export"},
-    {"training", "evaluation", "look"},
+    {"checkpoint", "export", "evaluation"},
+    {"assemble"},
+    {"look"},
+    {"training"},
     {"prove"},
     {"bench", "cli", "flare", "train"},
 ]

@@ -15,13 +15,13 @@ import torch
 from qwenvl_ft.bench.workload import write_records
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.conversation import Image
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.lengths import measure
-from qwenvl_ft.data.media import open_image
-from qwenvl_ft.data.packing import RunShape, assign, fill, pack_lengths
-from qwenvl_ft.data.pixels import obstacle, resized, stored
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import open_image
+from qwenvl_ft.data.media.patches import obstacle, resized, stored
+from qwenvl_ft.data.plan.lengths import measure
+from qwenvl_ft.data.plan.packing import RunShape, assign, fill, pack_lengths
 from qwenvl_ft.data.readers import read_record
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.upstream.media import frame_tables

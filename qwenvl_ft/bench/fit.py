@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from qwenvl_ft.bench.sizes import bench_processor, make_config, random_model
 from qwenvl_ft.bench.workload import sized_record
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.costs import CostModel, save_costs
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.costs import CostModel, save_costs
 from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.recipe.load import load_recipe

@@ -14,10 +14,10 @@ import torch
 from qwenvl_ft.bench.sizes import bench_processor
 from qwenvl_ft.bench.step import StepOptions, bench_step
 from qwenvl_ft.bench.workload import QUESTION, WORDS, photo
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.lengths import measure
-from qwenvl_ft.data.packing import RunShape, assign, pack_lengths
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.lengths import measure
+from qwenvl_ft.data.plan.packing import RunShape, assign, pack_lengths
+from qwenvl_ft.data.sources.records import load_records
 
 ROW_LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
 RECORDS = (1_000, 10_000, 100_000, 1_000_000)

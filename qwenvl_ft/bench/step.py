@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
+from qwenvl_ft import assemble
 from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
 from qwenvl_ft.bench.sizes import random_model, write_size
 from qwenvl_ft.bench.workload import filled_records
-from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.load import load_config
 from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training import setup
 from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.meter import peak_memory_gib
@@ -268,7 +270,7 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
     return result, profiler.write(options.profile) if profiler and options.profile else ""
 
 
-def _check(recipe: Any, options: StepOptions) -> None:
+def _check(recipe: Recipe, options: StepOptions) -> None:
     """Refuse what a bench of random weights and full rows would not honour."""
     if options.image_share + options.supervised_share > 1:
         raise BenchError(
@@ -279,9 +281,9 @@ def _check(recipe: Any, options: StepOptions) -> None:
         raise BenchError("quantization.quantization_bit: the bench has random weights in full. Remove it.")
 
 
-def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) -> QwenVLTrainer:
+def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path) -> QwenVLTrainer:
     """The trainer of a recipe over made-up records, as `qwenvl_ft.train` builds it."""
-    processor = setup.build_processor(recipe)
+    processor = assemble.build_processor(recipe)
     steps = options.warmup + options.steps + PROFILED_STEPS
     mean = options.mean_sample or min(512, options.row_length // 8)
     row = options.row_length if recipe.training.packing else 2 * mean  # a batch of samples; some are short
@@ -296,10 +298,12 @@ def bench_trainer(recipe: Any, args: Any, options: StepOptions, folder: Path) ->
         supervised_share=options.supervised_share,
         seed=args.seed,
     )
-    dataset = SampleDataset(records, setup.build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths")
+    dataset = SampleDataset(
+        records, assemble.build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths"
+    )
     torch.manual_seed(args.seed)
     model = random_model(load_config(str(folder)), recipe.model, args.device)
-    trainer = setup.build_trainer(recipe, args, setup.prepared(model, recipe, args), processor, dataset)
+    trainer = setup.build_trainer(recipe, args, assemble.prepared(model, recipe, args), processor, dataset)
     trainer.remove_callback(ProgressCallback)
     return trainer
 

@@ -34,7 +34,7 @@ def step(
     as_json: JSON = False,
 ) -> None:
     """Train a few real steps: tokens/s, step time, peak memory, share of the device's peak."""
-    from qwenvl_ft.bench.report import step_text
+    from qwenvl_ft.bench.lines import step_text
     from qwenvl_ft.bench.step import StepOptions, bench_step
 
     result, costs = bench_step(
@@ -70,7 +70,7 @@ def data(
 ) -> None:
     """Plan, encode and join records on one core, beside decoding and resizing alone."""
     from qwenvl_ft.bench.data import bench_data
-    from qwenvl_ft.bench.report import data_text
+    from qwenvl_ft.bench.lines import data_text
     from qwenvl_ft.bench.sizes import bench_processor
     from qwenvl_ft.model.load import load_processor
 
@@ -87,8 +87,8 @@ def loss(
     as_json: JSON = False,
 ) -> None:
     """Peak memory of the language head and the loss: of supervised tokens in chunks, and of all logits at once."""
+    from qwenvl_ft.bench.lines import loss_text
     from qwenvl_ft.bench.parts import bench_loss
-    from qwenvl_ft.bench.report import loss_text
 
     sizes = {"supervised_share": supervised_share, "vocabulary": vocabulary, "width": width}
     _tell(bench_loss(tokens=tokens, **sizes), as_json, loss_text)  # type: ignore[arg-type]
@@ -101,8 +101,8 @@ def attention(
     as_json: JSON = False,
 ) -> None:
     """Attention over a packed row, forward and backward: per sample, and with the block mask."""
+    from qwenvl_ft.bench.lines import attention_text
     from qwenvl_ft.bench.parts import bench_attention
-    from qwenvl_ft.bench.report import attention_text
 
     _tell(bench_attention(tokens=tokens, samples=samples, rounds=rounds), as_json, attention_text)
 
@@ -116,9 +116,9 @@ def memory(
     """GPU memory of training, computed without a GPU: full and LoRA, by row length."""
     from dataclasses import asdict
 
+    from qwenvl_ft.bench.lines import memory_text
     from qwenvl_ft.bench.memory import SETTINGS
     from qwenvl_ft.bench.memory import memory as computed
-    from qwenvl_ft.bench.report import memory_text
 
     told = [
         computed(size, train_type, length, image_share=image_share)

@@ -25,8 +25,8 @@ def check(
     import json
 
     from qwenvl_ft.look.check import check_recipe
-    from qwenvl_ft.look.report import text
-    from qwenvl_ft.look.target import target_recipe
+    from qwenvl_ft.look.check_report import text
+    from qwenvl_ft.look.selection import target_recipe
 
     reports = {}
     for phase, recipe in target_recipe(words).by_phase().items():

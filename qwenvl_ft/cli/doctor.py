@@ -30,7 +30,7 @@ def doctor() -> None:
 
 def machine(faults: list[str]) -> Iterator[str]:
     """Processor, memory and the places that workers need."""
-    from qwenvl_ft.data.workers import require_short_tempdir
+    from qwenvl_ft.data.plan.workers import require_short_tempdir
     from qwenvl_ft.errors import RecipeError
 
     yield f"Python {platform.python_version()}, {platform.platform()}"

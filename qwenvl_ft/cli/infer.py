@@ -28,8 +28,8 @@ def infer(
     import torch
     from transformers.utils import logging
 
-    from qwenvl_ft.data.encode import Encoder
-    from qwenvl_ft.data.media import MediaPolicy
+    from qwenvl_ft.data.encode.encoder import Encoder
+    from qwenvl_ft.data.media.images import MediaPolicy
     from qwenvl_ft.evaluation.generate import generate
 
     if temperature < 0:

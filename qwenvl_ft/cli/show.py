@@ -24,8 +24,8 @@ def show(
     Of a recipe with phases, each has its page: show_phase_1_simple.html.
     """
     from qwenvl_ft.look.placing import check_units
+    from qwenvl_ft.look.selection import target_recipe
     from qwenvl_ft.look.show import show_recipe
-    from qwenvl_ft.look.target import target_recipe
 
     check_units(units)
     for phase, recipe in target_recipe(words).by_phase().items():

@@ -18,8 +18,8 @@ def stats(
     """Count tokens, images, answers, objects, and how varied they are. Files alone need --model DIR for tokens."""
     import json
 
+    from qwenvl_ft.look.selection import target_recipe
     from qwenvl_ft.look.stats import count_recipe, text, write_page
-    from qwenvl_ft.look.target import target_recipe
 
     told = {}
     for phase, recipe in target_recipe(words).by_phase().items():

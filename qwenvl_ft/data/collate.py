@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenvl_ft.data.conversation import Sample, Source
-from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.data.conversation import IGNORE, Sample, Source
 
 MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 

@@ -10,6 +10,9 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+IGNORE = -100
+"""Label of a token that is not supervised: the value that torch's cross entropy leaves out."""
+
 ROLES = ("system", "user", "assistant", "tool")
 """The roles a message may have, in every format."""
 

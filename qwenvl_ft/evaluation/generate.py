@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from qwenvl_ft.data.collate import MEDIA
 from qwenvl_ft.data.conversation import Conversation, Image, Sample, Source, Text, Video
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.evaluation.metrics import mean, metric_of

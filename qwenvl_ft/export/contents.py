@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenvl_ft.checkpoint import NO_OPTIMIZER, missing
-from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.checkpoint.complete import NO_OPTIMIZER, missing
+from qwenvl_ft.errors import CheckpointError, one_line
 from qwenvl_ft.model.anatomy import canonical_name, part_of
 from qwenvl_ft.model.load import load_config
 from qwenvl_ft.recipe.checks import METHOD_KEYS
@@ -189,7 +189,7 @@ def _tensors(folder: Path, adapter: bool) -> Iterator[tuple[str, Tensor]]:
                 for name in list(opened.keys()):
                     yield name, opened.get_tensor(name)
         except (SafetensorError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+            raise CheckpointError(f"{path} is damaged: {one_line(error, 200)}") from error
 
 
 def _rank(name: str, factor: Tensor, told: dict[str, Any]) -> int:

@@ -143,7 +143,7 @@ def _adapter(checkpoint: str | Path) -> Path:
     from peft import PeftConfig
 
     from qwenvl_ft.model.adapters import register_adapters
-    from qwenvl_ft.model.adapters.tuner import OwnTuner
+    from qwenvl_ft.model.adapters.base import OwnTuner
     from qwenvl_ft.upstream.peft import tuner_of
 
     register_adapters()

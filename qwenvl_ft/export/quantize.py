@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.data.conversation import Conversation, Image, Text, Video
-from qwenvl_ft.data.media import MediaPolicy, open_image
+from qwenvl_ft.data.media.images import MediaPolicy, open_image
 from qwenvl_ft.data.readers import read_record
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import CheckpointError, DataError, RecipeError, unknown_name
 from qwenvl_ft.model.load import load_config
 from qwenvl_ft.model.quantization import INSTALL

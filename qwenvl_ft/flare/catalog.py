@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from qwenvl_ft.data.registry import register_dataset
-from qwenvl_ft.errors import DataError, hint
+from qwenvl_ft.data.sources.registry import register_dataset
+from qwenvl_ft.errors import DataError, hint, one_line
 
 CLASSIFICATION = "classification"
 MULTI_LABEL = "multi-label classification"
@@ -134,7 +134,7 @@ def read_catalog(path: str | Path) -> list[str]:
     try:
         told = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"catalog {path} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+        raise DataError(f"catalog {path} cannot be read: {one_line(error, 200)}.") from None
     if not isinstance(told, dict) or not all(isinstance(entry, dict) for entry in told.values()):
         raise DataError(f"catalog {path} must map names to {{category: ..., task_types: [...]}}.")
     keys = [field.name for field in fields(FlareDataset) if field.name != "name"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.errors import DataError, hint
+from qwenvl_ft.errors import DataError, hint, one_line
 from qwenvl_ft.flare.catalog import FlareDataset
 
 CANDIDATES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -107,7 +107,7 @@ def read_questions(file: str | Path) -> list[Any]:
     try:
         records = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON: {' '.join(str(error).split())}.") from None
+        raise DataError(f"{file}: not valid JSON: {one_line(error)}.") from None
     if not isinstance(records, list):
         raise DataError(f"{file}: questions are a JSON list, this is a {type(records).__name__}.")
     return records

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.media import MediaPolicy, image_size
+from qwenvl_ft.data.media.images import MediaPolicy, image_size
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.evaluation.parse import parse_instances
 from qwenvl_ft.flare.catalog import BOX_TASKS, FLARE_DATASETS, FlareDataset, find_datasets, find_task, read_catalog

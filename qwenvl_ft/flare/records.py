@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.media import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
 from qwenvl_ft.errors import DataError, hint
 from qwenvl_ft.evaluation.parse import BOX, Box, map_boxes
 from qwenvl_ft.flare.catalog import BOX_TASKS, find_task
@@ -219,7 +219,7 @@ def find_images(
 
 def refuse_control_tokens(question: str, answer: str) -> None:
     """Raises LeftOut for text that the encoder would refuse: it would open a turn or a medium of its own."""
-    from qwenvl_ft.data.draft import CONTROL
+    from qwenvl_ft.data.encode.draft import CONTROL
 
     tags = [tag for tag in ("<image>", "<video>") if tag in answer]
     tokens = tags + [token for token in CONTROL if token in question or token in answer]

@@ -17,7 +17,6 @@ from typing import Any
 
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.evaluation import medical
-from qwenvl_ft.evaluation.report import report_generation
 from qwenvl_ft.flare.catalog import (
     CLASSIFICATION,
     COUNTING,
@@ -33,6 +32,7 @@ from qwenvl_ft.flare.catalog import (
 )
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import answer_text, find_base, find_questions, read_questions
+from qwenvl_ft.flare.report_score import report_generation
 
 Metrics = dict[str, Any]
 

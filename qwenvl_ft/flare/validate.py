@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.errors import DataError, QwenVLError
+from qwenvl_ft.errors import DataError, QwenVLError, one_line
 from qwenvl_ft.flare.convert import REPORT as CONVERSION_REPORT
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import answer_text
@@ -220,7 +220,7 @@ def _read(path: Path) -> tuple[list[Any], str]:
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        return [], f"not valid JSON: {' '.join(str(error).split())}"
+        return [], f"not valid JSON: {one_line(error)}"
     if not isinstance(records, list):
         return [], f"a file of records is a JSON list, this is a {type(records).__name__}"
     return (records, "") if records else ([], "the list is empty")

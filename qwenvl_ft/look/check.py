@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from qwenvl_ft.data.dense.groups import DenseGroups
-from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
-from qwenvl_ft.look.files import TRAIN, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
-from qwenvl_ft.look.record import Inspected, Inspector
+from qwenvl_ft.look.one_record import Inspected, Inspector
+from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.sample import Drawing, GroupLook, Measured
 from qwenvl_ft.look.walk import walk
+from qwenvl_ft.recipe.schema import Recipe
 
 ENCODED = 5
 """Records of each data set, and groups, that are made samples with their pixels, as training makes them."""
@@ -138,7 +139,7 @@ def _split_told(split: Split) -> dict[str, Any]:
 
 
 def check_recipe(
-    recipe: Any, *, allow: Iterable[str] = (), processes: int = 1, num_proc: int | None = None, quiet: bool = False
+    recipe: Recipe, *, allow: Iterable[str] = (), processes: int = 1, num_proc: int | None = None, quiet: bool = False
 ) -> Report:
     """Look at every record that a recipe trains and evaluates on.
 

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from qwenvl_ft.data.packing import fill, pack_lengths
+from qwenvl_ft.data.plan.packing import fill, pack_lengths
+from qwenvl_ft.recipe.schema import Recipe
 
 BINS = 12
 """Bars of a histogram, about."""
@@ -36,7 +36,7 @@ class Forecast:
 
 
 def forecast(
-    recipe: Any, lengths: Sequence[int], vision: Sequence[int], supervised: Sequence[int], *, processes: int = 1
+    recipe: Recipe, lengths: Sequence[int], vision: Sequence[int], supervised: Sequence[int], *, processes: int = 1
 ) -> Forecast:
     """The epoch that a recipe makes of samples; there must be one.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwenvl_ft.evaluation.geometry import KINDS, Found, read_object
+from qwenvl_ft.evaluation.localization import KINDS, Found, read_object
 from qwenvl_ft.evaluation.parse import BOX_KEYS, LABEL_KEYS, clean, load_json, parse_instances
 
 KEYS = {key: kind for kind, (key, _, _) in KINDS.items()}

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.objects import Named, all_objects
+from qwenvl_ft.recipe.schema import Recipe
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -99,7 +99,7 @@ def picture_of(group: str, groups: Sequence[str], before: Sequence[str]) -> list
     return [groups.index(group)] if group and len(groups) == len(before) else []
 
 
-def emitted_units(recipe: Any) -> str:
+def emitted_units(recipe: Recipe) -> str:
     """The unit that a recipe's dense captions are written in."""
     told = getattr(recipe.data, "emit_norm", None)
     return EMIT_NORMS[told] if told in EMIT_NORMS else AUTO

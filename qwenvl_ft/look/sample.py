@@ -9,12 +9,13 @@ from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Conversation
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.draft import Unsupervised, cut
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.epochs import Epochs, JoinedEpochs, MovedTextError, open_epochs
-from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.encode.draft import Unsupervised, cut
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.plan.epochs import Epochs, JoinedEpochs, MovedTextError, open_epochs
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
+from qwenvl_ft.recipe.schema import Recipe
 
 Case = tuple[str, str]
 """(reason, message)"""
@@ -132,7 +133,7 @@ class Drawing:
     augmenter: Augmenter
 
     @classmethod
-    def of(cls, recipe: Any) -> "Drawing":
+    def of(cls, recipe: Recipe) -> "Drawing":
         return cls(
             DenseOptions.of(recipe, recipe.training.arguments["seed"]), Augmenter.from_config(recipe.data.augmentation)
         )

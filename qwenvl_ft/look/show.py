@@ -13,14 +13,15 @@ import numpy as np
 
 from qwenvl_ft.data.collate import QwenVLCollator, sample_lengths
 from qwenvl_ft.data.conversation import Image, Sample
-from qwenvl_ft.data.dataset import SampleDataset, Ticket
-from qwenvl_ft.data.media import image_size
-from qwenvl_ft.data.packing import pack_lengths, single_rows
-from qwenvl_ft.look.files import TRAIN, find_split, split_name
+from qwenvl_ft.data.media.images import image_size
+from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
+from qwenvl_ft.data.plan.packing import pack_lengths, single_rows
 from qwenvl_ft.look.page import render
-from qwenvl_ft.look.pixels import data_uri, pictures
+from qwenvl_ft.look.pictures import data_uri, pictures
 from qwenvl_ft.look.placing import AUTO, Placed, emitted_units, placed_objects
+from qwenvl_ft.look.readable import TRAIN, find_split, split_name
 from qwenvl_ft.look.tokens import Piece, learned_texts, pieces, texts_before_media
+from qwenvl_ft.recipe.schema import Recipe
 
 LONGEST_TEXT = 2000
 """Characters of a text that the source record shows; embedded images are long."""
@@ -119,7 +120,7 @@ def share_kind(piece: Piece) -> str:
 
 
 def show_recipe(
-    recipe: Any,
+    recipe: Recipe,
     target: Path,
     *,
     split: str = TRAIN,
@@ -143,7 +144,7 @@ def show_recipe(
     Raises:
         QwenVLError: the recipe has no model or no such data, or a record is malformed.
     """
-    from qwenvl_ft.training.setup import build_datasets, build_processor
+    from qwenvl_ft.assemble import build_datasets, build_processor
 
     processor = build_processor(recipe)
     seed = recipe.training.arguments["seed"]
@@ -181,7 +182,7 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({int(place) for place in np.linspace(0, count - 1, min(wanted, count)).round()})
 
 
-def epoch_rows(recipe: Any, dataset: SampleDataset, seed: int, epoch: int, *, shuffle: bool) -> list[list[int]]:
+def epoch_rows(recipe: Recipe, dataset: SampleDataset, seed: int, epoch: int, *, shuffle: bool) -> list[list[int]]:
     """The rows of an epoch before they are dealt out to processes, as training plans them."""
     told = recipe.training
     given = told.arguments["data_seed"] if "data_seed" in told.arguments else None

@@ -12,17 +12,18 @@ import xxhash
 
 from qwenvl_ft.data.conversation import Conversation, Image, Text
 from qwenvl_ft.data.dense.groups import DenseGroups
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.media import MediaPolicy, image_size
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import MediaPolicy, image_size
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, QwenVLError
-from qwenvl_ft.look.files import TRAIN, find_split, open_splits, optional_encoder, sensible_workers
+from qwenvl_ft.look.check_report import bars
 from qwenvl_ft.look.forecast import histogram, quantiles
 from qwenvl_ft.look.objects import all_objects
 from qwenvl_ft.look.page import render
-from qwenvl_ft.look.report import bars
+from qwenvl_ft.look.readable import TRAIN, find_split, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.sample import Drawing, GroupLook
 from qwenvl_ft.look.walk import walk
+from qwenvl_ft.recipe.schema import Recipe
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019-][^\W_]+)*")
 """A word; where words are not spaced apart, a character."""
@@ -187,7 +188,7 @@ def shortened(text: str) -> str:
     return f"{text[:LONGEST_TEXT]}... ({xxhash.xxh3_64_hexdigest(text.encode(errors='surrogatepass'))[:8]})"
 
 
-def count_recipe(recipe: Any, *, split: str = TRAIN, num_proc: int | None = None, quiet: bool = False) -> Counted:
+def count_recipe(recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = None, quiet: bool = False) -> Counted:
     """Count all records that a recipe selects, those that are left out of training too.
 
     Without ``model.model`` no tokens are counted.

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenvl_ft.data.draft import IGNORE, IMAGE_PAD, VIDEO_PAD
+from qwenvl_ft.data.conversation import IGNORE
+from qwenvl_ft.data.encode.draft import IMAGE_PAD, VIDEO_PAD
 
 SPLIT_CHARACTER = "\ufffd"
 """What a tokenizer decodes a part of a character to."""

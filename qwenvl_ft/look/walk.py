@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qwenvl_ft.data.progress import with_progress
+from qwenvl_ft.data.plan.progress_bar import with_progress
 
 CHUNK = 32
 """Records that a process looks at before it answers."""

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwenvl_ft.model.adapters.tuner import OwnLayer
+from qwenvl_ft.model.adapters.base import OwnLayer
 from qwenvl_ft.model.anatomy import family_of
 from qwenvl_ft.upstream.attention import attention_of, without_compiling
 from qwenvl_ft.upstream.layers import (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import RecipeError, one_line
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.upstream.layers import stand_in, standing_in, with_rotation
 
@@ -155,7 +155,7 @@ def use_liger(model: nn.Module, device: torch.device, config: dict[str, bool] | 
         try:
             function = piece.load()
         except Exception as error:
-            fused.left[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            fused.left[key] = f"{type(error).__name__}: {one_line(error, 120)}"
             continue
         if piece.forward is None:
             fused.loss = function

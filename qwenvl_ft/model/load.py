@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import textwrap
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_ft.errors import CheckpointError, RecipeError, unknown_name
+from qwenvl_ft.errors import CheckpointError, RecipeError, one_line, unknown_name
 from qwenvl_ft.model.anatomy import canonical_model_type, family_of
 from qwenvl_ft.model.attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
@@ -220,7 +219,7 @@ def load_processor(
     try:
         processor = AutoProcessor.from_pretrained(str(path or dir_or_id), revision=revision or "main")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the processor of {dir_or_id}: {_one_line(error)}") from error
+        raise CheckpointError(f"cannot load the processor of {dir_or_id}: {one_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{dir_or_id} holds a {type(processor).__name__}, not a processor of images and text.")
     _set_areas(processor.image_processor, "", min_pixels, max_pixels)
@@ -243,7 +242,7 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
         written = PreTrainedConfig.get_config_dict(source, revision=revision or "main")[0]
     except (OSError, ValueError) as error:
         where = "" if Path(source).is_dir() else " It is no directory here, and the hub did not give it."
-        raise CheckpointError(f"cannot read the config of model {source!r}.{where} {_one_line(error)}") from error
+        raise CheckpointError(f"cannot read the config of model {source!r}.{where} {one_line(error)}") from error
     if not isinstance(written.get("model_type"), str):
         raise CheckpointError(f"config.json of {source} names no model_type, so it is not a transformers model.")
     family_of(written["model_type"])
@@ -255,7 +254,7 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
     try:
         return AutoConfig.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {source} is not valid: {_one_line(error)}") from error
+        raise CheckpointError(f"config.json of {source} is not valid: {one_line(error)}") from error
 
 
 def local_directory(dir_or_id: str | Path) -> Path | None:
@@ -314,11 +313,11 @@ def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
     try:
         model, info = auto.from_pretrained(source, config=plan.config, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load the weights of {source}: {_one_line(error)}") from error
+        raise CheckpointError(f"cannot load the weights of {source}: {one_line(error)}") from error
     except ValueError as error:
         if "device_map" not in options:
             raise
-        raise RecipeError(f"model.device_map does not fit {source}: {_one_line(error)}") from error
+        raise RecipeError(f"model.device_map does not fit {source}: {one_line(error)}") from error
     if info["mismatched_keys"]:
         name = sorted(map(str, info["mismatched_keys"]))[0]
         raise CheckpointError(f"weights of {source} do not have the shapes its config.json says, as {name}.")
@@ -349,7 +348,7 @@ def with_adapter(model: Any, adapter: str | Path, *, name: str = "default") -> A
             warnings.simplefilter("always")
             wrapped = load_onto(model, str(adapter), name)
     except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {_one_line(error)}") from error
+        raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {one_line(error)}") from error
     missing, strange = unmatched(wrapped, str(adapter), name)
     if missing:
         raise CheckpointError(
@@ -418,7 +417,3 @@ def _set_frames(processor: Any, area: int | None, fps: float | None, least: int 
             processor.min_frames = most
         else:
             processor.max_frames = processor.min_frames
-
-
-def _one_line(error: Warning | Exception | str) -> str:
-    return textwrap.shorten(str(error), width=300) or type(error).__name__

@@ -51,7 +51,7 @@ def use_linear_patch_embed(model: nn.Module) -> int:
 
 
 def use_raw_patches(model: nn.Module, image_processor: Any) -> None:
-    """Let every vision tower of ``model`` take raw patches (data/pixels.py) beside those of its processor.
+    """Let every vision tower of ``model`` take raw patches (data/media/patches.py) beside those of its processor.
 
     They are told apart by their width: C * p * p values against T times as many. Normalised as the processor does, in
     float32, then handed on as a picture that stands T times.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.evaluation.generate import STOP_TOKENS, prompt_batch
 from qwenvl_ft.prove.subject import Subject
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.prove.measure import alone_rows, relative, seen_logits
-from qwenvl_ft.prove.report import FAILED, OK, Row
 from qwenvl_ft.prove.subject import Subject, run_to_end
+from qwenvl_ft.prove.table import FAILED, OK, Row
 
 CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """How much of the logits training must change at least, so that it stands out from rounding."""

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.conversation import Sample
-from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.data.conversation import IGNORE, Sample
 from qwenvl_ft.model.anatomy import PARTS, part_of
 
 if TYPE_CHECKING:

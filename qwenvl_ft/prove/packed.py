@@ -8,8 +8,8 @@ from typing import Any
 from torch import ones_like
 
 from qwenvl_ft.prove.measure import Measured, measured, seen_logits, with_counts
-from qwenvl_ft.prove.report import Row
 from qwenvl_ft.prove.subject import FACTOR, Subject
+from qwenvl_ft.prove.table import Row
 
 
 def packed_row(subject: Subject) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from PIL import Image as PILImage
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Image, Source, Video
-from qwenvl_ft.data.dataset import SampleDataset
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.epochs import RecordEpochs, open_epochs
-from qwenvl_ft.data.mixture import load_mixture
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.dataset import SampleDataset
+from qwenvl_ft.data.plan.epochs import RecordEpochs, open_epochs
+from qwenvl_ft.data.sources.mixture import load_mixture
 from qwenvl_ft.errors import DataError, RecipeError
+from qwenvl_ft.recipe.schema import Recipe
 
 CANDIDATES = 200
 """Records whose lengths are measured, spread evenly over the data, before some are chosen."""
@@ -36,7 +37,7 @@ class Few:
         return self.records[index]
 
 
-def proof_dataset(recipe: Any, encoder: Encoder, *, samples: int, max_tokens: int, folder: Path) -> SampleDataset:
+def proof_dataset(recipe: Recipe, encoder: Encoder, *, samples: int, max_tokens: int, folder: Path) -> SampleDataset:
     """The samples of a proof.
 
     Args:
@@ -64,7 +65,7 @@ def proof_dataset(recipe: Any, encoder: Encoder, *, samples: int, max_tokens: in
     return _enough(_dataset(recipe, Few(chosen, key), encoder, seed, folder), recipe)
 
 
-def _dataset(recipe: Any, records: Any, encoder: Encoder, seed: int, folder: Path) -> SampleDataset:
+def _dataset(recipe: Recipe, records: Any, encoder: Encoder, seed: int, folder: Path) -> SampleDataset:
     epochs = open_epochs(
         records,
         DenseOptions.of(recipe, seed),
@@ -75,7 +76,7 @@ def _dataset(recipe: Any, records: Any, encoder: Encoder, seed: int, folder: Pat
     return SampleDataset(epochs, encoder, name="data.train", cache_dir=folder)
 
 
-def _enough(dataset: SampleDataset, recipe: Any) -> SampleDataset:
+def _enough(dataset: SampleDataset, recipe: Recipe) -> SampleDataset:
     if len(dataset) < 2:
         raise RecipeError(
             f"a proof needs two samples, and {len(dataset)} is no longer than template.max_length="

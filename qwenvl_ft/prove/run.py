@@ -16,12 +16,13 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.prove.frozen import Frozen
 from qwenvl_ft.prove.packed import Packed
 from qwenvl_ft.prove.reference import attention_of, measure_alone, measure_reference
-from qwenvl_ft.prove.report import Report, Row
 from qwenvl_ft.prove.room import shortages
 from qwenvl_ft.prove.saved import Saved
 from qwenvl_ft.prove.settings import ProofOptions, first_phase, proof_recipe
 from qwenvl_ft.prove.split import Split
 from qwenvl_ft.prove.subject import Subject, build_subject, still
+from qwenvl_ft.prove.table import Report, Row
+from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.upstream.probe import fallbacks
 
 PACKAGES = ("qwenvl-ft", "torch", "transformers", "peft", "accelerate")
@@ -44,7 +45,7 @@ CHECKS: dict[str, Callable[[], Any]] = {"frozen": Frozen, "packed": Packed, "spl
 
 
 def prove(
-    recipe: Any, options: ProofOptions | None = None, *, say: Callable[[str], None] = lambda line: None
+    recipe: Recipe, options: ProofOptions | None = None, *, say: Callable[[str], None] = lambda line: None
 ) -> Report:
     """Prove the promises on a recipe's model, data and method. Everything that is written lies in a temporary folder.
 

@@ -20,9 +20,9 @@ from transformers import GenerationConfig
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.prove.answers import Answers, answer, at_once, generation, write_inputs
 from qwenvl_ft.prove.measure import alone_rows, relative, seen_logits
-from qwenvl_ft.prove.report import FAILED, OK, SKIPPED, Row
 from qwenvl_ft.prove.room import GIB, free_disk
 from qwenvl_ft.prove.subject import FACTOR, Subject
+from qwenvl_ft.prove.table import FAILED, OK, SKIPPED, Row
 
 SCRIPT = Path(__file__).with_name("plain.py")
 LIMIT_S = 900

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import RecipeError, unknown_name
-from qwenvl_ft.look.target import target_recipe
+from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.recipe.argv import ASSIGNMENT, recipe_from_argv
+from qwenvl_ft.recipe.schema import Recipe
 
 SKIPPABLE = ("packed", "split", "frozen", "saved", "merged")
 """Names of checks, as ``--skip`` takes them."""
@@ -62,7 +63,7 @@ def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: 
     return recipe
 
 
-def first_phase(recipe: Any) -> tuple[Any, list[str]]:
+def first_phase(recipe: Recipe) -> tuple[Any, list[str]]:
     """The recipe that is proven, and what is left out of it, in words: of phases, all but the first."""
     left_out = []
     if recipe.phases:
@@ -73,7 +74,7 @@ def first_phase(recipe: Any) -> tuple[Any, list[str]]:
     return recipe, left_out
 
 
-def proof_recipe(recipe: Any, steps: int, folder: Path) -> Any:
+def proof_recipe(recipe: Recipe, steps: int, folder: Path) -> Any:
     """A copy that trains ``steps`` steps on one device and writes into ``folder`` only.
 
     What draws or adds to the loss is off, so that figures can be compared: noise, dropout (`still`), label smoothing,

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from qwenvl_ft.prove.measure import Measured, Share, relative
-from qwenvl_ft.prove.report import Row
 from qwenvl_ft.prove.subject import FACTOR, Subject, run_to_end
+from qwenvl_ft.prove.table import Row
 
 
 @dataclass
@@ -87,7 +87,7 @@ def splits(lengths: list[int]) -> dict[str, dict[str, Any]]:
 
 def packed_rows(lengths: list[int], max_length: int) -> int:
     """How many rows the first epoch has."""
-    from qwenvl_ft.data.packing import pack_lengths
+    from qwenvl_ft.data.plan.packing import pack_lengths
 
     return len(pack_lengths(lengths, max_length=max_length))
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from qwenvl_ft.data.conversation import Sample
-from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.prove.measure import Measured, Share
 from qwenvl_ft.prove.settings import ProofOptions
+from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.upstream.autocast import forward_restored
 
 FACTOR = 3.0
@@ -29,7 +30,7 @@ FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2.5e-4}
 class Subject:
     """What is looked at. The model is gone once it was saved and measured."""
 
-    recipe: Any
+    recipe: Recipe
     args: Any
     options: ProofOptions
     folder: Path
@@ -120,28 +121,29 @@ class Subject:
             torch.cuda.empty_cache()
 
 
-def build_subject(recipe: Any, options: ProofOptions, folder: Path, say: Callable[[str], None]) -> Subject:
+def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Callable[[str], None]) -> Subject:
     """Build everything that a run of the recipe needs.
 
     Raises:
         QwenVLError: as `qwenvl_ft.train` does.
     """
+    from qwenvl_ft import assemble
     from qwenvl_ft.prove.records import proof_dataset
     from qwenvl_ft.training import setup
     from qwenvl_ft.training.arguments import build_arguments
 
     args = build_arguments(recipe)
-    processor = setup.build_processor(recipe)
+    processor = assemble.build_processor(recipe)
     dataset = proof_dataset(
         recipe,
-        setup.build_encoder(recipe, processor),
+        assemble.build_encoder(recipe, processor),
         samples=options.samples,
         max_tokens=options.max_tokens,
         folder=folder / "lengths",
     )
     samples = [dataset[index] for index in range(len(dataset))]
     say(f"loading {recipe.model.model}")
-    model = setup.build_model(recipe, args, dataset)
+    model = assemble.build_model(recipe, args, dataset)
     trainer = setup.build_trainer(
         recipe, args, model, processor, dataset, callbacks=setup.callbacks(recipe, int(args.seed))
     )

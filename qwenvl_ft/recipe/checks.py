@@ -5,15 +5,13 @@ from itertools import chain
 from typing import Any, get_args
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
 from qwenvl_ft.recipe.keys import own_types
 from qwenvl_ft.recipe.refused import fixed_fields, unread_keys
-from qwenvl_ft.recipe.schema import GALORE, QuantizationConfig, TrainingConfig, TunerConfig
+from qwenvl_ft.recipe.schema import GALORE, MIN_LR_SCHEDULES, QuantizationConfig, Recipe, TrainingConfig, TunerConfig
 from qwenvl_ft.recipe.tuner import PeftsOwn
+from qwenvl_ft.recipe.values import shown
 
-MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-"""Schedules that end above zero."""
 CONSTANT = ("constant", "constant_with_warmup")
 """Schedules that do not lower the rate."""
 GALORE_KEYS = (
@@ -76,7 +74,7 @@ CUDA_GRAPHS = {
 DATASET_KEYS = ("annotation_path", "data_path", "reader")
 
 
-def check(recipe: Any) -> None:
+def check(recipe: Recipe) -> None:
     """Raises RecipeError for the first contradiction, with the key to change."""
     for contradiction in CHECKS:
         told = contradiction(recipe)
@@ -84,13 +82,13 @@ def check(recipe: Any) -> None:
             raise RecipeError(told)
 
 
-def _unread(recipe: Any) -> str | None:
+def _unread(recipe: Recipe) -> str | None:
     """What transformers takes and our training does not read, or cannot do otherwise."""
     values = recipe.training.arguments | {"lazy_tokenize": recipe.training.lazy_tokenize}
     return next(chain(fixed_fields(values, recipe.origins), unread_keys(values)), None)
 
 
-def _checkpointing(recipe: Any) -> str | None:
+def _checkpointing(recipe: Recipe) -> str | None:
     name = "activation_checkpointing_kwargs"
     told = _argument(recipe, name) or {}
     if not isinstance(told, dict):
@@ -111,7 +109,7 @@ def _checkpointing(recipe: Any) -> str | None:
     return None
 
 
-def _sampling(recipe: Any) -> str | None:
+def _sampling(recipe: Recipe) -> str | None:
     told = _argument(recipe, "train_sampling_strategy")
     if told in (None, *SAMPLING):
         return None
@@ -121,7 +119,7 @@ def _sampling(recipe: Any) -> str | None:
     )
 
 
-def _compile(recipe: Any) -> str | None:
+def _compile(recipe: Recipe) -> str | None:
     """CUDA graphs are recorded for one shape, and rows differ in length; two ways to fuse the same."""
     for name, values in CUDA_GRAPHS.items():
         told = _argument(recipe, name)
@@ -134,7 +132,7 @@ def _compile(recipe: Any) -> str | None:
     return None
 
 
-def _lengths(recipe: Any) -> str | None:
+def _lengths(recipe: Recipe) -> str | None:
     length, prepared = recipe.template.max_length, recipe.model.max_model_len
     if prepared is not None and length > prepared:
         return (
@@ -144,13 +142,13 @@ def _lengths(recipe: Any) -> str | None:
     return None
 
 
-def _output(recipe: Any) -> str | None:
+def _output(recipe: Recipe) -> str | None:
     if not _argument(recipe, "output_dir").strip():
         return "training.output_dir is empty. Give a folder: training.output_dir=output."
     return None
 
 
-def _method(recipe: Any) -> str | None:
+def _method(recipe: Recipe) -> str | None:
     """A key that the train type does not read."""
     chosen = recipe.tuner.train_type
     for name, readers in METHOD_KEYS.items():
@@ -163,7 +161,7 @@ def _method(recipe: Any) -> str | None:
     return _start(recipe)
 
 
-def _start(recipe: Any) -> str | None:
+def _start(recipe: Recipe) -> str | None:
     """A start of LoRA that changes weights which cannot be changed, or a setting of one that is not chosen."""
     chosen = recipe.tuner.init_weights
     bits = recipe.quantization.quantization_bit
@@ -184,7 +182,7 @@ def _start(recipe: Any) -> str | None:
     return None
 
 
-def _pixels(recipe: Any) -> str | None:
+def _pixels(recipe: Recipe) -> str | None:
     low, high, length = recipe.template.min_pixels, recipe.template.max_pixels, recipe.template.max_length
     told = recipe.template
     for least, most in (
@@ -204,7 +202,7 @@ def _pixels(recipe: Any) -> str | None:
     return None
 
 
-def _datasets(recipe: Any) -> str | None:
+def _datasets(recipe: Recipe) -> str | None:
     for name, entry in recipe.data.datasets.items():
         unknown = [key for key in entry if key not in DATASET_KEYS]
         if unknown:
@@ -214,14 +212,14 @@ def _datasets(recipe: Any) -> str | None:
     return None
 
 
-def _val_names(recipe: Any) -> str | None:
+def _val_names(recipe: Recipe) -> str | None:
     for name in recipe.data.val if isinstance(recipe.data.val, dict) else ():
         if not re.fullmatch(r"\w+", name):
             return f"data.val names a set {name!r}, which is part of eval_NAME_loss. Use letters, digits and '_' only."
     return None
 
 
-def _nothing_trains(recipe: Any) -> str | None:
+def _nothing_trains(recipe: Recipe) -> str | None:
     told = recipe.tuner
     named = (told.modules_to_save, told.trainable_parameters, told.trainable_parameters_regex)
     last = (told.unfreeze_topk_llm, told.unfreeze_topk_vit)
@@ -233,7 +231,7 @@ def _nothing_trains(recipe: Any) -> str | None:
     return None
 
 
-def _packing(recipe: Any) -> str | None:
+def _packing(recipe: Recipe) -> str | None:
     training = recipe.training
     if not training.packing:
         return None
@@ -246,7 +244,7 @@ def _packing(recipe: Any) -> str | None:
     return None
 
 
-def _placement(recipe: Any) -> str | None:
+def _placement(recipe: Recipe) -> str | None:
     fsdp = _argument(recipe, "fsdp")
     if recipe.deepspeed.enabled and recipe.model.device_map is not None:
         return "deepspeed.enabled=true places the model itself. Remove model.device_map."
@@ -259,7 +257,7 @@ def _placement(recipe: Any) -> str | None:
     return None
 
 
-def _evaluation(recipe: Any) -> str | None:
+def _evaluation(recipe: Recipe) -> str | None:
     strategy = _argument(recipe, "eval_strategy")
     wants = [
         name
@@ -288,7 +286,7 @@ def _evaluation(recipe: Any) -> str | None:
     return None
 
 
-def _metric(recipe: Any) -> str | None:
+def _metric(recipe: Recipe) -> str | None:
     name = _argument(recipe, "metric_for_best_model")
     if name is not None and _argument(recipe, "greater_is_better"):
         return (
@@ -298,7 +296,7 @@ def _metric(recipe: Any) -> str | None:
     return None
 
 
-def _optimizer(recipe: Any) -> str | None:
+def _optimizer(recipe: Recipe) -> str | None:
     targets, optim = _argument(recipe, "optim_target_modules"), _argument(recipe, "optim")
     if targets is not None and not str(optim).startswith(PROJECTED):
         return (
@@ -308,7 +306,7 @@ def _optimizer(recipe: Any) -> str | None:
     return None
 
 
-def _unfit(recipe: Any) -> str | None:
+def _unfit(recipe: Recipe) -> str | None:
     """Optimizers that step inside the backward pass, cannot go on from a checkpoint, or want another schedule."""
     optim = str(_argument(recipe, "optim"))
     if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
@@ -328,7 +326,7 @@ def _unfit(recipe: Any) -> str | None:
     return None
 
 
-def _galore(recipe: Any) -> str | None:
+def _galore(recipe: Recipe) -> str | None:
     told = recipe.training
     if not (told.use_galore or told.optimizer == "galore"):
         given = [name for name in GALORE_KEYS if getattr(told, name) != getattr(TrainingConfig(), name)]
@@ -351,7 +349,7 @@ def _galore(recipe: Any) -> str | None:
     return None
 
 
-def _lora_plus(recipe: Any) -> str | None:
+def _lora_plus(recipe: Recipe) -> str | None:
     told, chosen = recipe.training, recipe.tuner.train_type
     wanted = told.lorap_lr_ratio is not None or told.optimizer == "lorap"
     if wanted and chosen not in WITH_LORA:
@@ -360,7 +358,7 @@ def _lora_plus(recipe: Any) -> str | None:
     return None
 
 
-def _lisa(recipe: Any) -> str | None:
+def _lisa(recipe: Recipe) -> str | None:
     told = recipe.training
     if not told.lisa_activated_layers:
         if told.lisa_step_interval != TrainingConfig().lisa_step_interval:
@@ -374,7 +372,7 @@ def _lisa(recipe: Any) -> str | None:
     return None
 
 
-def _quantization(recipe: Any) -> str | None:
+def _quantization(recipe: Recipe) -> str | None:
     told, chosen = recipe.quantization, recipe.tuner.train_type
     bits = told.quantization_bit
     for name, default in vars(QuantizationConfig()).items():
@@ -398,7 +396,7 @@ def _quantization(recipe: Any) -> str | None:
     return None
 
 
-def _gradients_in_reach(recipe: Any) -> str | None:
+def _gradients_in_reach(recipe: Recipe) -> str | None:
     """AdaLoRA looks at gradients after the optimizer's step, when those who shard have given them up."""
     sharder = "deepspeed" if recipe.deepspeed.enabled else "training.fsdp" if _argument(recipe, "fsdp") else None
     if recipe.tuner.train_type != "adalora" or sharder is None:
@@ -409,7 +407,7 @@ def _gradients_in_reach(recipe: Any) -> str | None:
     )
 
 
-def _stage(recipe: Any) -> str | None:
+def _stage(recipe: Recipe) -> str | None:
     """What cannot go on from an adapter."""
     told, chosen = recipe.tuner.resume_from_checkpoint, recipe.tuner
     if not told:
@@ -427,7 +425,7 @@ def _stage(recipe: Any) -> str | None:
     return None
 
 
-def _needs(recipe: Any) -> str | None:
+def _needs(recipe: Recipe) -> str | None:
     """What is read only where another field is set."""
     for name, needed in NEEDS.items():
         if _argument(recipe, name) and not _argument(recipe, needed):
@@ -436,7 +434,7 @@ def _needs(recipe: Any) -> str | None:
     return None
 
 
-def _best_metric(recipe: Any) -> str | None:
+def _best_metric(recipe: Recipe) -> str | None:
     """Evaluation gives a loss and its perplexity, and both again for each of several sets."""
     metric = _argument(recipe, "metric_for_best_model")
     names = ["", *(f"{name}_" for name in recipe.data.val)] if isinstance(recipe.data.val, dict) else [""]
@@ -446,7 +444,7 @@ def _best_metric(recipe: Any) -> str | None:
     return f"training.metric_for_best_model={metric} is not what evaluation gives.{hint(metric, known)}"
 
 
-def _best(recipe: Any) -> str | None:
+def _best(recipe: Recipe) -> str | None:
     """The best checkpoint can only be loaded if it was saved when it was measured."""
     evaluate, save = _argument(recipe, "eval_strategy"), _argument(recipe, "save_strategy")
     if not _argument(recipe, "load_best_model_at_end") or save == "best":
@@ -465,7 +463,7 @@ def _best(recipe: Any) -> str | None:
     return None
 
 
-def _precision(recipe: Any) -> str | None:
+def _precision(recipe: Recipe) -> str | None:
     if _argument(recipe, "bf16") and _argument(recipe, "fp16"):
         return "training.bf16 and training.fp16 are both true. Keep one."
     for name, half in (("bf16", "bfloat16"), ("fp16", "float16")):
@@ -479,7 +477,7 @@ def _precision(recipe: Any) -> str | None:
     return None
 
 
-def _schedule(recipe: Any) -> str | None:
+def _schedule(recipe: Recipe) -> str | None:
     kind, options = _argument(recipe, "lr_scheduler_type"), _argument(recipe, "lr_scheduler_kwargs")
     if isinstance(options, dict) and "min_lr" in options and kind not in MIN_LR_SCHEDULES:
         return (
@@ -500,7 +498,7 @@ def _schedule(recipe: Any) -> str | None:
     return None
 
 
-def _argument(recipe: Any, name: str) -> Any:
+def _argument(recipe: Recipe, name: str) -> Any:
     """A field of TrainingArguments, None where neither the recipe nor our defaults say anything."""
     told = recipe.training.arguments
     return told[name] if name in told else None

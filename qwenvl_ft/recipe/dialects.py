@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.convert import NULLS, convert
 from qwenvl_ft.recipe.keys import argument_types, bare_names, type_of
+from qwenvl_ft.recipe.values import NULLS, convert
 
 Values = dict[str, Any]
 

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.convert import parse_text, shown
 from qwenvl_ft.recipe.dialects import ENVIRONMENT, alias_in, flag_values
 from qwenvl_ft.recipe.keys import own_types
 from qwenvl_ft.recipe.schema import SECTIONS, TOP_LEVEL
+from qwenvl_ft.recipe.values import parse_text, shown
 
 Values = dict[str, Any]
 OVERRIDE = "override"

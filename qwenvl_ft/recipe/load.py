@@ -6,7 +6,6 @@ key by key. Nothing is written.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.recipe.checks import METHOD_KEYS, check
-from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.dialects import REMOVED
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
 from qwenvl_ft.recipe.layers import (
@@ -31,80 +29,11 @@ from qwenvl_ft.recipe.layers import (
 from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
 from qwenvl_ft.recipe.schema import (
     HF_DEFAULTS,
-    SECRETS,
     SECTIONS,
-    DataConfig,
-    DeepspeedConfig,
-    EvaluationConfig,
-    ModelConfig,
-    PromptsConfig,
-    QuantizationConfig,
-    TemplateConfig,
-    TrainingConfig,
+    Recipe,
     TunerConfig,
 )
-
-
-@dataclass(kw_only=True)
-class Recipe:
-    """All of a run's settings, typed and checked."""
-
-    model: ModelConfig
-    quantization: QuantizationConfig
-    template: TemplateConfig
-    data: DataConfig
-    prompts: PromptsConfig
-    tuner: TunerConfig
-    training: TrainingConfig
-    deepspeed: DeepspeedConfig
-    evaluation: EvaluationConfig
-    global_max_length: int | None = None
-    origins: dict[str, str] = field(default_factory=dict, compare=False)
-    """``section.key`` -> the file that set it, or ``override``; keys that nobody set are not in it."""
-    phases: "list[Recipe]" = field(default_factory=list)
-    """The recipe of each phase, all its settings; empty if the run has none."""
-    phase: str = ""
-    """Of a phase's recipe: which of how many it is, and its name, as ``2/3 medium``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Sections as in a file: ``training`` flat, the top-level length only if it was given, no secrets.
-
-        Of phases, what they have otherwise.
-        """
-        told: dict[str, Any] = {}
-        if self.global_max_length is not None:
-            told["global_max_length"] = self.global_max_length
-        for name, section in SECTIONS.items():
-            values = {f.name: getattr(getattr(self, name), f.name) for f in fields(section)}
-            values |= values.pop("arguments", {})
-            told[name] = {key: value for key, value in values.items() if key not in SECRETS}
-        if self.phases:
-            told["phases"] = [{"name": phase.phase.split()[1]} | _otherwise(phase, told) for phase in self.phases]
-        return told
-
-    def to_yaml(self) -> str:
-        """A recipe file that resolves to this recipe."""
-        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.to_dict())))
-
-    def save(self, path: str | Path) -> None:
-        """Write a recipe file that resolves to this recipe, with the versions that it was resolved by on top."""
-        from qwenvl_ft.recipe.provenance import header
-
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        partial.write_text(header() + self.to_yaml(), encoding="utf-8")
-        partial.replace(target)
-
-    def by_phase(self) -> "dict[str, Recipe]":
-        """Folder's name -> recipe of each phase; of a recipe without phases, itself under an empty name."""
-        return {Path(run.training.arguments["output_dir"]).name: run for run in self.phases} or {"": self}
-
-    def origin(self, key: str) -> str:
-        """Where a dotted key's value came from: a file, ``override`` or ``default``."""
-        while "." in key and key not in self.origins:
-            key = key.rpartition(".")[0]
-        return self.origins[key] if key in self.origins else "default"
+from qwenvl_ft.recipe.values import convert
 
 
 def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -154,21 +83,6 @@ def _phase(layers: list[Layer], phase: Layer, changes: dict[str, Layer], told: s
     except RecipeError as error:
         raise RecipeError(f"phase {told}: {error}") from None
     return recipe
-
-
-def _otherwise(phase: Recipe, base: dict[str, Any]) -> dict[str, Any]:
-    """What a phase says otherwise than the recipe around it; folders follow from that."""
-    own = phase.to_dict()
-    told: dict[str, Any] = {}
-    for name, values in own.items():
-        if not isinstance(values, dict):
-            told |= {name: values} if name not in base or values != base[name] else {}
-            continue
-        changed = {key: value for key, value in values.items() if key not in base[name] or value != base[name][key]}
-        for key in ("output_dir", "logging_dir") if name == "training" else ():
-            changed.pop(key, None)
-        told |= {name: changed} if changed else {}
-    return told
 
 
 def _typed(layers: list[Layer]) -> Recipe:
@@ -289,12 +203,3 @@ def _drop_outweighed(recipe: Recipe, order: list[str]) -> None:
         if recipe.tuner.train_type not in readers and key in origins and order.index(origins[key]) < strength:
             setattr(recipe.tuner, name, getattr(TunerConfig(), name))
             del origins[key]
-
-
-def _escaped(value: Any) -> Any:
-    """Values that read as they are: a ``${`` in them is no interpolation."""
-    if isinstance(value, dict):
-        return {key: _escaped(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_escaped(inner) for inner in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwenvl_ft.errors import hint
-from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.recipe.values import shown
 
 FIXED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "a batch is no table with columns"),

@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_config
-from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
 from qwenvl_ft.recipe.refused import FIXED
-from qwenvl_ft.recipe.schema import GALORE, SECRETS
+from qwenvl_ft.recipe.schema import GALORE, SECRETS, Recipe
+from qwenvl_ft.recipe.values import shown
 from qwenvl_ft.training.checkpointing import chosen_parts
 from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
@@ -45,7 +45,7 @@ DECIDED_HERE = {
 """Section that a DeepSpeed configuration may not have -> the keys that say it instead."""
 
 
-def learning_rate(recipe: Any) -> float:
+def learning_rate(recipe: Recipe) -> float:
     """The language model's learning rate: the recipe's, or the default of its ``train_type``."""
     if recipe.training.learning_rate is not None:
         return recipe.training.learning_rate
@@ -110,7 +110,7 @@ def hierarchical(config: dict[str, Any], told: Any) -> dict[str, Any]:
     return config | {"zero_optimization": zero | {"zero_hpz_partition_size": told.zero_hpz_partition_size}}
 
 
-def galore(recipe: Any) -> dict[str, Any]:
+def galore(recipe: Recipe) -> dict[str, Any]:
     """The fields of TrainingArguments that ``training.use_galore`` stands for; empty without it."""
     told = recipe.training
     if not (told.use_galore or told.optimizer == "galore"):
@@ -129,7 +129,7 @@ def galore(recipe: Any) -> dict[str, Any]:
     }
 
 
-def lora_plus(recipe: Any) -> float | None:
+def lora_plus(recipe: Recipe) -> float | None:
     """Ratio of the rates of LoRA's B and A matrices, if the recipe wants them apart."""
     if recipe.training.lorap_lr_ratio is None and recipe.training.optimizer == "lorap":
         return LORAPLUS_RATIO
@@ -153,7 +153,7 @@ def workers_for_cores() -> int:
     return min(max(len(os.sched_getaffinity(0)) // processes - 1, 1), MAX_WORKERS)
 
 
-def weights_dtype(recipe: Any) -> str:
+def weights_dtype(recipe: Recipe) -> str:
     """``model.torch_dtype``, or for ``auto`` the one that the model's config names."""
     if recipe.model.torch_dtype != "auto" or not recipe.model.model:
         return recipe.model.torch_dtype
@@ -161,7 +161,7 @@ def weights_dtype(recipe: Any) -> str:
     return str(config.dtype or config.get_text_config().dtype).removeprefix("torch.")
 
 
-def build_arguments(recipe: Any) -> TrainingArguments:
+def build_arguments(recipe: Recipe) -> TrainingArguments:
     """TrainingArguments of a recipe.
 
     Mixed precision follows ``model.torch_dtype`` unless the recipe says otherwise. ``training.logging_dir`` becomes the
@@ -207,7 +207,7 @@ def build_arguments(recipe: Any) -> TrainingArguments:
     return args
 
 
-def unused_packages(recipe: Any) -> AbstractContextManager[None]:
+def unused_packages(recipe: Recipe) -> AbstractContextManager[None]:
     """Inside, what the recipe does not use is not imported by the libraries that find it installed."""
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     return nullcontext() if recipe.deepspeed.enabled or launched else unused("deepspeed")

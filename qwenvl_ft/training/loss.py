@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, stand_in
 
 HEAD_CHUNK = 1_024

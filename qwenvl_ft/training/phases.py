@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from qwenvl_ft.checkpoint import AUTO, finished, resolve_resume
+from qwenvl_ft import assemble
+from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
-from qwenvl_ft.look.gate import check_before_training
-from qwenvl_ft.recipe.schema import TunerConfig
-from qwenvl_ft.training import setup
+from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.callbacks.progress import ProgressCallback
+from qwenvl_ft.training.gate import check_before_training
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision
 
@@ -30,7 +30,7 @@ NOT_PUBLISHED = ("checkpoint-*", "runs", "recipe.yaml")
 """What a phase's folder has that is of the phase alone."""
 
 
-def open_phases(recipe: Any) -> list[Any]:
+def open_phases(recipe: Recipe) -> list[Any]:
     """The recipes that are still to be run, in their order.
 
     Everything of them that can be known is tried: arguments, model, devices, data, lengths and questions. Only then the
@@ -50,8 +50,8 @@ def open_phases(recipe: Any) -> list[Any]:
             args = build_arguments(phase)
             first_process = args.process_index == 0
             check_before_training(phase)
-            train_set, _ = setup.build_datasets(phase, setup.build_processor(phase), args.seed)
-            setup.build_questions(phase, train_set.encoder, args.seed)
+            train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
+            assemble.build_questions(phase, train_set.encoder, args.seed)
         except QwenVLError as error:
             raise type(error)(f"phase {phase.phase}: {error}") from error
         finally:
@@ -61,7 +61,7 @@ def open_phases(recipe: Any) -> list[Any]:
     return todo
 
 
-def chain(recipe: Any) -> list[Any]:
+def chain(recipe: Recipe) -> list[Any]:
     """The phases' recipes, each with the result of the one before as its start, and saved for the one after.
 
     Raises:
@@ -94,7 +94,7 @@ def between() -> None:
         wandb.finish()  # the next phase's steps begin at 0 again
 
 
-def publish(recipe: Any) -> None:
+def publish(recipe: Recipe) -> None:
     """Let the last phase's model stand in ``output_dir`` too, without taking its space twice where links are had."""
     between()
     first_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -149,7 +149,7 @@ def _is_finished(run: Any) -> bool:
     return finished(folder)
 
 
-def _tell(recipe: Any, runs: list[Any], todo: list[Any]) -> None:
+def _tell(recipe: Recipe, runs: list[Any], todo: list[Any]) -> None:
     """Save the recipe, and say which phases there are."""
     progress = ProgressCallback()
     progress.folder = folder_of(recipe)

@@ -17,11 +17,12 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.errors import QwenVLError, RecipeError
+from qwenvl_ft.errors import QwenVLError, RecipeError, one_line
 from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.kernels import require_liger
 from qwenvl_ft.model.load import loading_options, plan_loading, trained_lengths
-from qwenvl_ft.recipe.convert import shown
+from qwenvl_ft.recipe.schema import Recipe
+from qwenvl_ft.recipe.values import shown
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.upstream.layers import COMPILED
@@ -36,7 +37,7 @@ PROBES = ("1", "0.5")
 """Values of ``optim_args`` that no option takes for the same."""
 
 
-def preflight(recipe: Any, args: TrainingArguments) -> None:
+def preflight(recipe: Recipe, args: TrainingArguments) -> None:
     """Try everything of a run that needs no data.
 
     Raises:
@@ -46,13 +47,13 @@ def preflight(recipe: Any, args: TrainingArguments) -> None:
         trial(recipe, args)
 
 
-def _dense(recipe: Any, args: Any) -> None:
+def _dense(recipe: Recipe, args: Any) -> None:
     """Prompts of dense captions, which may be files, and operations of augmentation."""
     _ = DenseOptions.of(recipe, args.seed).prompts
     Augmenter.from_config(recipe.data.augmentation)
 
 
-def _optimizer(recipe: Any, args: Any) -> None:
+def _optimizer(recipe: Recipe, args: Any) -> None:
     """The optimizer and the schedule, on one parameter."""
     name = str(args.optim.value)
     if name.startswith(NEEDS_MODEL):
@@ -118,7 +119,7 @@ def _try(what: str, build: Callable[[], Any]) -> Any:
         raise RecipeError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _trackers(recipe: Any, args: Any) -> None:
+def _trackers(recipe: Recipe, args: Any) -> None:
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     with unused(*(name for name in IMPORTED_TO_BE_FOUND if name not in args.report_to)):
@@ -131,7 +132,7 @@ def _trackers(recipe: Any, args: Any) -> None:
             )
 
 
-def _wandb(recipe: Any, args: Any) -> None:
+def _wandb(recipe: Recipe, args: Any) -> None:
     """Weights & Biases asks for its key, or fails without one, when the first line is logged."""
     silent = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
     if "wandb" not in args.report_to or silent or args.process_index > 0:
@@ -145,12 +146,12 @@ def _wandb(recipe: Any, args: Any) -> None:
         )
 
 
-def _liger(recipe: Any, args: Any) -> None:
+def _liger(recipe: Recipe, args: Any) -> None:
     if args.use_liger_kernel:
         require_liger(args.device)
 
 
-def _compile(recipe: Any, args: Any) -> None:
+def _compile(recipe: Recipe, args: Any) -> None:
     """The compiler of ``training.torch_compile``, on one sum: on a CPU it needs one for C++."""
     if not args.torch_compile:
         return
@@ -166,7 +167,7 @@ def _compile(recipe: Any, args: Any) -> None:
         ) from error
 
 
-def _sharding(recipe: Any, args: Any) -> None:
+def _sharding(recipe: Recipe, args: Any) -> None:
     if args.fsdp and args.world_size == 1:
         raise RecipeError(
             f"training.fsdp={recipe.training.arguments['fsdp']} shards the model over processes, and there is one. "
@@ -174,7 +175,7 @@ def _sharding(recipe: Any, args: Any) -> None:
         )
 
 
-def _output(recipe: Any, args: Any) -> None:
+def _output(recipe: Recipe, args: Any) -> None:
     """Whether the run can write where it is told to."""
     folder = Path(args.output_dir).absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -193,7 +194,7 @@ def _takes_folders(there: Path) -> bool:
     return True
 
 
-def _one_device(recipe: Any, args: Any) -> None:
+def _one_device(recipe: Recipe, args: Any) -> None:
     if args.n_gpu > 1 and recipe.model.device_map is None:
         raise RecipeError(
             f"one process sees {args.n_gpu} GPUs. Launch one per GPU (accelerate launch -m qwenvl_ft.train ...), or "
@@ -201,7 +202,7 @@ def _one_device(recipe: Any, args: Any) -> None:
         )
 
 
-def _batch_size(recipe: Any, args: Any) -> None:
+def _batch_size(recipe: Recipe, args: Any) -> None:
     if args.auto_find_batch_size and (args.world_size > 1 or args.deepspeed is not None):
         raise RecipeError(
             "training.auto_find_batch_size=true is for one process without DeepSpeed: of several, the one that runs "
@@ -209,7 +210,7 @@ def _batch_size(recipe: Any, args: Any) -> None:
         )
 
 
-def _hub(recipe: Any, args: Any) -> None:
+def _hub(recipe: Recipe, args: Any) -> None:
     if not args.push_to_hub:
         return
     from huggingface_hub import HfApi
@@ -217,14 +218,14 @@ def _hub(recipe: Any, args: Any) -> None:
     try:
         HfApi(token=args.hub_token).whoami()
     except Exception as error:
-        cause = " ".join(str(error).split())[:200]
+        cause = one_line(error, 200)
         raise RecipeError(
             f"training.push_to_hub=true, but the hub does not let us in: {type(error).__name__}: {cause} Log in by "
             "hf auth login, or remove the key."
         ) from error
 
 
-def try_model(recipe: Any) -> None:
+def try_model(recipe: Recipe) -> None:
     """Try everything about the model that its config.json tells: options, module names, positions.
 
     Call it before TrainingArguments are made: from then on transformers shards any model under ZeRO-3, even one without

@@ -20,26 +20,26 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from qwenvl_ft.checkpoint.same_run import save_plan
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
-from qwenvl_ft.data.costs import machine_costs
-from qwenvl_ft.data.dataset import EpochLoader, PlanSampler, SampleDataset
-from qwenvl_ft.data.packing import RunShape
-from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
+from qwenvl_ft.data.plan.costs import machine_costs
+from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.packing import RunShape
+from qwenvl_ft.data.plan.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import DataError, RecipeError, TrainingError
 from qwenvl_ft.model.compiled import compile_layers, restore_layers
 from qwenvl_ft.model.kernels import LOSS, Fused, use_liger
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.recipe.schema import MIN_LR_SCHEDULES, Recipe
 from qwenvl_ft.training.callbacks.method import MethodCallback
 from qwenvl_ft.training.checkpointing import narrow_checkpointing
 from qwenvl_ft.training.gradients import PartGradients
 from qwenvl_ft.training.loss import loss_sum, split_labels, target_weights, use_fused_loss
 from qwenvl_ft.training.meter import Meter, peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
-from qwenvl_ft.training.same_run import save_plan
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import (
-    MIN_LR_SCHEDULES,
     build_optimizer,
     logged_rates,
     param_groups,
@@ -94,7 +94,7 @@ class QwenVLTrainer(PlannedTrainer):
         zero_gradient_steps: int = 20,
         checkpointed: dict[str, bool] | None = None,
         z_loss: float = 0.0,
-        recipe: Any = None,
+        recipe: Recipe | None = None,
         **more: Any,
     ) -> None:
         if packing and not padding_free:

@@ -31,8 +31,6 @@ PROJECTORS = (
     ("apollo_torch.svd_projector", "GaLoreProjector"),
 )
 """Module and class of what GaLore and APOLLO keep in their state."""
-MIN_LR_SCHEDULES = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-"""Schedules of transformers with an absolute floor, ``min_lr``."""
 
 
 def part_rates(learning_rate: float, vit_lr: float | None, aligner_lr: float | None) -> dict[str, float]:

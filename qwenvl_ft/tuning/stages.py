@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qwenvl_ft.errors import CheckpointError, RecipeError
+from qwenvl_ft.errors import CheckpointError, RecipeError, one_line
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.tuning.freeze import frozen_parts
 from qwenvl_ft.tuning.targets import inside
@@ -143,7 +143,7 @@ class Earlier:
                     (Path(alone) / name).symlink_to((self.folder / name).resolve())
                 result = peft_model.load_adapter(alone, peft_model.active_adapter, is_trainable=True)
         except (RuntimeError, ValueError, KeyError) as error:
-            cause = " ".join(str(error).split())[:300]
+            cause = one_line(error)
             raise CheckpointError(f"{KEY}={self.folder} does not fit {given}: {cause}") from error
         if result.unexpected_keys:
             raise CheckpointError(

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.errors import one_line
 from qwenvl_ft.upstream.cache import named
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 
@@ -220,7 +221,7 @@ def differs(model_class: Any, config_class: Any) -> str:
                 return f"has no {model_class.__name__} of its config"
             plain, placed = _both_ways(model)
     except Exception as error:
-        return f"runs another Qwen3-VL ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+        return f"runs another Qwen3-VL ({type(error).__name__}: {one_line(error, 80)})"
     if not torch.allclose(plain, placed, rtol=1e-4, atol=1e-5):
         return "gives a Qwen3-VL other hidden states than its hooks do"
     return ""

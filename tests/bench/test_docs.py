@@ -4,8 +4,8 @@ import inspect
 import re
 from pathlib import Path
 
+from qwenvl_ft.bench.lines import memory_text
 from qwenvl_ft.bench.memory import memory
-from qwenvl_ft.bench.report import memory_text
 from qwenvl_ft.cli.bench import COMMANDS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
 from qwenvl_ft.bench.sizes import SIZES, make_config, random_model
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.recipe.load import load_recipe

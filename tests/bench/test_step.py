@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from qwenvl_ft.bench.report import step_text
+from qwenvl_ft.bench.lines import step_text
 from qwenvl_ft.bench.sizes import bench_processor
 from qwenvl_ft.bench.step import StepOptions, StepResult, bench_step
 from qwenvl_ft.bench.workload import filled_records
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.placed_media import MediaPlaces

@@ -17,9 +17,9 @@ from qwenvl_ft.data.augment.colour import COLOUR
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.epochs import open_epochs
-from qwenvl_ft.look.pixels import pictures
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.epochs import open_epochs
+from qwenvl_ft.look.pictures import pictures
 
 CHAINS = 500
 

@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from qwenvl_ft.data.counting import MAX_WORD, TokenCounter
+from qwenvl_ft.data.encode.counting import MAX_WORD, TokenCounter
 
 PIECES = [
     *(chr(code) for code in range(128)),
@@ -35,7 +35,7 @@ def test_counts_are_those_of_the_tokenizer(tokenizer):
 
 
 def test_a_forgotten_word_is_counted_again(tokenizer, monkeypatch):
-    monkeypatch.setattr("qwenvl_ft.data.counting.MAX_WORDS", 10)
+    monkeypatch.setattr("qwenvl_ft.data.encode.counting.MAX_WORDS", 10)
     counter, told = TokenCounter(tokenizer), texts(200)
     assert [counter(text) for text in told] == encoded(tokenizer, told)
     assert 0 < len(counter._words) <= 10

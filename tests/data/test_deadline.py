@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 
-from qwenvl_ft.data import deadline
-from qwenvl_ft.data.deadline import AHEAD, within
+from qwenvl_ft.data.media import deadline
+from qwenvl_ft.data.media.deadline import AHEAD, within
 from qwenvl_ft.errors import DataError
 
 
@@ -143,7 +143,7 @@ def test_a_forked_child_has_a_worker_of_its_own():
 def test_the_process_ends_though_a_thread_hangs():
     code = """
 import os
-from qwenvl_ft.data.deadline import within
+from qwenvl_ft.data.media.deadline import within
 silent, _ = os.pipe()
 def hangs():
     yield os.read(silent, 1)

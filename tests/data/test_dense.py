@@ -10,13 +10,13 @@ from cases import picture
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Image, Source, Text
+from qwenvl_ft.data.dense.compose import DenseImage, dense_conversation, dense_messages, dense_target, emitted
+from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.data.dense.reader import read
-from qwenvl_ft.data.dense.record import read_dense_record
-from qwenvl_ft.data.dense.target import DenseImage, dense_conversation, dense_messages, dense_target, emitted
-from qwenvl_ft.data.media import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
 from qwenvl_ft.errors import DataError, RecipeError
-from qwenvl_ft.evaluation.geometry import parse_objects
+from qwenvl_ft.evaluation.localization import parse_objects
 
 SOURCE = Source("racks", "racks.jsonl:7")
 BOX = {"bbox_2d": [90, 120, 420, 360], "desc": "switch/vendorA,fully visible"}

@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Image
+from qwenvl_ft.data.dense.compose import dense_messages
 from qwenvl_ft.data.dense.groups import DenseGroups, draw_mode, epoch_groups
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.dense.target import dense_messages
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError
 
 AUGMENTER = Augmenter.from_config({"ops": [{"rotate": {"max_deg": 8, "prob": 0.5}}, {"scale": {"prob": 0.5}}]})

@@ -9,13 +9,13 @@ import torch
 from cases import ListRecords, picture
 from dense_cases import COLOURS, dense_record, dense_settings, write_dense
 
+from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.dense.groups import DenseGroups
-from qwenvl_ft.data.epochs import JoinedEpochs, RecordEpochs, open_epochs
+from qwenvl_ft.data.plan.epochs import JoinedEpochs, RecordEpochs, open_epochs
 from qwenvl_ft.errors import DataError, RecipeError
-from qwenvl_ft.look.pixels import pictures
+from qwenvl_ft.look.pictures import pictures
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_datasets, build_processor
 
 GEOMETRY = [
     {"name": "hflip", "params": {"prob": 0.5}},

@@ -9,9 +9,9 @@ from dense_cases import COLOURS, dense_record, write_dense
 from qwenvl_ft import AugmentationPreprocessor, load_jsonl
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.dense.compose import dense_target
+from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.dense.record import read_dense_record
-from qwenvl_ft.data.dense.target import dense_target
 from qwenvl_ft.errors import DataError
 
 OPS = [{"hflip": {"prob": 0.5}}, {"rotate": {"max_deg": 10, "prob": 0.5}}, {"resize_by_scale": {"lo": 0.6, "hi": 1.5}}]

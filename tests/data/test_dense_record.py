@@ -3,8 +3,8 @@
 import pytest
 
 from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.dense.reader import matches
-from qwenvl_ft.data.dense.record import read_dense_record
 from qwenvl_ft.errors import DataError
 
 BOX = {"bbox_2d": [90, 120, 420, 360], "desc": "switch/vendorA,fully visible"}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwenvl_ft.data.dense.split import split_by_complexity
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError, RecipeError
 
 

@@ -11,7 +11,7 @@ from cases import picture
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers import BUILT_IN, READERS, import_reader, read_record
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.recipe.load import load_recipe
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

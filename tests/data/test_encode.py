@@ -13,8 +13,8 @@ from qwen_vl_utils.vision_process import fetch_image
 from torchvision.transforms import InterpolationMode
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
-from qwenvl_ft.data.draft import TooLong, Unsupervised
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.upstream.templates import TemplateRenderer

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from cases import picture
 
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.files import KINDS
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.readers import read_record
-from qwenvl_ft.data.records import load_records
-from qwenvl_ft.data.registry import DATASETS, FILES
+from qwenvl_ft.data.sources.files import KINDS
+from qwenvl_ft.data.sources.records import load_records
+from qwenvl_ft.data.sources.registry import DATASETS, FILES
 from qwenvl_ft.errors import DataError
 
 TURNS = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "that"}]
@@ -307,7 +307,7 @@ def test_a_wrong_coco_file_is_one_clear_line(load, tmp_path):
 
 OPEN = """
 import resource, sys
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 records = load_records(sys.argv[1], cache_dir=sys.argv[2])
 assert len(records) == 20_000 and records[19_999][0]["id"] == 19_999

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 
 from qwenvl_ft.data.conversation import Image, Source, Text, Video
 from qwenvl_ft.data.readers import READERS, Reader, import_reader, read_record, register_reader
-from qwenvl_ft.data.records import load_records
-from qwenvl_ft.data.registry import DATASETS
+from qwenvl_ft.data.sources.records import load_records
+from qwenvl_ft.data.sources.registry import DATASETS
 from qwenvl_ft.errors import DataError
 
 SOURCE = Source("d", "d.jsonl:7")

@@ -13,11 +13,11 @@ from cases import picture
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.augment.operations import OPERATIONS
 from qwenvl_ft.data.augment.pipeline import Augmenter
+from qwenvl_ft.data.dense.compose import dense_messages
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.data.dense.summary import build_summary
-from qwenvl_ft.data.dense.target import dense_messages
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

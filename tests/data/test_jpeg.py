@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from qwenvl_ft.data.jpeg import _size, jpeg_size
-from qwenvl_ft.data.media import MediaPolicy, image_size
+from qwenvl_ft.data.media.images import MediaPolicy, image_size
+from qwenvl_ft.data.media.jpeg import _size, jpeg_size
 from qwenvl_ft.errors import DataError
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -14,13 +14,13 @@ from cases import ListRecords, picture
 from PIL import Image, ImageFile
 from tokenizers import normalizers, pre_tokenizers
 
-from qwenvl_ft.data import lengths as lengths_module
-from qwenvl_ft.data.dataset import PlanSampler, SampleDataset
-from qwenvl_ft.data.draft import TooLong
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.lengths import measure
-from qwenvl_ft.data.media import MediaPolicy
-from qwenvl_ft.data.packing import RunShape
+from qwenvl_ft.data.encode.draft import TooLong
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.plan import lengths as lengths_module
+from qwenvl_ft.data.plan.dataset import PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.lengths import measure
+from qwenvl_ft.data.plan.packing import RunShape
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.load import load_processor
 
@@ -255,7 +255,7 @@ def test_a_filler_is_the_sample_without_labels(dataset):
 
 def test_planning_a_million_samples_is_a_matter_of_seconds():
     """Reported, not asserted: time is a benchmark's business. What is asserted: complete and full."""
-    from qwenvl_ft.data.packing import fill, pack_lengths
+    from qwenvl_ft.data.plan.packing import fill, pack_lengths
 
     sizes = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 1_000_000).astype(int), 1, 8192)
     start = time.process_time()
@@ -306,7 +306,7 @@ def test_a_url_that_could_not_be_reached_is_tried_again(processor, tmp_path, mon
     encoder = Encoder(processor, policy=MediaPolicy(allow_urls=True))
     for _ in range(2):
         assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {"that cannot be read": 1}
-    monkeypatch.setattr("qwenvl_ft.data.media._fetch", lambda url, policy: encoded(picture(64, 64), "PNG"))
+    monkeypatch.setattr("qwenvl_ft.data.media.images._fetch", lambda url, policy: encoded(picture(64, 64), "PNG"))
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}
     monkeypatch.undo()
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}, "measured once, it is cached"

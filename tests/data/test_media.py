@@ -19,8 +19,8 @@ from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 from transformers.image_utils import load_image
 
 from qwenvl_ft.data.conversation import Image as ImagePart
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.media import MediaPolicy, image_size, open_image, resolve_path
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image, resolve_path
 from qwenvl_ft.errors import DataError
 
 POLICY = MediaPolicy()

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwenvl_ft.data.draws import drawn, held_out, shared
-from qwenvl_ft.data.mixture import joined, load_mixture
 from qwenvl_ft.data.readers import READERS
-from qwenvl_ft.data.records import load_records
-from qwenvl_ft.data.registry import DATASETS
+from qwenvl_ft.data.sources.draws import drawn, held_out, shared
+from qwenvl_ft.data.sources.mixture import joined, load_mixture
+from qwenvl_ft.data.sources.records import load_records
+from qwenvl_ft.data.sources.registry import DATASETS
 from qwenvl_ft.errors import DataError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 
@@ -125,7 +125,7 @@ def test_a_split_is_only_for_runs_without_a_validation_set(files):
 
 RANK = """
 import json, sys
-from qwenvl_ft.data.mixture import load_mixture
+from qwenvl_ft.data.sources.mixture import load_mixture
 from qwenvl_ft.recipe.load import load_recipe
 train, val = load_mixture(load_recipe(None, sys.argv[1:]).data, 3)
 ids = lambda records: [records[i][0]["id"] for i in range(len(records))]

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qwenvl_ft.data.costs import CostModel
-from qwenvl_ft.data.dataset import PlanSampler
-from qwenvl_ft.data.packing import RunShape, assign, fill, group_rows, pack_lengths
+from qwenvl_ft.data.plan.costs import CostModel
+from qwenvl_ft.data.plan.dataset import PlanSampler
+from qwenvl_ft.data.plan.packing import RunShape, assign, fill, group_rows, pack_lengths
 from qwenvl_ft.errors import DataError
 
 

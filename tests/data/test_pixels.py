@@ -9,8 +9,8 @@ from cases import picture
 from PIL import Image as PILImage
 
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.pixels import obstacle, raw_patches
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.patches import obstacle, raw_patches
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.patch_embed import RawPatches, use_raw_patches

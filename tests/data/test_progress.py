@@ -3,8 +3,8 @@
 import pytest
 from rich.console import Console
 
-from qwenvl_ft.data import progress
-from qwenvl_ft.data.progress import with_progress
+from qwenvl_ft.data.plan import progress_bar as progress
+from qwenvl_ft.data.plan.progress_bar import with_progress
 
 CHUNKS = [[1, 2], [3, 4], [5]]
 

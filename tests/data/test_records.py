@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from cases import picture
 
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.readers import json_text, read_record
-from qwenvl_ft.data.records import load_records
-from qwenvl_ft.data.registry import DATASETS, register_dataset
+from qwenvl_ft.data.sources.records import load_records
+from qwenvl_ft.data.sources.registry import DATASETS, register_dataset
 from qwenvl_ft.errors import DataError
 
 MIXED = [
@@ -154,7 +154,7 @@ def test_several_sets_stand_in_the_order_given(load, write_jsonl):
 
 
 def test_a_registered_name_has_its_own_media_root(load, write_jsonl, monkeypatch):
-    monkeypatch.setattr("qwenvl_ft.data.registry.DATASETS", DATASETS)
+    monkeypatch.setattr("qwenvl_ft.data.sources.registry.DATASETS", DATASETS)
     path = write_jsonl(numbered(1))
     register_dataset("mine_with_root", str(path), "/images")
     assert load("mine_with_root")[0][2] == "/images"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwenvl_ft.data.registry import DATASETS, data_dict, find_dataset, parse_selection, register_dataset
+from qwenvl_ft.data.sources.registry import DATASETS, data_dict, find_dataset, parse_selection, register_dataset
 from qwenvl_ft.errors import DataError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwenvl_ft.data.rope import mrope_positions
+from qwenvl_ft.data.encode.rope import mrope_positions
 
 
 def upstream_positions(model, sample):

@@ -17,13 +17,13 @@ import torch
 from cases import SHARED, ListRecords, picture
 from transformers.video_utils import VideoMetadata, load_video
 
-from qwenvl_ft.data import video as video_module
 from qwenvl_ft.data.conversation import Limits, Sampling, Source, Video
-from qwenvl_ft.data.draft import TooLong, Unsupervised
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.lengths import measure
-from qwenvl_ft.data.media import MediaPolicy
-from qwenvl_ft.data.video import clip_pixels, plan_clip, spread
+from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media import video as video_module
+from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.media.video import clip_pixels, plan_clip, spread
+from qwenvl_ft.data.plan.lengths import measure
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.upstream.processors import CAP

@@ -5,7 +5,7 @@ import tempfile
 import pytest
 from torch.utils.data import DataLoader
 
-from qwenvl_ft.data.workers import fail_loudly, require_short_tempdir
+from qwenvl_ft.data.plan.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import RecipeError
 
 

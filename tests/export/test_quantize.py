@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import CheckpointError, DataError
 from qwenvl_ft.export import quantize as module
 from qwenvl_ft.export.quantize import calibration

@@ -3,7 +3,7 @@
 import pytest
 from flare_cases import CASES, MORE, Tree
 
-from qwenvl_ft.data.registry import DATASETS
+from qwenvl_ft.data.sources.registry import DATASETS
 from qwenvl_ft.flare.catalog import FLARE_DATASETS
 
 

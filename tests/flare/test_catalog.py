@@ -3,7 +3,7 @@
 import pytest
 from flare_cases import CASES, MORE
 
-from qwenvl_ft.data.registry import DATASETS, find_dataset, parse_selection
+from qwenvl_ft.data.sources.registry import DATASETS, find_dataset, parse_selection
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.flare.catalog import (
     FLARE_DATASETS,

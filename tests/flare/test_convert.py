@@ -13,7 +13,7 @@ from PIL import Image
 from qwenvl_ft.cli.main import main as command
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers import read_record
-from qwenvl_ft.data.records import load_records
+from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.flare.catalog import FLARE_DATASETS, register_converted
 from qwenvl_ft.flare.convert import convert, main

@@ -9,7 +9,7 @@ import pytest
 
 from qwenvl_ft.flare import convert, predict, score, validate
 from qwenvl_ft.flare.catalog import FLARE_DATASETS, register_converted, registry_name, select
-from qwenvl_ft.look.target import target_recipe
+from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.recipe.argv import recipe_from_argv
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,17 +10,17 @@ from cases import picture
 from dense_cases import dense_settings, write_dense
 from look_cases import asked, captioned, grounded, sound
 
+from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.dataset import PlanSampler
-from qwenvl_ft.data.packing import RunShape, pack_lengths
+from qwenvl_ft.data.plan.dataset import PlanSampler
+from qwenvl_ft.data.plan.packing import RunShape, pack_lengths
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.look.check import check_recipe
 from qwenvl_ft.look.faults import ERROR, REASONS
 from qwenvl_ft.look.forecast import histogram
-from qwenvl_ft.look.gate import check_before_training
-from qwenvl_ft.look.target import target_recipe
+from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_datasets, build_processor
+from qwenvl_ft.training.gate import check_before_training
 
 TURN = {"from": "human", "value": "Hello?"}
 
@@ -145,10 +145,10 @@ def test_a_record_with_several_faults_has_them_all(data):
 
 
 def test_an_error_that_nobody_foresaw_is_one_records_own(data, monkeypatch):
-    from qwenvl_ft.look import record
+    from qwenvl_ft.look import one_record
 
-    told = record.read_record
-    monkeypatch.setattr(record, "read_record", lambda r, s, m: 1 // 0 if s.record.endswith(":2") else told(r, s, m))
+    read = one_record.read_record
+    monkeypatch.setattr(one_record, "read_record", lambda r, s, m: 1 // 0 if s.record.endswith(":2") else read(r, s, m))
     path = data(sound())
     report = checked(path)
     assert [(f.reason, f.where) for f in report.faults] == [("unforeseen", f"{path}:2")]

@@ -15,13 +15,13 @@ from PIL import Image
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.encode import Encoder
-from qwenvl_ft.data.packing import pack_lengths
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.packing import pack_lengths
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.look.pixels import data_uri, pictures
+from qwenvl_ft.look.pictures import data_uri, pictures
 from qwenvl_ft.look.placing import placed_objects
+from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.look.show import show_recipe
-from qwenvl_ft.look.target import target_recipe
 from qwenvl_ft.look.tokens import learned_texts, pieces, texts_before_media
 
 IGNORE = -100

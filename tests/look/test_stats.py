@@ -8,14 +8,14 @@ import pytest
 from dense_cases import dense_settings, write_dense
 from look_cases import asked, captioned, sound
 
+from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.look.forecast import histogram, quantiles
+from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.look.stats import LONGEST_TEXT, count_recipe
-from qwenvl_ft.look.target import target_recipe
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_datasets, build_processor
 
 OBJECTS = [
     {"desc": "box/red", "bbox_2d": [10, 10, 60, 50]},

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cases import make_trainer
 
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.model.kernels import LOSS, PIECES, use_liger
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.training.loss import loss_sum, split_labels, use_fused_loss

@@ -8,14 +8,14 @@ from cases import picture
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.prove import room
 from qwenvl_ft.prove.packed import leaking
 from qwenvl_ft.prove.reference import measure_alone, measure_reference
-from qwenvl_ft.prove.report import FAILED, OK, SKIPPED, UNCLEAR, Report, Row
 from qwenvl_ft.prove.run import prove
 from qwenvl_ft.prove.settings import ProofOptions, first_phase, proof_recipe, recipe_from_words
 from qwenvl_ft.prove.subject import build_subject
+from qwenvl_ft.prove.table import FAILED, OK, SKIPPED, UNCLEAR, Report, Row
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 FEW = {"samples": 3, "steps": 1, "new_tokens": 4}

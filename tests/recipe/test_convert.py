@@ -11,9 +11,9 @@ from transformers.trainer_utils import SchedulerType
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.convert import convert, parse_text
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.recipe.values import convert, parse_text
 
 GOOD = [
     ("1e-5", float, 1e-5),

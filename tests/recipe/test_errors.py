@@ -7,9 +7,9 @@ import pytest
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.convert import shown
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.refused import FIXED
+from qwenvl_ft.recipe.values import shown
 
 ALL = "docs/reference.md lists all keys."
 

@@ -7,9 +7,9 @@ from dense_cases import write_dense
 from safetensors.torch import load_file
 
 from qwenvl_ft import train as train_function
+from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.data.augment.colour import COLOUR
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_datasets, build_processor
 
 SMALL = (
     "model.torch_dtype=float32",

@@ -9,12 +9,12 @@ from dense_cases import dense_settings, write_dense
 from safetensors.torch import load_file
 
 from qwenvl_ft import train as train_function
-from qwenvl_ft.data import lengths as lengths_module
+from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.dataset import EpochLoader, PlanSampler
-from qwenvl_ft.data.packing import RunShape, pack_lengths
+from qwenvl_ft.data.plan import lengths as lengths_module
+from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler
+from qwenvl_ft.data.plan.packing import RunShape, pack_lengths
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_datasets, build_processor
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 LENGTH, ACCUMULATION = 1200, 2

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from cases import picture
 
 from qwenvl_ft import train as train_function
+from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.loss import target_weights
-from qwenvl_ft.training.setup import build_datasets, build_processor
 
 WEIGHTS = {"long": 0.25}
 

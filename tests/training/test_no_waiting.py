@@ -5,8 +5,8 @@ import torch
 from cases import RECORDS, ListRecords
 from transformers import TrainerCallback, TrainingArguments
 
-from qwenvl_ft.data.dataset import SampleDataset
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.upstream.arguments import as_installed

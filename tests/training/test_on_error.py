@@ -8,11 +8,11 @@ from dense_cases import dense_settings, write_dense
 from safetensors.torch import load_file
 
 from qwenvl_ft import train as train_function
-from qwenvl_ft.data.dataset import SampleDataset
-from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.assemble import build_datasets, build_processor
+from qwenvl_ft.data.conversation import IGNORE
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_datasets, build_processor
 
 SINGLE = ("data.images_per_user_turn=1", "training.num_train_epochs=2", "template.max_length=800")
 SKIP = ("data.on_error=skip", "data.max_bad_fraction=0.2")

@@ -8,7 +8,7 @@ from cases import RECORDS, ListRecords
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.model.load import load_model

@@ -13,7 +13,7 @@ import torch
 from cases import picture
 from safetensors.torch import load_file
 
-from qwenvl_ft.checkpoint import last_checkpoint, missing, resolve_resume
+from qwenvl_ft.checkpoint.complete import last_checkpoint, missing, resolve_resume
 from qwenvl_ft.errors import CheckpointError
 
 STEPS = 12

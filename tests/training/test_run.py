@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl_ft import train as train_function
-from qwenvl_ft.checkpoint import last_checkpoint
+from qwenvl_ft.checkpoint.complete import last_checkpoint
 from qwenvl_ft.errors import DataError, TrainingError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
 from qwenvl_ft.training.callbacks.signals import SignalCallback
-from qwenvl_ft.training.memory import remedies
+from qwenvl_ft.training.out_of_memory import remedies
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
@@ -230,12 +230,12 @@ def test_memory_is_first_saved_where_it_costs_least():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir, data, tmp_path):
     """The embedding of a token that only record r4 has gives NaN."""
-    from qwenvl_ft.training import setup
+    from qwenvl_ft import assemble
 
     recipe = load_recipe(None, settings(tiny_dir, data, tmp_path, "training.packing=false"))
-    tokens = lambda i: set(setup.build_processor(recipe).tokenizer(f"it is {i} ")["input_ids"])  # noqa: E731
+    tokens = lambda i: set(assemble.build_processor(recipe).tokenizer(f"it is {i} ")["input_ids"])  # noqa: E731
     (token,) = tokens(4) - tokens(5)
-    build = setup.build_model
+    build = assemble.build_model
 
     def poisoned(recipe, args, train_set):
         model = build(recipe, args, train_set)
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir,
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "build_model", poisoned)
+        patch.setattr(assemble, "build_model", poisoned)
         with pytest.raises(
             TrainingError, match=r"step \d+: the loss is nan in the row of .*train\.jsonl:5 \(id 'r4'\)\."
         ):

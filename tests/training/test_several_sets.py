@@ -7,7 +7,7 @@ import pytest
 from cases import ListRecords, answers_of, make_trainer, picture
 
 from qwenvl_ft import train
-from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.recipe.load import load_recipe
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from cases import ListRecords
 
+from qwenvl_ft.assemble import build_encoder, build_processor
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.training.setup import build_encoder, build_processor
 
 TOOL = {"type": "function", "function": {"name": "measure", "description": "Length", "parameters": {}}}
 OWN = {"type": "function", "function": {"name": "weigh", "description": "Mass", "parameters": {}}}

@@ -11,7 +11,8 @@ from transformers.trainer_utils import SchedulerType
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.anatomy import PARTS, part_of
-from qwenvl_ft.tuning.optimizer import MIN_LR_SCHEDULES, logged_rates, param_groups, schedule_with_floor
+from qwenvl_ft.recipe.schema import MIN_LR_SCHEDULES
+from qwenvl_ft.tuning.optimizer import logged_rates, param_groups, schedule_with_floor
 from qwenvl_ft.tuning.prepare import prepare_model
 
 RATES = {"vision": 8e-5, "merger": 3e-4, "llm": 1e-4}

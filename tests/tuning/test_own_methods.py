@@ -8,7 +8,7 @@ from cases import RECORDS, ListRecords
 from transformers import TrainingArguments
 
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.data.dataset import SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.model.anatomy import canonical_name
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.loss import loss_sum, split_labels

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
 from qwenvl_ft.errors import CheckpointError, RecipeError
-from qwenvl_ft.model.adapters.reft import INTERVENTIONS, ReftLayer, edited, parse_positions
+from qwenvl_ft.model.adapters.interventions import INTERVENTIONS, ReftLayer, edited, parse_positions
 from qwenvl_ft.model.load import with_adapter
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.loss import loss_sum, split_labels
@@ -222,7 +222,7 @@ def test_generation_edits_the_prompt_alone(fresh, tuner, processor, batch, kind,
 
 def test_edits_of_generated_tokens_would_be_seen(fresh, tuner, batch, monkeypatch):
     """As if no cache were found, which transformers 5.24 did to code that knew it by its old name."""
-    monkeypatch.setattr("qwenvl_ft.model.adapters.reft.continues", lambda inputs: False)
+    monkeypatch.setattr("qwenvl_ft.model.adapters.interventions.continues", lambda inputs: False)
     model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="l1", **TEXT_ONLY))).eval()
     expected = answered_by_hand(fresh, "dense", model, batch, 0, 1, 6)
     with suppress(IndexError):  # transformers 5.5 hands on a mask that is longer than the tokens: no silent fault there

@@ -224,7 +224,7 @@ def test_patterns_set_rank_and_scale_of_the_layers_they_name(fresh, tuner):
 
 
 def test_lora_dtype_holds_the_adapter_and_nothing_else(fresh, tuner):
-    from qwenvl_ft.training.setup import keep_float32
+    from qwenvl_ft.assemble import keep_float32
 
     settings = tuner(lora_dtype="bfloat16", modules_to_save=["model.visual.merger"])
     model = prepare_model(fresh(torch_dtype="bfloat16"), settings)

@@ -9,7 +9,7 @@ from cases import picture
 from transformers import Qwen3VLVideoProcessor
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from qwenvl_ft.data.encode import Encoder
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.upstream import processors

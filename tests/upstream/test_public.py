@@ -7,7 +7,7 @@ import torch
 from tokenizers.normalizers import NFC, NFD
 from tokenizers.pre_tokenizers import ByteLevel
 
-from qwenvl_ft.data.counting import TokenCounter, _same, _splits_as_known, _splitting
+from qwenvl_ft.data.encode.counting import TokenCounter, _same, _splits_as_known, _splitting
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

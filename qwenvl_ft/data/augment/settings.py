@@ -8,8 +8,8 @@ from qwenvl_ft.data.augment.canvas import Colour
 from qwenvl_ft.data.augment.operations import OPERATIONS, Operation
 from qwenvl_ft.data.augment.ranges import check_share
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.convert import convert
 from qwenvl_ft.recipe.limits import Positive
+from qwenvl_ft.recipe.values import convert
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from qwenvl_ft.data.augment.pipeline import Augmenter, Drawn
 from qwenvl_ft.data.conversation import Conversation, Source
+from qwenvl_ft.data.dense.compose import dense_conversation
+from qwenvl_ft.data.dense.dense_record import DenseRecord, read_dense_record
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.data.dense.prompts import DENSE, SUMMARY
-from qwenvl_ft.data.dense.record import DenseRecord, read_dense_record
 from qwenvl_ft.data.dense.summary import summary_fault
-from qwenvl_ft.data.dense.target import dense_conversation
-from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.readers import read_to_dense
 from qwenvl_ft.errors import DataError
 

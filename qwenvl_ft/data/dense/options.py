@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from qwenvl_ft.data.dense.prompts import DENSE, MODES, SCHEMES, SUMMARY, Prompt, built_in, own_prompt
 from qwenvl_ft.errors import RecipeError, unknown_name
+from qwenvl_ft.recipe.schema import Recipe
 
 SCALES: dict[str, int | None] = {"none": None, "norm100": 100, "norm1000": 1000}
 """emit_norm -> what the image's far side becomes in the answer; None leaves pixels."""
@@ -62,7 +62,7 @@ class DenseOptions:
             object.__setattr__(self, name, own_prompt(getattr(self, name), f"prompts.{name}"))
 
     @classmethod
-    def of(cls, recipe: Any, seed: int) -> "DenseOptions":
+    def of(cls, recipe: Recipe, seed: int) -> "DenseOptions":
         """What a recipe's ``data`` and ``prompts`` say.
 
         Raises:

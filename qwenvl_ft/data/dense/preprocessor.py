@@ -11,9 +11,9 @@ from numpy.random import Generator
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.dense.record import read_dense_record
-from qwenvl_ft.data.dense.target import DenseImage, seen
-from qwenvl_ft.data.media import MediaPolicy
+from qwenvl_ft.data.dense.compose import DenseImage, seen
+from qwenvl_ft.data.dense.dense_record import read_dense_record
+from qwenvl_ft.data.media.images import MediaPolicy
 
 
 class AugmentationPreprocessor:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Source
+from qwenvl_ft.data.dense.compose import dense_conversation
+from qwenvl_ft.data.dense.dense_record import matches, read_dense_record
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.dense.record import matches, read_dense_record
-from qwenvl_ft.data.dense.target import dense_conversation
 
 ALONE = DenseOptions(images_per_user_turn=1)
 

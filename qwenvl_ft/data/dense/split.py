@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.dense.record import DenseRecord, geometry_of, read_dense_record
-from qwenvl_ft.data.media import resolve_path
+from qwenvl_ft.data.dense.dense_record import DenseRecord, geometry_of, read_dense_record
+from qwenvl_ft.data.media.images import resolve_path
 from qwenvl_ft.data.readers.json_text import read_jsonl
 from qwenvl_ft.errors import DataError, unknown_name
 

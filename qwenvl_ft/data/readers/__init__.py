@@ -17,7 +17,7 @@ from typing import Any
 from qwenvl_ft.data.conversation import Conversation, Source
 from qwenvl_ft.data.dense import reader as dense
 from qwenvl_ft.data.readers import coco, conversations, grounding, llava, messages, pairs, sharegpt
-from qwenvl_ft.errors import DataError, hint
+from qwenvl_ft.errors import DataError, hint, one_line
 
 Record = dict[str, Any]
 Read = Callable[[Record, Source, str | None], Conversation | Record | None]
@@ -110,7 +110,7 @@ def import_reader(path: str) -> Reader:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # of any type: the module's own code runs
         raise DataError(
-            f"reader {path!r} cannot be imported: {' '.join(str(error).split())}. Write module:function, and put the "
+            f"reader {path!r} cannot be imported: {one_line(error)}. Write module:function, and put the "
             "module's folder on PYTHONPATH."
         ) from None
     if isinstance(found, Reader):

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Source, Text
-from qwenvl_ft.data.dense.record import read_dense_record
-from qwenvl_ft.data.dense.target import emitted
+from qwenvl_ft.data.dense.compose import emitted
+from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.readers.json_text import read_members
 from qwenvl_ft.errors import DataError
 

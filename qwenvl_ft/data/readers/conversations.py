@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Part, Source, Text, Video
-from qwenvl_ft.data.media import resolve_path
+from qwenvl_ft.data.media.images import resolve_path
 from qwenvl_ft.errors import DataError, hint
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -15,9 +15,9 @@ import re
 from typing import Any
 
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.dense.record import TOLERANCE_PIXELS, GeometryError
-from qwenvl_ft.data.dense.target import emitted
-from qwenvl_ft.data.media import MediaPolicy, image_size, resolve_path
+from qwenvl_ft.data.dense.compose import emitted
+from qwenvl_ft.data.dense.dense_record import TOLERANCE_PIXELS, GeometryError
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, resolve_path
 from qwenvl_ft.errors import DataError, hint
 
 TAGS = re.compile(r"<ref-object>|<bbox>")

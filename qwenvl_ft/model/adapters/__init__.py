@@ -9,7 +9,7 @@ from __future__ import annotations
 def register_adapters() -> None:
     """Make our types known to peft."""
     from qwenvl_ft.model.adapters.bottleneck import BottleneckConfig, BottleneckTuner
-    from qwenvl_ft.model.adapters.reft import ReftConfig, ReftTuner
+    from qwenvl_ft.model.adapters.interventions import ReftConfig, ReftTuner
     from qwenvl_ft.upstream.peft import register_type
 
     register_type(BottleneckConfig.kind.value, BottleneckConfig, BottleneckTuner)

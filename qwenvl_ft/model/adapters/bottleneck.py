@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from qwenvl_ft.model.adapters.tuner import OwnConfig, OwnLayer, OwnTuner, OwnType
+from qwenvl_ft.model.adapters.base import OwnConfig, OwnLayer, OwnTuner, OwnType
 
 
 @dataclass

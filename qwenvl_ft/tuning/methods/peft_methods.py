@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.errors import RecipeError, hint, one_line
 from qwenvl_ft.tuning.methods.lora import place, wrap
 from qwenvl_ft.upstream.peft import config_class_of
 
@@ -102,7 +102,7 @@ def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     try:
         wrapped = wrap(model, config, tuner)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise RecipeError(f"tuner.train_type={kind} does not fit the model: {_one_line(error)}") from error
+        raise RecipeError(f"tuner.train_type={kind} does not fit the model: {one_line(error)}") from error
     if kind == "boft" and factors > 1 and not all(getattr(m, "fbd_cuda_available", True) for m in wrapped.modules()):
         raise RecipeError(
             f"tuner.boft_n_butterfly_factor={factors} needs peft's CUDA extension, which it could not build here (a "
@@ -136,7 +136,7 @@ def fitting_config(model: nn.Module, tuner: TunerConfig) -> Any:
     try:
         config = config_class(task_type="CAUSAL_LM", **(DEFAULTS.get(kind, {}) | options), **where)
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"tuner.train_type={kind}: {_one_line(error)} (peft {peft.__version__})") from error
+        raise RecipeError(f"tuner.train_type={kind}: {one_line(error)} (peft {peft.__version__})") from error
     for target in where["target_modules"]:
         layer: Any = model.get_submodule(target)
         wrong = suits(config, layer.in_features, layer.out_features) if suits else None
@@ -163,7 +163,3 @@ def _check_options(kind: str, options: dict[str, Any], config_class: Any) -> Non
             raise RecipeError(
                 f"tuner.peft_options.{name}: tuner.train_type={kind} has no such field.{hint(name, known)}"
             )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

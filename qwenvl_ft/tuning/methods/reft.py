@@ -22,7 +22,7 @@ def build_reft(model: Any, tuner: TunerConfig) -> nn.Module:
     Raises:
         RecipeError: an unknown kind of edit, layers or positions that are not there, or keys that ReFT cannot honour.
     """
-    from qwenvl_ft.model.adapters.reft import INTERVENTIONS, ReftConfig, parse_positions
+    from qwenvl_ft.model.adapters.interventions import INTERVENTIONS, ReftConfig, parse_positions
 
     if tuner.reft_intervention_type not in INTERVENTIONS:
         raise unknown_name("tuner.reft_intervention_type", tuner.reft_intervention_type, INTERVENTIONS)

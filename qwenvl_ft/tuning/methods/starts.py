@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qwenvl_ft.data.draft import IGNORE
+from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.errors import RecipeError, unknown_name
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.targets import plain_start

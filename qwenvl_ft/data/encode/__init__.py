@@ -1,0 +1,1 @@
+"""A conversation becomes a sample: template text, tokens, labels, media places, positions."""

@@ -1,0 +1,1 @@
+"""Images and videos: opened safely, sized from their headers, decoded within a deadline."""

@@ -1,0 +1,78 @@
+"""What a recipe's ``data`` section trains and evaluates on: which records, how many of each, and what is held out.
+
+Everything is a function of the section and the seed, so that all processes see the same.
+"""
+
+from typing import Any
+
+from qwenvl_ft.data.readers import import_reader, register_reader
+from qwenvl_ft.data.sources.records import Records, Selection, load_records
+from qwenvl_ft.data.sources.registry import register_dataset
+from qwenvl_ft.errors import DataError, RecipeError
+
+ALL = -1
+"""As a number of records."""
+
+
+def register(data: Any) -> None:
+    """Add the section's own data sets and readers to those that have names.
+
+    Raises:
+        DataError: a name cannot stand in a selection, or a reader cannot be imported.
+    """
+    for name, path in reversed(data.readers.items()):  # the last one registered is asked first
+        reader = import_reader(path)
+        register_reader(name, reader.matches, reader.read)
+    for name, entry in data.datasets.items():
+        register_dataset(name, **entry)
+
+
+def val_selections(data: Any) -> dict[str, Selection]:
+    """Name -> selection of each validation set; the name of a single one is empty."""
+    if not data.val:
+        return {}
+    return dict(data.val) if isinstance(data.val, dict) else {"": data.val}
+
+
+def load_mixture(data: Any, seed: int) -> tuple[Records, dict[str, Records]]:
+    """The training records, and the validation records by name (empty for a single set).
+
+    In this order: ``split_dataset_ratio`` holds out a part if ``data.val`` is not given, ``train_dataset_sample`` and
+    ``val_dataset_sample`` draw, ``train_dataset_mix_ratio`` mixes in.
+
+    Raises:
+        RecipeError: ``data.train`` is not set, or there is nothing to mix in.
+        DataError: a data set does not exist or cannot be read, or a split leaves nothing.
+    """
+    if not data.train:
+        raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
+    register(data)
+    options = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
+    train = load_records(data.train, **options)
+    others = load_records(data.train_dataset_mix_ds, **options) if data.train_dataset_mix_ds else None
+    if data.train_dataset_mix_ratio and others is None:
+        train, others = _first_and_others(train)
+    val = {name: load_records(selection, **options) for name, selection in val_selections(data).items()}
+    if data.split_dataset_ratio and not val:
+        train, val[""] = train.split(data.split_dataset_ratio, seed)
+    if data.train_dataset_sample != ALL:
+        train = train.sampled(data.train_dataset_sample, seed)
+    if data.val_dataset_sample != ALL:
+        val = {name: records.sampled(data.val_dataset_sample, seed) for name, records in val.items()}
+    if data.train_dataset_mix_ratio and others is not None:
+        train = train.mixed(others, data.train_dataset_mix_ratio, seed)
+    return train, val
+
+
+def joined(sets: dict[str, Records]) -> Records:
+    """All sets as one."""
+    return Records([part for records in sets.values() for part in records.parts])
+
+
+def _first_and_others(train: Records) -> tuple[Records, Records]:
+    if len(train.parts) < 2:
+        raise DataError(
+            "data.train_dataset_mix_ratio mixes in other data sets, but data.train names one. Name the others in "
+            "data.train_dataset_mix_ds."
+        )
+    return Records(train.parts[:1]), Records(train.parts[1:])

@@ -1,0 +1,189 @@
+"""The records of a selection as one list on disk: memory-mapped, so that a million cost no memory per process."""
+
+import bisect
+import hashlib
+import operator
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets.table import Table
+
+from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.readers import Told, code_state, own_readers, register_reader
+from qwenvl_ft.data.sources.draws import Rows, drawn, held_out, shared, split_places
+from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables
+from qwenvl_ft.data.sources.registry import find_dataset, matching_files, parse_selection
+from qwenvl_ft.errors import DataError
+
+Selection = str | list[str] | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is taken of one file."""
+
+    name: str
+    file: DataFile
+    media_root: str
+    reader: str | None
+    """Format of its records, if the registry names one."""
+    table: Table
+    """As `open_tables` gives it. Pickles as its path."""
+    key: str
+    """Key of the file's content, for caches."""
+    rows: Rows
+
+    def record(self, place: int) -> tuple[Any, Source]:
+        row = int(self.rows[place])
+        where, record = self.file.kind.record(self.table.fast_slice(row, 1).to_pylist()[0], self.file.path, row)
+        if not isinstance(record, dict):
+            return record, Source(self.name, where)
+        record_id = "" if record.get("id") is None else str(record["id"])
+        return (Told(record, self.reader) if self.reader else record), Source(self.name, where, record_id)
+
+
+class Records:
+    """``records[i]`` -> (record, where it came from, folder of its relative media).
+
+    Pickles as paths and drawn rows, so that a worker costs next to nothing; readers of one's own go along.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = parts
+        key = hashlib.sha256()
+        for name, reader in own_readers(part.reader for part in parts).items():
+            key.update(f"{name}|{code_state(reader)}|".encode())
+        for part in parts:
+            key.update(f"{part.key}|{part.media_root}|{part.reader}|".encode())
+            key.update(str(part.rows).encode() if isinstance(part.rows, range) else part.rows.tobytes())
+        self.fingerprint = key.hexdigest()
+        """Key of the records' content and order, for caches."""
+        self._ends: list[int] = np.cumsum([len(part.rows) for part in parts]).tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"readers": own_readers()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker that was not forked, registered readers come with the records."""
+        for name, reader in reversed(state.pop("readers").items()):
+            register_reader(name, reader.matches, reader.read)
+        self.__dict__.update(state)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, place: int) -> tuple[Any, Source, str | None]:
+        place = operator.index(place)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"record {place} of {len(self)}")
+        place %= len(self)
+        number = bisect.bisect_right(self._ends, place)
+        part = self.parts[number]
+        record, source = part.record(place - (self._ends[number - 1] if number else 0))
+        return record, source, part.media_root
+
+    def summary(self) -> dict[str, int]:
+        """Name -> number of records, repeats counted."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            counts[part.name] += len(part.rows)
+        return dict(counts)
+
+    def sampled(self, count: int, seed: int = 0, *, repeat: bool = False) -> "Records":
+        """``count`` records drawn from all of them, in their order.
+
+        Args:
+            repeat: take records more than once where there are fewer; otherwise all are kept then.
+        """
+        if not repeat and count >= len(self):
+            return self
+        places = drawn(range(len(self)), count / len(self), f"{seed}:sample")
+        return self._taken(split_places([part.rows for part in self.parts], places))
+
+    def split(self, ratio: float, seed: int = 0) -> tuple["Records", "Records"]:
+        """(training, validation): about ``ratio`` of the rows of each file, once each, for validation.
+
+        Both are disjoint by row, also where a file is taken twice, repeated, or stands under two names.
+
+        Raises:
+            DataError: one of the two would be empty.
+        """
+        chosen = [held_out(part.table.num_rows, ratio, seed)[np.asarray(part.rows)] for part in self.parts]
+        rows = [np.asarray(part.rows, dtype=np.int32) for part in self.parts]
+        train = self._taken([told[~out] for told, out in zip(rows, chosen, strict=True)])
+        val = self._taken([np.unique(told[out]) for told, out in zip(rows, chosen, strict=True)])
+        if not len(train) or not len(val):
+            raise DataError(
+                f"data.split_dataset_ratio={ratio:g} of {len(self)} records leaves {len(train)} for training and "
+                f"{len(val)} for validation. Change it, or set data.val."
+            )
+        return train, val
+
+    def mixed(self, others: "Records", ratio: float, seed: int = 0) -> "Records":
+        """These records and ``ratio`` times as many of the others; they repeat if they are fewer."""
+        return Records(self.parts + others.sampled(round(len(self) * ratio), seed, repeat=True).parts)
+
+    def _taken(self, rows: list[Rows]) -> "Records":
+        parts = [replace(part, rows=taken) for part, taken in zip(self.parts, rows, strict=True)]
+        return Records([part for part in parts if len(part.rows)])
+
+
+def load_records(
+    selection: Selection,
+    *,
+    seed: int = 0,
+    media_root: str | None = None,
+    num_proc: int = 1,
+    cache_dir: str | Path | None = None,
+) -> Records:
+    """Open the data sets of a selection.
+
+    ``a%50`` is half of a, drawn without replacement; ``a%200`` is a twice, ``a%150`` once and a drawn half; ``a#1000``
+    is a thousand records of it. A pattern (``shards/*.tar``) is one data set of several files.
+    ``{"a": 3, "b": 1}`` takes three records of a for each of b, as many as there are without repeats. What is drawn
+    depends on the seed and the data set's name only, so all processes draw alike. Media start at the registered
+    ``data_path``, else at ``media_root``, else beside the file.
+
+    Args:
+        num_proc: files that are copied to Arrow at once, where several are new.
+        cache_dir: folder of the Arrow files; None is ``qwenvl_ft`` in the folder of `datasets` (HF_DATASETS_CACHE).
+
+    Raises:
+        DataError: a name or file does not exist, a file cannot be parsed, it is empty, or its rate takes no record.
+    """
+    chosen = [(name, amount, find_dataset(name)) for name, amount in parse_selection(selection)]
+    files = [[_file(name, path) for path in matching_files(entry["annotation_path"])] for name, _, entry in chosen]
+    folder = Path(cache_dir) if cache_dir is not None else default_cache()
+    opened = iter(open_tables([file for several in files for file in several], folder, num_proc))
+    tables = [[next(opened) for _ in several] for several in files]
+    sizes = [sum(table.num_rows for table in several) for several in tables]
+    rates = [
+        amount / size if isinstance(amount, int) else amount for (_, amount, _), size in zip(chosen, sizes, strict=True)
+    ]
+    if isinstance(selection, Mapping):
+        rates = shared(sizes, rates)
+    parts: list[Part] = []
+    for (name, _, entry), rate, size, several, opened_files in zip(chosen, rates, sizes, files, tables, strict=True):
+        places = drawn(range(size), rate, f"{seed}:{name}")
+        if not len(places):
+            raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is none. Raise the rate.")
+        spans = [range(table.num_rows) for table in opened_files]
+        taken = spans if rate == 1 else split_places(spans, places)
+        for file, table, rows in zip(several, opened_files, taken, strict=True):
+            beside = file.path if file.is_folder else file.path.parent
+            root = os.path.abspath(entry["data_path"] or media_root or beside)  # noqa: PTH100 - keeps symbolic links
+            if len(rows):
+                parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows))
+    return Records(parts)
+
+
+def _file(name: str, path: str) -> DataFile:
+    file = find_file(path)
+    if file is None:
+        raise DataError(f"data set {name}: {path} does not exist.")
+    return file

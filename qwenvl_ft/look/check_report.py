@@ -1,0 +1,128 @@
+"""What a check says on a terminal: faults by reason, lengths, the epoch to come, the summary of all tests."""
+
+from collections.abc import Iterator
+
+from qwenvl_ft.look.check import Report, Split
+from qwenvl_ft.look.faults import ANNOTATION, ERROR, IMAGE, MODEL, PARTS, REASONS, Fault
+from qwenvl_ft.look.forecast import Bar, histogram, quantiles
+from qwenvl_ft.look.readable import TRAIN
+
+SHOWN = 3
+"""Cases of a reason that are printed."""
+BAR_WIDTH = 40
+RULE = "=" * 60
+
+
+def text(report: Report, shown: int = SHOWN) -> str:
+    """The whole report.
+
+    Args:
+        shown: cases of each reason that are named.
+    """
+    blocks = (faults(report, shown), _splits(report), summary(report))
+    return "\n\n".join("\n".join(block) for block in map(list, blocks) if block)
+
+
+def one_line(report: Report) -> str:
+    """What is wrong, how often, and the first case; empty if nothing is."""
+    errors = report.errors()
+    if not errors:
+        return ""
+    counts = {reason: count for reason, count in report.counts().items() if report.levels[reason] == ERROR}
+    told = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    first = errors[0]
+    return f"{len(errors):,} faults in {report.records:,} records ({told}); the first: {first.where}: {first.message}"
+
+
+def faults(report: Report, shown: int = SHOWN) -> Iterator[str]:
+    """Each reason that was found, with its first cases."""
+    cases: dict[str, list[Fault]] = {}
+    for fault in report.faults:
+        cases.setdefault(fault.reason, []).append(fault)
+    for reason, count in report.counts().items():
+        yield f"{report.levels[reason]:<8} {reason:<13} {count:>8,}  {REASONS[reason].told}"
+        for fault in cases[reason][:shown]:
+            name = f" (id {fault.id!r})" if fault.id else ""
+            yield f"           {fault.where}{name}: {fault.message}"
+        if count > shown:
+            yield f"           ... and {count - shown:,} more"
+
+
+def _splits(report: Report) -> Iterator[str]:
+    for name, split in report.splits.items():
+        yield f"{name}: {split.records:,} records, {split.images:,} images, {len(split.media):,} different media"
+        if len(split.datasets) > 1:
+            yield from (f"    {dataset}: {count:,}" for dataset, count in split.datasets.items())
+        if split.groups:
+            yield f"  asked about in {split.groups:,} groups, as the first epoch draws them"
+        if split.lengths:
+            yield from lengths(split)
+        if split.forecast is not None:
+            yield from epoch(split)
+
+
+def lengths(split: Split) -> list[str]:
+    """A histogram of the samples' tokens, with the middle and the longest."""
+    told = ", ".join(f"{name} {value:,}" for name, value in quantiles(split.lengths).items())
+    return [f"  tokens of a sample: {told}", *bars(histogram(split.lengths))]
+
+
+def bars(counted: list[Bar]) -> list[str]:
+    """A histogram on lines; a bar that is not empty has one block at least."""
+    most = max((count for _, _, count in counted), default=1)
+    names = [f"{low:,g}" if high - low == 1 else f"{low:,g} ... {high:,g}" for low, high, _ in counted]
+    width = max(map(len, names), default=0)
+    return [
+        f"    {name:>{width}}  {'█' * -(-count * BAR_WIDTH // most):<{BAR_WIDTH}}  {count:,}"
+        for name, (_, _, count) in zip(names, counted, strict=True)
+    ]
+
+
+def epoch(split: Split) -> Iterator[str]:
+    """What the samples become."""
+    told = split.forecast
+    assert told is not None
+    share = f"{told.vision_share:.1%} of images and videos, {told.supervised_share:.1%} learned"
+    yield f"  {told.samples:,} samples, {told.tokens:,} tokens, {share}"
+    if told.fill is None:
+        yield f"  no packing: {told.rows:,} rows of one sample"
+    else:
+        yield f"  packing: {told.rows:,} rows of {told.max_length:,} tokens, {told.fill:.1%} full"
+    if split.name == TRAIN:
+        yield f"  {told.steps_per_epoch:,} steps an epoch, of {told.rows_per_step:,} rows"
+
+
+def summary(report: Report) -> list[str]:
+    """Verdicts on annotations, images and model, and the last line: whether training can begin."""
+    verdict = {part: "PASSED" if report.passed(part) else "FAILED" for part in PARTS}
+    if not report.model:
+        verdict[MODEL] = "SKIPPED (no model given: nothing was tokenized)"
+    counts = report.counts()
+    splits = report.splits.values()
+    names = {name for split in splits for name in split.datasets}
+    warnings = len(report.faults) - len(report.errors())
+    rate = f"{report.records / report.seconds:,.0f} a second" if report.seconds else ""
+    lines = [
+        RULE,
+        "TEST SUMMARY",
+        RULE,
+        f"Annotation Tests: {verdict[ANNOTATION]}",
+        f"  Total samples: {report.records}",
+        f"  Datasets: {len(names)}",
+        f"Image Tests: {verdict[IMAGE]}",
+        f"  Images tested: {sum(split.images for split in splits)}",
+        f"  Missing: {_count(counts, 'missing')}",
+        f"  Corrupted: {_count(counts, 'corrupt')}",
+        f"Model Tests: {verdict[MODEL]}",
+        *([f"  Samples made with pixels: {sum(split.encoded for split in splits)}"] if report.model else []),
+        f"Warnings: {warnings}",
+        f"Time: {report.seconds:.1f} s, {rate}",
+        RULE,
+    ]
+    if not report.ok:
+        return [*lines, f"FAILED: {len(report.errors()):,} errors. Correct them, or drop the records."]
+    return [*lines, "ALL TESTS PASSED - Ready for training"]
+
+
+def _count(counts: dict[str, int], reason: str) -> int:
+    return counts[reason] if reason in counts else 0

@@ -1,0 +1,97 @@
+"""Is a medium there, is it whole, how large is it, and is it the same as another?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
+from qwenvl_ft.errors import DataError
+
+KNOWN = 50_000
+"""Media that a process remembers: questions about the same image stand together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What is known of a medium once it was opened."""
+
+    fault: tuple[str, str] | None
+    """(reason, message) if something is wrong with it."""
+    key: bytes = b""
+    """The same for the same content: of an image's decoded pixels, of a video's file; empty if there is none."""
+    size: tuple[int, int] = (0, 0)
+    """(width, height) in pixels, turned by EXIF; 0 of a video's file."""
+
+
+class MediaLooker:
+    """Opens media, each file once as far as it remembers."""
+
+    def __init__(self, policy: MediaPolicy) -> None:
+        self.policy = policy
+        self._known: dict[str, Looked] = {}
+
+    def image(self, value: Any) -> Looked:
+        """Decode an image to its last pixel."""
+        return self._once(value, self._decoded)
+
+    def video(self, value: Any) -> list[Looked]:
+        """The frames of a video, or its file."""
+        if isinstance(value, (str, Path, bytes)):
+            return [self._once(value, _file)]
+        return [self.image(frame) for frame in value]
+
+    def _once(self, value: Any, look: Any) -> Looked:
+        if not isinstance(value, (str, Path)):
+            return look(value)
+        name = str(value)
+        if name not in self._known:
+            if len(self._known) >= KNOWN:
+                self._known.pop(next(iter(self._known)))
+            self._known[name] = look(value)
+        return self._known[name]
+
+    def _decoded(self, value: Any) -> Looked:
+        if _is_missing(value):
+            return Looked(("missing", f"image {value} does not exist."))
+        try:
+            height, width = image_size(value, self.policy)
+            image = open_image(value, self.policy)
+        except DataError as error:
+            return Looked(("corrupt", str(error)))
+        key = xxhash.xxh3_128_digest(image.tobytes() + b"%dx%d" % image.size)
+        fault = None
+        if image.size != (width, height):
+            shown = "x".join(map(str, image.size))
+            fault = "size", f"image {value!s:.200}: the header says {width}x{height} pixels, decoded are {shown}."
+        return Looked(fault, key, image.size)
+
+
+def _file(value: Any) -> Looked:
+    """A video's file, by its bytes; its frames are the encoder's to read."""
+    if isinstance(value, bytes):
+        return Looked(None, xxhash.xxh3_128_digest(value))
+    if _is_missing(value):
+        return Looked(("missing", f"video {value} does not exist."))
+    digest = xxhash.xxh3_128()
+    try:
+        with Path(value).open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except OSError as error:
+        return Looked(("corrupt", f"video {value} cannot be read: {error.strerror}."))
+    return Looked(None, digest.digest())
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether it is a path at which there is nothing; URLs and base64 are no paths."""
+    if not isinstance(value, (str, Path)):
+        return False
+    text = str(value)
+    if text.startswith(("http://", "https://", "data:")) or len(text) > 4096:
+        return False
+    try:
+        return not Path(text).exists()
+    except OSError:  # base64 without a header is too long for a name
+        return False

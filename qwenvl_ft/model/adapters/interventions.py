@@ -1,0 +1,242 @@
+"""Representation fine-tuning (Wu and others 2024, arXiv 2404.03592): edit hidden states at a few positions.
+
+The output h of a decoder layer becomes, at the edited positions and nowhere else,
+
+- LoReFT   ``h + R'(W h + b - R h)``, the rows of R orthonormal
+- NoReFT   ``h + R'(W h + b - R h)``, R any matrix
+- ConsReFT ``h + R'(b - R h)``, the rows of R orthonormal
+
+with R' the transpose. R is the orthonormal basis of the stored matrix A, by QR. In LoReFT and NoReFT, W starts as R and
+b at zero, so that an untrained edit changes nothing; ConsReFT replaces a subspace from the start.
+
+Which positions: ``fP+lS`` are the first P tokens of each sample and the last S of each prompt, those before an answer.
+Answers themselves are never edited, in training or while generating. ``all`` is every position. All edited positions of
+a layer share its weights. Letters: B rows, T tokens, D width, Q rank, K edited positions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenvl_ft.errors import CheckpointError, RecipeError
+from qwenvl_ft.model.adapters.base import OwnConfig, OwnLayer, OwnTuner, OwnType
+from qwenvl_ft.upstream.cache import continues, named
+
+INTERVENTIONS = ("LoreftIntervention", "NoreftIntervention", "ConsreftIntervention")
+"""Kinds of edit, by pyreft's names."""
+
+_POSITIONS = re.compile(r"f(?P<first>\d+)(?:\+l(?P<last>\d+))?|l(?P<only>\d+)")
+
+
+@dataclass
+class ReftConfig(OwnConfig):
+    """Settings of ReFT."""
+
+    kind = OwnType.REFT
+
+    rank: int = field(default=4)
+    """Q, rows of R."""
+    intervention: str = field(default="LoreftIntervention")
+    """One of ``INTERVENTIONS``."""
+    positions: str = field(default="f1+l1")
+    """Which tokens are edited."""
+
+
+class Positions:
+    """Where the running forward pass edits: all layers look here."""
+
+    def __init__(self, told: str) -> None:
+        self.everywhere = told == "all"
+        self.first, self.last = parse_positions(told)
+        self.index: Tensor | None = None
+        """int64[K] into the B * T tokens; None for all of them."""
+        self.tokens = -1
+        """B * T of the pass that it was made for."""
+
+    def follow(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model, which sees what the layers do not: where prompts end."""
+        if not self.everywhere:
+            inputs = named(model, args, kwargs)
+            self.index, self.tokens = edited(inputs, self.first, self.last), math.prod(_given(inputs).shape[:2])
+
+    def of(self, output: Tensor) -> Tensor | None:
+        """``index``, for a layer's output ``[B, T, D]``."""
+        if not self.everywhere and math.prod(output.shape[:-1]) != self.tokens:
+            raise CheckpointError(
+                "ReFT's layers ran without their model's forward, which sees where prompts end. Call the PeftModel, "
+                "its base model, or their generate."
+            )
+        return self.index
+
+
+class ReftLayer(OwnLayer):
+    """A decoder layer and its edits: ``Q * D`` weights each for A and W, and Q for b."""
+
+    adapter_layer_names = ("reft_A", "reft_W", "reft_bias")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.reft_A = nn.ParameterDict()
+        self.reft_W = nn.ParameterDict()
+        self.reft_bias = nn.ParameterDict()
+        self.orthonormal: dict[str, bool] = {}
+        self.positions: dict[str, Positions] = {}
+
+    def add(self, adapter_name: str, config: ReftConfig, **more: Any) -> None:
+        rank, width = config.rank, more["width"]
+        start = torch.empty(rank, width)
+        nn.init.orthogonal_(start)
+        self.orthonormal[adapter_name] = config.intervention != "NoreftIntervention"
+        self.positions[adapter_name] = more["positions"]
+        self.reft_A[adapter_name] = nn.Parameter(start)
+        bias = torch.rand(rank) if config.intervention == "ConsreftIntervention" else torch.zeros(rank)
+        self.reft_bias[adapter_name] = nn.Parameter(bias)
+        if config.intervention != "ConsreftIntervention":
+            self.reft_W[adapter_name] = nn.Parameter(self.basis(adapter_name).detach().clone())
+
+    def basis(self, adapter_name: str) -> Tensor:
+        """R, float32[Q, D]."""
+        stored = self.reft_A[adapter_name].float()
+        if not self.orthonormal[adapter_name]:
+            return stored
+        q, r = torch.linalg.qr(stored.T)
+        return (q * r.diagonal().sign()).T
+
+    def changed(self, output: Tensor, adapter_name: str) -> Tensor:
+        index = self.positions[adapter_name].of(output)
+        if index is not None and index.numel() == 0:
+            return output
+        flat = output.reshape(-1, output.shape[-1])  # [B * T, D]
+        with torch.autocast(output.device.type, enabled=False):
+            rotate = self.basis(adapter_name)
+            hidden = (flat if index is None else flat.index_select(0, index)).float()  # [K, D]
+            target = self.reft_bias[adapter_name].float()
+            if adapter_name in self.reft_W:
+                target = hidden @ self.reft_W[adapter_name].float().T + target
+            edit = ((target - hidden @ rotate.T) @ rotate).to(flat.dtype)
+        edited = flat + edit if index is None else flat.index_add(0, index, edit)
+        return edited.view_as(output)
+
+
+class ReftTuner(OwnTuner):
+    prefix = "reft_"
+    tuner_layer_cls = ReftLayer
+
+    def add_to(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
+        width = self.model.config.get_text_config().hidden_size
+        layer.add(adapter_name, config, width=width, positions=self._positions(adapter_name, config))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's; a cache is how edits know where the prompt ended.
+
+        Raises:
+            RecipeError: without a cache, the last token of an answer would be taken for the prompt's.
+        """
+        settings = kwargs.get("generation_config") or self.model.generation_config
+        cached = kwargs["use_cache"] if "use_cache" in kwargs else settings.use_cache
+        if cached is False and any(self.followed[name].last for name in self.active_adapters if name in self.followed):
+            raise RecipeError(
+                "use_cache=False: generation needs a cache with tuner.reft_positions that count from a prompt's end, "
+                "which could not be told from the answer's. Leave use_cache on."
+            )
+        return self.model.generate(*args, **kwargs)
+
+    def _positions(self, adapter_name: str, config: Any) -> Positions:
+        """Of one adapter, the same for all layers; peft tells of the first adapter only before it adds layers."""
+        followed: dict[str, Positions] = self.__dict__.setdefault("followed", {})
+        if adapter_name not in followed:
+            followed[adapter_name] = Positions(config.positions)
+            self.model.register_forward_pre_hook(followed[adapter_name].follow, with_kwargs=True)
+        return followed[adapter_name]
+
+
+def parse_positions(told: str) -> tuple[int, int]:
+    """``f1+l1`` -> (1, 1): how many first tokens of a sample, and last ones of a prompt.
+
+    Raises:
+        RecipeError: it is neither ``all`` nor of that form, or names no token.
+    """
+    if told == "all":
+        return 0, 0
+    match = _POSITIONS.fullmatch(told)
+    first = int(match["first"] or 0) if match else 0
+    last = int(match["last"] or match["only"] or 0) if match else 0
+    if first + last == 0:
+        raise RecipeError(f"tuner.reft_positions={told!r} names no token. Examples: f1+l1, f7, l3, all.")
+    return first, last
+
+
+def edited(inputs: dict[str, Any], first: int, last: int) -> Tensor:
+    """Edited positions of a forward pass, from the model's keyword arguments.
+
+    A prompt ends before an answer, told by ``labels`` or by the positions that predict one in ``logits_to_keep``;
+    without either, as in generation, it is the whole sample. Where earlier passes have seen tokens nothing is edited:
+    what comes after them are answers.
+
+    Returns:
+        int64[K], ascending, into the B * T tokens.
+    """
+    given = _given(inputs)
+    rows, tokens = given.shape[:2]
+    if continues(inputs):
+        return torch.empty(0, dtype=torch.int64, device=given.device)
+    real, begins = _samples(inputs, rows, tokens, given.device)
+    place = torch.arange(tokens, device=given.device).expand(rows, -1)
+    start = torch.where(begins, place, 0).cummax(dim=1).values  # [B, T] where the token's sample begins
+    predicts = _predicting(inputs, rows, tokens, given.device)
+    if predicts is None:
+        ends = real & ~(real & ~begins).roll(-1, 1)
+        ends[:, -1] = real[:, -1]
+        answer = torch.zeros_like(real)
+    else:
+        answer = torch.nn.functional.pad(predicts[:, :-1], (1, 0))
+        ends = predicts & ~answer
+    after = torch.where(ends, place, tokens).flip(1).cummin(dim=1).values.flip(1)  # [B, T] where its prompt ends
+    same = start.gather(1, after.clamp(max=tokens - 1)) == start
+    chosen = (place - start < first) | ((after - place < last) & same)
+    return (chosen & real & ~answer).flatten().nonzero(as_tuple=True)[0]
+
+
+def _given(inputs: dict[str, Any]) -> Tensor:
+    """int64[B, T] or float[B, T, D]: what the model is called with."""
+    tensor: Tensor = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
+    return tensor
+
+
+def _samples(inputs: dict[str, Any], rows: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bool[B, T] twice: which tokens are no padding, and which begin a sample."""
+    mask = inputs["attention_mask"] if "attention_mask" in inputs else None
+    if mask is not None and mask.ndim == 2:
+        real = mask.bool()
+        return real, real & ~torch.nn.functional.pad(real[:, :-1], (1, 0))
+    real = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    begins = torch.zeros_like(real)
+    begins[:, 0] = True
+    positions = inputs["position_ids"] if "position_ids" in inputs else None
+    borders = inputs["cu_seq_lens_q"] if "cu_seq_lens_q" in inputs else None
+    if borders is not None:
+        begins.view(-1)[borders[:-1].long()] = True
+    elif positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
+        begins[:, 1:] = positions[0].expand(rows, -1).diff() != 1
+    return real, begins
+
+
+def _predicting(inputs: dict[str, Any], rows: int, tokens: int, device: torch.device) -> Tensor | None:
+    """bool[B, T]: tokens whose next one is supervised; None where the input says nothing about it."""
+    labels = inputs["labels"] if "labels" in inputs else None
+    if labels is not None:
+        return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    keep = next((inputs[name] for name in ("predicting", "logits_to_keep") if name in inputs), None)
+    if not isinstance(keep, Tensor):
+        return None
+    if keep.dtype == torch.bool:
+        return keep
+    predicts = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
+    predicts[:, keep] = True
+    return predicts

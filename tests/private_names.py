@@ -33,10 +33,10 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED and name != "_"
 
 
-def own_names(trees: list[ast.Module]) -> set[str]:
-    """Private names that the package itself defines, anywhere."""
+def own_names(tree: ast.Module) -> set[str]:
+    """Private names that a file itself defines. Those of our other files count as foreign too: they are not shared."""
     found = set()
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -93,14 +93,12 @@ def _is_module_class(node: ast.AST) -> bool:
 
 def findings(package: Path = PACKAGE, *, without: tuple[str, ...] = ("upstream",)) -> list[str]:
     """A line for each private name that the files of a package, but for some folders, take from elsewhere."""
-    files = sorted(package.rglob("*.py"))
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
-    own = own_names(list(trees.values()))
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(package.rglob("*.py"))}
     return [
         f"{file.relative_to(package.parent)}:{line}: {text}"
         for file, tree in trees.items()
         if file.relative_to(package).parts[0] not in without
-        for line, text in sorted(borrowed(tree, own))
+        for line, text in sorted(borrowed(tree, own_names(tree)))
     ]
 
 

@@ -41,7 +41,7 @@ def test_the_room_itself_has_some():
 )
 def test_each_way_of_borrowing_is_seen(line):
     tree = ast.parse(line)
-    assert list(borrowed(tree, own_names([tree])))
+    assert list(borrowed(tree, own_names(tree)))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,13 @@ def test_each_way_of_borrowing_is_seen(line):
 )
 def test_names_of_our_own_and_documented_ones_are_not(line):
     tree = ast.parse(line)
-    assert not list(borrowed(tree, own_names([tree])))
+    assert not list(borrowed(tree, own_names(tree)))
+
+
+def test_a_name_that_another_file_of_ours_defines_counts_as_foreign(tmp_path):
+    (tmp_path / "one.py").write_text("class Own:\n    def __init__(self):\n        self._flattened = 1\n")
+    (tmp_path / "two.py").write_text("def f(encoding):\n    return encoding._flattened\n")
+    assert [line.split(":")[0].split("/")[-1] for line in findings(tmp_path)] == ["two.py"]
 
 
 def classes():

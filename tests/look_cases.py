@@ -1,4 +1,7 @@
-"""Records that are sound, of every format, for the tests of what looks at data."""
+"""Valid records of every format, for the tests of what inspects data."""
+
+from qwenvl_ft.look.check import check_recipe
+from qwenvl_ft.look.selection import target_recipe
 
 
 def asked(image, answer="A blur.", question="<image>\nWhat is it?", **more):
@@ -17,7 +20,7 @@ def grounded(box=(10, 10, 60, 50), **more):
 
 
 def sound():
-    """Records of every format, none of them alike."""
+    """Return a valid record of every format, no two of them equal."""
     return [
         asked("a.png", id="first"),
         asked(["a.png", "b.png"], "No.", "<image>\n<image>\nSame?"),
@@ -30,3 +33,8 @@ def sound():
         {"conversations": [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "Hello."}]},
         captioned(),
     ]
+
+
+def checked(path, *words, **options):
+    """Return the report of ``qwenvl-ft check PATH WORDS``."""
+    return check_recipe(target_recipe([str(path), *words]), quiet=True, **options)

@@ -35,7 +35,7 @@ def check(
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(report, show))
     if as_json:
-        told = {phase: report.told() for phase, report in reports.items()}
+        told = {phase: report.to_json() for phase, report in reports.items()}
         typer.echo(json.dumps(told[""] if "" in told else told, ensure_ascii=False))
     if not all(report.ok and not (strict and report.faults) for report in reports.values()):
         raise typer.Exit(1)

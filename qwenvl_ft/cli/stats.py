@@ -24,7 +24,7 @@ def stats(
     told = {}
     for phase, recipe in target_recipe(words).by_phase().items():
         counted = count_recipe(recipe, split=split, quiet=as_json)
-        told[phase] = counted.told()
+        told[phase] = counted.to_json()
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(counted, show))
         if out is not None:

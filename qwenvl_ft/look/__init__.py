@@ -1,1 +1,1 @@
-"""Looking at data before training: is it sound (check), what does the model see (show), what is in it (stats)."""
+"""Inspect data before training: is it sound (check), what does the model see (show), what does it contain (stats)?"""

@@ -1,4 +1,4 @@
-"""Is data fit to train on? Every record of a recipe, or of files by themselves, looked at from every side.
+"""Is the data fit to train on? Checks every record of a recipe or of data files.
 
 report = check_recipe(load_recipe("mine"))
 report.ok, report.counts(), report.faults
@@ -24,37 +24,35 @@ from qwenvl_ft.look.walk import walk
 from qwenvl_ft.recipe.schema import Recipe
 
 ENCODED = 5
-"""Records of each data set, and groups, that are made samples with their pixels, as training makes them."""
-
-
+"""Records per data set, and groups, that are fully encoded with pixels, as in training."""
 UNFIT = ("json", "structure", "tags", "geometry", "missing", "corrupt", "size", "unforeseen")
-"""Faults of a record that keep its group from being a sample."""
+"""Faults of a record that make its whole group unusable."""
 
 
 @dataclass
 class Split:
-    """Training data, or a validation set."""
+    """Counts over the training data or over one validation set."""
 
     name: str
     records: int = 0
     images: int = 0
-    """Shown in records; an image that is shown twice counts twice."""
+    """Images in all records; an image that occurs twice counts twice."""
     media: set[bytes] = field(default_factory=set)
-    """Keys of the content of all media."""
+    """Content hashes of all media."""
     datasets: Counter[str] = field(default_factory=Counter)
-    """Data set -> records."""
+    """Data set -> number of records."""
     encoded: int = 0
     groups: int = 0
-    """Of dense captions: each is a sample."""
+    """Groups of dense captions; each group is one sample."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each sample, those that are left out or cut too, as they would be whole."""
+    """Full length of each sample in tokens, including samples that will be dropped or truncated."""
     samples: list[tuple[int, int, int]] = field(default_factory=list)
-    """Of each sample that is trained on: tokens, those of images, those that are learned."""
+    """(tokens, image tokens, supervised tokens) of each sample that is trained on."""
     forecast: Forecast | None = None
-    """Of an epoch over its samples."""
+    """Forecast of an epoch over its samples."""
 
     def add(self, seen: Inspected) -> None:
-        """A record, and its sample if it becomes one by itself."""
+        """Count a record, and its sample if the record is a sample by itself."""
         self.records += 1
         self.images += seen.num_images
         self.media.update(seen.media)
@@ -62,7 +60,7 @@ class Split:
         self.measure(seen)
 
     def measure(self, seen: Measured) -> None:
-        """A sample."""
+        """Count a sample."""
         self.encoded += seen.encoded
         if seen.tokens:
             self.lengths.append(seen.tokens)
@@ -72,27 +70,27 @@ class Split:
 
 @dataclass
 class Report:
-    """All that was found."""
+    """Everything that a check found."""
 
     splits: dict[str, Split]
     faults: list[Fault]
     levels: dict[str, str]
     """Reason -> ``error`` or ``warning``."""
     model: str
-    """Empty: nothing was tokenized."""
+    """Model whose tokenizer was used; empty if nothing was tokenized."""
     seconds: float = 0.0
-    """Of looking, after the processor was loaded."""
+    """Duration of the check, not counting the loading of the processor."""
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error; warnings do not count."""
+        """True if there is no error; warnings do not count."""
         return not self.errors()
 
     def errors(self) -> list[Fault]:
         return [fault for fault in self.faults if self.levels[fault.reason] == ERROR]
 
     def counts(self) -> dict[str, int]:
-        """Reason -> cases, in the order of `REASONS`."""
+        """Reason -> number of cases, in the order of `REASONS`."""
         found = Counter(fault.reason for fault in self.faults)
         return {reason: found[reason] for reason in REASONS if found[reason]}
 
@@ -101,11 +99,11 @@ class Report:
         return sum(split.records for split in self.splits.values())
 
     def passed(self, part: str) -> bool:
-        """Whether one of the three tests (``Annotation``, ``Image``, ``Model``) found no error."""
+        """Return True if one of the three tests (``Annotation``, ``Image``, ``Model``) found no error."""
         return not any(REASONS[fault.reason].part == part for fault in self.errors())
 
-    def told(self) -> dict[str, Any]:
-        """As JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as a dict that JSON can hold."""
         cases: dict[str, list[dict[str, str]]] = {}
         for fault in self.faults:
             case = asdict(fault)
@@ -116,16 +114,16 @@ class Report:
             "seconds": round(self.seconds, 3),
             "records_per_second": round(self.records / self.seconds, 1) if self.seconds else None,
             "model": self.model or None,
-            "splits": {name: _split_told(split) for name, split in self.splits.items()},
+            "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
             "faults": {
-                reason: {"level": self.levels[reason], "count": count, "told": REASONS[reason].told}
+                reason: {"level": self.levels[reason], "count": count, "told": REASONS[reason].meaning}
                 | {"cases": cases[reason]}
                 for reason, count in self.counts().items()
             },
         }
 
 
-def _split_told(split: Split) -> dict[str, Any]:
+def _split_to_json(split: Split) -> dict[str, Any]:
     return {
         "records": split.records,
         "datasets": dict(split.datasets),
@@ -141,18 +139,18 @@ def _split_told(split: Split) -> dict[str, Any]:
 def check_recipe(
     recipe: Recipe, *, allow: Iterable[str] = (), processes: int = 1, num_proc: int | None = None, quiet: bool = False
 ) -> Report:
-    """Look at every record that a recipe trains and evaluates on.
+    """Check every record that a recipe trains or evaluates on.
 
-    Without ``model.model`` nothing is tokenized; all else is looked at.
+    Without ``model.model`` nothing is tokenized; everything else is checked.
 
     Args:
-        allow: reasons that are warnings here.
-        processes: GPUs of the run, for its number of steps.
-        num_proc: processes that look; None is ``data.dataset_num_proc``, as far as there are cores.
-        quiet: no progress bar.
+        allow: reasons to report as warnings.
+        processes: GPUs of the planned run, from which the number of steps follows.
+        num_proc: worker processes; None is ``data.dataset_num_proc``, limited to the number of cores.
+        quiet: show no progress bar.
 
     Raises:
-        RecipeError: an unknown reason, no data, or what the recipe says of model and template is wrong.
+        RecipeError: a reason in ``allow`` is unknown, there is no data, or the recipe's model or template is wrong.
     """
     levels = _levels(recipe.template.truncation_strategy, allow)
     workers = num_proc or sensible_workers(recipe)
@@ -178,10 +176,10 @@ def check_recipe(
 
 
 def _looked(split: Split, homes: "Homes", records: Any, inspector: Inspector, **how: Any) -> Iterator[Fault]:
-    """Look at records one by one and then, of dense captions, at the groups of those that are sound.
+    """Check records one by one, then the groups of dense captions whose records are all sound.
 
     Args:
-        how: of `walk`.
+        how: options of `walk`.
     """
     unfit: list[int] = []
     for index, seen in enumerate(walk(records, inspector, told=split.name, **how)):
@@ -193,40 +191,40 @@ def _looked(split: Split, homes: "Homes", records: Any, inspector: Inspector, **
     if inspector.sample is not None and isinstance(groups, DenseGroups):
         split.groups += len(groups)
         look = GroupLook(inspector.sample.encoder, frozenset(unfit), ENCODED)
-        for told in walk(groups, look, told=f"{split.name}, groups", **how):
-            split.measure(told)
-            yield from homes.untold(told.faults)
+        for measured in walk(groups, look, told=f"{split.name}, groups", **how):
+            split.measure(measured)
+            yield from homes.unreported(measured.faults)
 
 
 class Homes:
-    """Where content was first seen, to find it again.
+    """Remembers where each content was first seen, to find duplicates and leaks.
 
     Args:
-        trained: the training data's, while validation data is looked at.
+        trained: the `Homes` of the training data, while validation data is checked.
     """
 
     def __init__(self, trained: "Homes | None" = None) -> None:
         self.trained = trained
         self.records: dict[bytes, str] = {}
         self.media: dict[bytes, str] = {}
-        self.told: set[Fault] = set()
+        self.reported: set[Fault] = set()
 
     def new(self, seen: Inspected) -> list[Fault]:
-        """A record's faults that were not told yet, those that only show beside others among them.
+        """Return the faults of a record that were not reported yet, including duplicates and leaks.
 
-        A record that is drawn twice is told once, and is no duplicate of itself.
+        A record that is drawn twice is reported once, and is no duplicate of itself.
         """
-        return self.untold(
-            seen.faults + [Fault(reason, seen.where, told, seen.id) for reason, told in self._again(seen)]
-        )
+        repeated = [Fault(reason, seen.where, message, seen.id) for reason, message in self._repetitions(seen)]
+        return self.unreported(seen.faults + repeated)
 
-    def untold(self, faults: list[Fault]) -> list[Fault]:
-        """Those that were not told yet."""
-        faults = [fault for fault in faults if fault not in self.told]
-        self.told.update(faults)
+    def unreported(self, faults: list[Fault]) -> list[Fault]:
+        """Return the faults that were not reported yet, and remember them."""
+        faults = [fault for fault in faults if fault not in self.reported]
+        self.reported.update(faults)
         return faults
 
-    def _again(self, seen: Inspected) -> Iterator[tuple[str, str]]:
+    def _repetitions(self, seen: Inspected) -> Iterator[tuple[str, str]]:
+        """Yield (reason, message) for content that occurred before."""
         if not seen.key:
             return
         home = self.records.setdefault(seen.key, seen.where)
@@ -241,14 +239,14 @@ class Homes:
             return
         shared = next((key for key in seen.media if key in self.trained.media), None)
         if shared is not None:
-            yield "leak_media", f"shows what {self.trained.media[shared]} in the training data shows"
+            yield "leak_media", f"shares a medium with {self.trained.media[shared]} in the training data"
 
 
 def first_places(summary: dict[str, int]) -> frozenset[int]:
-    """Indices of the first records of each data set.
+    """Return the indices of the first `ENCODED` records of each data set.
 
     Args:
-        summary: data set -> its number of records, in their order.
+        summary: data set -> number of records, in the order of the records.
     """
     starts = np.cumsum([0, *summary.values()]).tolist()
     return frozenset(
@@ -257,7 +255,7 @@ def first_places(summary: dict[str, int]) -> frozenset[int]:
 
 
 def _levels(strategy: str, allow: Iterable[str]) -> dict[str, str]:
-    """How bad each reason is in this run."""
+    """Return the level of each reason for this recipe: reason -> ``error`` or ``warning``."""
     levels = {name: reason.level for name, reason in REASONS.items()}
     if strategy == "raise":
         levels["too_long"] = ERROR

@@ -1,4 +1,4 @@
-"""What a check says on a terminal: faults by reason, lengths, the epoch to come, the summary of all tests."""
+"""Text report of a check: faults by reason, lengths, the forecast of an epoch, the summary of all tests."""
 
 from collections.abc import Iterator
 
@@ -8,39 +8,39 @@ from qwenvl_ft.look.forecast import Bar, histogram, quantiles
 from qwenvl_ft.look.readable import TRAIN
 
 SHOWN = 3
-"""Cases of a reason that are printed."""
+"""Cases printed per reason."""
 BAR_WIDTH = 40
 RULE = "=" * 60
 
 
 def text(report: Report, shown: int = SHOWN) -> str:
-    """The whole report.
+    """Return the whole report.
 
     Args:
-        shown: cases of each reason that are named.
+        shown: cases printed per reason.
     """
     blocks = (faults(report, shown), _splits(report), summary(report))
     return "\n\n".join("\n".join(block) for block in map(list, blocks) if block)
 
 
 def one_line(report: Report) -> str:
-    """What is wrong, how often, and the first case; empty if nothing is."""
+    """Return the error counts and the first error on one line; empty if there is no error."""
     errors = report.errors()
     if not errors:
         return ""
     counts = {reason: count for reason, count in report.counts().items() if report.levels[reason] == ERROR}
-    told = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    found = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     first = errors[0]
-    return f"{len(errors):,} faults in {report.records:,} records ({told}); the first: {first.where}: {first.message}"
+    return f"{len(errors):,} faults in {report.records:,} records ({found}); the first: {first.where}: {first.message}"
 
 
 def faults(report: Report, shown: int = SHOWN) -> Iterator[str]:
-    """Each reason that was found, with its first cases."""
+    """Yield each reason that was found, followed by its first cases."""
     cases: dict[str, list[Fault]] = {}
     for fault in report.faults:
         cases.setdefault(fault.reason, []).append(fault)
     for reason, count in report.counts().items():
-        yield f"{report.levels[reason]:<8} {reason:<13} {count:>8,}  {REASONS[reason].told}"
+        yield f"{report.levels[reason]:<8} {reason:<13} {count:>8,}  {REASONS[reason].meaning}"
         for fault in cases[reason][:shown]:
             name = f" (id {fault.id!r})" if fault.id else ""
             yield f"           {fault.where}{name}: {fault.message}"
@@ -54,7 +54,7 @@ def _splits(report: Report) -> Iterator[str]:
         if len(split.datasets) > 1:
             yield from (f"    {dataset}: {count:,}" for dataset, count in split.datasets.items())
         if split.groups:
-            yield f"  asked about in {split.groups:,} groups, as the first epoch draws them"
+            yield f"  {split.groups:,} groups of dense captions, as the first epoch draws them"
         if split.lengths:
             yield from lengths(split)
         if split.forecast is not None:
@@ -62,13 +62,13 @@ def _splits(report: Report) -> Iterator[str]:
 
 
 def lengths(split: Split) -> list[str]:
-    """A histogram of the samples' tokens, with the middle and the longest."""
-    told = ", ".join(f"{name} {value:,}" for name, value in quantiles(split.lengths).items())
-    return [f"  tokens of a sample: {told}", *bars(histogram(split.lengths))]
+    """Return the quantiles and the histogram of sample lengths."""
+    summary = ", ".join(f"{name} {value:,}" for name, value in quantiles(split.lengths).items())
+    return [f"  tokens per sample: {summary}", *bars(histogram(split.lengths))]
 
 
 def bars(counted: list[Bar]) -> list[str]:
-    """A histogram on lines; a bar that is not empty has one block at least."""
+    """Draw a histogram, one bar a line; a bar that is not empty has at least one block."""
     most = max((count for _, _, count in counted), default=1)
     names = [f"{low:,g}" if high - low == 1 else f"{low:,g} ... {high:,g}" for low, high, _ in counted]
     width = max(map(len, names), default=0)
@@ -79,21 +79,21 @@ def bars(counted: list[Bar]) -> list[str]:
 
 
 def epoch(split: Split) -> Iterator[str]:
-    """What the samples become."""
-    told = split.forecast
-    assert told is not None
-    share = f"{told.vision_share:.1%} of images and videos, {told.supervised_share:.1%} learned"
-    yield f"  {told.samples:,} samples, {told.tokens:,} tokens, {share}"
-    if told.fill is None:
-        yield f"  no packing: {told.rows:,} rows of one sample"
+    """Yield the forecast of an epoch over the samples."""
+    expected = split.forecast
+    assert expected is not None
+    share = f"{expected.vision_share:.1%} from images and videos, {expected.supervised_share:.1%} supervised"
+    yield f"  {expected.samples:,} samples, {expected.tokens:,} tokens, {share}"
+    if expected.fill is None:
+        yield f"  no packing: {expected.rows:,} rows with one sample each"
     else:
-        yield f"  packing: {told.rows:,} rows of {told.max_length:,} tokens, {told.fill:.1%} full"
+        yield f"  packing: {expected.rows:,} rows of {expected.max_length:,} tokens, {expected.fill:.1%} full"
     if split.name == TRAIN:
-        yield f"  {told.steps_per_epoch:,} steps an epoch, of {told.rows_per_step:,} rows"
+        yield f"  {expected.steps_per_epoch:,} steps per epoch, {expected.rows_per_step:,} rows per step"
 
 
 def summary(report: Report) -> list[str]:
-    """Verdicts on annotations, images and model, and the last line: whether training can begin."""
+    """Return the verdicts on annotations, images and model; the last line says if training can begin."""
     verdict = {part: "PASSED" if report.passed(part) else "FAILED" for part in PARTS}
     if not report.model:
         verdict[MODEL] = "SKIPPED (no model given: nothing was tokenized)"
@@ -101,7 +101,7 @@ def summary(report: Report) -> list[str]:
     splits = report.splits.values()
     names = {name for split in splits for name in split.datasets}
     warnings = len(report.faults) - len(report.errors())
-    rate = f"{report.records / report.seconds:,.0f} a second" if report.seconds else ""
+    rate = f"{report.records / report.seconds:,.0f} records/s" if report.seconds else ""
     lines = [
         RULE,
         "TEST SUMMARY",
@@ -114,13 +114,13 @@ def summary(report: Report) -> list[str]:
         f"  Missing: {_count(counts, 'missing')}",
         f"  Corrupted: {_count(counts, 'corrupt')}",
         f"Model Tests: {verdict[MODEL]}",
-        *([f"  Samples made with pixels: {sum(split.encoded for split in splits)}"] if report.model else []),
+        *([f"  Samples encoded with pixels: {sum(split.encoded for split in splits)}"] if report.model else []),
         f"Warnings: {warnings}",
         f"Time: {report.seconds:.1f} s, {rate}",
         RULE,
     ]
     if not report.ok:
-        return [*lines, f"FAILED: {len(report.errors()):,} errors. Correct them, or drop the records."]
+        return [*lines, f"FAILED: {len(report.errors()):,} errors. Correct or remove these records."]
     return [*lines, "ALL TESTS PASSED - Ready for training"]
 
 

@@ -1,4 +1,4 @@
-"""What an epoch will be: how samples fill rows, how many steps it takes, what share of it is images."""
+"""Forecast of an epoch: rows, how full they are, optimizer steps, shares of image and supervised tokens."""
 
 import math
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from qwenvl_ft.data.plan.packing import fill, pack_lengths
 from qwenvl_ft.recipe.schema import Recipe
 
 BINS = 12
-"""Bars of a histogram, about."""
+"""Approximate number of bars of a histogram."""
 QUANTILES = {"least": 0.0, "median": 0.5, "95%": 0.95, "most": 1.0}
 Bar = tuple[float, float, int]
-"""(from, up to, how many): the upper end belongs to the next bar, except the last one's."""
+"""(low, high, count): ``high`` belongs to the next bar, except in the last bar."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """An epoch over samples of known lengths."""
+    """Forecast of an epoch over samples of known lengths."""
 
     samples: int
     tokens: int
     vision_share: float
-    """Of all tokens, 0 to 1."""
+    """Share of all tokens, 0 to 1; likewise below."""
     supervised_share: float
     rows: int
-    """Rows of an epoch; without packing, samples."""
+    """Rows of an epoch; without packing, the number of samples."""
     fill: float | None
-    """Share of the packed rows' places that hold a token; None without packing."""
+    """Share of the capacity of packed rows that holds tokens, 0 to 1; None without packing."""
     rows_per_step: int
     steps_per_epoch: int
     max_length: int
@@ -38,16 +38,20 @@ class Forecast:
 def forecast(
     recipe: Recipe, lengths: Sequence[int], vision: Sequence[int], supervised: Sequence[int], *, processes: int = 1
 ) -> Forecast:
-    """The epoch that a recipe makes of samples; there must be one.
+    """Forecast an epoch over samples; there must be at least one.
 
     Args:
-        lengths, vision, supervised: tokens of each sample, and those of its images and of its answers.
-        processes: GPUs that the run will have.
+        lengths, vision, supervised: all tokens of each sample, its image tokens, its supervised tokens.
+        processes: GPUs of the planned run.
     """
-    told, limit = recipe.training.arguments, recipe.template.max_length
+    arguments, limit = recipe.training.arguments, recipe.template.max_length
     packing = recipe.training.packing
-    rows = pack_lengths(lengths, max_length=limit, seed=told["seed"]) if packing else [[k] for k in range(len(lengths))]
-    per_step = processes * told["per_device_train_batch_size"] * told["gradient_accumulation_steps"]
+    rows = (
+        pack_lengths(lengths, max_length=limit, seed=arguments["seed"])
+        if packing
+        else [[k] for k in range(len(lengths))]
+    )
+    per_step = processes * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     tokens = sum(lengths)
     return Forecast(
         samples=len(lengths),
@@ -64,7 +68,7 @@ def forecast(
 
 
 def histogram(values: Sequence[float], bins: int = BINS) -> list[Bar]:
-    """Bars with round borders; whole numbers get borders that are whole.
+    """Count values in bars with round borders; whole numbers get whole borders.
 
     Example:
         ``histogram([1, 2, 2, 9], 4)`` is ``[(0, 5, 3), (5, 10, 1)]``: the step is the next of 1, 2, 5, 10, ...
@@ -83,17 +87,17 @@ def histogram(values: Sequence[float], bins: int = BINS) -> list[Bar]:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Name -> value: the least, the middle, 95 of a hundred, the most. Each is one of the values."""
+    """Return name -> value for `QUANTILES`; each is one of the values."""
     ordered = sorted(values)
     return {name: ordered[int(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}
 
 
 def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 5, 10, 20, ... (and their tenths) that is not below."""
+    """Return the smallest of 1, 2, 5, 10, 20, ... (and their tenths) that is not below ``least``."""
     unit = 10.0 ** math.floor(math.log10(least))
     return next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= least * (1 - 1e-9))
 
 
 def _tidy(value: float) -> float:
-    """Without what floating point adds."""
+    """Remove floating-point noise."""
     return round(value, 10)

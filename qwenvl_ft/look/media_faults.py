@@ -1,4 +1,4 @@
-"""Is a medium there, is it whole, how large is it, and is it the same as another?"""
+"""Checks media files: does the file exist, can it be decoded, what is its size and its content hash?"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,34 +10,34 @@ from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
 from qwenvl_ft.errors import DataError
 
 KNOWN = 50_000
-"""Media that a process remembers: questions about the same image stand together."""
+"""Media that a process remembers; questions about the same image usually stand together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What is known of a medium once it was opened."""
+    """Result of opening a medium."""
 
     fault: tuple[str, str] | None
     """(reason, message) if something is wrong with it."""
     key: bytes = b""
-    """The same for the same content: of an image's decoded pixels, of a video's file; empty if there is none."""
+    """Content hash: of an image's decoded pixels, or of a video file's bytes; empty if it cannot be read."""
     size: tuple[int, int] = (0, 0)
-    """(width, height) in pixels, turned by EXIF; 0 of a video's file."""
+    """(width, height) in pixels, after EXIF rotation; (0, 0) for a video file."""
 
 
 class MediaLooker:
-    """Opens media, each file once as far as it remembers."""
+    """Opens media and remembers the last `KNOWN` files."""
 
     def __init__(self, policy: MediaPolicy) -> None:
         self.policy = policy
         self._known: dict[str, Looked] = {}
 
     def image(self, value: Any) -> Looked:
-        """Decode an image to its last pixel."""
+        """Decode the whole image."""
         return self._once(value, self._decoded)
 
     def video(self, value: Any) -> list[Looked]:
-        """The frames of a video, or its file."""
+        """Check the frames of a video, or its file."""
         if isinstance(value, (str, Path, bytes)):
             return [self._once(value, _file)]
         return [self.image(frame) for frame in value]
@@ -64,12 +64,12 @@ class MediaLooker:
         fault = None
         if image.size != (width, height):
             shown = "x".join(map(str, image.size))
-            fault = "size", f"image {value!s:.200}: the header says {width}x{height} pixels, decoded are {shown}."
+            fault = "size", f"image {value!s:.200}: the header says {width}x{height} pixels, but it decodes to {shown}."
         return Looked(fault, key, image.size)
 
 
 def _file(value: Any) -> Looked:
-    """A video's file, by its bytes; its frames are the encoder's to read."""
+    """Hash the bytes of a video file; the encoder decodes its frames."""
     if isinstance(value, bytes):
         return Looked(None, xxhash.xxh3_128_digest(value))
     if _is_missing(value):
@@ -85,7 +85,7 @@ def _file(value: Any) -> Looked:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether it is a path at which there is nothing; URLs and base64 are no paths."""
+    """Return True for a path that does not exist; URLs and base64 are not paths."""
     if not isinstance(value, (str, Path)):
         return False
     text = str(value)

@@ -1,4 +1,4 @@
-"""The objects that an answer names, wherever they stand in its JSON."""
+"""Finds the objects that an answer lists, at any depth of its JSON."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from qwenvl_ft.evaluation.localization import KINDS, Found, read_object
 from qwenvl_ft.evaluation.parse import BOX_KEYS, LABEL_KEYS, clean, load_json, parse_instances
 
 KEYS = {key: kind for kind, (key, _, _) in KINDS.items()}
-"""Key of a geometry -> its kind."""
+"""Geometry key -> kind of object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Named:
     """An object of an answer."""
 
     group: str
-    """Key of the image it belongs to, ``""`` if the answer does not say."""
+    """Key of its image; ``""`` if the answer does not name one."""
     found: Found | None
     """None if its geometry cannot be read."""
     value: Any
@@ -24,7 +24,7 @@ class Named:
 
 
 def named_objects(text: str) -> list[Named]:
-    """All objects with a geometry: ``{image: {object: {...}}}``, a list of objects, or one by itself."""
+    """Return all objects with a geometry in ``{image: {object: {...}}}``, in a list of objects, or a single object."""
     value = load_json(clean(text))
     if not isinstance(value, dict) or _is_object(value):
         return list(_walk(value, ""))
@@ -36,7 +36,7 @@ def named_objects(text: str) -> list[Named]:
 
 
 def all_objects(text: str) -> list[Named]:
-    """`named_objects`, or where there are none the boxes written in any other form."""
+    """Return `named_objects`; if there are none, boxes written in any other form."""
     named = named_objects(text)
     if named or "[" not in text:
         return named

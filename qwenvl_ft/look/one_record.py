@@ -1,4 +1,4 @@
-"""One record, looked at from every side: all that is wrong with it, and what the planner needs to know of it."""
+"""Checks one record: finds all of its faults and measures its sample."""
 
 import json
 import re
@@ -26,31 +26,31 @@ from qwenvl_ft.look.objects import Named, named_objects
 from qwenvl_ft.look.sample import Case, Measured, SampleLook
 
 NORM = 1000
-"""Largest coordinate in thousandths, the unit that Qwen3-VL answers in."""
+"""Largest coordinate in thousandths, the unit of Qwen3-VL's answers."""
 GEOMETRY = re.compile(r"\"(bbox_2d|quad|line)\"")
 
 
 @dataclass(slots=True, kw_only=True)
 class Inspected(Measured):
-    """What is known of a record, and of its sample where it becomes one by itself."""
+    """Result of checking a record, including its sample if the record is a sample by itself."""
 
     where: str
     id: str = ""
     dataset: str = ""
     num_images: int = 0
     key: bytes = b""
-    """The same for the same media and text; empty if it cannot be read."""
+    """Hash of media and text; empty if the record cannot be read."""
     media: tuple[bytes, ...] = ()
-    """Keys of its media's content."""
+    """Content hashes of its media."""
 
 
 class Inspector:
-    """Looks at records one by one.
+    """Checks records one by one.
 
     Args:
-        encoder: None looks at everything but tokens.
-        encode: indices of the records that are made samples, pixels and all.
-        epochs: what training makes of the records; None if it refuses them.
+        encoder: counts tokens; None checks everything except tokens.
+        encode: indices of the records that are fully encoded, with pixels.
+        epochs: the epochs of training over these records; None if training refuses them.
         summaries: every dense caption needs a summary.
     """
 
@@ -72,29 +72,29 @@ class Inspector:
         try:
             record, source, root = records[index]
         except DataError as error:
-            where, _, told = str(error).partition(": ")
-            return Inspected(where=where, faults=[Fault("json", where, told)])
+            where, _, message = str(error).partition(": ")
+            return Inspected(where=where, faults=[Fault("json", where, message)])
         seen = Inspected(where=source.record, id=source.id, dataset=source.dataset)
-        for reason, told in self._all_cases(record, source, root, seen, index):
-            message = told.removeprefix(str(source)).removeprefix(": ")
+        for reason, text in self._all_cases(record, source, root, seen, index):
+            message = text.removeprefix(str(source)).removeprefix(": ")
             seen.faults.append(Fault(reason, source.record, message, source.id))
         return seen
 
     def _all_cases(self, *arguments: Any) -> Iterator[Case]:
-        """`_cases`, and what none of them foresaw: one record must not hide the others."""
+        """Yield `_cases`; an unexpected exception becomes a case, so that one record does not stop the check."""
         try:
             yield from self._cases(*arguments)
         except Exception as error:
             yield "unforeseen", f"{type(error).__name__}: {error}"
 
     def _cases(self, record: Any, source: Source, root: str | None, seen: Inspected, index: int) -> Iterator[Case]:
-        """Everything that is wrong; fills in what is right."""
+        """Yield all faults of a record, and fill in the fields of ``seen``."""
         objects = list(object_cases(record, source))
         yield from objects
         captioned = isinstance(record, Mapping) and dense.matches(record)
         if captioned and self.summaries and (fault := summary_fault(record.get("summary"))):
             yield "structure", f"summary: {fault}, and data.summary_ratio is above 0"
-        if objects:  # without them the rest can be looked at too
+        if objects:  # so that the rest of the record can still be checked
             rest = {**record, "objects": []}
             record = Told(rest, record.reader) if isinstance(record, Told) else rest
         try:
@@ -121,14 +121,14 @@ class Inspector:
         yield from answer_cases(record, conversation, images)
         if self.sample is None or broken:
             if not any(is_learned(message) for message in conversation.messages):
-                yield "unsupervised", "no assistant turn is learned from"
+                yield "unsupervised", "no assistant turn is supervised"
         elif not objects and not isinstance(self.epochs, DenseGroups):
             yield from self._sample_cases(self.sample, conversation, captioned, seen, index)
 
     def _sample_cases(
         self, look: SampleLook, conversation: Conversation, captioned: bool, seen: Inspected, index: int
     ) -> Iterator[Case]:
-        """What the sample of a record by itself will be, asked and coloured as training has it."""
+        """Check the sample that a single record becomes, with training's prompt and augmentation."""
         if isinstance(self.epochs, RecordEpochs) and (captioned or self.epochs.augmenter is not None):
             try:
                 conversation = self.epochs.conversation(0, index)
@@ -136,13 +136,13 @@ class Inspector:
                 yield "structure", str(error)
                 return
         elif captioned:
-            return  # training refuses its file, so nobody knows how it would be asked about
+            return  # training refuses its file, so its prompt is unknown
         yield from look.cases(conversation, seen, index in self.encode)
 
     def _absent(self, record: Any, root: str | None) -> Iterator[Case]:
-        """Images that a record which cannot be read names, and that cannot be opened."""
-        told = [record[key] for key in ("image", "images") if key in record] if isinstance(record, Mapping) else []
-        paths = [path for entry in told for path in (entry if isinstance(entry, list) else [entry])]
+        """Yield the images that an unreadable record names and that cannot be opened."""
+        named = [record[key] for key in ("image", "images") if key in record] if isinstance(record, Mapping) else []
+        paths = [path for entry in named for path in (entry if isinstance(entry, list) else [entry])]
         for path in paths:
             looked = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
             if looked is not None and looked.fault is not None:
@@ -150,12 +150,12 @@ class Inspector:
 
 
 def stored(value: Any) -> Any:
-    """What the record has, of an image that is augmented when it is opened."""
+    """Return the value that the record holds, also for an image that is augmented when opened."""
     return value.value if isinstance(value, DenseImage) else value
 
 
 def content_key(conversation: Conversation, media: Sequence[Looked]) -> bytes:
-    """The same for records that show the same media and say the same."""
+    """Hash media and text of a conversation."""
     keys = iter(media)
     digest = xxhash.xxh3_128()
     for message in conversation.messages:
@@ -172,13 +172,13 @@ def content_key(conversation: Conversation, media: Sequence[Looked]) -> bytes:
 
 
 def object_cases(record: Any, source: Source) -> Iterator[Case]:
-    """Faults of a dense-caption record's objects, each by itself."""
+    """Yield the faults of each object of a dense-caption record."""
     if not isinstance(record, Mapping) or not dense.matches(record):
         return
     try:
         shell = dense.read_dense_record({**record, "objects": []}, source)
     except DataError:
-        return  # the whole record is malformed, and is told to be
+        return  # the record itself is malformed, which is reported elsewhere
     for place, entry in enumerate(record["objects"]):
         try:
             dense.read_object(entry, f"{source}: objects[{place}]", shell.width, shell.height)
@@ -187,20 +187,20 @@ def object_cases(record: Any, source: Source) -> Iterator[Case]:
 
 
 def size_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
-    """Images whose true size is not the one that the record states."""
+    """Yield the images whose real size differs from the size stated in the record."""
     parts = conversation.media(Image)
-    told = (record["width"], record["height"]) if {"width", "height"} <= set(record) else None
-    if told is not None and not all(isinstance(side, int) for side in told):
-        told = None
+    size = (record["width"], record["height"]) if {"width", "height"} <= set(record) else None
+    if size is not None and not all(isinstance(side, int) for side in size):
+        size = None
     for part, image in zip(parts, images, strict=True):
-        stated = part.value.stated if isinstance(part.value, DenseImage) else told
+        stated = part.value.stated if isinstance(part.value, DenseImage) else size
         if stated is not None and not image.fault and image.size != stated:
-            found, expected = ("x".join(map(str, size)) for size in (image.size, stated))
+            found, expected = ("x".join(map(str, sides)) for sides in (image.size, stated))
             yield "size", f"image {stored(part.value)!s:.200} is {found} pixels, the record states {expected}"
 
 
 def film_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
-    """Video files of which a frame that training shows cannot be decoded."""
+    """Yield the video files in which a frame that training uses cannot be decoded."""
     processor, policy, source = encoder.processor.video_processor, encoder.policy, conversation.source
     for video in conversation.media(Video):
         if isinstance(video.value, (list, tuple)):
@@ -212,7 +212,7 @@ def film_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
 
 
 def answer_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
-    """Answers without text, and answers whose coordinates lie outside every image in any unit."""
+    """Yield answers without text, and answers whose coordinates are outside every image in any unit."""
     for number, message in enumerate(conversation.messages):
         if not is_learned(message):
             continue
@@ -222,26 +222,26 @@ def answer_cases(record: Any, conversation: Conversation, images: Sequence[Looke
         elif GEOMETRY.search(text) and not dense.matches(record):
             side = max((max(image.size) for image in images), default=0)
             faults = (coordinate_fault(named, side) for named in named_objects(text))
-            yield from (("geometry", f"an answer's object {told}") for told in faults if told)
+            yield from (("geometry", f"an answer's object {fault}") for fault in faults if fault)
 
 
 def coordinate_fault(named: Named, side: int) -> str:
-    """What is wrong with an object of an answer, whether it is in pixels or in thousandths; ``""`` if nothing.
+    """Return the fault of an object in an answer, whether in pixels or in thousandths; ``""`` if there is none.
 
     Args:
         side: the longest side of the images, in pixels.
     """
     found, shown = named.found, f"{json.dumps(named.value, ensure_ascii=False):.200}"
     if found is None:
-        return f"{shown} has not exactly one of bbox_2d (4 numbers), quad (8) and line (4, 6, ...)"
+        return f"{shown} does not have exactly one of bbox_2d (4 numbers), quad (8) and line (4, 6, ...)"
     lowest, highest = found.points.min(), found.points.max()
     if lowest < 0 or highest > max(side + dense.TOLERANCE_PIXELS, NORM):
-        return f"{shown} is outside the image, be it in pixels (of {side} at most) or in thousandths"
+        return f"{shown} is outside the image, both in pixels (at most {side}) and in thousandths"
     if found.kind == "bbox" and not (found.points[0] < found.points[1]).all():
         return f"{shown} is reversed or empty: a box is x1, y1, x2, y2 with x1 < x2 and y1 < y2"
     return ""
 
 
 def is_learned(message: Message) -> bool:
-    """Whether a turn is supervised."""
+    """Return True if a turn is supervised."""
     return message.role == "assistant" and message.loss is not False

@@ -1,4 +1,4 @@
-"""Pages that hold all they show: one HTML file, light and dark, no script, nothing from elsewhere."""
+"""Renders self-contained HTML pages: one file, light and dark, no script, no external resources."""
 
 from functools import cache
 from pathlib import Path
@@ -10,11 +10,11 @@ from qwenvl_ft import __version__
 
 FOLDER = Path(__file__).parent / "templates"
 COLOURS = 10
-"""Colours of classes in page.css, ``.c0`` and on."""
+"""Number of label colours in page.css: ``.c0`` to ``.c9``."""
 
 
 def render(template: str, **values: Any) -> str:
-    """A page; every value is escaped."""
+    """Render a template; every value is escaped."""
     return environment().get_template(template).render(version=__version__, **values)
 
 
@@ -27,15 +27,15 @@ def environment() -> Environment:
 
 
 def colour(label: str) -> str:
-    """CSS class of a class's colour: the same in every page."""
+    """Return the CSS class of a label's colour, the same on every page."""
     return f"c{sum(map(ord, label)) % COLOURS}"
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """``0.123`` -> ``12.3%``."""
+    """Format a share: ``0.123`` -> ``12.3%``."""
     return f"{share * 100:.{digits}f}%"
 
 
 def visible(text: str) -> str:
-    """A token's text with its line ends to be seen; they still break the line."""
+    """Make tabs and line ends of a token visible; line ends still break the line."""
     return text.replace("\t", "→\t").replace("\n", "↵\n")

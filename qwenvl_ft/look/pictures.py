@@ -1,4 +1,4 @@
-"""Pictures as the model gets them: a sample's patches put together again and un-normalised.
+"""Rebuilds the pictures that the model sees from a sample's patches, un-normalised.
 
 Letters: P patches, C channels, T temporal patch size, p patch side, m merge size.
 """
@@ -13,12 +13,12 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 LOSSLESS_BYTES = 400_000
-"""A picture whose PNG is larger becomes a JPEG in the page."""
+"""A picture whose PNG is larger, in bytes, is stored as JPEG."""
 QUALITY = 90
 
 
 def pictures(patches: Tensor, grids: Tensor, processor: Any) -> list[list[PILImage.Image]]:
-    """The frames of each medium of a sample; an image has one.
+    """Return the frames of each medium of a sample; an image has one.
 
     Args:
         patches: float32[P, C * T * p * p] as the processor gives them, or uint8[P, C * p * p] (data/media/patches.py).
@@ -30,7 +30,7 @@ def pictures(patches: Tensor, grids: Tensor, processor: Any) -> list[list[PILIma
 
 
 def frames(patches: Tensor, grid: Sequence[int], processor: Any) -> list[PILImage.Image]:
-    """One medium's frames in order; of an image, which stands twice in its patches, one."""
+    """Return the frames of one medium in order; one for an image, whose patches hold it twice."""
     pairs, high, wide = grid
     side, merge = processor.patch_size, processor.merge_size
     times = patches.shape[1] // (3 * side * side)
@@ -45,7 +45,7 @@ def frames(patches: Tensor, grid: Sequence[int], processor: Any) -> list[PILImag
 
 
 def denormalised(pixels: Tensor, processor: Any) -> Tensor:
-    """uint8 of what the processor scaled and normalised; float32[F, C, H, W]."""
+    """Undo the processor's scaling and normalisation: float32[F, C, H, W] -> uint8[F, C, H, W]."""
     if processor.do_normalize:
         mean, std = (torch.tensor(value)[None, :, None, None] for value in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
@@ -55,7 +55,7 @@ def denormalised(pixels: Tensor, processor: Any) -> Tensor:
 
 
 def data_uri(image: PILImage.Image) -> str:
-    """A picture as a page holds it."""
+    """Encode a picture as a data URI."""
     for kind, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": QUALITY})):
         file = io.BytesIO()
         image.save(file, kind, **options)

@@ -1,4 +1,4 @@
-"""Where an answer's objects stand on the pictures that the model sees."""
+"""Places an answer's objects on the pictures that the model sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Size = tuple[int, int]
 
 AUTO, PIXELS = "auto", "pixels"
 FAR_SIDES: dict[str, float] = {"norm1000": 1000, "norm100": 100, "unit": 1}
-"""Unit of coordinates -> what the far side of a picture is in it."""
+"""Coordinate unit -> value of the right or bottom edge of a picture."""
 UNITS = (AUTO, *FAR_SIDES, PIXELS)
 EMIT_NORMS = {"norm1000": "norm1000", "norm100": "norm100", "none": PIXELS}
 
@@ -22,19 +22,19 @@ class Placed:
     """An object on a picture."""
 
     picture: int | None
-    """Index of its picture; None if the answer does not say which."""
+    """Index of its picture; None if the answer does not name one."""
     kind: str
     desc: str
     label: str
-    """Its class."""
+    """Class of the object."""
     points: list[tuple[float, float]]
-    """In shares of the picture's sides, 0 to 1."""
-    told: list[float]
-    """Its numbers as the answer has them."""
+    """(x, y) as shares of the picture's width and height, 0 to 1."""
+    raw: list[float]
+    """Coordinates as the answer writes them."""
 
     @property
     def anchor(self) -> tuple[float, float]:
-        """Where its name stands: a line's first point, else the top left corner of its extent."""
+        """Position of the label: a line's first point, otherwise the top left corner of the bounding box."""
         if self.kind == "line":
             return self.points[0]
         xs, ys = zip(*self.points, strict=True)
@@ -42,18 +42,18 @@ class Placed:
 
     @property
     def numbers(self) -> str:
-        return ", ".join(f"{value:g}" for value in self.told)
+        return ", ".join(f"{value:g}" for value in self.raw)
 
 
 def check_units(units: str) -> str:
-    """Raises RecipeError if there is no such unit."""
+    """Return ``units``; raises RecipeError if there is no such unit."""
     if units not in UNITS:
         raise unknown_name("--units", units, UNITS)
     return units
 
 
 def guess_units(named: Sequence[Named]) -> str:
-    """Shares if all numbers are, pixels if one is above a thousand, else thousandths, in which Qwen3-VL answers."""
+    """Guess the unit: shares if no number exceeds 1, pixels if one exceeds 1000, otherwise Qwen3-VL's thousandths."""
     values = [value for each in named if each.found is not None for value in each.found.points.ravel().tolist()]
     if values and max(values) <= 1 and any(value % 1 for value in values):
         return "unit"
@@ -63,12 +63,12 @@ def guess_units(named: Sequence[Named]) -> str:
 def placed_objects(
     answers: Sequence[str], before: Sequence[str], stored: Sequence[Size], units: str = AUTO
 ) -> tuple[list[Placed], str]:
-    """The objects of all answers, and the unit in which they were read.
+    """Return the objects of all answers, and the unit in which they were read.
 
     Args:
-        answers: the learned texts of a sample.
-        before: the text that stands before each picture, whose end may name it.
-        stored: size of each picture that pixels are told of.
+        answers: the supervised texts of a sample.
+        before: the text before each picture; its end may name the picture.
+        stored: size of each picture to which pixel coordinates refer.
     """
     named = [each for answer in answers for each in all_objects(answer)]
     units = guess_units(named) if units == AUTO else units
@@ -84,13 +84,13 @@ def placed_objects(
             far = FAR_SIDES[units] if units in FAR_SIDES else 1.0
             across = [(float(x), float(y)) for x, y in each.found.points]
             points = [(x / (side[0] if side else far), y / (side[1] if side else far)) for x, y in across]
-            told = [value for point in across for value in point]
-            placed.append(Placed(home, each.found.kind, each.found.desc, each.found.label, points, told))
+            raw = [value for point in across for value in point]
+            placed.append(Placed(home, each.found.kind, each.found.desc, each.found.label, points, raw))
     return placed, units
 
 
 def picture_of(group: str, groups: Sequence[str], before: Sequence[str]) -> list[int]:
-    """Which pictures a group of objects belongs to: those that its key stands before, else the one in its place."""
+    """Return the pictures of a group of objects: those after a text that ends with its key, otherwise by position."""
     labelled = [k for k, text in enumerate(before) if group and text.rstrip().rstrip(":").endswith(group)]
     if labelled:
         return labelled
@@ -100,6 +100,6 @@ def picture_of(group: str, groups: Sequence[str], before: Sequence[str]) -> list
 
 
 def emitted_units(recipe: Recipe) -> str:
-    """The unit that a recipe's dense captions are written in."""
-    told = getattr(recipe.data, "emit_norm", None)
-    return EMIT_NORMS[told] if told in EMIT_NORMS else AUTO
+    """Return the coordinate unit of a recipe's dense captions."""
+    norm = getattr(recipe.data, "emit_norm", None)
+    return EMIT_NORMS[norm] if norm in EMIT_NORMS else AUTO

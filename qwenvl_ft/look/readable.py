@@ -1,6 +1,6 @@
-"""The records of a selection, whatever is wrong with one of its files: what can be read is, the rest is said.
+"""Opens the records of a selection even if some of its files are damaged.
 
-Training stops at the first file that cannot be opened. Here such a file gives up its good lines.
+Training stops at the first file that cannot be opened; here the valid lines of such a file are kept.
 """
 
 import json
@@ -29,16 +29,16 @@ class Opened:
     """The records of a selection."""
 
     parts: list[Any] = field(default_factory=list)
-    """Each a list whose ``[i]`` is (record, `Source`, folder of relative media), or raises DataError."""
+    """Sequences whose ``[i]`` is (record, `Source`, folder of relative media), or raises DataError."""
     faults: list[Fault] = field(default_factory=list)
-    """Lines and files that are not in ``parts``."""
+    """Lines and files that could not be read and are missing from ``parts``."""
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
 
 class Salvaged:
-    """The good lines of a file that training refuses."""
+    """The valid lines of a file that training refuses."""
 
     def __init__(self, name: str, path: Path, media_root: str, texts: list[tuple[str, str]]) -> None:
         self.name, self.path, self.media_root, self.texts = name, path, media_root, texts
@@ -47,7 +47,7 @@ class Salvaged:
         return len(self.texts)
 
     def summary(self) -> dict[str, int]:
-        """Name -> number of records, as `Records` has it."""
+        """Return name -> number of records, as `Records.summary` does."""
         return {self.name: len(self)}
 
     def __getitem__(self, index: int) -> tuple[Any, Source, str]:
@@ -57,12 +57,12 @@ class Salvaged:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not valid JSON: {error}.") from None
-        told = record["id"] if isinstance(record, dict) and "id" in record else None
-        return record, Source(self.name, where, "" if told is None else str(told)), self.media_root
+        name = record["id"] if isinstance(record, dict) and "id" in record else None
+        return record, Source(self.name, where, "" if name is None else str(name)), self.media_root
 
 
 def optional_encoder(recipe: Recipe) -> Encoder | None:
-    """The encoder that training has; None if the recipe names no model."""
+    """Build the encoder that training uses; None if the recipe names no model."""
     if not recipe.model.model:
         return None
     from qwenvl_ft.assemble import build_encoder, build_processor
@@ -71,14 +71,14 @@ def optional_encoder(recipe: Recipe) -> Encoder | None:
 
 
 def sensible_workers(recipe: Recipe) -> int:
-    """``data.dataset_num_proc``, as far as there are cores."""
+    """Return ``data.dataset_num_proc``, limited to the number of cores."""
     return min(recipe.data.dataset_num_proc, os.cpu_count() or 1)
 
 
 def open_splits(recipe: Recipe, *, num_proc: int) -> dict[str, Opened]:
-    """``train``, and ``val`` or ``val.NAME`` of each validation set -> the records that training would have.
+    """Return ``train`` and each validation set (``val`` or ``val.NAME``) -> the records that training would use.
 
-    Where a file keeps training from beginning, nothing is drawn, held out or mixed: all that can be read is there.
+    If a file would stop training, nothing is sampled, held out or mixed: every readable record is returned.
 
     Raises:
         RecipeError: the recipe has no training data.
@@ -95,26 +95,27 @@ def open_splits(recipe: Recipe, *, num_proc: int) -> dict[str, Opened]:
     if data.train_dataset_mix_ds:
         mixed = open_selection(data.train_dataset_mix_ds, options)
         splits[TRAIN] = Opened(splits[TRAIN].parts + mixed.parts, splits[TRAIN].faults + mixed.faults)
-    return splits | {split_name(name): open_selection(told, options) for name, told in val_selections(data).items()}
+    val = {split_name(name): open_selection(selection, options) for name, selection in val_selections(data).items()}
+    return splits | val
 
 
 def split_name(name: str) -> str:
-    """``val.NAME`` of a validation set; ``val`` of one without a name."""
+    """Return ``val.NAME``, or ``val`` for a validation set without a name."""
     return f"{VAL}.{name}".rstrip(".")
 
 
 def find_split(splits: Mapping[str, Found], name: str) -> Found:
-    """Raises RecipeError if the recipe has no such data."""
+    """Return a split by name; raises RecipeError if the recipe has no such split."""
     if name not in splits:
-        raise RecipeError(f"--split {name}: the recipe has no such data.{hint(name, splits)}")
+        raise RecipeError(f"--split {name}: the recipe has no such split.{hint(name, splits)}")
     return splits[name]
 
 
 def open_selection(selection: Selection, options: dict[str, Any]) -> Opened:
-    """The records of a selection, and what keeps some from being drawn.
+    """Open the records of a selection; what cannot be read becomes faults.
 
     Args:
-        options: of `load_records`.
+        options: keyword arguments of `load_records`.
     """
     opened = Opened()
     for name, amount in parse_selection(selection):
@@ -127,7 +128,7 @@ def open_selection(selection: Selection, options: dict[str, Any]) -> Opened:
 
 
 def _salvage(name: str, error: str, media_root: str | None, opened: Opened) -> None:
-    """What can be read of a file, all of it whatever rate was asked for."""
+    """Add everything that can be read of a file to ``opened``, whatever sampling rate was selected."""
     try:
         entry = find_dataset(name)
     except DataError:
@@ -153,16 +154,16 @@ def _salvage(name: str, error: str, media_root: str | None, opened: Opened) -> N
 
 
 def _json(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str]]:
-    """(place, text) of the entries before the first that cannot be read."""
+    """Yield (place, text) of the entries before the first one that cannot be read."""
     try:
         yield from read_json(path)
     except DataError as error:
-        where, _, told = str(error).removeprefix(str(path)).partition(": ")
-        faults.append(Fault("json", f"{path}{where}", told))
+        where, _, message = str(error).removeprefix(str(path)).partition(": ")
+        faults.append(Fault("json", f"{path}{where}", message))
 
 
 def _jsonl(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str]]:
-    """(place, text) of each record; a line that cannot be read becomes a fault."""
+    """Yield (place, text) of each record; a line that cannot be read becomes a fault."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -1,4 +1,4 @@
-"""What a conversation becomes: the numbers of the sample that training will have, or why there is none."""
+"""Measures the sample that training makes of a conversation, or finds out why there is none."""
 
 import copy
 from collections.abc import Iterator
@@ -23,22 +23,23 @@ Case = tuple[str, str]
 
 @dataclass(slots=True)
 class Measured:
-    """The numbers of a sample."""
+    """Token counts of a sample."""
 
     tokens: int = 0
-    """Of the sample as it would be without ``max_length``; 0 if there is none, or no model."""
+    """Length without ``max_length``; 0 if there is no sample or no model."""
     kept: int = 0
-    """Of the sample that is trained on; 0 if it is left out."""
+    """Length of the sample as trained on; 0 if it is dropped."""
     vision_tokens: int = 0
-    """Of the sample that is trained on; likewise below."""
+    """Image and video tokens of the sample as trained on."""
     supervised: int = 0
+    """Supervised tokens of the sample as trained on."""
     encoded: bool = False
-    """Whether it was made with its pixels, as training does."""
+    """True if the sample was fully encoded, with pixels, as in training."""
     faults: list[Fault] = field(default_factory=list)
 
 
 class SampleLook:
-    """Measures conversations as the encoder will have them, and as they would be without ``max_length``."""
+    """Measures conversations as the encoder makes them, and as they would be without ``max_length``."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -46,15 +47,15 @@ class SampleLook:
         self.whole.max_length = None
 
     def cases(self, conversation: Conversation, seen: Measured, encode: bool) -> Iterator[Case]:
-        """Everything that is wrong; fills in the numbers.
+        """Yield all faults, and fill in the counts of ``seen``.
 
         Args:
-            encode: make the sample, pixels and all.
+            encode: encode the sample fully, with pixels.
         """
         try:
             draft = self.whole.draft(conversation)
         except Unsupervised:
-            yield "unsupervised", "no assistant turn is learned from"
+            yield "unsupervised", "no assistant turn is supervised"
             return
         except DataError as error:
             yield "encoding", str(error)
@@ -66,9 +67,12 @@ class SampleLook:
                 return
             draft = cut(draft, limit, strategy)
             if not draft.supervised[1:].any():
-                yield "unsupervised", f"{seen.tokens} tokens; nothing is learned in the {draft.length} that are kept"
+                yield (
+                    "unsupervised",
+                    f"{seen.tokens} tokens; the {draft.length} that are kept include no supervised one",
+                )
                 return
-            yield "cut", f"{seen.tokens} tokens, {draft.length} of them are kept"
+            yield "cut", f"{seen.tokens} tokens, of which {draft.length} are kept"
         seen.kept = draft.length
         seen.vision_tokens = int(draft.counts[draft.widths > 0].sum())
         seen.supervised = int((draft.supervised * draft.counts)[1:].sum())
@@ -84,11 +88,11 @@ class SampleLook:
 
 
 class GroupLook:
-    """Looks at groups of dense captions as the first epoch draws them: joined, asked in their mode, augmented.
+    """Checks groups of dense captions as the first epoch draws them: joined, prompted and augmented.
 
     Args:
-        unfit: indices of records that have faults of their own, which were told; their groups are passed over.
-        encode: so many of the groups are made samples, pixels and all.
+        unfit: indices of faulty records, which were reported already; their groups are skipped.
+        encode: number of groups that are fully encoded, with pixels.
     """
 
     def __init__(self, encoder: Encoder, unfit: frozenset[int], encode: int) -> None:
@@ -101,7 +105,7 @@ class GroupLook:
         if self.unfit.isdisjoint(groups.indices(0, place)):
             try:
                 cases = list(self._cases(groups, place, seen))
-            except Exception as error:  # what nobody foresaw of one group must not hide the others
+            except Exception as error:  # one group must not stop the check
                 cases = [("unforeseen", f"{type(error).__name__}: {error}")]
             if cases:
                 seen.faults = [_fault(groups, place, *case) for case in cases]
@@ -116,18 +120,18 @@ class GroupLook:
         yield from self.look.cases(conversation, seen, place < self.encode)
 
 
-def _fault(groups: DenseGroups, place: int, reason: str, told: str) -> Fault:
-    """A fault of a group, where its first record stands; the others are named in the message."""
+def _fault(groups: DenseGroups, place: int, reason: str, message: str) -> Fault:
+    """Return a fault at the group's first record; the message names the others."""
     sources = [source for _, source, _ in groups.raw(0, place)]
     for source in sources:
-        told = told.replace(f"{source}: ", "")
-    others = f" (asked together with {', '.join(source.record for source in sources[1:])})" if sources[1:] else ""
-    return Fault(reason, sources[0].record, told + others, sources[0].id)
+        message = message.replace(f"{source}: ", "")
+    others = f" (grouped with {', '.join(source.record for source in sources[1:])})" if sources[1:] else ""
+    return Fault(reason, sources[0].record, message + others, sources[0].id)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a recipe makes samples of dense captions, and changes images."""
+    """Options by which a recipe turns dense captions into samples and augments images."""
 
     options: DenseOptions
     augmenter: Augmenter
@@ -140,22 +144,22 @@ class Drawing:
 
     @property
     def summaries(self) -> bool:
-        """Whether every dense caption needs a summary."""
+        """True if every dense caption needs a summary."""
         return self.options.draws_summaries
 
     def parts(
         self, records: Any, policy: MediaPolicy, *, training: bool
     ) -> tuple[list[tuple[Any, Epochs | None]], Fault | None]:
-        """Records that are alike, each with what training makes of them: None where it refuses them.
+        """Split records into parts of one kind, each with its epochs of training (None if training refuses it).
 
-        The fault is one that none of the records has by itself.
+        The fault concerns the records as a whole, not a single record.
         """
         try:
             epochs = open_epochs(records, self.options, augmenter=self.augmenter, training=training, policy=policy)
         except MovedTextError as error:
-            where, _, told = str(error).partition(": ")
-            return [(records, None)], Fault("structure", where, told)
-        except DataError:  # a record's own fault, which is told of it
+            where, _, message = str(error).partition(": ")
+            return [(records, None)], Fault("structure", where, message)
+        except DataError:  # the fault of one record, which is reported with that record
             return [(records, None)], None
         joined: Any = epochs.parts if isinstance(epochs, JoinedEpochs) else [epochs]
         return [(part.records, part) for part in joined], None

@@ -1,6 +1,6 @@
-"""What the model will see, as one HTML page: samples with their pictures, objects and tokens, the first packed rows.
+"""Writes an HTML page of what the model will see: samples with pictures, objects and tokens, and the first rows.
 
-The page holds everything it shows: it needs no server and no network.
+The page is self-contained: it needs no server and no network.
 """
 
 import json
@@ -24,16 +24,16 @@ from qwenvl_ft.look.tokens import Piece, learned_texts, pieces, texts_before_med
 from qwenvl_ft.recipe.schema import Recipe
 
 LONGEST_TEXT = 2000
-"""Characters of a text that the source record shows; embedded images are long."""
+"""Longest text of a source record that is shown in full, in characters; embedded images are longer."""
 MOST_FRAMES = 8
-"""Frames of a video that are shown, from its first to its last."""
+"""Most frames shown of a video, spread from its first to its last."""
 SMALLEST_SHOWN = 260
-"""Pixels of the page that a picture is wide at least."""
+"""Least width of a picture on the page, in CSS pixels."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image or a video frame, as the page has it."""
+    """An image or a video frame on the page."""
 
     uri: str
     width: int
@@ -52,7 +52,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """A sample, as the page has it."""
+    """A sample on the page."""
 
     title: str
     where: str
@@ -62,7 +62,7 @@ class Card:
     objects: list[Placed]
     units: str
     source: str
-    """Its record as JSON; empty if several records made it."""
+    """Its records as JSON."""
 
     @property
     def tokens(self) -> int:
@@ -91,17 +91,17 @@ class RowPart:
         return sum(count_of(piece) for piece in self.pieces)
 
     def share(self, kind: str) -> float:
-        """Share of ``vision``, ``learned`` or ``read`` tokens, 0 to 1."""
+        """Return the share of ``vision``, ``learned`` or ``read`` tokens, 0 to 1."""
         return sum(count_of(piece) for piece in self.pieces if share_kind(piece) == kind) / self.tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """A batch's row: samples that do not see each other."""
+    """A row of a batch: samples that do not attend to each other."""
 
     parts: list[RowPart]
     capacity: int
-    """Tokens that it takes; what it has, without packing."""
+    """Most tokens of a row; without packing, the tokens of this row."""
 
     @property
     def tokens(self) -> int:
@@ -109,7 +109,7 @@ class Row:
 
 
 def count_of(piece: Piece) -> int:
-    """Tokens of a piece."""
+    """Return the number of tokens of a piece."""
     return piece.count if piece.kind in ("image", "video") else len(piece.ids)
 
 
@@ -130,13 +130,13 @@ def show_recipe(
     units: str = AUTO,
     title: str = "",
 ) -> Path:
-    """Write the page of a recipe's data.
+    """Write the page for a recipe's data.
 
     Args:
-        split: ``train`` or ``val``; ``val.NAME`` is one of several sets.
-        samples: how many are shown, taken from all over the data.
-        rows: how many of the epoch's first.
-        units: of the coordinates in answers: norm1000, norm100, unit (0 to 1), pixels (of the stored image), or auto.
+        split: ``train``, ``val``, or ``val.NAME`` if there are several validation sets.
+        samples: number of samples to show, spread evenly over the data.
+        rows: number of rows to show, from the start of the epoch.
+        units: unit of coordinates in answers: norm1000, norm100, unit (0 to 1), pixels (of the stored image), or auto.
 
     Returns:
         ``target``.
@@ -150,7 +150,7 @@ def show_recipe(
     seed = recipe.training.arguments["seed"]
     train, val = build_datasets(recipe, processor, seed)
     evaluated = val if isinstance(val, dict) else {"": val} if val is not None else {}
-    dataset = find_split({TRAIN: train} | {split_name(name): told for name, told in evaluated.items()}, split)
+    dataset = find_split({TRAIN: train} | {split_name(name): records for name, records in evaluated.items()}, split)
     at = epoch if split == TRAIN else 0
     chosen = spread(len(dataset.at(at)), samples)
     plan = epoch_rows(recipe, dataset, seed, at, shuffle=split == TRAIN)
@@ -178,53 +178,53 @@ def show_recipe(
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Indices at equal distances, the first and the last among them."""
+    """Return indices at equal distances, including the first and the last."""
     return sorted({int(place) for place in np.linspace(0, count - 1, min(wanted, count)).round()})
 
 
 def epoch_rows(recipe: Recipe, dataset: SampleDataset, seed: int, epoch: int, *, shuffle: bool) -> list[list[int]]:
-    """The rows of an epoch before they are dealt out to processes, as training plans them."""
-    told = recipe.training
-    given = told.arguments["data_seed"] if "data_seed" in told.arguments else None
-    seed = seed if given is None else given
-    if not told.packing:
+    """Return the rows of an epoch as training plans them, before they are distributed over ranks."""
+    arguments = recipe.training.arguments
+    data_seed = arguments["data_seed"] if "data_seed" in arguments else None
+    seed = seed if data_seed is None else data_seed
+    if not recipe.training.packing:
         return single_rows(len(dataset.at(epoch)), seed=seed, epoch=epoch, shuffle=shuffle)
     return pack_lengths(dataset.at(epoch).tokens, max_length=recipe.template.max_length, seed=seed, epoch=epoch)
 
 
 def card(dataset: SampleDataset, ticket: Ticket, title: str, dense_units: str, units: str) -> Card:
-    """One sample as the page has it.
+    """Prepare one sample for the page.
 
     Args:
-        dense_units: unit of dense captions, which the recipe says.
-        units: of all answers, if it is not ``auto``.
+        dense_units: unit of dense captions according to the recipe.
+        units: unit of all answers, unless it is ``auto``.
     """
     sample = dataset[ticket]
     encoder = dataset.encoder
-    told = pieces(sample["input_ids"].tolist(), sample["labels"].tolist(), encoder.processor.tokenizer)
+    sequence = pieces(sample["input_ids"].tolist(), sample["labels"].tolist(), encoder.processor.tokenizer)
     records, sizes = source_of(dataset, ticket)
     if units == AUTO and all(isinstance(record, Mapping) and "objects" in record for record in records):
         units = dense_units
-    shown = picture_list(sample, told, encoder.processor)
+    shown = picture_list(sample, sequence, encoder.processor)
     images = [picture for picture in shown if picture.kind == "image"]
-    if len(sizes) != len(images):  # some were cut off
+    if len(sizes) != len(images):  # truncation removed some
         sizes = [(picture.width, picture.height) for picture in images]
-    objects, units = placed_objects(learned_texts(told), texts_before_media(told), sizes, units)
+    objects, units = placed_objects(learned_texts(sequence), texts_before_media(sequence), sizes, units)
     numbered = list(enumerate(objects, 1))
     marked = [[(k, each) for k, each in numbered if each.picture == place] for place in range(len(images))]
     for picture, marks in zip(images, marked, strict=True):
         picture.objects.extend(marks)
     source = sample["source"]
     text = "\n".join(json.dumps(shortened(record), ensure_ascii=False, indent=2) for record in records)
-    return Card(title, source.record, source.id, told, shown, objects, units if objects else "", text)
+    return Card(title, source.record, source.id, sequence, shown, objects, units if objects else "", text)
 
 
-def picture_list(sample: Sample, told: Sequence[Piece], processor: Any) -> list[Picture]:
-    """The sample's images, then frames of its videos; no objects yet."""
+def picture_list(sample: Sample, sequence: Sequence[Piece], processor: Any) -> list[Picture]:
+    """Return the sample's images, then frames of its videos, still without objects."""
     found: list[Picture] = []
     if "pixel_values" in sample:
         images = pictures(sample["pixel_values"], sample["image_grid_thw"], processor.image_processor)
-        counts = [piece.count for piece in told if piece.kind == "image"]
+        counts = [piece.count for piece in sequence if piece.kind == "image"]
         for number, ((image, *_), count) in enumerate(zip(images, counts, strict=True), 1):
             found.append(Picture(data_uri(image), *image.size, count, "image", f"image {number}", []))
     if "pixel_values_videos" in sample:
@@ -237,7 +237,7 @@ def picture_list(sample: Sample, told: Sequence[Piece], processor: Any) -> list[
 
 
 def source_of(dataset: SampleDataset, ticket: Ticket) -> tuple[list[Any], list[tuple[int, int]]]:
-    """The records of a sample, and (width, height) of its images before the processor's resize."""
+    """Return the records of a sample, and (width, height) of its images before the processor's resize."""
     records = [record for record, _, _ in dataset.epochs.raw(ticket.epoch, ticket.place)]
     images = dataset.conversation(ticket).media(Image)
     sizes = [image_size(image.value, dataset.encoder.policy) for image in images]
@@ -245,7 +245,7 @@ def source_of(dataset: SampleDataset, ticket: Ticket) -> tuple[list[Any], list[t
 
 
 def shortened(value: Any) -> Any:
-    """A record without what no one reads: bytes, and texts that are longer than a screen."""
+    """Return a record without bytes and without texts longer than `LONGEST_TEXT`."""
     if isinstance(value, dict):
         return {str(key): shortened(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -260,13 +260,13 @@ def shortened(value: Any) -> Any:
 
 
 def row(dataset: SampleDataset, tickets: Sequence[Ticket], capacity: int, packing: bool) -> Row:
-    """A row as the collator makes it, cut at the borders that its text positions tell."""
+    """Prepare a row as the collator makes it, split at its sample boundaries."""
     batch = QwenVLCollator()([dataset[ticket] for ticket in tickets])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     parts, start = [], 0
     for source, length in zip(batch["sources"], sample_lengths(batch).tolist(), strict=True):
         cut = slice(start, start + length)
-        told = pieces(ids[cut], labels[cut], dataset.encoder.processor.tokenizer)
-        parts.append(RowPart(source.record, source.id, start, told))
+        sequence = pieces(ids[cut], labels[cut], dataset.encoder.processor.tokenizer)
+        parts.append(RowPart(source.record, source.id, start, sequence))
         start += length
     return Row(parts, capacity if packing else start)

@@ -1,4 +1,4 @@
-"""What is in the data: lengths, images, answers, objects, and how much of it is always the same."""
+"""Statistics of data: lengths, images, answers, objects, and how often they repeat."""
 
 import copy
 import re
@@ -26,23 +26,23 @@ from qwenvl_ft.look.walk import walk
 from qwenvl_ft.recipe.schema import Recipe
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019-][^\W_]+)*")
-"""A word; where words are not spaced apart, a character."""
+"""A word; in scripts without spaces between words, a character."""
 LONGEST_TEXT = 200
-"""Characters of a text that are kept to show it; longer ones are told apart by their hash."""
+"""Characters kept of a text; a hash distinguishes longer texts."""
 MOST_COMMON = 20
-"""Entries of a table."""
+"""Entries of a table in JSON and on the page."""
 
 HISTOGRAMS = {
-    "tokens": "tokens of a sample",
-    "learned": "learned tokens of a sample",
-    "vision": "image tokens of a sample",
-    "answer_characters": "characters of an answer",
-    "images": "images of a record",
+    "tokens": "tokens per sample",
+    "learned": "supervised tokens per sample",
+    "vision": "image tokens per sample",
+    "answer_characters": "characters per answer",
+    "images": "images per record",
     "longest_side": "longest side of an image, in pixels",
-    "objects": "objects of a record that has any",
-    "turns": "answers of a record",
+    "objects": "objects per record, records without objects left out",
+    "turns": "answers per record",
 }
-"""Measure -> what it is; each is a list of numbers, one or several of a record."""
+"""Measure -> heading. A record adds one or several numbers to a measure."""
 TABLES = {
     "classes": "classes of objects",
     "kinds": "kinds of objects",
@@ -50,16 +50,16 @@ TABLES = {
     "prompts": "prompts",
     "words": "words of answers",
 }
-"""Count -> of what."""
+"""Count -> heading."""
 
 
 @dataclass
 class Counted:
-    """What one record has; likewise all of them."""
+    """Numbers and counts of one record, or summed over records."""
 
     records: int = 0
     unread: int = 0
-    """Records that no reader, or not the template, can read; nothing else counts them."""
+    """Records that cannot be read or rendered; no other figure includes them."""
     first_fault: str = ""
     numbers: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in HISTOGRAMS})
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in TABLES})
@@ -75,19 +75,19 @@ class Counted:
             self.counts[name].update(counts)
         self.datasets.update(other.datasets)
 
-    def told(self) -> dict[str, Any]:
-        """As JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the statistics as a dict that JSON can hold."""
         return {
             "records": self.records,
             "unread": self.unread,
             "first_fault": self.first_fault or None,
             "datasets": dict(self.datasets),
-            "measures": {name: _measure_told(values) for name, values in self.numbers.items() if values},
-            "counts": {name: _count_told(counts) for name, counts in self.counts.items() if counts},
+            "measures": {name: _measure_to_json(values) for name, values in self.numbers.items() if values},
+            "counts": {name: _count_to_json(counts) for name, counts in self.counts.items() if counts},
         }
 
 
-def _measure_told(values: list[float]) -> dict[str, Any]:
+def _measure_to_json(values: list[float]) -> dict[str, Any]:
     return {
         "count": len(values),
         "sum": sum(values),
@@ -97,7 +97,7 @@ def _measure_told(values: list[float]) -> dict[str, Any]:
     }
 
 
-def _count_told(counts: Counter[str]) -> dict[str, Any]:
+def _count_to_json(counts: Counter[str]) -> dict[str, Any]:
     total = counts.total()
     return {
         "total": total,
@@ -108,7 +108,7 @@ def _count_told(counts: Counter[str]) -> dict[str, Any]:
 
 
 class Census:
-    """Counts records one by one; tokens too, if there is an encoder."""
+    """Counts records one by one, including tokens if there is an encoder."""
 
     def __init__(self, policy: MediaPolicy, encoder: Encoder | None) -> None:
         self.policy = policy
@@ -122,9 +122,9 @@ class Census:
             conversation = read_record(record, source, root)
             draft = self.encoder.draft(conversation) if self.encoder is not None else None
             self._count(conversation, found)
-        except Exception as error:  # of any type: one record must not keep the others from being counted
-            told = str(error) if isinstance(error, QwenVLError) else f"{type(error).__name__}: {error}"
-            return Counted(records=1, unread=1, first_fault=told, datasets=found.datasets)
+        except Exception as error:  # any type: one record must not stop the count
+            fault = str(error) if isinstance(error, QwenVLError) else f"{type(error).__name__}: {error}"
+            return Counted(records=1, unread=1, first_fault=fault, datasets=found.datasets)
         if draft is not None:
             found.numbers["tokens"].append(draft.length)
             found.numbers["vision"].append(int(draft.counts[draft.widths > 0].sum()))
@@ -138,13 +138,13 @@ class Census:
             found.numbers["longest_side"] += [max(image_size(image.value, self.policy)) for image in images]
         except DataError as error:
             raise DataError(f"{conversation.source}: {error}") from None
-        answers = [told for told in texts(conversation, "assistant") if told]
+        answers = [answer for answer in texts(conversation, "assistant") if answer]
         found.numbers["turns"].append(len(answers))
         found.numbers["answer_characters"] += map(len, answers)
         found.counts["answers"].update(map(shortened, answers))
-        found.counts["prompts"].update(shortened(told) for told in texts(conversation, "user") if told)
-        found.counts["words"].update(word.casefold() for told in answers for word in WORD.findall(told))
-        named = [each.found for told in answers for each in all_objects(told) if each.found is not None]
+        found.counts["prompts"].update(shortened(prompt) for prompt in texts(conversation, "user") if prompt)
+        found.counts["words"].update(word.casefold() for answer in answers for word in WORD.findall(answer))
+        named = [each.found for answer in answers for each in all_objects(answer) if each.found is not None]
         if named:
             found.numbers["objects"].append(len(named))
             found.counts["classes"].update(each.label or "(none)" for each in named)
@@ -152,7 +152,7 @@ class Census:
 
 
 class Grouped:
-    """The tokens of groups of dense captions, as the first epoch draws them; one that cannot be read has none."""
+    """Counts the tokens of groups of dense captions, as the first epoch draws them; an unreadable group has none."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.look = GroupLook(unlimited(encoder), frozenset(), 0)
@@ -167,14 +167,14 @@ class Grouped:
 
 
 def unlimited(encoder: Encoder) -> Encoder:
-    """The encoder for counting what is too long as it is."""
+    """Return a copy of the encoder without ``max_length``, to count long samples in full."""
     encoder = copy.copy(encoder)
     encoder.max_length = None
     return encoder
 
 
 def texts(conversation: Conversation, role: str) -> list[str]:
-    """The text of each message of a role, without its media; of answers, those that are learned."""
+    """Return the text of each message of a role, without media; only supervised answers."""
     return [
         "".join(part.text for part in message.content if isinstance(part, Text)).strip()
         for message in conversation.messages
@@ -189,7 +189,7 @@ def shortened(text: str) -> str:
 
 
 def count_recipe(recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = None, quiet: bool = False) -> Counted:
-    """Count all records that a recipe selects, those that are left out of training too.
+    """Count all records that a recipe selects, including those that training drops.
 
     Without ``model.model`` no tokens are counted.
 
@@ -215,10 +215,10 @@ def count_recipe(recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = N
 
 
 def text(counted: Counted, shown: int = 10) -> str:
-    """Everything on a terminal.
+    """Return the statistics as text.
 
     Args:
-        shown: entries of each table.
+        shown: entries printed per table.
     """
     return "\n".join(_lines(counted, shown))
 
@@ -227,17 +227,17 @@ def _lines(counted: Counted, shown: int) -> Iterator[str]:
     yield f"{counted.records:,} records" + f", {unread(counted)}" * bool(counted.unread)
     if len(counted.datasets) > 1:
         yield from (f"    {name}: {count:,}" for name, count in counted.datasets.items())
-    for name, told in HISTOGRAMS.items():
+    for name, heading in HISTOGRAMS.items():
         values = counted.numbers[name]
         if values:
             middle = ", ".join(f"{key} {value:,g}" for key, value in quantiles(values).items())
-            yield f"\n{told}: {sum(values):,g} in all, mean {sum(values) / len(values):,.1f}, {middle}"
+            yield f"\n{heading}: total {sum(values):,g}, mean {sum(values) / len(values):,.1f}, {middle}"
             yield from bars(histogram(values))
-    for name, told in TABLES.items():
+    for name, heading in TABLES.items():
         counts = counted.counts[name]
         if counts:
             total = counts.total()
-            yield f"\n{told}: {total:,}, {len(counts):,} of them different"
+            yield f"\n{heading}: {total:,}, {len(counts):,} distinct"
             for entry, count in counts.most_common(shown):
                 yield f"    {count:>8,} {count / total:>6.1%}  {' '.join(entry.split()):.90}"
             if len(counts) > shown:
@@ -245,19 +245,19 @@ def _lines(counted: Counted, shown: int) -> Iterator[str]:
 
 
 def unread(counted: Counted) -> str:
-    """How many records are not in the figures, and the first of them."""
-    return f"{counted.unread:,} of them not counted (qwenvl-ft check says why); the first: {counted.first_fault}"
+    """Return the number of records that are not counted, and the first fault."""
+    return f"{counted.unread:,} of them not counted (run qwenvl-ft check for details); the first: {counted.first_fault}"
 
 
 def write_page(counted: Counted, target: Path) -> Path:
-    """Everything as a page with plots."""
+    """Write the statistics as a page with plots."""
     page = render(
         "stats.html.jinja",
-        title="What is in the data",
+        title="Statistics of the data",
         counted=counted,
         unread=unread(counted) if counted.unread else "",
-        measures=[(told, counted.numbers[name]) for name, told in HISTOGRAMS.items() if counted.numbers[name]],
-        tables=[(told, counted.counts[name]) for name, told in TABLES.items() if counted.counts[name]],
+        measures=[(heading, counted.numbers[name]) for name, heading in HISTOGRAMS.items() if counted.numbers[name]],
+        tables=[(heading, counted.counts[name]) for name, heading in TABLES.items() if counted.counts[name]],
         most_common=MOST_COMMON,
         histogram=histogram,
         quantiles=quantiles,

@@ -1,4 +1,4 @@
-"""A sample's tokens as a reader sees them: text piece by piece, each medium as one."""
+"""Groups a sample's tokens into readable pieces: text token by token, each medium as one piece."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.data.encode.draft import IMAGE_PAD, VIDEO_PAD
 
 SPLIT_CHARACTER = "\ufffd"
-"""What a tokenizer decodes a part of a character to."""
+"""Character to which a tokenizer decodes an incomplete UTF-8 sequence."""
 LONGEST_CHARACTER = 8
-"""Tokens that one character (of several code points) may be spread over."""
+"""Most tokens over which one character (of several code points) may be spread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that are shown as one: a text's token, those that share a character, or all of an image."""
+    """Tokens shown as one: a text token, tokens that share a character, or all tokens of a medium."""
 
     ids: tuple[int, ...]
-    """Of a medium only one, which stands ``count`` times."""
+    """Token ids; of a medium a single id, which occurs ``count`` times."""
     count: int
     learned: bool
     text: str
-    """Decoded; empty for a medium."""
+    """Decoded text; empty for a medium."""
     kind: str
     """``text``, ``special``, ``image`` or ``video``."""
 
 
 def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[Piece]:
-    """All tokens in order; their ids and counts add up to the sample."""
+    """Return the pieces of a sample in order; together they hold all of its tokens."""
     return list(_pieces(list(ids), list(labels), tokenizer))
 
 
@@ -53,17 +53,17 @@ def _pieces(ids: list[int], labels: list[int], tokenizer: Any) -> Iterator[Piece
                     break
                 end += 1
                 text = tokenizer.decode(ids[start:end])
-            if SPLIT_CHARACTER in text:  # the text itself has one, or is cut within a character
+            if SPLIT_CHARACTER in text:  # the text itself contains it, or was cut within a character
                 end, text = start + 1, tokenizer.decode([token])
             yield Piece(tuple(ids[start:end]), 1, learned, text, "text")
         start = end
 
 
-def learned_texts(told: Sequence[Piece]) -> list[str]:
-    """The text of each run of learned tokens, without special ones."""
+def learned_texts(sequence: Sequence[Piece]) -> list[str]:
+    """Return the text of each run of supervised tokens, without special tokens."""
     texts: list[str] = []
     before = False
-    for piece in told:
+    for piece in sequence:
         if piece.learned and not before:
             texts.append("")
         if piece.learned and piece.kind == "text":
@@ -72,10 +72,10 @@ def learned_texts(told: Sequence[Piece]) -> list[str]:
     return texts
 
 
-def texts_before_media(told: Sequence[Piece], kind: str = "image") -> list[str]:
-    """For each image, the text between it and the medium before it, without special tokens."""
+def texts_before_media(sequence: Sequence[Piece], kind: str = "image") -> list[str]:
+    """Return, for each image, the text between the previous medium and it, without special tokens."""
     found, text = [], ""
-    for piece in told:
+    for piece in sequence:
         if piece.kind in ("image", "video"):
             if piece.kind == kind:
                 found.append(text)

@@ -1,4 +1,4 @@
-"""A folder with images that are whole, half and none, and data files beside them."""
+"""A folder with valid, truncated and fake images, and data files beside them."""
 
 import json
 

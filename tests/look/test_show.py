@@ -1,4 +1,4 @@
-"""The page shows the samples and rows that training gets, and needs nothing from elsewhere."""
+"""The page shows the samples and rows of training, and needs no external resources."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ IGNORE = -100
 
 
 class Page(HTMLParser):
-    """What a page shows: ids, labels, pictures and shapes of each sample, ids and labels of each part of a row."""
+    """Parses a page: ids, labels, pictures and shapes of each sample, ids and labels of each part of a row."""
 
     VOID = ("meta", "img", "wbr")
 
@@ -40,27 +40,29 @@ class Page(HTMLParser):
         assert not self.open, "a tag is not closed"
 
     def handle_starttag(self, tag, attrs):
-        told = dict(attrs)
-        classes = told["class"].split() if "class" in told else []
-        self.tags.append((tag, told))
+        attributes = dict(attrs)
+        classes = attributes["class"].split() if "class" in attributes else []
+        self.tags.append((tag, attributes))
         if tag not in self.VOID:
             self.open.append(tag)
-        if "data-sample" in told:
-            self.now = self.samples[told["data-sample"]] = self.new()
-        if "data-row" in told:
+        if "data-sample" in attributes:
+            self.now = self.samples[attributes["data-sample"]] = self.new()
+        if "data-row" in attributes:
             self.in_row = True
             self.rows.append([])
         if "tokens" in classes and self.in_row:
             self.now = self.new()
             self.rows[-1].append(self.now)
-        if "data-i" in told:
-            ids = [int(token) for token in told["data-i"].split()] * int(told["data-n"] if "data-n" in told else 1)
+        if "data-i" in attributes:
+            ids = [int(token) for token in attributes["data-i"].split()] * int(
+                attributes["data-n"] if "data-n" in attributes else 1
+            )
             self.now["ids"] += ids
             self.now["labels"] += ids if "on" in classes else [IGNORE] * len(ids)
         if tag == "img":
-            self.now["images"].append(Image.open(io.BytesIO(base64.b64decode(told["src"].partition(",")[2]))))
+            self.now["images"].append(Image.open(io.BytesIO(base64.b64decode(attributes["src"].partition(",")[2]))))
         if "mark" in classes:
-            self.now["shapes"].append((tag, told))
+            self.now["shapes"].append((tag, attributes))
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -140,7 +142,7 @@ def test_pictures_are_what_the_model_gets(data, tiny_dir, tmp_path):
 
 def test_normalised_patches_and_raw_ones_give_the_same_picture(processor):
     images = [picture(96, 64), picture(64, 128)]
-    normal, raw = (Encoder(processor, raw_pixels=told) for told in (False, True))
+    normal, raw = (Encoder(processor, raw_pixels=flag) for flag in (False, True))
     record = asked(images, "No.", "<image><image>")
     for encoder in (normal, raw):
         sample = encoder(record)
@@ -180,11 +182,11 @@ def test_boxes_quads_and_lines_are_drawn_where_the_answer_says(data, tiny_dir, t
     plain, dense = (found["shapes"] for found in page.samples.values())
     assert [tag for tag, _ in dense] == ["rect", "polygon", "polyline"]
     assert [float(dense[0][1][key]) for key in ("x", "y", "width", "height")] == pytest.approx([12, 16, 36, 32])
-    points = [[float(value) for value in re.findall(r"[\d.]+", told["points"])] for _, told in dense[1:]]
+    points = [[float(value) for value in re.findall(r"[\d.]+", shape["points"])] for _, shape in dense[1:]]
     assert points == [pytest.approx([0, 0, 96, 0, 96, 64, 0, 64]), pytest.approx([0, 0, 48, 32, 96, 0])]
-    (tag, told) = plain[0]
+    (tag, shape) = plain[0]
     assert tag == "rect"
-    assert [float(told[key]) for key in ("x", "y", "width", "height")] == pytest.approx([6.4, 25.6, 51.2, 102.4])
+    assert [float(shape[key]) for key in ("x", "y", "width", "height")] == pytest.approx([6.4, 25.6, 51.2, 102.4])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_boxes_quads_and_lines_are_drawn_where_the_answer_says(data, tiny_dir, t
         ([[0.1, 0.25, 0.5, 1]], "unit", [(0.1, 0.25), (0.5, 1)]),
     ],
 )
-def test_units_are_told_from_the_numbers(answer, units, expected):
+def test_units_follow_from_the_numbers(answer, units, expected):
     placed, found = placed_objects([json.dumps(answer)], [""], [(2000, 400)])
     assert found == units
     assert placed[0].points == [pytest.approx(point) for point in expected]
@@ -216,34 +218,34 @@ def test_objects_go_to_the_picture_that_their_key_names():
 def test_tokens_that_share_a_character_are_one_piece(processor):
     text = "多🙂"
     ids = processor.tokenizer(text)["input_ids"]
-    told = pieces(ids, ids, processor.tokenizer)
-    assert "".join(piece.text for piece in told) == text
-    assert any(len(piece.ids) > 1 for piece in told), "vacuous: every character is one token"
-    assert [token for piece in told for token in piece.ids] == ids
+    sequence = pieces(ids, ids, processor.tokenizer)
+    assert "".join(piece.text for piece in sequence) == text
+    assert any(len(piece.ids) > 1 for piece in sequence), "vacuous: every character is one token"
+    assert [token for piece in sequence for token in piece.ids] == ids
 
 
 def test_learned_text_and_what_stands_before_images(processor, tmp_path):
     record = asked([picture(64, 64), picture(64, 64)], "Yes, it is.", "A: <image> B: <image> Same?")
     sample = Encoder(processor)(record)
-    told = pieces(sample["input_ids"].tolist(), sample["labels"].tolist(), processor.tokenizer)
-    assert learned_texts(told) == ["Yes, it is.\n"]
-    assert [text.split("\n")[-1].strip() for text in texts_before_media(told)] == ["A:", "B:"]
+    sequence = pieces(sample["input_ids"].tolist(), sample["labels"].tolist(), processor.tokenizer)
+    assert learned_texts(sequence) == ["Yes, it is.\n"]
+    assert [text.split("\n")[-1].strip() for text in texts_before_media(sequence)] == ["A:", "B:"]
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(data, tiny_dir, tmp_path):
+def test_the_page_loads_nothing_and_runs_nothing(data, tiny_dir, tmp_path):
     path = data([*sound(), *SPOKEN])
     page = shown(path, tiny_dir, tmp_path, samples=99)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object")]
-    for tag, told in page.tags:
-        for name, value in told.items():
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
             assert not name.startswith("on"), f"{tag} runs {name}"
             if name in ("src", "href"):
                 assert value.startswith(("data:image/", "#"))
     text = (tmp_path / "page.html").read_text()
     assert "@import" not in text
     assert "url(" not in text
-    targets = {told["id"] for _, told in page.tags if "id" in told}
-    assert {told["href"][1:] for tag, told in page.tags if tag == "a"} <= targets
+    targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"} <= targets
 
 
 def test_the_source_record_is_shown_without_its_bytes(data, tiny_dir, tmp_path):

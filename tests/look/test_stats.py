@@ -95,7 +95,7 @@ def test_several_processes_count_the_same(data):
     assert one.counts["kinds"] == {"bbox": 120, "quad": 40}
 
 
-def test_what_cannot_be_read_is_said_and_does_not_count(data, capsys):
+def test_unreadable_records_are_reported_and_not_counted(data, capsys):
     path = data([*RECORDS, asked("gone.png"), b"{", {"text": 1}])
     found = counted(path)
     assert (found.records, found.unread) == (8, 3)
@@ -105,7 +105,7 @@ def test_what_cannot_be_read_is_said_and_does_not_count(data, capsys):
     assert "8 records, 3 of them not counted" in capsys.readouterr().out
 
 
-def test_long_texts_are_told_apart_by_their_ends(data):
+def test_long_texts_that_differ_only_at_the_end_count_separately(data):
     start = "x" * LONGEST_TEXT
     found = counted(
         data([asked("a.png", f"{start} one"), asked("a.png", f"{start} two"), asked("b.png", f"{start} one")])
@@ -117,23 +117,23 @@ def test_the_command_prints_tables_plots_and_json(data, tmp_path, capsys):
     path, page = str(data(RECORDS)), tmp_path / "deep" / "stats.html"
     assert main(["stats", path, "--out", str(page), "--show", "2"]) == 0
     out = capsys.readouterr().out
-    assert "kinds of objects: 4, 2 of them different" in out
+    assert "kinds of objects: 4, 2 distinct" in out
     assert re.search(r"^ +2 +40\.0%  A red cat\.$", out, flags=re.MULTILINE)
     assert "... and 2 more" in out
     assert main(["stats", path, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["measures"]["images"] | {"histogram": 0} == {
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["measures"]["images"] | {"histogram": 0} == {
         "count": 5,
         "sum": 5,
         "mean": 1,
         "quantiles": {"least": 0, "median": 1, "95%": 1, "most": 2},
         "histogram": 0,
     }
-    assert [bar["count"] for bar in told["measures"]["images"]["histogram"]] == [1, 3, 1]
-    assert told["counts"]["answers"]["most_common_share"] == 0.4
+    assert [bar["count"] for bar in printed["measures"]["images"]["histogram"]] == [1, 3, 1]
+    assert printed["counts"]["answers"]["most_common_share"] == 0.4
     text = page.read_text()
     sections = dict(re.findall(r'data-(?:measure|count)="([^"]+)">(.*?)</section>', text, flags=re.DOTALL))
-    assert re.findall(r'data-count="(\d+)"', sections["images of a record"]) == ["1", "3", "1"]
+    assert re.findall(r'data-count="(\d+)"', sections["images per record"]) == ["1", "3", "1"]
     assert re.findall(r'<td class="n">(\d+)</td>', sections["kinds of objects"]) == ["3", "1"]
     assert "<script" not in text
     assert not re.findall(r"(?:src|href)=", text)
@@ -142,7 +142,7 @@ def test_the_command_prints_tables_plots_and_json(data, tmp_path, capsys):
 def test_bars_are_as_high_as_their_counts(data, tmp_path):
     page = tmp_path / "stats.html"
     assert main(["stats", str(data(RECORDS)), "--out", str(page)]) == 0
-    chart = re.search(r'data-measure="images of a record">(.*?)</section>', page.read_text(), flags=re.DOTALL)[1]
+    chart = re.search(r'data-measure="images per record">(.*?)</section>', page.read_text(), flags=re.DOTALL)[1]
     heights = [float(height) for height in re.findall(r'<rect[^>]* height="([\d.]+)"', chart)]
     assert [height / max(heights) for height in heights] == pytest.approx([1 / 3, 1, 1 / 3], abs=1e-3)
 

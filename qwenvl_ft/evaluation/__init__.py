@@ -1,1 +1,1 @@
-"""How good a model is: it is asked by generation, and its answers are compared."""
+"""Evaluation by generation: a model answers prompts, and its answers are compared with the expected ones."""

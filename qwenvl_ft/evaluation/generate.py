@@ -1,7 +1,6 @@
-"""What a model answers to the prompts of an eval set, and how often that is what the records say.
+"""Generates answers to the prompts of an eval set and compares them with the answers in the records.
 
-Prompts are encoded as in training, so what is trained is what is asked. Letters: B prompts of a batch, T tokens of the
-longest, N new tokens.
+Prompts are encoded exactly as in training. Letters: B prompts of a batch, T tokens of the longest prompt, N new tokens.
 """
 
 import time
@@ -23,11 +22,11 @@ from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.evaluation.metrics import mean, metric_of
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-"""Either ends an answer and is no part of it, as the released generation config has it."""
+"""Tokens that end an answer and are not part of it, as in the released generation config."""
 MEDIA_TOKENS = (("<|image_pad|>", 1), ("<|video_pad|>", 2))
-"""Placeholder -> its ``mm_token_type_ids``, by which transformers finds the media; 0 is text."""
+"""(placeholder, its value in ``mm_token_type_ids``), by which transformers finds the media; text is 0."""
 MAX_WRONG = 20
-"""Wrong answers that `evaluate` returns, for a look."""
+"""Most wrong answers that `evaluate` returns as examples."""
 
 Progress = Callable[[int, int], None]
 
@@ -46,25 +45,24 @@ def generate(
     top_k: int = 50,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Answer each conversation: what the model writes in place of its last assistant turn.
+    """Generate an answer to each conversation, in place of its last assistant turn.
 
-    The model is left as it was: training mode of every module, ``use_cache``, and without the position offsets that
-    generation stores in it. With several processes each answers a share and all return all answers, in order.
+    The model's state is restored afterwards: the training mode of every module, ``use_cache``, and no position offsets
+    are left from generation. With several ranks each answers a share, and all return all answers in order.
 
     Args:
         conversations: records in any format, `Conversation` s, or a `Records`.
-        encoder: how prompts are encoded (system prompt, media policy, ...); None for the defaults.
-        do_sample: draw from the distribution shaped by ``temperature``, ``top_p`` and ``top_k`` instead of always
-            taking the likeliest token.
-        progress: called with (batches done, batches in all) on every process.
+        encoder: encodes the prompts (system prompt, media policy, ...); None for the defaults.
+        do_sample: sample with ``temperature``, ``top_p`` and ``top_k`` instead of greedy decoding.
+        progress: called with (batches done, number of batches) on every rank.
 
     Raises:
         DataError: a record is malformed, or its prompt is longer than the encoder's ``max_length``.
     """
     if batch_size < 1:
-        raise RecipeError(f"evaluation.batch_size={batch_size} is not a number of prompts. Give 1 or more.")
+        raise RecipeError(f"evaluation.batch_size={batch_size} is below 1. Set it to 1 or more prompts.")
     if max_new_tokens < 1:
-        raise RecipeError(f"evaluation.max_new_tokens={max_new_tokens} is not a number of tokens. Give 1 or more.")
+        raise RecipeError(f"evaluation.max_new_tokens={max_new_tokens} is below 1. Set it to 1 or more tokens.")
     encoder = encoder or Encoder(processor)
     settings = _settings(processor, max_new_tokens)
     settings.update(do_sample=do_sample, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -91,17 +89,17 @@ def evaluate(
     limit: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Ask the model for the last assistant turn of each record and compare.
+    """Generate the last assistant turn of each record and compare it with the record's own.
 
     Args:
-        metric: a name of ``METRICS``.
-        metric_options: its options, e.g. ``{"ignore_case": True}``.
-        limit: ask about the first so many records only.
+        metric: a name in ``METRICS``.
+        metric_options: options of the metric, e.g. ``{"ignore_case": True}``.
+        limit: evaluate only this many records, from the first.
         options: passed to `generate`.
 
     Returns:
-        The metric's mean under its name; ``count`` of records; ``wrong``, up to 20 of those below 1.0 as ``source``,
-        ``answer`` and ``expected``; ``seconds``.
+        The metric's mean under its name; ``count``, the number of records; ``wrong``, up to 20 of those below 1.0 as
+        ``source``, ``answer`` and ``expected``; ``seconds``.
 
     Raises:
         DataError: there are no records, or one does not end with an answer.
@@ -128,41 +126,41 @@ def evaluate(
 
 
 def evaluate_exact_match(model: nn.Module, processor: Any, records: Sequence[Any], **options: Any) -> dict[str, Any]:
-    """`evaluate` by exact match, white space at the ends aside."""
+    """Run `evaluate` with exact match, ignoring white space at both ends."""
     return evaluate(model, processor, records, metric="exact_match", **options)
 
 
 def expected_answer(conversation: Conversation) -> str:
-    """The text of the last turn, which must be the assistant's.
+    """Return the text of the last turn, which must be the assistant's.
 
     Raises:
-        DataError: it is not.
+        DataError: the last turn is not the assistant's.
     """
     last = conversation.messages[-1] if conversation.messages else None
     if last is None or last.role != "assistant":
         raise DataError(
             f"{conversation.source}: the record ends with {last.role if last else 'nothing'!r}. "
-            "To be evaluated it must end with the assistant's answer."
+            "To be evaluated, it must end with the assistant's answer."
         )
     return "".join(part.text for part in last.content if isinstance(part, Text))
 
 
 def require_answers(records: Sequence[Any]) -> None:
-    """Refuse records that do not end with an answer, before anything is generated or trained.
+    """Raise unless every record ends with an answer; called before anything is generated or trained.
 
     Raises:
-        DataError: names the first.
+        DataError: a record does not; the message names the first.
     """
     for index in range(len(records)):
         expected_answer(_read(records[index]))
 
 
 def plan_batches(kinds: Sequence[tuple[bool, ...]], batch_size: int, world_size: int = 1) -> list[list[int]]:
-    """Batches of indices, in an order in which rank r takes every ``world_size``-th from the r-th.
+    """Split indices into batches so that rank r takes batches r, r + ``world_size``, and so on.
 
-    Sharded models gather each module's weights in step, so at any moment all ranks must run the same modules: only
-    conversations with the same kinds of media share a batch, and a kind's last batch is repeated until every rank has
-    one.
+    Sharded models gather each module's weights on all ranks together, so all ranks must run the same modules at the
+    same time. Therefore a batch only holds conversations with the same kinds of media, and the last batch of each kind
+    is repeated until every rank has one.
 
     Example:
         Five text prompts in twos, for two ranks: ``[[0, 1], [2, 3], [4], [4]]``.
@@ -176,10 +174,10 @@ def plan_batches(kinds: Sequence[tuple[bool, ...]], batch_size: int, world_size:
 
 
 def prompt_batch(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Prompts of unequal lengths, filled up on the left so that all of them end where the answers begin.
+    """Batch prompts of unequal lengths, padded on the left so that all answers begin at the same position.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` int64[B, T], and the media of all, in order.
+        ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` int64[B, T], and all media in order.
     """
     tokenizer = processor.tokenizer
     pad_id = tokenizer.pad_token_id
@@ -207,7 +205,7 @@ def _answer(model: Any, processor: Any, samples: Sequence[Sample], settings: Gen
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """The tokens before the first that ends an answer; what follows it is padding."""
+    """Return the tokens before the first stop token; padding follows it."""
     end = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[:end]
 
@@ -224,7 +222,7 @@ def _settings(processor: Any, max_new_tokens: int) -> GenerationConfig:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Everything generation needs of the model, and afterwards the model as it was."""
+    """Prepare the model for generation, and restore its state afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -233,13 +231,15 @@ def _inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-            if "rope_deltas" in vars(module):  # the last batch's position offsets; a later pass could find them
+            if "rope_deltas" in vars(module):  # position offsets of the last batch, which a later pass would use
                 module.rope_deltas = None  # type: ignore[assignment]
 
 
 def _common_precision(model: nn.Module) -> Any:
-    """Autocast to the lowest precision where a model's weights have several, as in training: trained ones in float32
-    beside frozen ones in bfloat16. Nothing where they have one."""
+    """Return an autocast to the lowest precision of the weights if they have several, as in training.
+
+    Trained weights are often in float32 beside frozen ones in bfloat16. With a single precision nothing is cast.
+    """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     lower = sorted(dtypes & {torch.bfloat16, torch.float16}, key=str)
     if len(dtypes) < 2 or not lower:
@@ -273,7 +273,7 @@ def _several() -> bool:
 
 
 def _gather(answers: dict[int, str]) -> dict[int, str]:
-    """The answers of all processes, on every process."""
+    """Return the answers of all ranks, on every rank."""
     if not _several():
         return answers
     shares: list[Any] = [None] * _world_size()

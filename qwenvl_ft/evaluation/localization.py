@@ -1,7 +1,7 @@
-"""How well boxes, quads and lines of dense captions are found, each kind by itself.
+"""Scores how well boxes, quads and lines of dense captions are found, for each kind separately.
 
-A predicted object can only be matched with an expected one of its kind and class, one with one, the most alike first.
-Likeness: intersection over union of boxes and quads; for lines 1 minus their mean distance over the diagonal.
+Predicted objects are matched one to one with expected ones of the same kind and class, the most similar pair first.
+Similarity is the intersection over union for boxes and quads, and 1 - (mean distance / image diagonal) for lines.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_ft.errors import DataError
-from qwenvl_ft.evaluation.medical import box_iou, match
+from qwenvl_ft.evaluation.medical import box_iou, match, require_pairs
 from qwenvl_ft.evaluation.parse import clean, load_json, plain
 
 Points = NDArray[np.float64]
-"""float64[points, 2] of x, y."""
+"""float64[points, 2] as (x, y)."""
 
 LINE_SAMPLES = 64
-"""Points at equal steps along a line from which the distance to the other is taken."""
+"""Equally spaced points of a line at which its distance from the other line is measured."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,16 @@ class Found:
 
     @property
     def label(self) -> str:
-        """Its class: what stands before the first slash."""
+        """Class of the object: the description up to the first slash."""
         return plain(self.desc.split("/")[0])
 
 
 def parse_objects(text: str) -> dict[str, list[Found]] | None:
-    """Image -> its objects in a dense caption's JSON, in the order of its images; None if it cannot be read.
+    """Parse a dense caption's JSON into image -> its objects, in order; None if it cannot be read.
 
-    Read are ``{image: {object: {"desc": ..., KIND: [...]}}}``, and one image's ``{object: {...}}`` or list of objects,
-    as image ``""``; fenced or cut off too. An object without exactly one well-formed geometry is left out.
+    Accepts ``{image: {object: {"desc": ..., KIND: [...]}}}``, and a single image's ``{object: {...}}`` or list of
+    objects, stored under image ``""``. The JSON may be fenced or truncated. Objects without exactly one well-formed
+    geometry are left out.
     """
     value = load_json(clean(text))
     if isinstance(value, list):
@@ -63,71 +64,71 @@ def geometry_accuracy(
     distance: float = 0.02,
     by_class: bool = True,
 ) -> dict[str, Any]:
-    """Precision, recall, F1 and mean likeness for ``bbox``, ``quad`` and ``line``, and F1 of all together.
+    """Return precision, recall, F1 and mean similarity for ``bbox``, ``quad`` and ``line``, and the overall F1.
 
     Args:
-        sizes: (width, height) of each image of each record, in the unit of the coordinates; None is 1000 x 1000, as
-            norm1000 has it. Only the distance of lines depends on it.
-        iou: a box or quad is found if its IoU is above.
-        distance: a line is found if its mean distance, in diagonals, is below.
-        by_class: whether classes must be equal.
+        sizes: (width, height) of each image of each record, in the unit of the coordinates; None is 1000 x 1000, for
+            norm1000. Only the distance of lines depends on it.
+        iou: a box or quad is found if its IoU is above this.
+        distance: a line is found if its mean distance, in image diagonals, is below this.
+        by_class: True matches only objects of the same class.
 
     Raises:
-        DataError: a reference is no dense caption, or the sequences differ in length.
+        DataError: a reference is not a dense caption, or the sequences are empty or differ in length.
     """
-    if not references or len(references) != len(answers):
-        raise DataError(f"{len(references)} references and {len(answers)} answers: give as many, and one at least.")
+    require_pairs(references, answers)
     tallies = {kind: Tally() for kind in KINDS}
     unparsed = 0
     for number, (reference, answer) in enumerate(zip(references, answers, strict=True)):
-        expected, given = parse_objects(reference), parse_objects(answer)
+        expected, predicted = parse_objects(reference), parse_objects(answer)
         if expected is None:
-            raise DataError(f"reference {number} is no dense caption: {reference[:80]!r}.")
-        unparsed += given is None
-        for image, (there, found) in enumerate(_by_image(expected, given or {})):
+            raise DataError(f"reference {number} is not a dense caption: {reference[:80]!r}.")
+        unparsed += predicted is None
+        for image, (wanted, found) in enumerate(_by_image(expected, predicted or {})):
             size = sizes[number][image] if sizes is not None and image < len(sizes[number]) else (1000.0, 1000.0)
             for kind, tally in tallies.items():
-                tally.add(*_kind_pairs(kind, there, found, np.asarray(size), iou, distance, by_class))
-    told: dict[str, Any] = {kind: tally.scores() for kind, tally in tallies.items()}
-    every = Tally()
+                tally.add(*_kind_pairs(kind, wanted, found, np.asarray(size), iou, distance, by_class))
+    scores: dict[str, Any] = {kind: tally.scores() for kind, tally in tallies.items()}
+    overall = Tally()
     for tally in tallies.values():
-        every.add(tally.likeness, tally.there, tally.found)
-    return told | {"f1": every.scores()["f1"], "count": len(references), "n_unparsed": unparsed}
+        overall.add(tally.likeness, tally.expected, tally.found)
+    return scores | {"f1": overall.scores()["f1"], "count": len(references), "n_unparsed": unparsed}
 
 
 class Tally:
-    """Matches of one kind over a set."""
+    """Matches of one kind over a whole set."""
 
     def __init__(self) -> None:
         self.likeness: list[float] = []
-        """Of each match."""
-        self.there = self.found = 0
-        """Expected and predicted objects."""
+        """Similarity of each matched pair."""
+        self.expected = self.found = 0
+        """Numbers of expected and of predicted objects."""
 
-    def add(self, likeness: list[float], there: int, found: int) -> None:
+    def add(self, likeness: list[float], expected: int, found: int) -> None:
         self.likeness += likeness
-        self.there += there
+        self.expected += expected
         self.found += found
 
     def scores(self) -> dict[str, Any]:
-        """Scores; None where there is nothing that they could be of."""
+        """Return the scores; None where the denominator is 0."""
         hits = len(self.likeness)
-        both = self.there + self.found
+        both = self.expected + self.found
         return {
             "precision": hits / self.found if self.found else None,
-            "recall": hits / self.there if self.there else None,
+            "recall": hits / self.expected if self.expected else None,
             "f1": 2 * hits / both if both else None,
             "mean_likeness": sum(self.likeness) / hits if hits else None,
             "tp": hits,
             "fp": self.found - hits,
-            "fn": self.there - hits,
+            "fn": self.expected - hits,
         }
 
 
 def quad_iou(quad: Points, other: Points) -> float:
-    """Intersection over union of two simple quads, convex or not, with corners in any direction of turn.
+    """Return the intersection over union of two simple quads, convex or not, with corners in either orientation.
 
-    Each is cut into two triangles, whose intersections are exact. A quad that crosses itself counts as its hull.
+    Each quad is split into two triangles, whose intersections are exact. A self-intersecting quad is replaced by its
+    convex hull.
     """
     a, b = _triangles(quad), _triangles(other)
     inner = sum(_area(_clip(triangle, window)) for triangle in a for window in b)
@@ -136,9 +137,9 @@ def quad_iou(quad: Points, other: Points) -> float:
 
 
 def line_distance(line: Points, other: Points, size: Points) -> float:
-    """Mean distance of each line's points from the other line, both ways averaged, in diagonals of the image.
+    """Return the symmetric mean distance between two lines, in image diagonals.
 
-    The direction in which a line is drawn does not matter, nor how many points it has.
+    It does not depend on the direction of a line or on its number of points.
     """
     there, back = _mean_distance(line, other), _mean_distance(other, line)
     return (there + back) / 2 / float(np.hypot(*size))
@@ -164,27 +165,29 @@ KINDS: dict[str, tuple[str, Callable[[int], bool], Callable[[list[Points], list[
     "quad": ("quad", lambda numbers: numbers == 8, _quad_likeness),
     "line": ("line", lambda numbers: numbers >= 4 and numbers % 2 == 0, _line_likeness),
 }
-"""Kind -> its key in a caption, how many numbers it has, and likeness float64[a, b] of two lists of them."""
+"""Kind -> (its key in a caption, test for the count of numbers, similarity float64[a, b] of two lists of objects)."""
 
 
-def _by_image(expected: dict[str, list[Found]], given: dict[str, list[Found]]) -> list[tuple[list[Found], list[Found]]]:
-    """Expected and predicted objects of each image: by the images' names, or in order where names are others."""
-    if set(given) <= set(expected):
-        return [(objects, given[name] if name in given else []) for name, objects in expected.items()]
-    return list(zip_longest(expected.values(), given.values(), fillvalue=[]))
+def _by_image(
+    expected: dict[str, list[Found]], predicted: dict[str, list[Found]]
+) -> list[tuple[list[Found], list[Found]]]:
+    """Pair expected and predicted objects by image name, or in order if the names differ."""
+    if set(predicted) <= set(expected):
+        return [(objects, predicted[name] if name in predicted else []) for name, objects in expected.items()]
+    return list(zip_longest(expected.values(), predicted.values(), fillvalue=[]))
 
 
 def _kind_pairs(
     kind: str,
-    there: list[Found],
+    expected: list[Found],
     found: list[Found],
     size: Points,
     iou: float,
     distance: float,
     by_class: bool,
 ) -> tuple[list[float], int, int]:
-    """Likeness of the matches of a kind in one image, and how many objects of it each side has."""
-    a, b = ([item for item in side if item.kind == kind] for side in (there, found))
+    """Return the similarities of matched pairs of a kind in one image, and the counts of expected and found objects."""
+    a, b = ([item for item in side if item.kind == kind] for side in (expected, found))
     if not a or not b:
         return [], len(a), len(b)
     likeness = KINDS[kind][2]([item.points for item in a], [item.points for item in b], size)
@@ -204,7 +207,7 @@ def _objects(value: Any) -> list[Found]:
 
 
 def read_object(value: Any) -> Found | None:
-    """One object of a caption; None unless it has exactly one well-formed geometry."""
+    """Read one object of a caption; None unless it has exactly one well-formed geometry."""
     if not isinstance(value, dict):
         return None
     kinds = [kind for kind, (key, _, _) in KINDS.items() if key in value]
@@ -221,10 +224,10 @@ def read_object(value: Any) -> Found | None:
 
 
 def _triangles(quad: Points) -> list[Points]:
-    """Two triangles that a quad consists of, each turning forward; its hull's if it crosses itself."""
+    """Split a quad into two counterclockwise triangles; a self-intersecting quad is replaced by its convex hull."""
     for corners in (quad, np.roll(quad, -1, axis=0)):
         first, second = corners[[0, 1, 2]], corners[[0, 2, 3]]
-        if _turn(*first) * _turn(*second) >= 0:  # the diagonal between them lies inside
+        if _turn(*first) * _turn(*second) >= 0:  # the diagonal between them is inside
             return [_forward(first), _forward(second)]
     around = quad - quad.mean(axis=0)
     hull = quad[np.argsort(np.arctan2(around[:, 1], around[:, 0]))]
@@ -232,7 +235,7 @@ def _triangles(quad: Points) -> list[Points]:
 
 
 def _clip(polygon: Points, window: Points) -> Points:
-    """The part of a polygon inside a triangle that turns forward (Sutherland and Hodgman 1974)."""
+    """Clip a polygon to a counterclockwise triangle (Sutherland and Hodgman 1974)."""
     for start, end in zip(window, np.roll(window, -1, axis=0), strict=True):
         if not len(polygon):
             break
@@ -264,7 +267,7 @@ def _area(polygon: Points) -> float:
 
 
 def _mean_distance(line: Points, other: Points) -> float:
-    """Mean distance of points at equal steps along a line from the nearest point of the other."""
+    """Return the mean distance of equally spaced points of a line from the nearest point of the other line."""
     points = _resampled(line)[:, None]  # [samples, 1, 2]
     start, step = other[:-1], np.diff(other, axis=0)  # [segments, 2]
     length = (step**2).sum(axis=-1)

@@ -1,7 +1,7 @@
-"""How good answers about medical images are: classes, labels, boxes, counts and measures.
+"""Metrics for answers about medical images: classes, labels, boxes, counts and measurements.
 
-Each metric takes the references and the answers as texts, in the same order, and returns numbers by name. Of the
-``count`` answers ``n_unparsed`` could not be read; they count as wrong, not as absent.
+Each metric takes references and answers as texts in the same order and returns name -> number. ``n_unparsed`` of the
+``count`` answers could not be parsed; they count as wrong.
 """
 
 from collections import Counter
@@ -26,22 +26,22 @@ from qwenvl_ft.evaluation.parse import (
 Metrics = dict[str, Any]
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-"""A box is found if its intersection over union is above."""
+"""A box is found if its intersection over union is above the threshold."""
 BREAKDOWN_THRESHOLD = 0.3
-"""The one of the results for each id."""
+"""Threshold of the results per id."""
 
 
 def classification(references: Sequence[str], answers: Sequence[str]) -> Metrics:
-    """Balanced accuracy (the mean recall of the references' classes), accuracy and weighted F1.
+    """Return balanced accuracy (mean recall over the references' classes), accuracy and weighted F1.
 
-    An answer is read as a letter where the reference is one, else as one of the references' class names.
+    If the reference is a letter, the answer is parsed as a letter, otherwise as one of the references' class names.
     """
-    _check_lengths(references, answers)
+    require_pairs(references, answers)
     expected = [plain(reference) for reference in references]
     names = {name for name in expected if not _is_letter(name)}
-    given = [_class_of(answer, name, names) for answer, name in zip(answers, expected, strict=True)]
-    support, predicted = Counter(expected), Counter(name for name in given if name is not None)
-    hits = Counter(name for name, told in zip(expected, given, strict=True) if name == told)
+    answered = [_class_of(answer, name, names) for answer, name in zip(answers, expected, strict=True)]
+    support, predicted = Counter(expected), Counter(name for name in answered if name is not None)
+    hits = Counter(name for name, answer in zip(expected, answered, strict=True) if name == answer)
     recall = {name: hits[name] / support[name] for name in sorted(support)}
     f1 = {name: 2 * hits[name] / (support[name] + predicted[name]) for name in support}
     count = len(expected)
@@ -51,62 +51,62 @@ def classification(references: Sequence[str], answers: Sequence[str]) -> Metrics
         "weighted_f1": sum(f1[name] * support[name] for name in support) / count,
         "recall": recall,
         "count": count,
-        "n_unparsed": given.count(None),
+        "n_unparsed": answered.count(None),
     }
 
 
 def multi_label(references: Sequence[str], answers: Sequence[str]) -> Metrics:
-    """F1 of label sets, as the mean over samples and over all labels at once (micro), and how many sets are equal.
+    """Return the F1 of label sets, averaged over samples and over all labels (micro), and the share of equal sets.
 
-    A label that holds a comma is known as one from the references that join theirs with ``;``.
+    A label may contain a comma if some reference lists it between semicolons.
     """
-    _check_lengths(references, answers)
+    require_pairs(references, answers)
     known = {label for reference in references if ";" in reference for label in parse_labels(reference)}
     pairs = [(parse_labels(r, known), parse_labels(a, known)) for r, a in zip(references, answers, strict=True)]
-    hits = sum(len(expected & given) for expected, given in pairs)
-    total = sum(len(expected) + len(given) for expected, given in pairs)
+    hits = sum(len(expected & answered) for expected, answered in pairs)
+    total = sum(len(expected) + len(answered) for expected, answered in pairs)
     return {
         "f1_samples": _mean(_f1(len(e & g), len(e) + len(g)) for e, g in pairs),
         "f1_micro": _f1(hits, total),
-        "exact_match": _mean(float(expected == given) for expected, given in pairs),
+        "exact_match": _mean(float(expected == answered) for expected, answered in pairs),
         "count": len(pairs),
-        "n_unparsed": sum(bool(expected) and not given for expected, given in pairs),
+        "n_unparsed": sum(bool(expected) and not answered for expected, answered in pairs),
     }
 
 
 def detection(references: Sequence[str], answers: Sequence[str]) -> Metrics:
-    """F1 of boxes, hits and misses counted over the whole set, at each IoU threshold and as their mean.
+    """Return the F1 of boxes at each IoU threshold, counted over the whole set, and the mean over thresholds.
 
-    A box is matched with one other at most, the pair with the largest IoU first.
+    Boxes are matched one to one, the pair with the largest IoU first.
     """
-    _check_lengths(references, answers)
+    require_pairs(references, answers)
     expected = [{"": _required(parse_boxes(text), text)} for text in references]
     read = [parse_boxes(text) for text in answers]
-    given = [{"": boxes or []} for boxes in read]
-    return _by_threshold(expected, given) | {"count": len(read), "n_unparsed": read.count(None)}
+    answered = [{"": boxes or []} for boxes in read]
+    return _by_threshold(expected, answered) | {"count": len(read), "n_unparsed": read.count(None)}
 
 
 def instance_detection(references: Sequence[str], answers: Sequence[str]) -> Metrics:
-    """As `detection`, but a box counts only for its own id; with the F1 of each id at an IoU of 0.3."""
-    _check_lengths(references, answers)
+    """Score as `detection`, but match boxes only within the same id; adds the F1 of each id at an IoU of 0.3."""
+    require_pairs(references, answers)
     expected = [_required(parse_instances(text), text) for text in references]
     read = [parse_instances(text) for text in answers]
-    given = [boxes or {} for boxes in read]
+    answered = [boxes or {} for boxes in read]
     names = sorted({name for boxes in expected for name in boxes})
     by_id = {
-        name: _scores(_match_all(_only(expected, name), _only(given, name), BREAKDOWN_THRESHOLD))["f1"]
+        name: _scores(_match_all(_only(expected, name), _only(answered, name), BREAKDOWN_THRESHOLD))["f1"]
         for name in names
     }
     totals = {"f1_by_id": by_id, "count": len(read), "n_unparsed": read.count(None)}
-    return _by_threshold(expected, given) | totals
+    return _by_threshold(expected, answered) | totals
 
 
 def counting(references: Sequence[str], answers: Sequence[str]) -> Metrics:
-    """Mean absolute error of counts (an unreadable answer is taken for 0), and how many are right or nearly so."""
-    expected, given, told = _numbers(references, answers)
-    off = np.abs(expected - given)
-    read = ~np.isnan(told)
-    return _errors(expected, given, told) | {
+    """Return the mean absolute error of counts (an unparsed answer counts as 0), and the shares that are close."""
+    expected, filled, parsed = _numbers(references, answers)
+    off = np.abs(expected - filled)
+    read = ~np.isnan(parsed)
+    return _errors(expected, filled, parsed) | {
         "exact": float(np.mean(read & (off == 0))),
         "within_1": float(np.mean(read & (off <= 1))),
         "within_5_percent": float(np.mean(read & (off <= 0.05 * np.abs(expected)))),
@@ -114,32 +114,33 @@ def counting(references: Sequence[str], answers: Sequence[str]) -> Metrics:
 
 
 def regression(references: Sequence[str], answers: Sequence[str]) -> Metrics:
-    """Mean absolute error of a measure (an unreadable answer is taken for 0), root mean square error and R2."""
-    expected, given, told = _numbers(references, answers)
-    residual = float(np.sum((expected - given) ** 2))
+    """Return the mean absolute error of measurements (an unparsed answer counts as 0), RMSE and R2."""
+    expected, filled, parsed = _numbers(references, answers)
+    residual = float(np.sum((expected - filled) ** 2))
     spread = float(np.sum((expected - expected.mean()) ** 2))
     r2 = 1 - residual / spread if spread else float(residual == 0)
-    return _errors(expected, given, told) | {"r2": r2}
+    return _errors(expected, filled, parsed) | {"r2": r2}
 
 
-def _errors(expected: NDArray[Any], given: NDArray[Any], told: NDArray[Any]) -> Metrics:
-    """Errors over all answers, and over those that could be read.
+def _errors(expected: NDArray[Any], filled: NDArray[Any], parsed: NDArray[Any]) -> Metrics:
+    """Return the errors over all answers, and over those that could be parsed.
 
     Args:
-        given: what counts, 0 where ``told`` is NaN because the answer could not be read.
+        filled: the parsed answers, with 0 for those that could not be parsed.
+        parsed: the same, with NaN instead of 0.
     """
-    read = ~np.isnan(told)
+    read = ~np.isnan(parsed)
     return {
-        "mae": float(np.mean(np.abs(expected - given))),
-        "mae_parsed": float(np.mean(np.abs(expected - given)[read])) if read.any() else None,
-        "rmse": float(np.sqrt(np.mean((expected - given) ** 2))),
+        "mae": float(np.mean(np.abs(expected - filled))),
+        "mae_parsed": float(np.mean(np.abs(expected - filled)[read])) if read.any() else None,
+        "rmse": float(np.sqrt(np.mean((expected - filled) ** 2))),
         "count": len(expected),
         "n_unparsed": int((~read).sum()),
     }
 
 
 def box_iou(boxes: Sequence[Box], others: Sequence[Box]) -> NDArray[np.float64]:
-    """float64[boxes, others]: intersection over union; 0 where both areas are 0."""
+    """Return the intersection over union as float64[boxes, others]; 0 where both areas are 0."""
     a = np.asarray(boxes, dtype=np.float64).reshape(-1, 1, 4)
     b = np.asarray(others, dtype=np.float64).reshape(1, -1, 4)
     size = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
@@ -149,7 +150,7 @@ def box_iou(boxes: Sequence[Box], others: Sequence[Box]) -> NDArray[np.float64]:
 
 
 def match(likeness: NDArray[np.float64], threshold: float) -> list[tuple[int, int]]:
-    """Pairs (row, column) that are alike by more than the threshold, each row and column once, the most alike first."""
+    """Match greedily: return pairs (row, column) above the threshold, largest first, each row and column used once."""
     pairs: list[tuple[int, int]] = []
     rows, columns = np.nonzero(likeness > threshold)
     order = np.argsort(-likeness[rows, columns], kind="stable")
@@ -165,24 +166,24 @@ def match(likeness: NDArray[np.float64], threshold: float) -> list[tuple[int, in
 Grouped = dict[str, list[Box]]
 
 
-def _by_threshold(expected: Sequence[Grouped], given: Sequence[Grouped]) -> Metrics:
-    scores = {threshold: _scores(_match_all(expected, given, threshold)) for threshold in THRESHOLDS}
-    told = {f"f1@{threshold}": score["f1"] for threshold, score in scores.items()}
+def _by_threshold(expected: Sequence[Grouped], answered: Sequence[Grouped]) -> Metrics:
+    scores = {threshold: _scores(_match_all(expected, answered, threshold)) for threshold in THRESHOLDS}
+    f1 = {f"f1@{threshold}": score["f1"] for threshold, score in scores.items()}
     return (
-        told
-        | {"f1_mean": _mean(told.values())}
+        f1
+        | {"f1_mean": _mean(f1.values())}
         | {f"{name}@0.5": scores[0.5][name] for name in ("precision", "recall", "tp", "fp", "fn")}
     )
 
 
-def _match_all(expected: Sequence[Grouped], given: Sequence[Grouped], threshold: float) -> tuple[int, int, int]:
-    """Over all samples and ids: boxes that are there and found, found, there."""
+def _match_all(expected: Sequence[Grouped], answered: Sequence[Grouped], threshold: float) -> tuple[int, int, int]:
+    """Return the numbers of matched, predicted and expected boxes over all samples and ids."""
     hits = sum(
         len(match(box_iou(boxes[name], answer[name]), threshold))
-        for boxes, answer in zip(expected, given, strict=True)
+        for boxes, answer in zip(expected, answered, strict=True)
         for name in boxes.keys() & answer.keys()
     )
-    found, there = (sum(len(boxes) for item in side for boxes in item.values()) for side in (given, expected))
+    found, there = (sum(len(boxes) for item in side for boxes in item.values()) for side in (answered, expected))
     return hits, found, there
 
 
@@ -205,11 +206,11 @@ def _only(items: Sequence[Grouped], name: str) -> list[Grouped]:
 def _numbers(
     references: Sequence[str], answers: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """float64[count] each: what is expected, the answers with 0 for the unreadable, and with NaN for them."""
-    _check_lengths(references, answers)
+    """Return three float64[count]: the references, and the answers with 0 and with NaN for unparsed ones."""
+    require_pairs(references, answers)
     expected = np.array([_required(parse_number(text), text) for text in references], dtype=np.float64)
-    told = np.array([parse_number(text) for text in answers], dtype=np.float64)  # None becomes NaN
-    return expected, np.nan_to_num(told), told
+    parsed = np.array([parse_number(text) for text in answers], dtype=np.float64)  # None becomes NaN
+    return expected, np.nan_to_num(parsed), parsed
 
 
 def _class_of(answer: str, expected: str, names: set[str]) -> str | None:
@@ -224,21 +225,22 @@ def _is_letter(name: str) -> bool:
 
 
 def _f1(hits: int, both: int) -> float:
-    """2 TP / (2 TP + FP + FN); 1.0 where there was nothing to find and nothing was said."""
+    """Return 2 TP / (2 TP + FP + FN); 1.0 if nothing was expected and nothing was answered."""
     return 2 * hits / both if both else 1.0
 
 
 def _mean(values: Iterable[float]) -> float:
-    told = list(values)
-    return sum(told) / len(told)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
 def _required(value: Any, text: str) -> Any:
     if value is None:
-        raise DataError(f"the reference {text[:80]!r} cannot be read as what its task asks for. Correct the record.")
+        raise DataError(f"the reference {text[:80]!r} cannot be read as an answer to its task. Correct the record.")
     return value
 
 
-def _check_lengths(references: Sequence[str], answers: Sequence[str]) -> None:
+def require_pairs(references: Sequence[str], answers: Sequence[str]) -> None:
+    """Raise DataError unless there are as many answers as references, and at least one."""
     if not references or len(references) != len(answers):
-        raise DataError(f"{len(references)} references and {len(answers)} answers: give as many, and one at least.")
+        raise DataError(f"{len(references)} references and {len(answers)} answers: give one answer per reference, at least one.")

@@ -1,4 +1,4 @@
-"""How an answer is compared with the one that the record holds."""
+"""Metrics that compare an answer with the expected one."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -7,14 +7,14 @@ from qwenvl_ft.errors import unknown_name
 
 
 def normalise(text: str, *, strip: bool = True, ignore_case: bool = False, ignore_punctuation: bool = False) -> str:
-    """What is left of a text once differences that do not matter are removed.
+    """Normalise a text for comparison.
 
-    Unicode is always brought to one form (NFC), as the tokenizer does: "e" with a combining accent equals "é".
+    Unicode is always normalised to NFC, as the tokenizer does: "e" with a combining accent equals "é".
 
     Args:
-        strip: drop white space at both ends.
+        strip: remove white space at both ends.
         ignore_case: fold case, so that "Yes" equals "yes" and "STRASSE" equals "straße".
-        ignore_punctuation: drop punctuation, then white space at both ends if ``strip``; "7." equals "7".
+        ignore_punctuation: remove punctuation, then white space at both ends if ``strip``; "7." equals "7".
     """
     text = unicodedata.normalize("NFC", text)
     if ignore_case:
@@ -25,7 +25,7 @@ def normalise(text: str, *, strip: bool = True, ignore_case: bool = False, ignor
 
 
 def exact_match(answer: str, expected: str, **options: bool) -> float:
-    """1.0 where both are equal after `normalise`, which takes the options; else 0.0."""
+    """Return 1.0 if both texts are equal after `normalise` with these options, otherwise 0.0."""
     return float(normalise(answer, **options) == normalise(expected, **options))
 
 
@@ -36,10 +36,10 @@ METRICS: dict[str, Metric] = {"exact_match": exact_match}
 
 
 def metric_of(name: str) -> Metric:
-    """The metric of that name.
+    """Return the metric of that name.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no such metric.
     """
     if name not in METRICS:
         raise unknown_name("evaluation.metric", name, METRICS)
@@ -47,5 +47,5 @@ def metric_of(name: str) -> Metric:
 
 
 def mean(scores: Sequence[float]) -> float:
-    """The mean over records; of none it is 0.0."""
+    """Return the mean over records; 0.0 if there are none."""
     return sum(scores) / len(scores) if scores else 0.0

@@ -1,6 +1,6 @@
-"""What an answer in free text says: a letter, a class, labels, a number, boxes.
+"""Parses answers in free text: a letter, a class, labels, a number, boxes.
 
-Each function returns None where the answer cannot be read, so that the caller can count it; nothing is guessed.
+Each function returns None if the answer cannot be parsed, so that the caller can count it; nothing is guessed.
 """
 
 import ast
@@ -24,7 +24,7 @@ BARE = re.compile(rf"^\s*{FOUR}\s*[;,.]?\s*$", re.MULTILINE)
 """A line of four numbers without brackets."""
 KEY = re.compile(r"[\"']?(?P<key>\w(?:[\w .+/-]{0,40}\w)?)[\"']?\s*:")
 PREFIX = re.compile(r"^(?:chromosome|chr|instance|object|id)[\s_.#]*(?=\w)")
-"""What may stand before the id proper."""
+"""Prefix that is removed from an id."""
 BOX_KEYS = ("bbox_2d", "bbox", "bboxes", "box", "boxes", "box_2d", "coordinates", "detections", "objects")
 LABEL_KEYS = ("label", "id", "name", "class", "category", "type")
 CORNER_KEYS = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max"))
@@ -35,27 +35,27 @@ ANSWER = re.compile(r"(?:(?i:answer|choice|option)(?i:\s+is|\s*[:=])*|\\boxed)[\
 LEADING = re.compile(r"^\W*([A-Z])\s*(?:[.):;*\n–-]|$)")  # noqa: RUF001 - answers have en dashes
 SEVERAL = re.compile(r"^\W*[A-Z]\W*(?:(?:or|and)\W+)?[A-Z](?![A-Za-z])")
 ALONE = re.compile(r"(?<![A-Za-z0-9'])(?!A [a-z])([A-HJ-Z])(?![A-Za-z0-9'])")
-"""A capital by itself, neither the article nor the pronoun."""
+"""A single capital letter that is neither the article nor the pronoun."""
 BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+", re.MULTILINE)
 
 
 LARGEST = 1e12
-"""No count or measure is so large; a model that repeats a digit without end has not answered."""
+"""Upper limit of counts and measurements; a model that repeats a digit endlessly has not answered."""
 
 
 def clean(text: str) -> str:
-    """An answer without its reasoning, code fences and special tokens, stripped."""
+    """Remove reasoning, code fences and special tokens from an answer, and strip it."""
     text = text.rpartition("</think>")[2]
     text = re.sub(r"<\|[^|<>]*\|>", "", text)
     return re.sub(r"^\s*```\w*\s*$|```(?:json|JSON)?", "", text, flags=re.MULTILINE).strip()
 
 
 def parse_letter(text: str) -> str | None:
-    """The letter of a choice, in upper case.
+    """Return the letter of a choice, in upper case.
 
     Example:
         ``B``, ``(b)``, ``B. Benign``, ``**B**``, ``The answer is B.`` and ``\\boxed{B}`` are ``"B"``; ``B or C`` is
-        None. Where an answer is announced several times, the last counts.
+        None. If an answer is announced several times, the last one counts.
     """
     text = clean(text)
     bare = text.strip(" \t\r\n.,:;!*_()[]{}\"'`")
@@ -72,9 +72,10 @@ def parse_letter(text: str) -> str | None:
 
 
 def parse_class(text: str, classes: Iterable[str]) -> str | None:
-    """The one of ``classes`` (in `plain` form) that an answer names.
+    """Return the one of ``classes`` (in `plain` form) that an answer names.
 
-    It may stand in a sentence; of names within each other the longest counts, and an answer that names two names none.
+    The name may be part of a sentence. Among names that contain each other the longest counts; an answer with two
+    different names gives None.
     """
     answer = plain(text)
     known = set(classes)
@@ -86,17 +87,17 @@ def parse_class(text: str, classes: Iterable[str]) -> str | None:
 
 
 def plain(text: str) -> str:
-    """A name for comparison: case folded, white space single, without quotes and stops at the ends."""
+    """Normalise a name for comparison: fold case, collapse white space, remove quotes and full stops at the ends."""
     return " ".join(clean(text).casefold().split()).strip(" .\"'`*")
 
 
 def parse_labels(text: str, known: Iterable[str] = ()) -> frozenset[str]:
-    """The labels of a list, each in `plain` form: split at ``;``, only without one at ``,``, never at white space.
+    """Return the labels of a list in `plain` form: split at ``;``, or at ``,`` if there is none, never at white space.
 
-    Bullets and a JSON list of texts work too.
+    Bullets and a JSON list of strings work too.
 
     Args:
-        known: labels that stay whole although they hold a comma.
+        known: labels that contain a comma and are not split.
     """
     text = clean(text)
     listed = load_json(text) if text.startswith("[") else None
@@ -112,7 +113,7 @@ def parse_labels(text: str, known: Iterable[str] = ()) -> frozenset[str]:
 
 
 def parse_number(text: str) -> float | None:
-    """The first number: ``about 1,250 cells`` is 1250, ``22.9 %`` is 22.9."""
+    """Return the first number: ``about 1,250 cells`` is 1250, ``22.9 %`` is 22.9."""
     text = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda found: found[0].replace(",", ""), clean(text))
     found = re.search(rf"(?<![A-Za-z\d.]){NUMBER}", text)
     number = float(found[0]) if found else math.inf
@@ -120,17 +121,17 @@ def parse_number(text: str) -> float | None:
 
 
 def parse_boxes(text: str) -> list[Box] | None:
-    """All boxes of an answer, whatever holds them: see `parse_instances`."""
+    """Return all boxes of an answer, in any form that `parse_instances` reads."""
     found = parse_instances(text)
     return None if found is None else [box for boxes in found.values() for box in boxes]
 
 
 def parse_instances(text: str) -> dict[str, list[Box]] | None:
-    """The boxes of an answer by the id that stands before them; ``""`` where there is none.
+    """Return id -> boxes of an answer; boxes without an id are under ``""``.
 
-    Read are ``[x1, y1, x2, y2]`` alone, in a list, on lines or between ``;``; a JSON or Python mapping of ids to boxes;
-    objects with ``bbox_2d`` and ``label``; two points ``(x1, y1), (x2, y2)``; all of it within other text, fenced, or
-    cut off at the end. ``[]`` and ``None`` are no boxes, which is an answer.
+    Accepts ``[x1, y1, x2, y2]`` alone, in a list, on lines or between ``;``; a JSON or Python mapping of ids to boxes;
+    objects with ``bbox_2d`` and ``label``; two points ``(x1, y1), (x2, y2)``. All of these may be within other text,
+    fenced, or truncated. ``[]`` and ``None`` are valid answers without boxes.
 
     Example:
         ``{"1": [[0, 0, 5, 9], [6, 0, 9, 9]], "X": [1, 2, 3, 4]}`` has two boxes of ``"1"`` and one of ``"x"``.
@@ -142,19 +143,19 @@ def parse_instances(text: str) -> dict[str, list[Box]] | None:
 
 
 def map_boxes(text: str, scale: Callable[[Box], Iterable[float]]) -> str:
-    """An answer with the numbers of each ``[x1, y1, x2, y2]`` replaced by those that ``scale`` makes of them."""
+    """Replace the numbers of each ``[x1, y1, x2, y2]`` in an answer by the result of ``scale``."""
 
     def replaced(found: re.Match[str]) -> str:
-        told = scale(_box(found.groups()))
-        return "[" + ", ".join(f"{value:.10g}" for value in told) + "]"
+        scaled = scale(_box(found.groups()))
+        return "[" + ", ".join(f"{value:.10g}" for value in scaled) + "]"
 
     return BOX.sub(replaced, text)
 
 
 def load_json(text: str) -> Any:
-    """The first JSON list or object in a text, or None. Python's quotes and an end that was cut off are mended."""
+    """Return the first JSON list or object in a text, or None. Repairs Python quotes and a truncated end."""
     starts = [found.start() for found in re.finditer(r"[\[{]", text)]
-    for start in starts[:8]:  # more would only be the members of what cannot be read
+    for start in starts[:8]:  # later ones are only members of something that cannot be parsed
         for mend, load in MENDED:
             try:
                 return load(mend(text[start:]))
@@ -164,7 +165,7 @@ def load_json(text: str) -> Any:
 
 
 def close_json(text: str) -> str:
-    """JSON that was cut off, without its last unfinished member and with its brackets closed.
+    """Repair truncated JSON: drop the last unfinished member and close the brackets.
 
     Example:
         ``{"a": [[1, 2], [3`` becomes ``{"a": [[1, 2]]}``.
@@ -197,11 +198,11 @@ MENDED: tuple[tuple[Callable[[str], str], Callable[[str], Any]], ...] = (
     (close_json, _decode),
     (close_json, ast.literal_eval),
 )
-"""(what is done to a text, what then reads it), in the order in which they are tried."""
+"""(repair of a text, parser), in the order in which they are tried."""
 
 
 def _walk(value: Any, name: str) -> Iterator[tuple[str, Box]]:
-    """(id, box) of each box in a structure."""
+    """Yield (id, box) of each box in parsed JSON."""
     if isinstance(value, dict):
         corners = next((keys for keys in CORNER_KEYS if all(key in value for key in keys)), None)
         label = next((str(value[key]) for key in LABEL_KEYS if isinstance(value.get(key), (str, int))), name)
@@ -227,7 +228,7 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, Box]]:
 
 
 def _scan(text: str) -> Iterator[tuple[str, Box]]:
-    """(id, box) of each box in a text, by the last ``id:`` before it."""
+    """Yield (id, box) of each box in a text; the id is the last ``id:`` before it."""
     form = next((pattern for pattern in (BOX, CORNERS, BARE) if pattern.search(text)), BOX)
     keys = [(found.end(), found["key"]) for found in KEY.finditer(text) if found["key"] not in BOX_KEYS + LABEL_KEYS]
     for found in form.finditer(text):

@@ -1,4 +1,4 @@
-"""Answers by generation: the same in any batch and on any rank, as plain transformers gives them, and no trace left."""
+"""Generated answers are the same in any batch, on any rank, equal plain transformers, and leave no trace."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def trained(checkpoints, encoder, mixed_records):
 
 
 def plain_answer(model, processor, record):
-    """What transformers' own documentation does, for a record in the `conversations` format with images at most."""
+    """Generate as transformers' own documentation does, for a `conversations` record with images or without media."""
     images = record["image"] if "image" in record else []
     images = iter(images if isinstance(images, list) else [images])
     messages = []

@@ -1,4 +1,4 @@
-"""``qwenvl-ft infer`` answers as `generate` does, and says in one line what is wrong."""
+"""``qwenvl-ft infer`` answers as `generate` does, and reports errors on one line."""
 
 import json
 
@@ -57,9 +57,9 @@ def test_the_answer_is_that_of_generate(tiny_dir, images):
 
 def test_json_holds_the_answer_and_the_time(tiny_dir):
     plain = ask("--model", tiny_dir, "--prompt", PROMPT, "--max-new-tokens", 4).stdout
-    told = json.loads(ask("--model", tiny_dir, "--prompt", PROMPT, "--max-new-tokens", 4, "--json").stdout)
-    assert told["answer"] + "\n" == plain
-    assert told["seconds"] > 0
+    printed = json.loads(ask("--model", tiny_dir, "--prompt", PROMPT, "--max-new-tokens", 4, "--json").stdout)
+    assert printed["answer"] + "\n" == plain
+    assert printed["seconds"] > 0
 
 
 def test_an_adapter_is_used_with_its_own_processor(tiny_dir, adapter, images):
@@ -94,8 +94,8 @@ def test_several_adapters_answer_in_turn_as_each_alone(tiny_dir, adapter, others
     arguments = ["--model", tiny_dir, "--image", images[0], "--prompt", PROMPT, "--max-new-tokens", 12]
     alone = [ask(*arguments, "--adapter", folder).stdout for folder in (adapter, others[0])]
     assert alone[0] != alone[1], "vacuous: both say the same"
-    told = ask(*arguments, "--adapter", adapter, "--adapter", others[0], "--adapter", adapter).stdout
-    assert told == f"{adapter}: {alone[0]}{others[0]}: {alone[1]}{adapter}: {alone[0]}"
+    printed = ask(*arguments, "--adapter", adapter, "--adapter", others[0], "--adapter", adapter).stdout
+    assert printed == f"{adapter}: {alone[0]}{others[0]}: {alone[1]}{adapter}: {alone[0]}"
     with pytest.raises(CheckpointError, match="foreign does not fit"):
         ask(*arguments, "--adapter", adapter, "--adapter", others[1])
 
@@ -118,9 +118,9 @@ def test_sampling_repeats_with_its_seed(tiny_dir):
     ],
 )
 def test_images_stand_before_the_prompt_or_where_it_says(prompt, images, value):
-    made = record(prompt, images)
-    assert made["conversations"] == [{"from": "human", "value": value}]
-    assert made["image"] == images
+    asked = record(prompt, images)
+    assert asked["conversations"] == [{"from": "human", "value": value}]
+    assert asked["image"] == images
 
 
 def test_urls_stay_urls_and_relative_paths_start_here(tmp_path, monkeypatch):
@@ -128,14 +128,14 @@ def test_urls_stay_urls_and_relative_paths_start_here(tmp_path, monkeypatch):
     assert record("x", ["https://host/a.png", "b.png"])["image"] == ["https://host/a.png", str(tmp_path / "b.png")]
 
 
-def test_what_is_wrong_is_said_in_one_line(tiny_dir, tmp_path, images):
-    for arguments, error, told in (
+def test_errors_are_one_line(tiny_dir, tmp_path, images):
+    for arguments, error, message in (
         (["--model", tmp_path / "none", "--prompt", "x"], CheckpointError, "no such model directory"),
         (["--model", tiny_dir, "--prompt", "x", "--adapter", tmp_path], CheckpointError, r"no adapter_config\.json"),
         (["--model", tiny_dir, "--prompt", "x", "--image", tmp_path / "no.png"], DataError, r"no\.png does not exist"),
         (["--model", tiny_dir, "--prompt", "<image> <image>", "--image", images[0]], DataError, "more <image> tags"),
     ):
-        with pytest.raises(error, match=told) as raised:
+        with pytest.raises(error, match=message) as raised:
             ask(*arguments)
         assert "\n" not in str(raised.value)
     assert ask("--model", tiny_dir, "--prompt", "x", "--temperature", -1).exit_code == 2

@@ -1,4 +1,4 @@
-"""Boxes, quads and lines of dense captions: areas against pixel counts, distances by hand, each kind by itself."""
+"""Scores of boxes, quads and lines: areas against pixel counts, distances by hand, each kind separately."""
 
 import json
 
@@ -91,36 +91,36 @@ def test_line_distance_by_hand():
     assert line_distance(point, line, size) > 0.0
 
 
-def test_each_kind_is_told_by_itself():
-    told = geometry_accuracy([text(REFERENCE)], [text(REFERENCE)])
+def test_each_kind_is_scored_separately():
+    scores = geometry_accuracy([text(REFERENCE)], [text(REFERENCE)])
     for kind in ("bbox", "quad", "line"):
-        assert told[kind]["f1"] == 1.0
-        assert told[kind]["mean_likeness"] == pytest.approx(1)
-    assert told["f1"] == 1.0
+        assert scores[kind]["f1"] == 1.0
+        assert scores[kind]["mean_likeness"] == pytest.approx(1)
+    assert scores["f1"] == 1.0
     for kind, answer in (
         ("bbox", changed("图片_1", "object_1", bbox_2d=[75, 150, 350, 290])),
         ("line", changed("图片_1", "object_2", line=[50, 975, 250, 900, 433, 962])),
         ("quad", changed("图片_2", "object_1", quad=[110, 20, 190, 22, 188, 60, 109, 58])),
     ):
-        told = geometry_accuracy([text(REFERENCE)], [answer])
-        assert told[kind]["f1"] == 0.0
-        assert {told[other]["f1"] for other in ("bbox", "quad", "line") if other != kind} == {1.0}
-        assert told["f1"] == pytest.approx(2 / 3)
+        scores = geometry_accuracy([text(REFERENCE)], [answer])
+        assert scores[kind]["f1"] == 0.0
+        assert {scores[other]["f1"] for other in ("bbox", "quad", "line") if other != kind} == {1.0}
+        assert scores["f1"] == pytest.approx(2 / 3)
 
 
 def test_boxes_by_hand():
     """IoU 0.4667 of the one, the other not found at all: at 0.4 one of two."""
     reference = text({"a": {"desc": "x", "bbox_2d": [0, 0, 300, 300]}, "b": {"desc": "x", "bbox_2d": [500, 0, 600, 9]}})
     answer = text({"a": {"desc": "x/y", "bbox_2d": [0, 0, 300, 140]}})
-    told = geometry_accuracy([reference], [answer], iou=0.4)["bbox"]
-    assert (told["tp"], told["fp"], told["fn"]) == (1, 0, 1)
-    assert (told["precision"], told["recall"], told["f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
-    assert told["mean_likeness"] == pytest.approx(140 / 300)
+    scores = geometry_accuracy([reference], [answer], iou=0.4)["bbox"]
+    assert (scores["tp"], scores["fp"], scores["fn"]) == (1, 0, 1)
+    assert (scores["precision"], scores["recall"], scores["f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
+    assert scores["mean_likeness"] == pytest.approx(140 / 300)
     assert geometry_accuracy([reference], [answer])["bbox"]["tp"] == 0
     assert geometry_accuracy([reference], [answer])["quad"]["f1"] is None, "there are none"
 
 
-def test_classes_must_agree_unless_told_otherwise():
+def test_classes_must_agree_unless_by_class_is_false():
     answer = changed("图片_1", "object_1", desc="Shelf/vendorA,fully visible")
     assert geometry_accuracy([text(REFERENCE)], [answer])["bbox"]["f1"] == 0.0
     assert geometry_accuracy([text(REFERENCE)], [answer], by_class=False)["bbox"]["f1"] == 1.0
@@ -156,9 +156,9 @@ def test_answers_are_read_fenced_cut_off_and_bare():
     assert len(parse_objects(text(list(REFERENCE["图片_1"].values())))[""]) == 2
     assert parse_objects('{"图片_1": {}}') == {"图片_1": []}
     assert parse_objects("a switch") is None
-    told = geometry_accuracy([whole, whole], [cut, "a switch"])
-    assert (told["n_unparsed"], told["count"]) == (1, 2)
-    assert told["bbox"]["recall"] == 0.5
+    scores = geometry_accuracy([whole, whole], [cut, "a switch"])
+    assert (scores["n_unparsed"], scores["count"]) == (1, 2)
+    assert scores["bbox"]["recall"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -173,12 +173,12 @@ def test_malformed_objects_are_left_out(broken):
 
 
 def test_a_reference_that_is_no_dense_caption_is_an_error():
-    with pytest.raises(DataError, match="reference 1 is no dense caption"):
+    with pytest.raises(DataError, match="reference 1 is not a dense caption"):
         geometry_accuracy([text(REFERENCE), "a switch"], ["", ""])
     with pytest.raises(DataError, match="1 references and 0 answers"):
         geometry_accuracy(["{}"], [])
 
 
 def test_results_are_plain_json():
-    told = geometry_accuracy([text(REFERENCE)], [changed("图片_1", "object_1", bbox_2d=[0, 0, 1, 1])])
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    scores = geometry_accuracy([text(REFERENCE)], [changed("图片_1", "object_1", bbox_2d=[0, 0, 1, 1])])
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores

@@ -25,41 +25,41 @@ from qwenvl_ft.evaluation.medical import (
 
 def test_classification_by_hand():
     """A: 2 of 3 found, B: 1 of 1, C: 0 of 1. One answer cannot be read, one is a letter that no reference has."""
-    told = classification(["A", "A", "A", "B", "C"], ["A", "The answer is A.", "maybe", "(b)", "K"])
-    assert told["balanced_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
-    assert told["accuracy"] == pytest.approx(3 / 5)
-    assert told["weighted_f1"] == pytest.approx((3 * (4 / 5) + 1 * 1 + 0) / 5)
-    assert told["recall"] == {"a": pytest.approx(2 / 3), "b": 1.0, "c": 0.0}
-    assert (told["count"], told["n_unparsed"]) == (5, 1)
+    scores = classification(["A", "A", "A", "B", "C"], ["A", "The answer is A.", "maybe", "(b)", "K"])
+    assert scores["balanced_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert scores["weighted_f1"] == pytest.approx((3 * (4 / 5) + 1 * 1 + 0) / 5)
+    assert scores["recall"] == {"a": pytest.approx(2 / 3), "b": 1.0, "c": 0.0}
+    assert (scores["count"], scores["n_unparsed"]) == (5, 1)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_classification_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     expected = rng.choice(list("ABCDK"), 300, p=[0.5, 0.3, 0.1, 0.05, 0.05]).tolist()
-    given = [name if rng.random() < 0.6 else str(rng.choice(list("ABCDKZ"))) for name in expected]
-    told = classification(expected, [f"Answer: {name}" for name in given])
-    assert told["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(expected, given))
-    assert told["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(expected, given))
-    f1 = sklearn_metrics.f1_score(expected, given, average="weighted", zero_division=0)
-    assert told["weighted_f1"] == pytest.approx(f1)
-    assert len({round(told[key], 6) for key in ("balanced_accuracy", "accuracy", "weighted_f1")}) == 3, "vacuous"
+    answered = [name if rng.random() < 0.6 else str(rng.choice(list("ABCDKZ"))) for name in expected]
+    scores = classification(expected, [f"Answer: {name}" for name in answered])
+    assert scores["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(expected, answered))
+    assert scores["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(expected, answered))
+    f1 = sklearn_metrics.f1_score(expected, answered, average="weighted", zero_division=0)
+    assert scores["weighted_f1"] == pytest.approx(f1)
+    assert len({round(scores[key], 6) for key in ("balanced_accuracy", "accuracy", "weighted_f1")}) == 3, "vacuous"
 
 
 def test_class_names_are_matched_as_names():
     """Names, not letters, as in mammography; a letter search would make every one of these 'unreadable'."""
-    told = classification(["Benign", "Malignant", "Luminal b"], ["benign.", "It is malignant", "Benign"])
-    assert told["recall"] == {"benign": 1.0, "luminal b": 0.0, "malignant": 1.0}
-    assert told["n_unparsed"] == 0
+    scores = classification(["Benign", "Malignant", "Luminal b"], ["benign.", "It is malignant", "Benign"])
+    assert scores["recall"] == {"benign": 1.0, "luminal b": 0.0, "malignant": 1.0}
+    assert scores["n_unparsed"] == 0
 
 
 def test_multi_label_by_hand():
     """Common 1 of 2+1, 2 of 2+2, 0 of 1+0: sample F1 2/3, 1, 0; micro 2*3 / (5+3)."""
-    told = multi_label(["Edema, Mass", "Edema,Effusion", "Mass"], ["edema", "Effusion, EDEMA", ""])
-    assert told["f1_samples"] == pytest.approx((2 / 3 + 1 + 0) / 3)
-    assert told["f1_micro"] == pytest.approx(6 / 8)
-    assert told["exact_match"] == pytest.approx(1 / 3)
-    assert told["n_unparsed"] == 1
+    scores = multi_label(["Edema, Mass", "Edema,Effusion", "Mass"], ["edema", "Effusion, EDEMA", ""])
+    assert scores["f1_samples"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert scores["f1_micro"] == pytest.approx(6 / 8)
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["n_unparsed"] == 1
 
 
 def test_two_empty_label_sets_agree():
@@ -68,8 +68,8 @@ def test_two_empty_label_sets_agree():
 
 def test_a_label_with_a_comma_is_known_from_the_other_references():
     references = ["Caries, deep; Root piece", "Caries, deep"]
-    told = multi_label(references, ["Caries, deep; Root piece", "Root piece; Caries, deep"])
-    assert told["f1_samples"] == pytest.approx((1 + 2 / 3) / 2)
+    scores = multi_label(references, ["Caries, deep; Root piece", "Root piece; Caries, deep"])
+    assert scores["f1_samples"] == pytest.approx((1 + 2 / 3) / 2)
     split = multi_label(references[1:], ["Root piece; Caries, deep"])
     assert split["f1_samples"] == 0.0, "vacuous: split at its comma it agrees too"
 
@@ -78,13 +78,13 @@ def test_multi_label_is_that_of_scikit_learn():
     rng = np.random.default_rng(1)
     names = ["edema", "mass", "nodule", "effusion", "hernia"]
     sets = [[[n for n in names if rng.random() < 0.25] for _ in range(200)] for _ in range(2)]
-    told = multi_label(*[["; ".join(labels) for labels in side] for side in sets])
-    expected, given = (MultiLabelBinarizer(classes=names).fit_transform(side) for side in sets)
+    scores = multi_label(*[["; ".join(labels) for labels in side] for side in sets])
+    expected, answered = (MultiLabelBinarizer(classes=names).fit_transform(side) for side in sets)
     assert any(not a and not b for a, b in zip(*sets, strict=True)), "vacuous: no pair of empty sets"
     for average in ("samples", "micro"):
-        f1 = sklearn_metrics.f1_score(expected, given, average=average, zero_division=1)
-        assert told[f"f1_{average}"] == pytest.approx(f1)
-    assert told["exact_match"] == pytest.approx(sklearn_metrics.accuracy_score(expected, given))
+        f1 = sklearn_metrics.f1_score(expected, answered, average=average, zero_division=1)
+        assert scores[f"f1_{average}"] == pytest.approx(f1)
+    assert scores["exact_match"] == pytest.approx(sklearn_metrics.accuracy_score(expected, answered))
 
 
 def test_iou_is_that_of_torchvision():
@@ -99,21 +99,21 @@ def test_iou_is_that_of_torchvision():
 
 def test_detection_by_hand():
     """Image 1: IoU 1 and one box too many. Image 2: IoU of (0,0,10,10) and (0,0,10,4) is 0.4. Image 3: unreadable.
-    Image 4: nothing there, nothing said. At 0.3: 2 of 3 found and 3 said; at 0.5: 1 of 3."""
+    Image 4: nothing expected, nothing answered. At 0.3: 2 of 3 found, 3 answered; at 0.5: 1 of 3."""
     references = ["[[0, 0, 10, 10]]", "[0, 0, 10, 10]", "[[5, 5, 9, 9]]", "[]"]
     answers = ["[0, 0, 10, 10]; [50, 50, 60, 60]", "[[0, 0, 10, 4]]", "a mass", "[]"]
-    told = detection(references, answers)
-    assert told["f1@0.3"] == pytest.approx(2 * 2 / (3 + 3))
-    assert told["f1@0.4"] == pytest.approx(2 * 1 / (3 + 3)), "the threshold itself is not above"
-    assert told["f1@0.5"] == pytest.approx(1 / 3)
-    assert (told["tp@0.5"], told["fp@0.5"], told["fn@0.5"]) == (1, 2, 2)
-    assert told["f1_mean"] == pytest.approx((2 / 3 + 4 * (1 / 3)) / 5)
-    assert (told["count"], told["n_unparsed"]) == (4, 1)
+    scores = detection(references, answers)
+    assert scores["f1@0.3"] == pytest.approx(2 * 2 / (3 + 3))
+    assert scores["f1@0.4"] == pytest.approx(2 * 1 / (3 + 3)), "the threshold itself is not above"
+    assert scores["f1@0.5"] == pytest.approx(1 / 3)
+    assert (scores["tp@0.5"], scores["fp@0.5"], scores["fn@0.5"]) == (1, 2, 2)
+    assert scores["f1_mean"] == pytest.approx((2 / 3 + 4 * (1 / 3)) / 5)
+    assert (scores["count"], scores["n_unparsed"]) == (4, 1)
 
 
 def test_a_box_is_matched_once():
-    told = detection(["[[0, 0, 10, 10]]"], ["[[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 9]]"])
-    assert (told["tp@0.5"], told["fp@0.5"], told["fn@0.5"]) == (1, 2, 0)
+    scores = detection(["[[0, 0, 10, 10]]"], ["[[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 9]]"])
+    assert (scores["tp@0.5"], scores["fp@0.5"], scores["fn@0.5"]) == (1, 2, 0)
 
 
 def test_matching_takes_the_most_alike_first_and_is_seldom_short_of_the_best():
@@ -139,9 +139,9 @@ def test_instances_count_only_for_their_own_id():
     reference = json.dumps({"1": [[0, 0, 10, 10]], "X": [[50, 50, 90, 90]]})
     exchanged = json.dumps({"X": [[0, 0, 10, 10]], "1": [[50, 50, 90, 90]]})
     assert detection([reference], [exchanged])["f1@0.5"] == 1.0
-    told = instance_detection([reference], [exchanged])
-    assert told["f1@0.5"] == told["f1@0.3"] == 0.0
-    assert told["f1_by_id"] == {"1": 0.0, "x": 0.0}
+    scores = instance_detection([reference], [exchanged])
+    assert scores["f1@0.5"] == scores["f1@0.3"] == 0.0
+    assert scores["f1_by_id"] == {"1": 0.0, "x": 0.0}
     same = instance_detection([reference], [reference])
     assert same["f1@0.5"] == same["f1_mean"] == same["f1_by_id"]["x"] == 1.0
     half = instance_detection([reference, reference], ['{"1": [[0, 0, 10, 4]]}', "many"])
@@ -151,31 +151,31 @@ def test_instances_count_only_for_their_own_id():
 
 def test_counting_by_hand():
     """Off by 0, 1, 5 (of 100) and 30 as the last cannot be read."""
-    told = counting(["20", "20", "100", "30"], ["20 cells", "21", "About 105.", "a lot"])
-    assert told["mae"] == pytest.approx((0 + 1 + 5 + 30) / 4)
-    assert told["mae_parsed"] == pytest.approx((0 + 1 + 5) / 3)
-    assert told["rmse"] == pytest.approx(((0 + 1 + 25 + 900) / 4) ** 0.5)
-    assert (told["exact"], told["within_1"], told["within_5_percent"]) == (0.25, 0.5, 0.75)
-    assert told["n_unparsed"] == 1
+    scores = counting(["20", "20", "100", "30"], ["20 cells", "21", "About 105.", "a lot"])
+    assert scores["mae"] == pytest.approx((0 + 1 + 5 + 30) / 4)
+    assert scores["mae_parsed"] == pytest.approx((0 + 1 + 5) / 3)
+    assert scores["rmse"] == pytest.approx(((0 + 1 + 25 + 900) / 4) ** 0.5)
+    assert (scores["exact"], scores["within_1"], scores["within_5_percent"]) == (0.25, 0.5, 0.75)
+    assert scores["n_unparsed"] == 1
 
 
 def test_an_unreadable_count_is_never_right():
-    told = counting(["0", "0"], ["none", "0"])
-    assert told["exact"] == told["within_1"] == told["within_5_percent"] == 0.5
-    assert told["mae"] == 0.0
-    assert told["n_unparsed"] == 1
+    scores = counting(["0", "0"], ["none", "0"])
+    assert scores["exact"] == scores["within_1"] == scores["within_5_percent"] == 0.5
+    assert scores["mae"] == 0.0
+    assert scores["n_unparsed"] == 1
     assert counting(["3"], ["?"])["mae_parsed"] is None
 
 
 def test_regression_is_that_of_scikit_learn():
     rng = np.random.default_rng(4)
     expected = rng.uniform(0, 60, 100).round(2)
-    given = (expected + rng.normal(0, 5, 100)).round(2)
-    told = regression([f"{value}" for value in expected], [f"{value} %" for value in given])
-    assert told["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(expected, given))
-    assert told["rmse"] == pytest.approx(sklearn_metrics.root_mean_squared_error(expected, given))
-    assert told["r2"] == pytest.approx(sklearn_metrics.r2_score(expected, given))
-    assert 0.5 < told["r2"] < 0.99
+    answered = (expected + rng.normal(0, 5, 100)).round(2)
+    scores = regression([f"{value}" for value in expected], [f"{value} %" for value in answered])
+    assert scores["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(expected, answered))
+    assert scores["rmse"] == pytest.approx(sklearn_metrics.root_mean_squared_error(expected, answered))
+    assert scores["r2"] == pytest.approx(sklearn_metrics.r2_score(expected, answered))
+    assert 0.5 < scores["r2"] < 0.99
     for values in (["5", "5"], ["5", "6"]):
         ours = regression(["5", "5"], values)["r2"]
         assert ours == sklearn_metrics.r2_score([5, 5], [float(value) for value in values])

@@ -1,4 +1,4 @@
-"""What counts as the same answer."""
+"""Two answers match if they differ only in what the options ignore."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from qwenvl_ft.evaluation.metrics import exact_match, mean, metric_of, normalise
         ("a b", "ab", {"ignore_case": True, "ignore_punctuation": True}, 0.0),
     ],
 )
-def test_exact_match_ignores_what_it_is_told_to(answer, expected, options, score):
+def test_exact_match_ignores_what_its_options_name(answer, expected, options, score):
     assert exact_match(answer, expected, **options) == score
 
 

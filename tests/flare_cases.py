@@ -1,4 +1,4 @@
-"""A small made-up FLARE tree: every data set with its form of answer, two splits, and all that can be wrong with it."""
+"""A small synthetic FLARE tree: every data set with its form of answer, two splits, and every kind of fault."""
 
 import json
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwenvl_ft.flare.catalog import FLARE_DATASETS
+from qwenvl_ft.flare.convert import main
 
 IMAGE_FOLDER = {"training": "imagesTr", "validation-hidden": "imagesVal", "validation-public": "imagesVal"}
 
@@ -100,8 +101,18 @@ class Tree:
 
     def fill(self, cases, part="training", suffix="train", answered=True):
         for name in dict.fromkeys(case.dataset for case in cases):
-            own = [case for case in cases if case.dataset == name]
-            told = [question(case, i, self.folder(name, part), IMAGE_FOLDER[part]) for i, case in enumerate(own)]
+            chosen = [case for case in cases if case.dataset == name]
+            records = [question(case, i, self.folder(name, part), IMAGE_FOLDER[part]) for i, case in enumerate(chosen)]
             if not answered:
-                told = [record | {"Answer": None} for record in told]
-            self.write(name, told, part, suffix)
+                records = [record | {"Answer": None} for record in records]
+            self.write(name, records, part, suffix)
+
+
+def run(tree, *arguments):
+    """Run ``qwenvl-ft convert flare`` on a tree; return the exit code."""
+    return main(["--input_dir", str(tree.base), *arguments])
+
+
+def read(tree, name):
+    """Read a JSON file that the conversion wrote."""
+    return json.loads((tree.base.parent / "converted_data" / name).read_text())

@@ -243,4 +243,4 @@ def _required(value: Any, text: str) -> Any:
 def require_pairs(references: Sequence[str], answers: Sequence[str]) -> None:
     """Raise DataError unless there are as many answers as references, and at least one."""
     if not references or len(references) != len(answers):
-        raise DataError(f"{len(references)} references and {len(answers)} answers: give one answer per reference, at least one.")
+        raise DataError(f"{len(references)} references and {len(answers)} answers: give one answer per reference.")

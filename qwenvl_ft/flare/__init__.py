@@ -1,1 +1,1 @@
-"""The 19 data sets of FLARE25's 2D multimodal task: what they are, how they become records, how answers are scored."""
+"""The 19 data sets of FLARE25's 2D multimodal task: catalog, conversion to records, prediction and scoring."""

@@ -1,4 +1,4 @@
-"""Which data sets FLARE25 has, what is asked in each, and under which names recipes find them."""
+"""Catalog of FLARE25's data sets: their tasks, and their names in recipes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -28,35 +28,37 @@ TASKS: dict[str, tuple[str, ...]] = {
     REGRESSION: (),
     REPORT: ("report", "medical report generation"),
 }
-"""Task -> its other names, in lower case, with spaces for ``_`` and ``-``."""
+"""Task -> other spellings, in lower case, with spaces for ``_`` and ``-``."""
 
 BOX_TASKS = (DETECTION, INSTANCE_DETECTION)
-"""Tasks whose answers hold boxes, x1 y1 x2 y2."""
+"""Tasks whose answers contain boxes, x1 y1 x2 y2."""
 
 SPLITS = ("train", "val", "test")
 MISSPELT = 0.8
-"""How similar, from 0 to 1, an unknown task name must be to a known one to be taken for it."""
+"""Least similarity, 0 to 1, at which an unknown task name counts as a misspelt known one."""
 
 
 @dataclass(frozen=True)
 class FlareDataset:
-    """One data set, and the folder name of its category in ``organized_dataset``."""
+    """A data set of FLARE25."""
 
     name: str
     category: str
-    """Folder between the split and the data set."""
+    """Folder between the split and the data set in ``organized_dataset``."""
     modality: str
     task_types: tuple[str, ...]
-    """The first is taken where a record's own task cannot be made out."""
+    """The first is used if a record's own task cannot be recognised."""
     has_multi_image: bool = False
-    """Several views to a case by design. Others have such records too, so nothing depends on it."""
+    """True if every case has several images by design. Informative only: other sets have such records too."""
     is_starter: bool = False
-    """One of the five that are converted if none is named."""
+    """True for the five sets that are converted by default."""
     description: str = ""
 
 
-def _dataset(name: str, category: str, *tasks: str, multi: bool = False, starter: bool = False, told: str) -> Any:
-    return name, FlareDataset(name, category, MODALITIES[category], tasks, multi, starter, told)
+def _dataset(
+    name: str, category: str, *tasks: str, multi: bool = False, starter: bool = False, description: str
+) -> tuple[str, FlareDataset]:
+    return name, FlareDataset(name, category, MODALITIES[category], tasks, multi, starter, description)
 
 
 MODALITIES = {
@@ -69,7 +71,7 @@ MODALITIES = {
     "Dermatology": "dermatology",
     "Mammography": "mammography",
 }
-"""Category folder -> modality. Records spell their own in too many ways to be relied on."""
+"""Category folder -> modality. The records' own modality field is spelt too inconsistently."""
 
 FLARE_DATASETS: dict[str, FlareDataset] = dict(
     [
@@ -79,40 +81,58 @@ FLARE_DATASETS: dict[str, FlareDataset] = dict(
             CLASSIFICATION,
             multi=True,
             starter=True,
-            told="Jaundice of newborns from three photographs of the skin",
+            description="Jaundice of newborns from three photographs of the skin",
         ),
-        _dataset("retino", "Retinography", CLASSIFICATION, starter=True, told="Grade of diabetic retinopathy, A to E"),
-        _dataset("BUSI-det", "Ultrasound", DETECTION, starter=True, told="Boxes of breast lesions"),
         _dataset(
-            "boneresorption", "Xray", REGRESSION, CLASSIFICATION, starter=True, told="Resorption of bone, in percent"
+            "retino", "Retinography", CLASSIFICATION, starter=True, description="Grade of diabetic retinopathy, A to E"
         ),
-        _dataset("bone_marrow", "Microscopy", CLASSIFICATION, starter=True, told="Type of a bone marrow cell, A to K"),
-        _dataset("fundus", "Retinography", CLASSIFICATION, told="Findings of the fundus"),
-        _dataset("BUS-UCLM-det", "Ultrasound", DETECTION, told="Boxes of breast lesions"),
-        _dataset("BUSI", "Ultrasound", CLASSIFICATION, told="Normal, benign or malignant breast"),
-        _dataset("BUS-UCLM", "Ultrasound", CLASSIFICATION, told="Normal, benign or malignant breast"),
+        _dataset("BUSI-det", "Ultrasound", DETECTION, starter=True, description="Boxes of breast lesions"),
         _dataset(
-            "iugc", "Ultrasound", CLASSIFICATION, DETECTION, REGRESSION, told="Labour: standard plane, heads, angle"
+            "boneresorption",
+            "Xray",
+            REGRESSION,
+            CLASSIFICATION,
+            starter=True,
+            description="Resorption of bone, in percent",
         ),
-        _dataset("dental", "Xray", CLASSIFICATION, told="Findings of teeth, A to F"),
-        _dataset("periapical", "Xray", MULTI_LABEL, told="Findings around the root, joined by ';'"),
-        _dataset("IU_XRay", "Xray", REPORT, told="Reports of chest x-rays"),
-        _dataset("chestdr", "Xray", MULTI_LABEL, CLASSIFICATION, told="Findings of the chest, joined by ','"),
-        _dataset("chromosome", "Microscopy", INSTANCE_DETECTION, COUNTING, told="Boxes of chromosomes, by their kind"),
-        _dataset("neurips22cell", "Microscopy", COUNTING, told="Number of cells"),
-        _dataset("endo", "Endoscopy", CLASSIFICATION, told="Findings of endoscopy; few records"),
-        _dataset("bcn20000", "Dermatology", CLASSIFICATION, told="Lesions of the skin"),
-        _dataset("CMMD", "Mammography", CLASSIFICATION, told="Findings of the breast, answered by the class's name"),
+        _dataset(
+            "bone_marrow", "Microscopy", CLASSIFICATION, starter=True, description="Type of a bone marrow cell, A to K"
+        ),
+        _dataset("fundus", "Retinography", CLASSIFICATION, description="Findings of the fundus"),
+        _dataset("BUS-UCLM-det", "Ultrasound", DETECTION, description="Boxes of breast lesions"),
+        _dataset("BUSI", "Ultrasound", CLASSIFICATION, description="Normal, benign or malignant breast"),
+        _dataset("BUS-UCLM", "Ultrasound", CLASSIFICATION, description="Normal, benign or malignant breast"),
+        _dataset(
+            "iugc",
+            "Ultrasound",
+            CLASSIFICATION,
+            DETECTION,
+            REGRESSION,
+            description="Labour: standard plane, heads, angle",
+        ),
+        _dataset("dental", "Xray", CLASSIFICATION, description="Findings of teeth, A to F"),
+        _dataset("periapical", "Xray", MULTI_LABEL, description="Findings around the root, joined by ';'"),
+        _dataset("IU_XRay", "Xray", REPORT, description="Reports of chest x-rays"),
+        _dataset("chestdr", "Xray", MULTI_LABEL, CLASSIFICATION, description="Findings of the chest, joined by ','"),
+        _dataset(
+            "chromosome", "Microscopy", INSTANCE_DETECTION, COUNTING, description="Boxes of chromosomes, by their kind"
+        ),
+        _dataset("neurips22cell", "Microscopy", COUNTING, description="Number of cells"),
+        _dataset("endo", "Endoscopy", CLASSIFICATION, description="Findings of endoscopy; few records"),
+        _dataset("bcn20000", "Dermatology", CLASSIFICATION, description="Lesions of the skin"),
+        _dataset(
+            "CMMD", "Mammography", CLASSIFICATION, description="Findings of the breast, answered by the class's name"
+        ),
     ]
 )
-"""Name -> data set; the five of the starter set come first."""
+"""Name -> data set; the five starter sets come first."""
 
 
 def register_flare_dataset(dataset: FlareDataset) -> None:
-    """Add a data set of one's own that lies in the same layout; a known name is replaced.
+    """Add a data set in the same folder layout, or replace one of the same name.
 
     Raises:
-        DataError: it names no task, or a task that does not exist.
+        DataError: it has no task, or an unknown one.
     """
     if not dataset.task_types:
         raise DataError(f"FLARE data set {dataset.name}: task_types is empty. Known: {', '.join(TASKS)}.")
@@ -129,16 +149,16 @@ def read_catalog(path: str | Path) -> list[str]:
         ``polyp: {category: Endoscopy, task_types: [detection], description: Boxes of polyps}``
 
     Raises:
-        DataError: the file or an entry is not one.
+        DataError: the file cannot be read, or an entry is malformed.
     """
     try:
-        told = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"catalog {path} cannot be read: {one_line(error, 200)}.") from None
-    if not isinstance(told, dict) or not all(isinstance(entry, dict) for entry in told.values()):
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise DataError(f"catalog {path} must map names to {{category: ..., task_types: [...]}}.")
     keys = [field.name for field in fields(FlareDataset) if field.name != "name"]
-    for name, entry in told.items():
+    for name, entry in entries.items():
         for key in entry:
             if key not in keys:
                 raise DataError(f"catalog {path}: {name}: unknown key {key!r}.{hint(str(key), keys)}")
@@ -146,11 +166,11 @@ def read_catalog(path: str | Path) -> list[str]:
             raise DataError(f"catalog {path}: {name} needs category (a folder) and task_types (a list).")
         entry = {"modality": MODALITIES.get(entry["category"]) or entry["category"].lower()} | entry
         register_flare_dataset(FlareDataset(str(name), **entry | {"task_types": tuple(entry["task_types"])}))
-    return [str(name) for name in told]
+    return [str(name) for name in entries]
 
 
 def select(*, category: str | None = None, task: str | None = None, starter: bool | None = None) -> list[str]:
-    """Names of the data sets that fit, in the catalog's order; None does not care.
+    """Return the names of matching data sets, in the catalog's order; None matches everything.
 
     Example:
         ``",".join(registry_name(name) for name in select(category="Xray"))`` is a value for ``data.train``.
@@ -165,10 +185,10 @@ def select(*, category: str | None = None, task: str | None = None, starter: boo
 
 
 def find_datasets(names: Iterable[str]) -> list[str]:
-    """Names as the catalog has them, each once: of data sets in any case, as registered, or ``starter`` or ``all``.
+    """Resolve names, in any case or as registered for recipes, and ``starter`` and ``all``, to catalog names.
 
     Raises:
-        DataError: a name is not there, and the message says which is close; or none is given.
+        DataError: no name is given, or one is unknown; the message suggests a similar one.
     """
     names = [part.strip() for name in names for part in name.split(",") if part.strip()]
     if not names:
@@ -183,16 +203,16 @@ def find_datasets(names: Iterable[str]) -> list[str]:
             meant = spelled[close[0]] if close and close[0] in spelled else key
             raise DataError(
                 f"unknown FLARE data set {name!r}.{hint(meant, [*FLARE_DATASETS, *groups])} "
-                "Declare one of your own with --catalog FILE."
+                "Declare your own with --catalog FILE."
             )
         found.update(dict.fromkeys(groups[key] if key in groups else [spelled[key]]))
     return list(found)
 
 
 def find_task(spelled: Any, dataset: FlareDataset) -> tuple[str, bool]:
-    """The task that a record means, and whether its spelling said so.
+    """Return the task that a record names, and True if its spelling was recognised.
 
-    Case, ``_``, ``-`` and slips of the pen do not matter. What is no task at all is the data set's first.
+    Case, ``_``, ``-`` and typing errors do not matter. Anything else counts as the data set's first task.
 
     Example:
         ``"Multi_label-Clasification"`` is ``("multi-label classification", True)``.
@@ -208,12 +228,12 @@ def _plain(text: str) -> str:
 
 
 def registry_name(name: str, split: str = "train") -> str:
-    """The name in recipes: ``BUSI-det`` is ``flare_busi_det``, its validation split ``flare_busi_det_val``."""
+    """Return the name for recipes: ``BUSI-det`` is ``flare_busi_det``, its validation split ``flare_busi_det_val``."""
     return f"flare_{name.lower().replace('-', '_')}" + ("" if split == "train" else f"_{split}")
 
 
 def converted_file(name: str, split: str) -> str:
-    """File name of a converted split: ``BUSI-det_train.json``."""
+    """Return the file name of a converted split: ``BUSI-det_train.json``."""
     return f"{name}_{split}.json"
 
 
@@ -221,13 +241,13 @@ def register_converted(folder: str | Path = "converted_data", names: Iterable[st
     """Register the converted files of a folder for recipes and selections.
 
     Args:
-        names: data sets that must be there; None registers those that are.
+        names: data sets that must exist; None registers all that do.
 
     Returns:
         The registered names: all training splits in the catalog's order, then ``_val``, then ``_test``.
 
     Raises:
-        DataError: the folder has no such file.
+        DataError: a named data set, or every file, is missing.
     """
     root = Path(folder).absolute()
     asked = list(FLARE_DATASETS) if names is None else find_datasets(names)

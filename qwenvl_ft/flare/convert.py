@@ -1,11 +1,11 @@
-"""FLARE25's questions -> training files, one for each data set and split.
+"""Converts FLARE25's questions to training files, one per data set and split.
 
     qwenvl-ft convert flare                                        # the five starter sets, train and val
     qwenvl-ft convert flare --all --input_dir organized_dataset
     qwenvl-ft convert flare --datasets neojaundice retino --splits train --verbose
 
-Every image is decoded once, so that a damaged one is found here and not hours into a run. What is left out is counted
-by reason in ``conversion_report.json`` and named, record by record, in ``conversion.log``.
+Every image is decoded once, so that a damaged one is found here and not hours into a run. Skipped questions are counted
+by reason in ``conversion_report.json`` and listed one by one in ``conversion.log``.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.errors import DataError, QwenVLError, hint
+from qwenvl_ft.errors import DataError, hint
 from qwenvl_ft.flare.catalog import (
     FLARE_DATASETS,
     SPLITS,
     converted_file,
     find_datasets,
-    read_catalog,
     registry_name,
 )
+from qwenvl_ft.flare.command import add_data_options, run_command
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions, unpacking_hint
 from qwenvl_ft.flare.records import CHECKS, COORDINATES, ImageCheck, Options, Tally, convert_questions
 
 REPORT, LOG = "conversion_report.json", "conversion.log"
 MAX_ERRORS = 50
-"""Records left out that the report names, for each data set and split; the log names all."""
+"""Most skipped questions listed in the report per data set and split; the log lists all."""
 
 log = logging.getLogger("qwenvl_ft.flare")
 
@@ -45,18 +45,18 @@ def convert(
     output: str | Path | None = None,
     options: Options | None = None,
 ) -> dict[str, Any]:
-    """Convert data sets and write their files, the report and the log.
+    """Convert data sets; write their files and the report.
 
     Args:
-        names: of the catalog.
-        base: the folder ``organized_dataset``; None looks here and one level up.
-        output: None is ``converted_data`` beside it.
+        names: names in the catalog.
+        base: the folder ``organized_dataset``; None looks in the working directory and one level up.
+        output: output folder; None is ``converted_data`` beside ``base``.
 
     Returns:
         The report: ``conversion_results``, ``statistics``, ``not_found`` and ``notes``.
 
     Raises:
-        DataError: there is no such folder, or a file of questions is not one.
+        DataError: the folder does not exist, or a file of questions is malformed.
     """
     options, splits = options or Options(), list(splits)
     for split in splits:
@@ -66,37 +66,37 @@ def convert(
     folder = output_folder(root, output)
     folder.mkdir(parents=True, exist_ok=True)
     check, total = ImageCheck(options.check_images), Tally()
-    told: dict[str, Any] = {"conversion_results": [], "statistics": {}, "not_found": [], "notes": []}
+    report: dict[str, Any] = {"conversion_results": [], "statistics": {}, "not_found": [], "notes": []}
     for name in names:
         for split in splits:
             questions = find_questions(root, FLARE_DATASETS[name], split)
             if questions is None:
-                told["not_found"].append({"dataset": name, "split": split})
+                report["not_found"].append({"dataset": name, "split": split})
                 log.warning("%s %s: no questions below %s", name, split, root)
                 continue
-            total.add(_convert_split(questions, folder, options, check, told))
-    told["statistics"] = total.told()
-    write_json(folder / REPORT, told)
-    return told
+            total.add(_convert_split(questions, folder, options, check, report))
+    report["statistics"] = total.to_json()
+    write_json(folder / REPORT, report)
+    return report
 
 
 def _convert_split(
-    questions: Questions, folder: Path, options: Options, check: ImageCheck, told: dict[str, Any]
+    questions: Questions, folder: Path, options: Options, check: ImageCheck, report: dict[str, Any]
 ) -> Tally:
     records, tally = convert_questions(questions, options, check)
     name, split = questions.dataset.name, questions.split
     for passed in questions.passed_over:
-        told["notes"].append(f"{passed} holds no answers; {questions.file} is taken instead")
+        report["notes"].append(f"{passed} holds no answers; {questions.file} is used instead")
     if records:
         target = folder / converted_file(name, split)
         write_records(target, records)
         result = {"dataset": name, "split": split, "samples": len(records), "output_file": str(target)}
-        told["conversion_results"].append(
+        report["conversion_results"].append(
             result | {"skipped": dict(tally.skipped), "errors": tally.errors[:MAX_ERRORS]}
         )
     else:
         note = unpacking_hint(questions.folder) or "no question became a record"
-        told["not_found"].append({"dataset": name, "split": split, "file": str(questions.file), "why": note})
+        report["not_found"].append({"dataset": name, "split": split, "file": str(questions.file), "why": note})
         log.warning("%s %s: %s", name, split, note)
     skipped = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.most_common())
     log.info(
@@ -106,7 +106,7 @@ def _convert_split(
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """A JSON list with a record on each line, whole or not at all."""
+    """Write a JSON list with one record per line; the file is replaced atomically."""
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     _write(path, f"[\n{lines}\n]\n")
 
@@ -121,16 +121,16 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def output_folder(base: Path, given: str | Path | None) -> Path:
-    """As given, else ``converted_data`` beside the data."""
-    return Path(given) if given is not None else Path(os.path.normpath(base.parent)) / "converted_data"
+def output_folder(base: Path, output: str | Path | None) -> Path:
+    """Return the folder as output, or ``converted_data`` beside the data."""
+    return Path(output) if output is not None else Path(os.path.normpath(base.parent)) / "converted_data"
 
 
 def listing() -> str:
-    """The catalog as a table: data set, name in recipes, category, tasks; the starter set is marked."""
+    """Return the catalog as a table: data set, name in recipes, category, tasks; starter sets are marked."""
     rows = [
-        (f"{name}{' *' * told.is_starter}", registry_name(name), told.category, ", ".join(told.task_types))
-        for name, told in FLARE_DATASETS.items()
+        (f"{name}{' *' * entry.is_starter}", registry_name(name), entry.category, ", ".join(entry.task_types))
+        for name, entry in FLARE_DATASETS.items()
     ]
     rows.insert(0, ("data set", "in recipes", "category", "tasks"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -138,71 +138,62 @@ def listing() -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n* starter set"
 
 
-def summary(told: dict[str, Any]) -> str:
-    """What a person wants to know of a report, on a few lines."""
-    counts = told["statistics"]
+def summary(report: dict[str, Any]) -> str:
+    """Summarise a report on a few lines."""
+    counts = report["statistics"]
     lines = [
         f"converted {counts['converted_samples']:,} of {counts['total_samples']:,} questions, "
-        f"{len(told['conversion_results'])} files"
+        f"{len(report['conversion_results'])} files"
     ]
     lines += [f"  left out: {count:,} {reason}" for reason, count in counts["skipped_by_reason"].items()]
     if counts["guessed_task_types"]:
-        lines.append(f"  task unknown, the data set's first was taken: {counts['guessed_task_types']:,}")
-    lines += [f"  {note}" for note in told["notes"]]
-    missing = [f"{item['dataset']} {item['split']}" for item in told["not_found"]]
+        lines.append(f"  task unknown, the data set's first task used: {counts['guessed_task_types']:,}")
+    lines += [f"  {note}" for note in report["notes"]]
+    missing = [f"{item['dataset']} {item['split']}" for item in report["not_found"]]
     return "\n".join([*lines, *([f"  nothing for: {', '.join(missing)}"] if missing else [])])
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    told = argparse.ArgumentParser(prog=prog, description="Convert FLARE25 questions to training records.")
-    told.add_argument("--datasets", nargs="+", default=["starter"], metavar="NAME", help="names, starter or all")
-    told.add_argument("--all", action="store_true", help="every data set of the catalog")
-    told.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="train, val, test")
-    told.add_argument(
-        "--input_dir", "--base_dir", metavar="DIR", help="the data (default: organized_dataset, here or one level up)"
+    options = argparse.ArgumentParser(prog=prog, description="Convert FLARE25 questions to training records.")
+    add_data_options(options, input_help="the data (default: organized_dataset, here or one level up)")
+    options.add_argument("--all", action="store_true", help="every data set of the catalog")
+    options.add_argument("--splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="train, val, test")
+    options.add_argument(
+        "--output_dir", "--converted_dir", metavar="DIR", help="default: converted_data beside the input"
     )
-    told.add_argument("--output_dir", "--converted_dir", metavar="DIR", help="default: converted_data beside the input")
-    told.add_argument("--coordinates", default="pixel", help=f"unit of boxes: {' or '.join(COORDINATES)}")
-    told.add_argument("--check_images", default="decode", help=", ".join(CHECKS))
-    told.add_argument("--keep_incomplete", action="store_true", help="keep questions of which some images are usable")
-    told.add_argument("--num_workers", type=int, default=4, help="threads that check images")
-    told.add_argument("--catalog", metavar="FILE", help="YAML of further data sets: name -> category, task_types")
-    told.add_argument("--list", action="store_true", help="show the catalog and end")
-    told.add_argument("--verbose", action="store_true", help="name every question that is left out")
-    return told
+    options.add_argument("--coordinates", default="pixel", help=f"unit of boxes: {' or '.join(COORDINATES)}")
+    options.add_argument("--check_images", default="decode", help=", ".join(CHECKS))
+    options.add_argument("--keep_incomplete", action="store_true", help="keep questions with some unusable images")
+    options.add_argument("--num_workers", type=int, default=4, help="threads that check images")
+    options.add_argument("--list", action="store_true", help="print the catalog and exit")
+    options.add_argument("--verbose", action="store_true", help="print every skipped question")
+    return options
 
 
 def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare") -> int:
-    """The command: exit code 0, 1 if a named data set gave no file, 2 for a user's error."""
-    asked = parser(prog).parse_args(argv)
-    try:
-        return run(asked)
-    except QwenVLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command: exit code 0, 1 if a named data set gave no file, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
 
 
-def run(asked: argparse.Namespace) -> int:
-    if asked.catalog:
-        read_catalog(asked.catalog)
-    if asked.list:
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.list:
         print(listing())
         return 0
-    names = find_datasets(["all"] if asked.all else asked.datasets)
+    names = find_datasets(["all"] if arguments.all else arguments.datasets)
     options = Options(
-        coordinates=asked.coordinates,
-        check_images=asked.check_images,
-        keep_incomplete=asked.keep_incomplete,
-        num_workers=asked.num_workers,
+        coordinates=arguments.coordinates,
+        check_images=arguments.check_images,
+        keep_incomplete=arguments.keep_incomplete,
+        num_workers=arguments.num_workers,
     )
-    base = find_base(asked.input_dir)
-    folder = output_folder(base, asked.output_dir)
-    with logging_to(folder / LOG, verbose=asked.verbose):
-        told = convert(names, asked.splits, base=base, output=folder, options=options)
-    print(summary(told))
+    base = find_base(arguments.input_dir)
+    folder = output_folder(base, arguments.output_dir)
+    with logging_to(folder / LOG, verbose=arguments.verbose):
+        report = convert(names, arguments.splits, base=base, output=folder, options=options)
+    print(summary(report))
     print(f"report: {folder / REPORT}, log: {folder / LOG}")
-    given = {result["dataset"] for result in told["conversion_results"]}
-    without = [name for name in names if name not in given]
+    converted = {result["dataset"] for result in report["conversion_results"]}
+    without = [name for name in names if name not in converted]
     if without:
         print(f"error: nothing was converted of {', '.join(without)}", file=sys.stderr)
     return 1 if without else 0
@@ -210,7 +201,7 @@ def run(asked: argparse.Namespace) -> int:
 
 @contextmanager
 def logging_to(file: Path, *, verbose: bool) -> Iterator[None]:
-    """Everything into a file; results, and with ``verbose`` every question left out, onto the screen."""
+    """Log everything to a file, and results to stdout; with ``verbose`` also every skipped question."""
     file.parent.mkdir(parents=True, exist_ok=True)
     into_file, onto_screen = logging.FileHandler(file, mode="w", encoding="utf-8"), logging.StreamHandler(sys.stdout)
     into_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,4 +1,4 @@
-"""Where a split's questions and images lie in ``organized_dataset``, and which file of several is taken.
+"""Finds the questions and images of a split in ``organized_dataset``, and chooses among several files.
 
 ::
 
@@ -31,52 +31,52 @@ CANDIDATES: dict[str, tuple[tuple[str, str], ...]] = {
         ("testing", "{name}_questions_test.json"),
     ),
 }
-"""Split -> (folder, file) in the order in which they are looked for."""
+"""Split -> (folder, file name) in the order in which they are tried."""
 
 IMAGE_FOLDERS = ("imagesTr", "imagesVal", "imagesTs", "images")
 NO_TEXT = ("", "none", "null", "nan")
-"""Texts, in lower case, that stand for nothing."""
+"""Texts, in lower case, that mean no value."""
 BASES = ("organized_dataset", "../organized_dataset")
-"""Where the data is looked for if no folder is given."""
+"""Folders that are tried if none is given."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a split, as their file holds them."""
+    """The questions of a split, as stored in their file."""
 
     dataset: FlareDataset
     split: str
     file: Path
     records: list[Any]
     passed_over: tuple[Path, ...] = ()
-    """Files that come first but hold no answer at all."""
+    """Files of higher priority that were skipped because they hold no answer."""
 
     @property
     def folder(self) -> Path:
-        """Where the paths of images start."""
+        """Folder to which image paths are relative."""
         return self.file.parent
 
 
-def find_base(given: str | Path | None) -> Path:
-    """The folder of the data: as given, else ``organized_dataset`` here or one level up.
+def find_base(folder: str | Path | None) -> Path:
+    """Return the data folder: ``folder``, or ``organized_dataset`` in the working directory or one level up.
 
     Raises:
-        DataError: there is none.
+        DataError: it does not exist.
     """
-    folders = BASES if given is None else (given,)
-    found = next((Path(folder) for folder in folders if Path(folder).is_dir()), None)
+    folders = BASES if folder is None else (folder,)
+    found = next((Path(place) for place in folders if Path(place).is_dir()), None)
     if found is None:
         raise DataError(f"there is no folder {' or '.join(map(str, folders))}. Give the FLARE data with --input_dir.")
     return found
 
 
 def find_questions(base: str | Path, dataset: FlareDataset, split: str, *, answered: bool = True) -> Questions | None:
-    """The questions of a split, or None if there is no file of them.
+    """Return the questions of a split, or None if there is no file.
 
-    Hidden validation data with its answers is taken first, then without, then the public one.
+    Hidden validation data with answers comes first, then without answers, then the public data.
 
     Args:
-        answered: pass over a file in which no question has an answer, if a later one does.
+        answered: skip a file without any answer if a later one has answers.
 
     Raises:
         DataError: the split does not exist, or a file is not a JSON list.
@@ -99,7 +99,7 @@ def find_questions(base: str | Path, dataset: FlareDataset, split: str, *, answe
 
 
 def read_questions(file: str | Path) -> list[Any]:
-    """The list that a file of questions holds.
+    """Read a file of questions.
 
     Raises:
         DataError: it cannot be read, or is not a JSON list.
@@ -114,7 +114,7 @@ def read_questions(file: str | Path) -> list[Any]:
 
 
 def answer_text(record: dict[str, Any], key: str = "Answer") -> str:
-    """The answer as text, ``""`` where there is none. The number 0 is an answer, ``"None"`` is not."""
+    """Return the answer as text, ``""`` if there is none. The number 0 is an answer, ``"None"`` is not."""
     value = record[key] if key in record else None
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
@@ -125,7 +125,7 @@ def answer_text(record: dict[str, Any], key: str = "Answer") -> str:
 
 
 def image_names(record: dict[str, Any]) -> list[str]:
-    """The names of a question's images, in order; empty where there are none, or something else than names."""
+    """Return the image names of a question in order; empty if there are none or one is not a name."""
     value = record["ImageName"] if "ImageName" in record else None
     names = value if isinstance(value, list) else [value]
     kept = [name.strip() for name in names if isinstance(name, str) and name.strip()]
@@ -133,7 +133,7 @@ def image_names(record: dict[str, Any]) -> list[str]:
 
 
 def find_image(folder: Path, name: str) -> Path | None:
-    """The file of an image below a data set's folder, or None: as named, else by its last part in an image folder."""
+    """Return the file of an image, or None: as named, or by its last path component in one of the image folders."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
         return None
@@ -142,7 +142,7 @@ def find_image(folder: Path, name: str) -> Path | None:
 
 
 def unpacking_hint(folder: Path) -> str:
-    """What to do if a data set's images are still packed, else nothing."""
+    """Return a hint if a data set's images are still zipped, otherwise ``""``."""
     packed = sorted(folder.glob("*.zip"))
     if not packed or any((folder / images).is_dir() for images in IMAGE_FOLDERS):
         return ""
@@ -150,7 +150,7 @@ def unpacking_hint(folder: Path) -> str:
 
 
 def _dataset_folder(part: Path, dataset: FlareDataset) -> Path | None:
-    """The folder of a data set, whatever the case of its and its category's names."""
+    """Return the folder of a data set; upper and lower case do not matter."""
     exact = part / dataset.category / dataset.name
     if exact.is_dir():
         return exact

@@ -1,6 +1,6 @@
-"""How much of a reference's wording an answer has: BLEU-4 and ROUGE.
+"""Word overlap between a reference and an answer: BLEU-4 and ROUGE.
 
-Both look at lower-case words of letters and digits; punctuation is no word. Scores run from 0 to 1.
+Both compare lower-case words of letters and digits and ignore punctuation. Scores are from 0 to 1.
 """
 
 import math
@@ -12,41 +12,41 @@ Words = list[str]
 
 
 def words(text: str) -> Words:
-    """``"No effusion; 3 mm."`` -> ``["no", "effusion", "3", "mm"]``."""
+    """Split into words: ``"No effusion; 3 mm."`` -> ``["no", "effusion", "3", "mm"]``."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def bleu(references: Sequence[str], answers: Sequence[str], order: int = 4) -> float:
-    """Corpus BLEU (Papineni et al. 2002) with one reference each, not smoothed: n-grams are counted over all answers.
+    """Return corpus BLEU (Papineni et al. 2002) with one reference each, unsmoothed, over all answers.
 
-    The geometric mean of the clipped precisions of 1- to 4-grams, times exp(1 - reference / answer length) where the
-    answers are shorter. No common 4-gram anywhere gives 0.
+    It is the geometric mean of the clipped precisions of 1- to 4-grams, times exp(1 - reference length / answer length)
+    if the answers are shorter. Without any common 4-gram it is 0.
     """
     pairs = [(words(reference), words(answer)) for reference, answer in zip(references, answers, strict=True)]
-    length, given = (sum(len(side) for side in sides) for sides in zip(*pairs, strict=True))
+    length, answer_length = (sum(len(side) for side in sides) for sides in zip(*pairs, strict=True))
     logs = 0.0
     for n in range(1, order + 1):
         hits = sum((ngrams(answer, n) & ngrams(reference, n)).total() for reference, answer in pairs)
         if not hits:
             return 0.0
         logs += math.log(hits / sum(ngrams(answer, n).total() for _, answer in pairs)) / order
-    return math.exp(logs + min(0.0, 1 - length / given))
+    return math.exp(logs + min(0.0, 1 - length / answer_length))
 
 
 def rouge(reference: str, answer: str) -> dict[str, float]:
-    """F1 of common words (1), pairs of words (2) and of the longest common subsequence (L) (Lin 2004), not stemmed."""
+    """Return the F1 of common words (1), word pairs (2) and longest common subsequence (L) (Lin 2004), unstemmed."""
     a, b = words(reference), words(answer)
-    told = {f"rouge_{n}": _overlap(ngrams(a, n), ngrams(b, n)) for n in (1, 2)}
-    return told | {"rouge_l": _f1(common_subsequence(a, b), len(a) + len(b))}
+    scores = {f"rouge_{n}": _overlap(ngrams(a, n), ngrams(b, n)) for n in (1, 2)}
+    return scores | {"rouge_l": _f1(common_subsequence(a, b), len(a) + len(b))}
 
 
 def ngrams(text: Words, n: int) -> Counter[tuple[str, ...]]:
-    """How often each run of n words occurs."""
+    """Count each sequence of n words."""
     return Counter(zip(*(text[start:] for start in range(n)), strict=False))
 
 
 def common_subsequence(a: Words, b: Words) -> int:
-    """Length of the longest common subsequence, a word of ``b`` at a time against all of ``a`` as bits (Hyyrö 2004)."""
+    """Return the length of the longest common subsequence, by the bit-parallel algorithm of Hyyrö (2004)."""
     places: dict[str, int] = {}
     for place, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << place

@@ -1,9 +1,9 @@
-"""A model's answers to FLARE25's questions, as files that can be scored or handed in.
+"""Answers FLARE25's questions with a model and writes files that can be scored or submitted.
 
     python -m qwenvl_ft.flare.predict --model output/qwen3vl_flare25_starter --datasets starter --output_dir predictions
 
-Each file holds the question records, with the model's text as ``prediction``. Boxes are written in pixels of the stored
-image, as the challenge wants them, also if the model was trained on thousandths (``--coordinates norm1000``).
+Each file holds the question records with the model's text as ``prediction``. Boxes are written in pixels of the stored
+image, as the challenge requires, even if the model was trained on thousandths (``--coordinates norm1000``).
 """
 
 import argparse
@@ -14,41 +14,41 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.media.images import MediaPolicy, image_size
-from qwenvl_ft.errors import DataError, QwenVLError
+from qwenvl_ft.errors import DataError
 from qwenvl_ft.evaluation.parse import parse_instances
-from qwenvl_ft.flare.catalog import BOX_TASKS, FLARE_DATASETS, FlareDataset, find_datasets, find_task, read_catalog
+from qwenvl_ft.flare.catalog import BOX_TASKS, FLARE_DATASETS, FlareDataset, find_datasets, find_task
+from qwenvl_ft.flare.command import add_data_options, run_command
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions
 from qwenvl_ft.flare.records import COORDINATES, ImageCheck, LeftOut, Options, Tally, find_images, question_text
 
 Answerer = Callable[[Sequence[dict[str, Any]]], list[str]]
-"""Prompts as records without an answer -> a text for each."""
+"""Function from prompts (records without an answer) to a text for each."""
 
 
 def predict(questions: Questions, answer: Answerer, *, coordinates: str = "pixel") -> tuple[list[dict[str, Any]], int]:
-    """The question records with ``prediction``, and how many could not be asked.
+    """Return the question records with ``prediction``, and the number of questions that could not be asked.
 
-    A question whose images cannot be used is answered with nothing; nothing is left out, so that the file fits its
-    questions.
+    A question with unusable images gets an empty prediction; no question is dropped.
     """
     check = ImageCheck("header")
-    told = [dict(record) if isinstance(record, dict) else {} for record in questions.records]
+    records = [dict(record) if isinstance(record, dict) else {} for record in questions.records]
     prompts: dict[int, dict[str, Any]] = {}
-    for index, record in enumerate(told):
+    for index, record in enumerate(records):
         prompt = make_prompt(record, questions, check)
         if prompt is not None:
             prompts[index] = prompt
     answers = dict(zip(prompts, answer(list(prompts.values())), strict=True)) if prompts else {}
-    for index, record in enumerate(told):
+    for index, record in enumerate(records):
         text = answers[index] if index in answers else ""
         if coordinates == "norm1000" and text and _has_boxes(record, questions.dataset):
             text = in_pixels(text, prompts[index]["image"][0])
         record["prediction"] = text
-    return told, len(told) - len(answers)
+    return records, len(records) - len(answers)
 
 
 def make_prompt(record: dict[str, Any], questions: Questions, check: ImageCheck) -> dict[str, Any] | None:
-    """The question as a training record without its answer; None if it has no text or an image cannot be used."""
+    """Return the question as a training record without answer; None if it has no text or an unusable image."""
     text = question_text(record)
     try:
         images = find_images(record, questions.folder, Options(), check, Tally())
@@ -60,7 +60,7 @@ def make_prompt(record: dict[str, Any], questions: Questions, check: ImageCheck)
 
 
 def in_pixels(text: str, image: str) -> str:
-    """Boxes in thousandths -> the same in pixels of an image, as JSON; a text without boxes stays as it is."""
+    """Convert boxes in thousandths to pixels of an image, as JSON; a text without boxes is unchanged."""
     found = parse_instances(text)
     if not found:
         return text
@@ -74,7 +74,7 @@ def in_pixels(text: str, image: str) -> str:
 
 
 def model_answerer(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str, **options: Any) -> Answerer:
-    """Answers of a model, or of an adapter on one; ``options`` are those of `generate`."""
+    """Load a model, optionally with an adapter; ``options`` go to `generate`."""
     from transformers.utils import logging
 
     from qwenvl_ft.cli.infer import load
@@ -87,16 +87,16 @@ def model_answerer(model: str, adapter: Path | None, *, torch_dtype: str, attn_i
 
 
 def show_progress(done: int, batches: int) -> None:
-    """A line that counts, on a terminal."""
+    """Print a progress line if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r{done} of {batches} batches", end="" if done < batches else "\n", file=sys.stderr, flush=True)
 
 
 def find_all(names: Iterable[str], split: str, base: Path) -> list[Questions]:
-    """The questions of each data set that has some.
+    """Return the questions of each data set that has any.
 
     Raises:
-        DataError: none has.
+        DataError: no data set has any.
     """
     found: list[Questions] = []
     for name in names:
@@ -110,52 +110,49 @@ def find_all(names: Iterable[str], split: str, base: Path) -> list[Questions]:
     return found
 
 
-def predict_all(asked: Iterable[Questions], output: Path, answer: Answerer, *, coordinates: str = "pixel") -> None:
-    """Write a file of predictions for each data set."""
+def predict_all(
+    questions_by_set: Iterable[Questions], output: Path, answer: Answerer, *, coordinates: str = "pixel"
+) -> None:
+    """Write one file of predictions per data set."""
     output.mkdir(parents=True, exist_ok=True)
-    for questions in asked:
-        told, not_asked = predict(questions, answer, coordinates=coordinates)
+    for questions in questions_by_set:
+        records, not_asked = predict(questions, answer, coordinates=coordinates)
         target = output / f"{questions.dataset.name}_questions_{questions.split}.json"
-        write_json(target, told)
-        print(f"{questions.dataset.name}: {len(told):,} questions, {not_asked:,} not asked, {target}")
+        write_json(target, records)
+        print(f"{questions.dataset.name}: {len(records):,} questions, {not_asked:,} not asked, {target}")
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    told = argparse.ArgumentParser(prog=prog, description="Answer FLARE25 questions with a model.")
-    told.add_argument("--model", required=True, metavar="DIR", help="directory or hub id of a model or adapter")
-    told.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
-    told.add_argument("--datasets", nargs="+", default=["starter"], metavar="NAME", help="names, starter or all")
-    told.add_argument("--split", default="val", help="train, val or test (default: val)")
-    told.add_argument("--input_dir", "--base_dir", metavar="DIR", help="the data (default: organized_dataset)")
-    told.add_argument("--output_dir", type=Path, default=Path("predictions"), metavar="DIR")
-    told.add_argument("--coordinates", default="pixel", choices=COORDINATES, help="unit of boxes in training")
-    told.add_argument("--batch_size", type=int, default=8, help="questions that are answered together")
-    told.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
-    told.add_argument("--torch_dtype", default="auto", help="bfloat16, float16, float32, or auto: as it was saved")
-    told.add_argument("--attn_impl", default="auto", help="as model.attn_impl in a recipe")
-    told.add_argument("--catalog", metavar="FILE", help="YAML of further data sets")
-    return told
+    options = argparse.ArgumentParser(prog=prog, description="Answer FLARE25 questions with a model.")
+    options.add_argument("--model", required=True, metavar="DIR", help="directory or hub id of a model or adapter")
+    options.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    add_data_options(options, input_help="the data (default: organized_dataset, here or one level up)")
+    options.add_argument("--split", default="val", help="train, val or test (default: val)")
+    options.add_argument("--output_dir", type=Path, default=Path("predictions"), metavar="DIR")
+    options.add_argument("--coordinates", default="pixel", choices=COORDINATES, help="unit of boxes in training")
+    options.add_argument("--batch_size", type=int, default=8, help="questions per batch")
+    options.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
+    options.add_argument("--torch_dtype", default="auto", help="bfloat16, float16, float32, or auto: as it was saved")
+    options.add_argument("--attn_impl", default="auto", help="as model.attn_impl in a recipe")
+    return options
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.predict") -> int:
-    """The command: exit code 0, 2 for a user's error."""
-    asked = parser(prog).parse_args(argv)
-    try:
-        if asked.catalog:
-            read_catalog(asked.catalog)
-        questions = find_all(find_datasets(asked.datasets), asked.split, find_base(asked.input_dir))
-        answer = model_answerer(
-            asked.model,
-            asked.adapter,
-            torch_dtype=asked.torch_dtype,
-            attn_impl=asked.attn_impl,
-            batch_size=asked.batch_size,
-            max_new_tokens=asked.max_new_tokens,
-        )
-        predict_all(questions, asked.output_dir, answer, coordinates=asked.coordinates)
-    except QwenVLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command: exit code 0, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    questions = find_all(find_datasets(arguments.datasets), arguments.split, find_base(arguments.input_dir))
+    answer = model_answerer(
+        arguments.model,
+        arguments.adapter,
+        torch_dtype=arguments.torch_dtype,
+        attn_impl=arguments.attn_impl,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    predict_all(questions, arguments.output_dir, answer, coordinates=arguments.coordinates)
     return 0
 
 

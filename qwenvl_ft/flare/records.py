@@ -1,4 +1,4 @@
-"""A FLARE25 question -> a training record in the conversations format, or the reason why there is none."""
+"""Converts a FLARE25 question to a training record in the conversations format, or gives the reason to skip it."""
 
 import logging
 from collections import Counter
@@ -15,20 +15,20 @@ from qwenvl_ft.flare.catalog import BOX_TASKS, find_task
 from qwenvl_ft.flare.layout import Questions, answer_text, find_image, image_names
 
 COORDINATES = ("pixel", "norm1000")
-"""Units of boxes in answers: pixels of the stored image, or thousandths of its width and height as in Qwen3-VL."""
+"""Units of boxes in answers: pixels of the stored image, or thousandths of its width and height, as in Qwen3-VL."""
 CHECKS = ("decode", "header", "none")
 log = logging.getLogger("qwenvl_ft.flare")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How records are made."""
+    """Options of the conversion."""
 
     coordinates: str = "pixel"
     check_images: str = "decode"
-    """decode every pixel, read the header, or only look whether the file is there."""
+    """``decode`` the whole image, read the ``header``, or only check that the file exists (``none``)."""
     keep_incomplete: bool = False
-    """Keep a question with the images that are there if others are missing or damaged."""
+    """Keep a question with its usable images if others are missing or damaged."""
     num_workers: int = 4
     """Threads that check images."""
 
@@ -44,27 +44,27 @@ class Options:
 
 
 class LeftOut(DataError):
-    """A question that makes no record."""
+    """Raised for a question that is skipped."""
 
-    def __init__(self, reason: str, told: str) -> None:
-        super().__init__(told)
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
         self.reason = reason
 
 
 @dataclass
 class Tally:
-    """What became of the questions of a split, or of several."""
+    """Counts of converted and skipped questions, of one or several splits."""
 
     total_samples: int = 0
     converted_samples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    """Reason -> questions left out."""
+    """Reason -> number of skipped questions."""
     missing_images: int = 0
     corrupted_images: int = 0
     task_types: Counter[str] = field(default_factory=Counter)
     image_counts: Counter[str] = field(default_factory=Counter)
     guessed_tasks: int = 0
-    """Questions whose task was no task's name, so that the data set's first was taken."""
+    """Questions with an unknown task name, for which the data set's first task was used."""
     errors: list[str] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
@@ -74,8 +74,8 @@ class Tally:
             else:
                 setattr(self, name, getattr(self, name) + value)
 
-    def told(self) -> dict[str, Any]:
-        """As the report has it."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as they stand in the report."""
         return {
             "total_samples": self.total_samples,
             "converted_samples": self.converted_samples,
@@ -91,7 +91,7 @@ class Tally:
 
 
 class ImageCheck:
-    """What is wrong with images, each looked at once."""
+    """Checks images and remembers the result, so that each file is checked once."""
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -99,13 +99,13 @@ class ImageCheck:
         self.policy = MediaPolicy()
 
     def look(self, paths: Iterable[Path], num_workers: int) -> None:
-        """Check many files at once; Pillow decodes without holding Python's lock."""
+        """Check many files in threads; Pillow releases the GIL while it decodes."""
         new = list(dict.fromkeys(path for path in paths if path not in self.faults))
         with ThreadPoolExecutor(num_workers) as pool:
             self.faults.update(zip(new, pool.map(self._fault, new), strict=True))
 
     def fault(self, path: Path) -> str:
-        """What is wrong, or ``""``."""
+        """Return the fault of an image, or ``""``."""
         if path not in self.faults:
             self.faults[path] = self._fault(path)
         return self.faults[path]
@@ -122,7 +122,7 @@ class ImageCheck:
 
 
 def convert_questions(questions: Questions, options: Options, check: ImageCheck) -> tuple[list[dict[str, Any]], Tally]:
-    """The records of a split, and what became of each question."""
+    """Convert a split; return its records and the counts."""
     tally = Tally(total_samples=len(questions.records))
     named = [name for question in questions.records if isinstance(question, dict) for name in image_names(question)]
     found = [find_image(questions.folder, name) for name in dict.fromkeys(named)]
@@ -146,10 +146,10 @@ def convert_questions(questions: Questions, options: Options, check: ImageCheck)
 def make_record(
     question: Any, questions: Questions, index: int, options: Options, check: ImageCheck, tally: Tally
 ) -> dict[str, Any]:
-    """A question as a record; the keys that training ignores are what scoring needs.
+    """Convert a question to a record; scoring needs the keys that training ignores.
 
     Raises:
-        LeftOut: it has no images, question or answer, or an image cannot be used.
+        LeftOut: the question has no image, text or answer, or an image is unusable.
     """
     if not isinstance(question, dict):
         raise LeftOut("malformed", f"a question is an object, this is a {type(question).__name__}")
@@ -184,17 +184,17 @@ def make_record(
 
 
 def question_text(question: dict[str, Any]) -> str:
-    """The question without image tags of its own, which are written anew."""
+    """Return the question without its own image tags, which the conversion writes anew."""
     return answer_text(question, "Question").replace("<image>", "").replace("<video>", "").strip()
 
 
 def find_images(
     question: dict[str, Any], folder: Path, options: Options, check: ImageCheck, tally: Tally
 ) -> list[Path]:
-    """A question's images, all there and whole.
+    """Return the image files of a question, all checked.
 
     Raises:
-        LeftOut: it names none, or one is missing or damaged; with ``keep_incomplete`` only if none is left.
+        LeftOut: it names no image, or one is missing or damaged; with ``keep_incomplete`` only if none is left.
     """
     names = image_names(question)
     if not names:
@@ -218,7 +218,7 @@ def find_images(
 
 
 def refuse_control_tokens(question: str, answer: str) -> None:
-    """Raises LeftOut for text that the encoder would refuse: it would open a turn or a medium of its own."""
+    """Raise LeftOut for text with control tokens or media tags, which the encoder would refuse."""
     from qwenvl_ft.data.encode.draft import CONTROL
 
     tags = [tag for tag in ("<image>", "<video>") if tag in answer]
@@ -228,10 +228,10 @@ def refuse_control_tokens(question: str, answer: str) -> None:
 
 
 def common_size(images: list[Path]) -> tuple[int, int]:
-    """(width, height) that all images of a question share.
+    """Return the (width, height) that all images of a question share.
 
     Raises:
-        LeftOut: they differ, so thousandths would have no meaning.
+        LeftOut: the sizes differ, so thousandths would be ambiguous.
     """
     sizes = {image_size(str(path), MediaPolicy()) for path in images}
     if len(sizes) > 1:
@@ -241,10 +241,10 @@ def common_size(images: list[Path]) -> tuple[int, int]:
 
 
 def normalised(answer: str, width: int, height: int) -> str:
-    """Boxes in pixels -> boxes in thousandths of width and height, rounded and within 0 to 1000.
+    """Convert boxes in pixels to thousandths of width and height, rounded and clamped to 0 to 1000.
 
     Raises:
-        LeftOut: the answer has none in brackets and is not empty.
+        LeftOut: the answer contains numbers but no box in brackets.
     """
     if not BOX.search(answer) and any(char.isdigit() for char in answer):
         raise LeftOut("unreadable_boxes", f"its boxes cannot be read: {answer[:80]!r}")

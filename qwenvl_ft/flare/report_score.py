@@ -1,14 +1,14 @@
-"""How good generated chest x-ray reports are, by their wording and by a rule-based stand-in for GREEN.
+"""Scores generated chest x-ray reports by word overlap and by a rule-based stand-in for GREEN.
 
-GREEN itself is a language model's judgement (StanfordAIMI/GREEN-radllama2-7b, package ``green_score``). The stand-in
-here only compares words of fixed lists: use it to watch a run, and never report it as GREEN.
+GREEN itself is the judgement of a language model (StanfordAIMI/GREEN-radllama2-7b, package ``green_score``). The
+stand-in here only compares words of fixed lists: use it to monitor a run, and never report it as GREEN.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qwenvl_ft.errors import DataError
+from qwenvl_ft.evaluation.medical import require_pairs
 from qwenvl_ft.flare.overlap import bleu, rouge, words
 
 FINDINGS: dict[str, str] = {
@@ -32,7 +32,7 @@ FINDINGS: dict[str, str] = {
     "degenerative change": r"degenerat\w+|spondyl\w+|osteophyt\w+",
     "device": r"catheters?|tubes?|pacemakers?|sternotomy|clips?|leads?|lines?",
 }
-"""Finding -> how reports write it."""
+"""Finding -> regex of its wordings in reports."""
 
 LOCATIONS = frozenset(
     words(
@@ -49,7 +49,7 @@ DEGREES = frozenset(
 MEASURE = re.compile(r"\d+(?:\.\d+)?\s*(?:mm|cm|m|%|percent)(?![a-z])")
 DENIALS = re.compile(r"\b(?:no|not|without|absent|negative|free of|clear of|denies|resolved|unremarkable for)\b")
 TURNS = re.compile(r"\b(?:but|however|although|except|otherwise)\b|[,;](?= (?:there|a|an|the)\b)")
-"""Where a denial ends within a sentence."""
+"""Words that end a denial within a sentence."""
 SECTIONS = ("findings", "impression", "comparison", "indication")
 
 WEIGHTS = {
@@ -65,29 +65,29 @@ WEIGHTS = {
 
 
 def report_generation(references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """Means over the reports: ``green_stand_in`` and its components, ROUGE; BLEU-4 and the findings over all of them.
+    """Return means over reports (``green_stand_in``, its components, ROUGE), and BLEU-4 and findings over all reports.
 
     Returns:
-        ``findings_f1``, ``_precision`` and ``_recall`` are those of the findings that a report asserts (clinical
-        efficacy); ``n_unparsed`` counts empty answers.
+        Scores by name. ``findings_f1``, ``_precision`` and ``_recall`` concern the findings that a report asserts
+        (clinical efficacy); ``n_unparsed`` counts empty answers.
 
     Raises:
-        DataError: there are no references, or not as many answers.
+        DataError: there are no references, or their number differs from that of the answers.
     """
-    if not references or len(references) != len(answers):
-        raise DataError(f"{len(references)} references and {len(answers)} answers: give as many, and one at least.")
+    require_pairs(references, answers)
     pairs = list(zip(references, answers, strict=True))
     parts = [components(*pair) for pair in pairs]
-    told: dict[str, Any] = {"green_stand_in": _mean(_weighted(part) for part in parts)}
-    told |= {f"green_stand_in_{name}": _mean(part[name] for part in parts) for name in WEIGHTS}
-    told["bleu_4"] = bleu(references, answers)
-    scores = [rouge(*pair) for pair in pairs]
-    told |= {name: _mean(score[name] for score in scores) for name in scores[0]}
-    return told | _efficacy(pairs) | {"count": len(pairs), "n_unparsed": sum(not answer.strip() for answer in answers)}
+    scores: dict[str, Any] = {"green_stand_in": _mean(_weighted(part) for part in parts)}
+    scores |= {f"green_stand_in_{name}": _mean(part[name] for part in parts) for name in WEIGHTS}
+    scores["bleu_4"] = bleu(references, answers)
+    overlaps = [rouge(*pair) for pair in pairs]
+    scores |= {name: _mean(overlap[name] for overlap in overlaps) for name in overlaps[0]}
+    scores |= _efficacy(pairs)
+    return scores | {"count": len(pairs), "n_unparsed": sum(not answer.strip() for answer in answers)}
 
 
 def components(reference: str, answer: str) -> dict[str, float]:
-    """Each component of the stand-in, from 0 to 1; an empty answer has none of them."""
+    """Return the components of the stand-in, 0 to 1; all are 0 for an empty answer."""
     if not words(answer):
         return dict.fromkeys(WEIGHTS, 0.0)
     a, b = findings(reference), findings(answer)
@@ -104,38 +104,38 @@ def components(reference: str, answer: str) -> dict[str, float]:
 
 
 def findings(report: str) -> dict[str, bool]:
-    """Finding -> whether it is asserted anywhere; False where it is only denied.
+    """Return finding -> True if it is asserted anywhere, False if it is only denied.
 
     Example:
         ``"No effusion. Small left nodule."`` is ``{"effusion": False, "nodule": True}``.
     """
-    told: dict[str, bool] = {}
+    asserted: dict[str, bool] = {}
     for sentence in re.split(r"[.\n!?](?!\d)", report.lower()):
         for clause in TURNS.split(sentence):
             denial = DENIALS.search(clause)
             for name, pattern in FINDINGS.items():
                 for found in re.finditer(rf"\b(?:{pattern})\b", clause):
                     denied = denial is not None and denial.start() < found.start()
-                    told[name] = (name in told and told[name]) or not denied
-    return told
+                    asserted[name] = (name in asserted and asserted[name]) or not denied
+    return asserted
 
 
 def set_f1(a: Iterable[str], b: Iterable[str]) -> float:
-    """F1 of two sets; 1.0 where both are empty."""
+    """Return the F1 of two sets; 1.0 if both are empty."""
     left, right = set(a), set(b)
     both = len(left) + len(right)
     return 2 * len(left & right) / both if both else 1.0
 
 
 def _efficacy(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Precision, recall and F1 of asserted findings, counted over all reports."""
-    sides = [[{name for name, there in findings(text).items() if there} for text in pair] for pair in pairs]
-    hits = sum(len(expected & given) for expected, given in sides)
-    there, said = sum(len(expected) for expected, _ in sides), sum(len(given) for _, given in sides)
+    """Return precision, recall and F1 of asserted findings, counted over all reports."""
+    sides = [[{name for name, asserted in findings(text).items() if asserted} for text in pair] for pair in pairs]
+    hits = sum(len(expected & found) for expected, found in sides)
+    wanted, reported = sum(len(expected) for expected, _ in sides), sum(len(found) for _, found in sides)
     return {
-        "findings_precision": hits / said if said else float(not there),
-        "findings_recall": hits / there if there else 1.0,
-        "findings_f1": 2 * hits / (there + said) if there + said else 1.0,
+        "findings_precision": hits / reported if reported else float(not wanted),
+        "findings_recall": hits / wanted if wanted else 1.0,
+        "findings_f1": 2 * hits / (wanted + reported) if wanted + reported else 1.0,
     }
 
 
@@ -152,7 +152,7 @@ def _measures(report: str) -> set[str]:
 
 
 def _structure(reference: str, answer: str) -> float:
-    """How alike two reports are in length and in the sections that they head, half each."""
+    """Return the similarity of two reports in length and in section headings, half each."""
     lengths = sorted((len(words(reference)), len(words(answer))))
     sections = [
         {name for name in SECTIONS if re.search(rf"\b{name}\s*:", text.lower())} for text in (reference, answer)
@@ -161,5 +161,5 @@ def _structure(reference: str, answer: str) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    told = list(values)
-    return sum(told) / len(told)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)

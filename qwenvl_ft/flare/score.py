@@ -1,10 +1,10 @@
-"""How good answers to FLARE25's questions are: the metrics of each data set, and their means by task.
+"""Scores answers to FLARE25's questions: the metrics of each data set, and their means by task.
 
     python -m qwenvl_ft.flare.score --predictions predictions --input_dir organized_dataset --split val
 
-A file of predictions holds the question records, the model's text as ``prediction`` (or as ``Answer``, as in a
-submission). They are joined with the references by image names and question. A question without a prediction counts as
-one that was answered with nothing.
+A file of predictions holds the question records with the model's text as ``prediction`` (or as ``Answer``, as in a
+submission). They are joined with the references by image names and question. A missing prediction counts as an empty
+answer.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.errors import DataError, QwenVLError
+from qwenvl_ft.errors import DataError
 from qwenvl_ft.evaluation import medical
 from qwenvl_ft.flare.catalog import (
     CLASSIFICATION,
@@ -28,8 +28,8 @@ from qwenvl_ft.flare.catalog import (
     REPORT,
     FlareDataset,
     find_task,
-    read_catalog,
 )
+from qwenvl_ft.flare.command import add_data_options, run_command
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import answer_text, find_base, find_questions, read_questions
 from qwenvl_ft.flare.report_score import report_generation
@@ -39,11 +39,11 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """How a task is scored."""
+    """The metric of a task."""
 
     score: Callable[[Sequence[str], Sequence[str]], Metrics]
     primary: str
-    """The number by which systems are compared."""
+    """Key of the score by which systems are compared."""
     higher_is_better: bool = True
 
 
@@ -56,7 +56,7 @@ TASK_METRICS: dict[str, TaskMetric] = {
     REGRESSION: TaskMetric(medical.regression, "mae", higher_is_better=False),
     REPORT: TaskMetric(report_generation, "green_stand_in"),
 }
-"""Task -> its metrics. The primary one of reports is the rule-based stand-in for GREEN, never GREEN itself."""
+"""Task -> metric. For reports the primary score is the rule-based stand-in for GREEN, never GREEN itself."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Row:
 
 
 def score_rows(rows: Iterable[Row]) -> dict[str, Any]:
-    """The summary of answered questions.
+    """Score answered questions.
 
     Returns:
-        ``datasets``: name -> ``metadata`` and ``metrics`` by task. ``tasks``: task -> its ``primary`` metric's name and
-        mean over data sets, every other number's mean, and how many data sets and questions there are.
+        ``datasets``: name -> ``metadata`` and ``metrics`` by task. ``tasks``: task -> the name of its ``primary``
+        metric, the mean of every score over data sets, and the numbers of data sets and questions.
 
     Raises:
         DataError: a reference cannot be read; the message names data set and task.
@@ -90,9 +90,9 @@ def score_rows(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def rows_of_records(records: Iterable[dict[str, Any]], answers: Iterable[str]) -> list[Row]:
-    """Rows from converted records and what a model said to them, in the same order.
+    """Make rows of converted records and a model's answers to them, in the same order.
 
-    Boxes of both sides must be in the same unit; which one does not matter to an intersection over union.
+    Boxes of both must be in the same unit; the unit itself does not change the IoU.
     """
     return [
         Row(record["dataset"], record["task_type"], record["conversations"][-1]["value"], answer)
@@ -103,45 +103,47 @@ def rows_of_records(records: Iterable[dict[str, Any]], answers: Iterable[str]) -
 def rows_of_questions(
     dataset: FlareDataset, references: Iterable[Any], predictions: Iterable[Any]
 ) -> tuple[list[Row], dict[str, int]]:
-    """Rows from question records with answers and those with predictions, joined by images and question.
+    """Make rows of question records with answers and records with predictions, joined by images and question.
 
     Returns:
         The rows, and counts: ``n_without_reference`` questions that have no answer to compare with, ``n_missing``
-        without a prediction, ``n_extra`` predictions for no question.
+        questions without a prediction, ``n_extra`` predictions without a question.
     """
-    told: dict[str, deque[str]] = defaultdict(deque)
+    given: dict[str, deque[str]] = defaultdict(deque)
     for record in predictions:
         if isinstance(record, dict):
-            told[question_key(record)].append(answer_text(record, "prediction" if "prediction" in record else "Answer"))
+            given[question_key(record)].append(
+                answer_text(record, "prediction" if "prediction" in record else "Answer")
+            )
     rows: list[Row] = []
     counts = {"n_without_reference": 0, "n_missing": 0, "n_extra": 0}
     for record in references:
         if not isinstance(record, dict):
             continue
         reference, key = answer_text(record), question_key(record)
-        answered = bool(told[key])
-        answer = told[key].popleft() if answered else ""
+        answered = bool(given[key])
+        answer = given[key].popleft() if answered else ""
         if not reference:
             counts["n_without_reference"] += 1
             continue
         counts["n_missing"] += not answered
         task, _ = find_task(record["TaskType"] if "TaskType" in record else None, dataset)
         rows.append(Row(dataset.name, task, reference, answer))
-    counts["n_extra"] = sum(map(len, told.values()))
+    counts["n_extra"] = sum(map(len, given.values()))
     return rows, counts
 
 
 def question_key(record: dict[str, Any]) -> str:
-    """What two records of the same question share: ``ImageName||Question``."""
+    """Return the key that records of the same question share: ``ImageName||Question``."""
     image = record["ImageName"] if "ImageName" in record else None
     return f"{image}||{str(record['Question'] if 'Question' in record else '').strip()}"
 
 
 def dataset_of_file(path: Path) -> FlareDataset:
-    """The data set that a file's name begins with, as ``BUSI-det_questions_val.json``.
+    """Return the data set that a file is named after, e.g. ``BUSI-det_questions_val.json``.
 
     Raises:
-        DataError: it begins with none.
+        DataError: the name begins with no known data set.
     """
     fitting = [name for name in FLARE_DATASETS if path.name.lower().startswith(f"{name.lower()}_")]
     if not fitting:
@@ -150,13 +152,13 @@ def dataset_of_file(path: Path) -> FlareDataset:
 
 
 def score_files(files: Iterable[Path], base: str | Path | None = None, split: str = "val") -> dict[str, Any]:
-    """The summary of files of predictions.
+    """Score files of predictions.
 
     Args:
-        base: ``organized_dataset`` with the references; None takes ``Answer`` of the same files, beside ``prediction``.
+        base: ``organized_dataset`` with the references; None uses ``Answer`` in the same files, beside ``prediction``.
 
     Raises:
-        DataError: a file cannot be read, its references are not there, or nothing is left to compare.
+        DataError: a file cannot be read, its references are missing, or there is nothing to compare.
     """
     rows: list[Row] = []
     counts: dict[str, dict[str, int]] = {}
@@ -167,19 +169,19 @@ def score_files(files: Iterable[Path], base: str | Path | None = None, split: st
         rows += found
     if not rows:
         raise DataError("there is nothing to score: no question has both a prediction and an answer.")
-    told = score_rows(rows)
-    for name, item in told["datasets"].items():
+    summary = score_rows(rows)
+    for name, item in summary["datasets"].items():
         item["metadata"] |= counts[name]
-    return told
+    return summary
 
 
-def table(told: dict[str, Any]) -> str:
-    """The primary metric of each data set and task, and the means."""
+def table(summary: dict[str, Any]) -> str:
+    """Return a table of the primary metric per data set and task, and the means."""
     rows = [("data set", "task", "metric", "score", "questions", "unparsed")]
-    for name, item in told["datasets"].items():
+    for name, item in summary["datasets"].items():
         for task, metrics in item["metrics"].items():
             rows.append((name, task, *_cells(TASK_METRICS[task].primary, metrics), str(metrics["n_unparsed"])))
-    for task, metrics in told["tasks"].items():
+    for task, metrics in summary["tasks"].items():
         rows.append(("mean", task, *_cells(metrics["primary"], metrics), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     return "\n".join(
@@ -188,36 +190,29 @@ def table(told: dict[str, Any]) -> str:
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    told = argparse.ArgumentParser(prog=prog, description="Score answers to FLARE25 questions.")
-    told.add_argument("--predictions", nargs="+", required=True, metavar="PATH", help="files, or folders of them")
-    told.add_argument(
-        "--input_dir",
-        "--base_dir",
-        metavar="DIR",
-        help="the data with its answers; without it, they stand in the predictions",
+    options = argparse.ArgumentParser(prog=prog, description="Score answers to FLARE25 questions.")
+    options.add_argument("--predictions", nargs="+", required=True, metavar="PATH", help="files, or folders of them")
+    add_data_options(
+        options, input_help="the data with answers (default: the answers in the predictions)", datasets=False
     )
-    told.add_argument("--split", default="val", help="split of the answers (default: val)")
-    told.add_argument("--output", metavar="FILE", help="write the summary there as JSON")
-    told.add_argument("--catalog", metavar="FILE", help="YAML of further data sets")
-    return told
+    options.add_argument("--split", default="val", help="split of the answers (default: val)")
+    options.add_argument("--output", metavar="FILE", help="write the summary to this JSON file")
+    return options
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.score") -> int:
-    """The command: exit code 0, 2 for a user's error."""
-    asked = parser(prog).parse_args(argv)
-    try:
-        if asked.catalog:
-            read_catalog(asked.catalog)
-        base = find_base(asked.input_dir) if asked.input_dir else None
-        told = score_files(_files(asked.predictions), base, asked.split)
-    except QwenVLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(told))
-    if asked.output:
-        Path(asked.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(asked.output), told)
-        print(f"summary: {asked.output}")
+    """Run the command: exit code 0, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    base = find_base(arguments.input_dir) if arguments.input_dir else None
+    summary = score_files(_files(arguments.predictions), base, arguments.split)
+    print(table(summary))
+    if arguments.output:
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(arguments.output), summary)
+        print(f"summary: {arguments.output}")
     return 0
 
 
@@ -252,8 +247,8 @@ def _metadata(name: str, tasks: dict[str, list[Row]]) -> dict[str, Any]:
 
 
 def _by_task(datasets: dict[str, Any]) -> dict[str, Any]:
-    """Means over data sets, each of which counts alike."""
-    told: dict[str, Any] = {}
+    """Average over data sets, all with the same weight."""
+    tasks: dict[str, Any] = {}
     for task, metric in TASK_METRICS.items():
         results = [item["metrics"][task] for item in datasets.values() if task in item["metrics"]]
         if not results:
@@ -261,9 +256,9 @@ def _by_task(datasets: dict[str, Any]) -> dict[str, Any]:
         sums = {"count", "n_unparsed"}
         numbers = [key for key, value in results[0].items() if isinstance(value, (int, float)) and key not in sums]
         means = {key: _mean([result[key] for result in results if result[key] is not None]) for key in numbers}
-        told[task] = {"primary": metric.primary, "higher_is_better": metric.higher_is_better, "datasets": len(results)}
-        told[task] |= means | {key: sum(result[key] for result in results) for key in sorted(sums)}
-    return told
+        tasks[task] = {"primary": metric.primary, "higher_is_better": metric.higher_is_better, "datasets": len(results)}
+        tasks[task] |= means | {key: sum(result[key] for result in results) for key in sorted(sums)}
+    return tasks
 
 
 def _mean(values: list[float]) -> float | None:

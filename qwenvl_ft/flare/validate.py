@@ -1,9 +1,9 @@
-"""Are converted files fit to train on? Structure, tags against images, every image decoded, answers, duplicates.
+"""Checks converted files before training: structure, tags against images, every image decoded, answers, duplicates.
 
     qwenvl-ft convert flare-validate --input_dir converted_data
     qwenvl-ft convert flare-validate --files converted_data/retino_train.json
 
-Exit code 0 if nothing is wrong, 1 if something is; warnings do not count. ``validation_report.json`` has all findings.
+Exit code 0 without errors, 1 otherwise; warnings do not count. ``validation_report.json`` lists all findings.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.errors import DataError, QwenVLError, one_line
+from qwenvl_ft.errors import DataError, one_line
+from qwenvl_ft.flare.command import run_command
 from qwenvl_ft.flare.convert import REPORT as CONVERSION_REPORT
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import answer_text
@@ -23,24 +24,25 @@ from qwenvl_ft.flare.records import CHECKS, ImageCheck
 
 REPORT = "validation_report.json"
 FOLDERS = ("converted_data", "../converted_data")
-"""Where converted files are looked for if no folder is given."""
+"""Folders that are tried if none is given."""
 TURNS = ("human", "gpt")
 MAX_SHOWN = 5
-"""Findings of a file that are printed; the report names all."""
+"""Most findings printed per file; the report lists all."""
 
 
 @dataclass
 class Findings:
-    """What is wrong, or may be, in one file."""
+    """Errors and warnings of one file."""
 
     file: str
     samples: int = 0
     images: int = 0
     errors: list[dict[str, str]] = field(default_factory=list)
-    """``record`` (``file.json[3]``), ``kind`` and ``message``; so too the warnings."""
+    """``record`` (``file.json[3]``), ``kind`` and ``message`` of each; likewise the warnings."""
     warnings: list[dict[str, str]] = field(default_factory=list)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """Return the findings as a dict for the report."""
         kinds = Counter(finding["kind"] for finding in self.errors + self.warnings)
         return {
             "file": self.file,
@@ -54,10 +56,10 @@ class Findings:
 
 
 def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers: int = 4) -> Findings:
-    """Everything that is wrong with a converted file.
+    """Find all errors and warnings of a converted file.
 
     Args:
-        check: shared between files, so that an image is decoded once.
+        check: shared between files, so that each image is decoded once.
     """
     check = check or ImageCheck("decode")
     findings = Findings(str(path))
@@ -66,9 +68,9 @@ def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers
         findings.errors.append({"record": str(path), "kind": "json", "message": fault})
         return findings
     findings.samples = len(records)
-    there = [Path(path).parent / name for record in records for name in _images(record)]
-    findings.images = len(set(there))
-    check.look([image for image in there if image.is_file()], num_workers)
+    named = [Path(path).parent / name for record in records for name in _images(record)]
+    findings.images = len(set(named))
+    check.look([image for image in named if image.is_file()], num_workers)
     seen: dict[str, int] = {}
     for index, record in enumerate(records):
         where = f"{path}[{index}]"
@@ -80,10 +82,10 @@ def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers
 
 
 def record_errors(record: Any, folder: Path, check: ImageCheck) -> Iterator[tuple[str, str]]:
-    """(kind, message) of each reason why a record cannot be trained on.
+    """Yield (kind, message) for each reason why a record cannot be trained on.
 
     Args:
-        folder: where relative paths of images start.
+        folder: folder to which image paths are relative.
     """
     if not isinstance(record, dict):
         yield "structure", f"a record is an object, this is a {type(record).__name__}"
@@ -115,11 +117,11 @@ def record_errors(record: Any, folder: Path, check: ImageCheck) -> Iterator[tupl
 
 
 def record_warnings(record: Any, index: int, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """(kind, message) of what can be trained on but is hardly meant.
+    """Yield (kind, message) for what is valid but probably unintended.
 
     Args:
-        seen: key of a record -> its index, filled here. The images are part of the key: the same question about
-            another image is another record.
+        seen: key of a record -> its index, filled here. The key includes the images: the same question about another
+            image is another record.
     """
     if not isinstance(record, dict) or "conversations" not in record:
         return
@@ -134,7 +136,7 @@ def record_warnings(record: Any, index: int, seen: dict[str, int]) -> Iterator[t
 
 
 def validate(files: Iterable[Path], check_images: str = "decode", num_workers: int = 4) -> dict[str, Any]:
-    """The report on several files: ``files`` and a ``summary``."""
+    """Return the report on several files: ``files`` and a ``summary``."""
     check = ImageCheck(check_images)
     results = [validate_file(path, check, num_workers) for path in files]
     kinds: Counter[str] = Counter()
@@ -149,15 +151,15 @@ def validate(files: Iterable[Path], check_images: str = "decode", num_workers: i
             "warnings": sum(len(result.warnings) for result in results),
             "by_kind": dict(kinds.most_common()),
         },
-        "files": [result.told() for result in results],
+        "files": [result.to_json() for result in results],
     }
 
 
 def find_files(folder: str | Path | None, names: Iterable[str] | None) -> list[Path]:
-    """The converted files of a folder, or those named, as they are or within it.
+    """Return the converted files of a folder, or the named files, which may be relative to the folder.
 
     Raises:
-        DataError: there are none.
+        DataError: a named file is missing, or there is no folder or file.
     """
     folders = FOLDERS if folder is None else (folder,)
     root = next((Path(place) for place in folders if Path(place).is_dir()), None)
@@ -165,7 +167,7 @@ def find_files(folder: str | Path | None, names: Iterable[str] | None) -> list[P
         paths = [Path(name) if root is None or Path(name).exists() else root / name for name in names]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
-            raise DataError(f"there is no file {', '.join(missing)}.")
+            raise DataError(f"there is no file {', '.join(missing)}. Correct --files.")
         return paths
     if root is None:
         raise DataError(f"there is no folder {' or '.join(map(str, folders))}. Give converted data with --input_dir.")
@@ -176,36 +178,35 @@ def find_files(folder: str | Path | None, names: Iterable[str] | None) -> list[P
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    told = argparse.ArgumentParser(prog=prog, description="Check converted FLARE25 files before training.")
-    told.add_argument(
+    options = argparse.ArgumentParser(prog=prog, description="Check converted FLARE25 files before training.")
+    options.add_argument(
         "--input_dir",
         "--converted_dir",
         metavar="DIR",
         help="the files (default: converted_data, here or one level up)",
     )
-    told.add_argument("--files", nargs="+", metavar="FILE", help="only these")
-    told.add_argument("--check_images", default="decode", choices=CHECKS, help="how far images are looked at")
-    told.add_argument("--num_workers", type=int, default=4, help="threads that check images")
-    told.add_argument("--save_report", metavar="FILE", help=f"default: {REPORT} beside the files")
-    return told
+    options.add_argument("--files", nargs="+", metavar="FILE", help="check only these files")
+    options.add_argument("--check_images", default="decode", choices=CHECKS, help="how thoroughly images are checked")
+    options.add_argument("--num_workers", type=int, default=4, help="threads that check images")
+    options.add_argument("--save_report", metavar="FILE", help=f"default: {REPORT} beside the files")
+    return options
 
 
 def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare-validate") -> int:
-    """The command: exit code 0, 1 if something is wrong with a file, 2 for a user's error."""
-    asked = parser(prog).parse_args(argv)
-    try:
-        files = find_files(asked.input_dir, asked.files)
-        told = validate(files, asked.check_images, asked.num_workers)
-        target = Path(asked.save_report) if asked.save_report else files[0].parent / REPORT
-        write_json(target, told)
-    except QwenVLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for result in told["files"]:
+    """Run the command: exit code 0, 1 if a file has an error, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    files = find_files(arguments.input_dir, arguments.files)
+    report = validate(files, arguments.check_images, arguments.num_workers)
+    target = Path(arguments.save_report) if arguments.save_report else files[0].parent / REPORT
+    write_json(target, report)
+    for result in report["files"]:
         print(f"{'ok    ' if result['valid'] else 'FAILED'} {result['file']}: {result['samples']:,} samples")
         for finding in (result["errors"] + result["warnings"])[:MAX_SHOWN]:
             print(f"       {finding['kind']}: {finding['record']}: {finding['message']}")
-    counts = told["summary"]
+    counts = report["summary"]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts["by_kind"].items())
     print(
         f"{counts['samples']:,} samples, {counts['errors']:,} errors, {counts['warnings']:,} warnings"
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare-val
 
 
 def _read(path: Path) -> tuple[list[Any], str]:
-    """The records, and what is wrong with the file as a whole."""
+    """Return the records, and the fault of the file as a whole."""
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -227,7 +228,7 @@ def _read(path: Path) -> tuple[list[Any], str]:
 
 
 def _images(record: Any) -> list[str]:
-    """A record's images: one path or a list of them; empty where they are something else."""
+    """Return a record's image paths (a path or a list of paths); empty if they are anything else."""
     value = record["image"] if isinstance(record, dict) and "image" in record else None
     names = value if isinstance(value, list) else [value]
     kept = [name for name in names if isinstance(name, str) and name]

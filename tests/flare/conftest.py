@@ -1,4 +1,4 @@
-"""Fixtures of the made-up FLARE tree; tables left as they were."""
+"""Fixtures of the synthetic FLARE tree; they restore the registries."""
 
 import pytest
 from flare_cases import CASES, MORE, Tree

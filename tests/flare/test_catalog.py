@@ -26,7 +26,7 @@ def test_all_data_sets_of_all_categories_are_there():
     assert len({dataset.category for dataset in FLARE_DATASETS.values()}) == 8
     assert {task for dataset in FLARE_DATASETS.values() for task in dataset.task_types} == set(TASKS)
     assert all(name == dataset.name and dataset.description for name, dataset in FLARE_DATASETS.items())
-    assert [case.dataset for case in CASES] == list(FLARE_DATASETS), "the made-up tree has each of them"
+    assert [case.dataset for case in CASES] == list(FLARE_DATASETS), "the synthetic tree has each of them"
 
 
 def test_the_starter_set_comes_first_and_in_the_guides_order():
@@ -99,7 +99,7 @@ def test_a_data_set_of_ones_own_is_registered_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("path: {category: X, task_types: [clasification]}", "Did you mean 'classification'"),
         ("path: {category: X, task_types: []}", "task_types is empty"),
@@ -109,10 +109,10 @@ def test_a_data_set_of_ones_own_is_registered_from_a_file(tmp_path):
         ("path: [", "cannot be read"),
     ],
 )
-def test_a_malformed_catalog_is_an_error(tmp_path, content, told):
+def test_a_malformed_catalog_is_an_error(tmp_path, content, message):
     file = tmp_path / "own.yaml"
     file.write_text(content)
-    with pytest.raises(DataError, match=told) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         read_catalog(file)
     assert "\n" not in str(raised.value)
     assert len(FLARE_DATASETS) == 19
@@ -130,9 +130,9 @@ def test_converted_files_are_registered_for_recipes(tmp_path):
         (tmp_path / f"{name}.json").write_text("[]")
     (tmp_path / "other_train.json").write_text("[]")
     DATASETS["mine"] = {"annotation_path": "mine.json", "data_path": ""}
-    told = register_converted(tmp_path)
-    assert told == ["flare_neojaundice", "flare_retino", "flare_retino_val", "flare_cmmd_test"]
-    assert [name for name in DATASETS if name.startswith("flare_")] == told
+    names = register_converted(tmp_path)
+    assert names == ["flare_neojaundice", "flare_retino", "flare_retino_val", "flare_cmmd_test"]
+    assert [name for name in DATASETS if name.startswith("flare_")] == names
     assert DATASETS["flare_retino"] == {"annotation_path": str(tmp_path / "retino_train.json"), "data_path": ""}
     assert [find_dataset(name)["data_path"] for name, _ in parse_selection("flare_neojaundice%10,flare_retino")] == [
         "",

@@ -1,16 +1,13 @@
-"""Conversion of a whole tree: every form of answer, every fault counted by its reason, files that training reads."""
+"""Converts a whole tree: every form of answer, every fault counted by reason, files that training reads."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from flare_cases import CASES, MORE, SIZE, Case, picture, question
+from flare_cases import CASES, MORE, SIZE, Case, picture, question, read, run
 from PIL import Image
 
-from qwenvl_ft.cli.main import main as command
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.sources.records import load_records
@@ -23,18 +20,15 @@ from qwenvl_ft.flare.records import Options
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(tree, *arguments):
-    return main(["--input_dir", str(tree.base), *arguments])
-
-
-def read(tree, name):
-    return json.loads((tree.base.parent / "converted_data" / name).read_text())
-
-
 def retino(index=0, **changes):
-    """A good question with changes; None removes a key."""
-    told = {"TaskType": "classification", "ImageName": f"imagesTr/{index}.png", "Question": "Grade? A B", "Answer": "A"}
-    return {key: value for key, value in (told | changes).items() if value is not KEY_GONE}
+    """Return a valid question with changes; KEY_GONE removes a key."""
+    record = {
+        "TaskType": "classification",
+        "ImageName": f"imagesTr/{index}.png",
+        "Question": "Grade? A B",
+        "Answer": "A",
+    }
+    return {key: value for key, value in (record | changes).items() if value is not KEY_GONE}
 
 
 KEY_GONE = object()
@@ -55,9 +49,9 @@ def test_every_data_set_is_converted_with_its_form_of_answer(full_tree):
             assert all(Path(path).is_absolute() and Path(path).is_file() for path in record["image"])
             assert (record["dataset"], record["modality"]) == (case.dataset, dataset.modality)
             assert record["id"].startswith(f"{case.dataset}_{split}_00000")
-    told = read(full_tree, "conversion_report.json")
-    assert len(told["conversion_results"]) == 38
-    statistics = told["statistics"]
+    report = read(full_tree, "conversion_report.json")
+    assert len(report["conversion_results"]) == 38
+    statistics = report["statistics"]
     assert statistics["total_samples"] == statistics["converted_samples"] == 2 * len([*CASES, *MORE])
     assert statistics["image_count_distribution"] == {"1": 36, "2": 6, "3": 2}
     assert statistics["task_type_distribution"]["multi-label classification"] == 4
@@ -183,7 +177,7 @@ def test_a_question_can_be_kept_with_the_images_that_are_left(faulty):
     assert kept["03"]["conversations"][0]["value"].count("<image>") == 1
 
 
-def test_the_header_is_enough_if_told_so_but_finds_less(faulty):
+def test_checking_only_headers_finds_fewer_faults(faulty):
     counts = {}
     for how in ("decode", "header", "none"):
         run(faulty, "--datasets", "retino", "--splits", "train", "--check_images", how)
@@ -202,7 +196,7 @@ def test_hidden_validation_with_answers_comes_first(tree):
         assert read(tree, "retino_val.json")[0]["conversations"][1]["value"] == answer
 
 
-def test_a_file_without_any_answer_is_passed_over_and_said_so(tree, capsys):
+def test_a_file_without_any_answer_is_skipped_with_a_note(tree, capsys):
     case = Case("retino", "classification", "C", "classification")
     tree.fill([case], "validation-hidden", "val", answered=False)
     tree.fill([case], "validation-public", "val")
@@ -242,14 +236,14 @@ def test_numbered_boxes_become_thousandths(full_tree):
 def test_boxes_that_cannot_be_normalised_are_left_out(tree):
     folder = tree.folder("BUSI-det")
     case = Case("BUSI-det", "detection", "", "detection", images=2)
-    told = [question(case, index, folder, "imagesTr") for index in range(4)]
+    records = [question(case, index, folder, "imagesTr") for index in range(4)]
     picture(folder / "imagesTr/other.png")
     Image.new("RGB", (10, 20)).save(folder / "imagesTr/other.png")
-    told[0] |= {"Answer": "[[10, 18, 20, 36]]"}
-    told[1] |= {"Answer": "[[10, 18, 20, 36]]", "ImageName": [told[1]["ImageName"][0], "imagesTr/other.png"]}
-    told[2] |= {"Answer": "left 10 to 20"}
-    told[3] |= {"Answer": "[]"}
-    tree.write("BUSI-det", told)
+    records[0] |= {"Answer": "[[10, 18, 20, 36]]"}
+    records[1] |= {"Answer": "[[10, 18, 20, 36]]", "ImageName": [records[1]["ImageName"][0], "imagesTr/other.png"]}
+    records[2] |= {"Answer": "left 10 to 20"}
+    records[3] |= {"Answer": "[]"}
+    tree.write("BUSI-det", records)
     run(tree, "--datasets", "BUSI-det", "--splits", "train", "--coordinates", "norm1000")
     assert [r["conversations"][1]["value"] for r in read(tree, "BUSI-det_train.json")] == [
         "[[50, 100, 100, 200]]",
@@ -257,56 +251,6 @@ def test_boxes_that_cannot_be_normalised_are_left_out(tree):
     ]
     reasons = read(tree, "conversion_report.json")["statistics"]["skipped_by_reason"]
     assert reasons == {"several_sizes": 1, "unreadable_boxes": 1}
-
-
-def test_packed_images_are_named(tree, capsys):
-    tree.fill([CASES[1]])
-    folder = tree.folder("retino")
-    shutil.rmtree(folder / "imagesTr")
-    (folder / "imagesTr.zip").write_bytes(b"PK")
-    assert run(tree, "--datasets", "retino", "--splits", "train") == 1
-    told = read(tree, "conversion_report.json")["not_found"]
-    assert f"unzip {folder}/imagesTr.zip -d {folder}" in told[0]["why"]
-    assert not (tree.base.parent / "converted_data" / "retino_train.json").exists()
-    assert "nothing was converted of retino" in capsys.readouterr().err
-
-
-def test_what_is_not_there_is_told(tree, capsys):
-    tree.fill([CASES[1]])
-    assert run(tree, "--datasets", "retino", "CMMD") == 1
-    streams = capsys.readouterr()
-    assert "nothing for: retino val, CMMD train, CMMD val" in streams.out
-    assert streams.err == "error: nothing was converted of CMMD\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--datasets", "path", "polyp", "isic2019"], "unknown FLARE data set 'path'"),
-        (["--splits", "trian"], "unknown split 'trian'. Did you mean 'train'? Known: test, train, val."),
-        (["--coordinates", "norm100"], "--coordinates norm100: unknown. Did you mean 'norm1000'?"),
-        (["--check_images", "all"], "--check_images all: unknown."),
-        (["--num_workers", "0"], "--num_workers 0: give 1 or more"),
-        (["--input_dir", "/nowhere"], "there is no folder /nowhere. Give the FLARE data with --input_dir."),
-    ],
-)
-def test_a_users_error_is_one_line_and_exit_code_2(tree, capsys, arguments, told):
-    tree.base.mkdir()
-    assert command(["convert", "flare", "--input_dir", str(tree.base), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert told in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "told"), [("{", "not valid JSON"), ("{}", "questions are a JSON list"), ("[" * 9999, "not valid JSON")]
-)
-def test_a_malformed_file_of_questions_is_an_error(tree, capsys, content, told):
-    tree.write("retino", [])
-    tree.file("retino").write_text(content)
-    assert run(tree, "--datasets", "retino") == 2
-    assert told in capsys.readouterr().err
 
 
 def test_a_data_set_of_ones_own_is_converted(tree, tmp_path):
@@ -332,44 +276,11 @@ def test_converting_one_data_set_again_leaves_the_others(full_tree):
     assert not list((full_tree.base.parent / "converted_data").glob("*.partial"))
 
 
-def test_the_function_tells_what_the_command_writes(full_tree, tmp_path):
-    told = convert(["CMMD"], ["train"], base=full_tree.base, output=tmp_path / "out", options=Options(num_workers=1))
-    assert json.loads((tmp_path / "out" / "conversion_report.json").read_text()) == told
+def test_the_function_returns_the_report_that_it_writes(full_tree, tmp_path):
+    report = convert(["CMMD"], ["train"], base=full_tree.base, output=tmp_path / "out", options=Options(num_workers=1))
+    assert json.loads((tmp_path / "out" / "conversion_report.json").read_text()) == report
     with pytest.raises(DataError, match="unknown split"):
         convert(["CMMD"], ["dev"], base=full_tree.base)
-
-
-def test_the_list_names_every_data_set(capsys):
-    assert command(["convert", "flare", "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 19 + 1
-    assert lines[1].split()[:3] == ["neojaundice", "*", "flare_neojaundice"]
-
-
-def test_help_answers_and_unknown_conversions_are_errors(capsys):
-    assert command(["convert"]) == 0
-    assert "flare-validate" in capsys.readouterr().out
-    assert command(["convert", "flare", "--help"]) == 0
-    assert "usage: qwenvl-ft convert flare" in capsys.readouterr().out
-    assert command(["convert", "flair"]) == 2
-    assert "unknown conversion 'flair'. Did you mean 'flare'?" in capsys.readouterr().err
-
-
-def test_the_guides_script_takes_the_guides_words(full_tree):
-    script = ROOT / "examples/flare25/convert_flare_to_qwen3vl.py"
-    words = [
-        "--datasets",
-        "neojaundice",
-        "retino",
-        "--splits",
-        "train",
-        "val",
-        "--base_dir",
-        full_tree.base,
-        "--verbose",
-    ]
-    subprocess.run([sys.executable, script, *words], check=True, capture_output=True, cwd=full_tree.base)
-    assert len(read(full_tree, "conversion_report.json")["conversion_results"]) == 4
 
 
 def test_records_read_alike_from_anywhere(full_tree):

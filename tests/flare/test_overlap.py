@@ -28,17 +28,17 @@ def test_bleu_clips_repeats():
 def test_bleu_counts_over_the_corpus_not_by_sentence():
     """A short answer without any 4-gram lowers the score, it does not make a mean with zero."""
     long = "a b c d e f"
-    told = bleu([long, "x y"], [long, "x y"])
-    assert told == 1.0
+    score = bleu([long, "x y"], [long, "x y"])
+    assert score == 1.0
     assert 0 < bleu([long, "x y"], [long, "x z"]) < 1
 
 
 def test_rouge_by_hand():
     """Common words 3 of 4 and 5, pairs (a b) 1 of 3 and 4, subsequence 'a b d' 3."""
-    told = rouge("a b c d", "a b x d d")
-    assert told["rouge_1"] == pytest.approx(2 * 3 / 9)
-    assert told["rouge_2"] == pytest.approx(2 * 1 / 7)
-    assert told["rouge_l"] == pytest.approx(2 * 3 / 9)
+    scores = rouge("a b c d", "a b x d d")
+    assert scores["rouge_1"] == pytest.approx(2 * 3 / 9)
+    assert scores["rouge_2"] == pytest.approx(2 * 1 / 7)
+    assert scores["rouge_l"] == pytest.approx(2 * 3 / 9)
     assert rouge("a b c", "c b a")["rouge_l"] == pytest.approx(1 / 3), "order counts"
     assert set(rouge("a", "").values()) == {0.0}
 

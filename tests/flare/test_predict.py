@@ -82,14 +82,14 @@ def test_a_question_that_cannot_be_asked_is_answered_with_nothing(tree):
         asked.extend(prompts)
         return ["A", "B"]
 
-    told, not_asked = predict(questions, answer)
-    assert [record["prediction"] for record in told] == ["A", "", "B"]
+    records, not_asked = predict(questions, answer)
+    assert [record["prediction"] for record in records] == ["A", "", "B"]
     assert not_asked == 1
     assert all("gpt" not in json.dumps(prompt) for prompt in asked)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--datasets", "retina"], "unknown FLARE data set 'retina'. Did you mean 'retino'"),
         (["--split", "dev"], "unknown split 'dev'"),
@@ -97,10 +97,10 @@ def test_a_question_that_cannot_be_asked_is_answered_with_nothing(tree):
         (["--model", "nowhere"], "nowhere"),
     ],
 )
-def test_a_users_error_is_one_line(full_tree, tiny_dir, tmp_path, capsys, words, told):
+def test_a_users_error_is_one_line(full_tree, tiny_dir, tmp_path, capsys, words, message):
     base = ["--model", str(tiny_dir), "--input_dir", str(full_tree.base), "--output_dir", str(tmp_path / "out")]
     assert main([*base, *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1

@@ -30,14 +30,14 @@ def test_the_recipe_names_every_data_set_and_split():
 
 def test_the_recipe_is_what_the_guide_says():
     recipe = load_recipe("flare25")
-    told = recipe.training.arguments
+    arguments = recipe.training.arguments
     assert recipe.model.model == "Qwen/Qwen3-VL-4B-Instruct"
     template = recipe.template
     assert (template.max_length, template.min_pixels, template.max_pixels) == (4096, 784, 50176)
     tuner = recipe.tuner
     assert (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner) == ("full", False, False, False)
     assert recipe.training.learning_rate == 1e-5
-    assert {key: told[key] for key in (*EXPECTED, "activation_checkpointing")} == EXPECTED | {
+    assert {key: arguments[key] for key in (*EXPECTED, "activation_checkpointing")} == EXPECTED | {
         "activation_checkpointing": True
     }
     assert (recipe.deepspeed.enabled, recipe.deepspeed.config) == (True, "zero3_offload")
@@ -66,9 +66,9 @@ def test_the_guides_changes_are_flags():
     recipe = recipe_from_argv(f"{words} {more} {rest} --warmup_ratio 0.05 --learning_rate 5e-6".split())
     assert (recipe.data.train, recipe.data.val) == ("flare_retino%100,flare_iugc%50", "flare_retino_val")
     assert (recipe.template.max_pixels, recipe.template.min_pixels) == (25088, 392)
-    told = recipe.training.arguments
-    assert (told["max_grad_norm"], told["num_train_epochs"], told["eval_steps"]) == (0.5, 2.0, 500)
-    assert (told["save_steps"], told["bf16"], told["warmup_steps"]) == (500, True, 0.05)
+    arguments = recipe.training.arguments
+    assert (arguments["max_grad_norm"], arguments["num_train_epochs"], arguments["eval_steps"]) == (0.5, 2.0, 500)
+    assert (arguments["save_steps"], arguments["bf16"], arguments["warmup_steps"]) == (500, True, 0.05)
     assert recipe.training.learning_rate == 5e-6
 
 
@@ -83,10 +83,10 @@ def test_the_scripts_variables_reach_the_recipe(tmp_path):
     words = done.stdout.splitlines()
     assert words[:5] == ["launch", "--num_processes", "4", "-m", "qwenvl_ft.train"]
     recipe = recipe_from_argv(words[5:])
-    told = recipe.training.arguments
-    assert (told["per_device_train_batch_size"], told["gradient_accumulation_steps"]) == (2, 8)
+    arguments = recipe.training.arguments
+    assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (2, 8)
     assert (recipe.training.learning_rate, recipe.template.max_pixels) == (2e-5, 100352)
-    assert (told["output_dir"], recipe.data.train) == ("o", "flare_cmmd")
+    assert (arguments["output_dir"], recipe.data.train) == ("o", "flare_cmmd")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_dry_run_that_fails_says_what_helps(converted, temporary, tiny_dir):
 
 
 def test_the_data_test_of_the_guide_ends_with_its_summary(full_tree, tiny_dir, monkeypatch, capsys):
-    """On the made-up tree; then with an image taken away and one cut in half."""
+    """On the synthetic tree; then with an image removed and one truncated."""
     script = RECIPES.parent / "examples/flare25/test_data_loading.py"
     assert convert(["--input_dir", str(full_tree.base), "--splits", "train"]) == 0
     monkeypatch.chdir(full_tree.base.parent)

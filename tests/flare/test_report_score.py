@@ -1,4 +1,4 @@
-"""The rule-based stand-in for GREEN, part by part."""
+"""The rule-based stand-in for GREEN, component by component."""
 
 import json
 
@@ -26,9 +26,9 @@ def test_findings_are_asserted_or_denied():
 
 def test_the_weights_make_one():
     assert sum(WEIGHTS.values()) == pytest.approx(1)
-    told = report_generation([REPORT], [REPORT])
-    assert told["green_stand_in"] == pytest.approx(1)
-    assert {told[f"green_stand_in_{name}"] for name in WEIGHTS} == {1.0}
+    scores = report_generation([REPORT], [REPORT])
+    assert scores["green_stand_in"] == pytest.approx(1)
+    assert {scores[f"green_stand_in_{name}"] for name in WEIGHTS} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -46,43 +46,43 @@ def test_the_weights_make_one():
 def test_each_change_costs_its_own_component(old, new, component, score):
     changed = REPORT.replace(old, new)
     assert changed != REPORT
-    told = components(REPORT, changed)
-    assert told.pop(component) == pytest.approx(score)
-    length = told.pop("structure", 1.0)
+    scores = components(REPORT, changed)
+    assert scores.pop(component) == pytest.approx(score)
+    length = scores.pop("structure", 1.0)
     assert 0.9 < length <= 1.0
-    assert set(told.values()) == {1.0}
+    assert set(scores.values()) == {1.0}
 
 
 def test_the_score_is_the_weighted_sum_over_reports():
-    told = report_generation([REPORT, REPORT], [REPORT, REPORT.replace("Unchanged", "Known")])
-    assert told["green_stand_in"] == pytest.approx((1 + 0.9) / 2)
-    assert told["green_stand_in_temporal"] == 0.5
+    scores = report_generation([REPORT, REPORT], [REPORT, REPORT.replace("Unchanged", "Known")])
+    assert scores["green_stand_in"] == pytest.approx((1 + 0.9) / 2)
+    assert scores["green_stand_in_temporal"] == 0.5
 
 
 def test_an_empty_answer_scores_nothing():
-    told = report_generation(["The lungs are clear."], [" "])
-    assert (told["green_stand_in"], told["n_unparsed"]) == (0.0, 1)
+    scores = report_generation(["The lungs are clear."], [" "])
+    assert (scores["green_stand_in"], scores["n_unparsed"]) == (0.0, 1)
     assert report_generation(["The lungs are clear."], ["Clear lungs."])["green_stand_in"] > 0.9
 
 
 def test_clinical_efficacy_counts_asserted_findings():
     """Reference: effusion, nodule. Answer: effusion, mass. One of two, both ways."""
-    told = report_generation(
+    scores = report_generation(
         ["Effusion and nodule. No edema.", "Clear."], ["Effusion. A mass. Edema is absent.", "Clear."]
     )
-    assert told["findings_precision"] == pytest.approx(1 / 3), "'absent' behind the finding is not understood"
-    assert told["findings_recall"] == pytest.approx(1 / 2)
-    assert told["findings_f1"] == pytest.approx(2 / 5)
+    assert scores["findings_precision"] == pytest.approx(1 / 3), "'absent' behind the finding is not understood"
+    assert scores["findings_recall"] == pytest.approx(1 / 2)
+    assert scores["findings_f1"] == pytest.approx(2 / 5)
 
 
 def test_wording_is_that_of_bleu_and_rouge():
     references, answers = [REPORT, "Clear lungs, no effusion."], ["Small effusion.", "Clear lungs, no mass."]
-    told = report_generation(references, answers)
-    assert told["bleu_4"] == bleu(references, answers)
+    scores = report_generation(references, answers)
+    assert scores["bleu_4"] == bleu(references, answers)
     pairs = [rouge(*pair) for pair in zip(references, answers, strict=True)]
     for name in ("rouge_1", "rouge_2", "rouge_l"):
-        assert told[name] == pytest.approx(sum(pair[name] for pair in pairs) / 2)
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
+        assert scores[name] == pytest.approx(sum(pair[name] for pair in pairs) / 2)
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
 def test_unequal_sides_are_an_error():

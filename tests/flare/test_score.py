@@ -1,4 +1,4 @@
-"""Scores of the made-up tree: by hand, joined by image and question, nothing dropped in silence."""
+"""Scores of the synthetic tree: compared by hand, joined by image and question, nothing dropped silently."""
 
 import json
 import re
@@ -24,12 +24,12 @@ DETECTION = "detection"
 
 
 def submission(tree, folder, change=lambda record: record, key="Answer"):
-    """Files of predictions: the questions with what ``change`` makes of the right answer."""
+    """Write files of predictions: the questions with ``change(record)`` as the answer."""
     folder.mkdir()
     for name in FLARE_DATASETS:
         records = json.loads(tree.file(name, "validation-hidden", "val_withGT").read_text())
-        told = [{k: v for k, v in r.items() if k != "Answer"} | {key: change(r)} for r in records]
-        (folder / f"{name}_questions_val.json").write_text(json.dumps(told))
+        predictions = [{k: v for k, v in r.items() if k != "Answer"} | {key: change(r)} for r in records]
+        (folder / f"{name}_questions_val.json").write_text(json.dumps(predictions))
     return folder
 
 
@@ -43,15 +43,15 @@ def test_right_answers_are_perfect_in_every_data_set(full_tree, tmp_path, capsys
     out = tmp_path / "scores" / "summary.json"
     words = ["--predictions", str(folder), "--input_dir", str(full_tree.base), "--output", str(out)]
     assert main(words) == 0
-    told = json.loads(out.read_text())
-    assert set(told["datasets"]) == set(FLARE_DATASETS)
-    assert set(told["tasks"]) == set(TASKS)
+    summary = json.loads(out.read_text())
+    assert set(summary["datasets"]) == set(FLARE_DATASETS)
+    assert set(summary["tasks"]) == set(TASKS)
     for case in [*CASES, *MORE]:
-        metrics = told["datasets"][case.dataset]["metrics"][case.task]
+        metrics = summary["datasets"][case.dataset]["metrics"][case.task]
         metric = TASK_METRICS[case.task]
         assert metrics[metric.primary] == pytest.approx(1.0 if metric.higher_is_better else 0.0)
         assert metrics["n_unparsed"] == 0
-    assert told["datasets"]["iugc"]["metadata"] == {
+    assert summary["datasets"]["iugc"]["metadata"] == {
         "category": "Ultrasound",
         "modality": "ultrasound",
         "tasks": {"regression": 1, "detection": 1, "classification": 1},
@@ -66,9 +66,9 @@ def test_right_answers_are_perfect_in_every_data_set(full_tree, tmp_path, capsys
 def test_wrong_answers_are_not(full_tree, tmp_path):
     """The guard of the test above: the same path with answers that cannot be read."""
     folder = submission(full_tree, tmp_path / "predictions", lambda record: "??")
-    told = score_files(sorted(folder.glob("*.json")), full_tree.base)
+    summary = score_files(sorted(folder.glob("*.json")), full_tree.base)
     for case in [*CASES, *MORE]:
-        metrics = told["datasets"][case.dataset]["metrics"][case.task]
+        metrics = summary["datasets"][case.dataset]["metrics"][case.task]
         metric = TASK_METRICS[case.task]
         if metric.higher_is_better:
             assert metrics[metric.primary] == 0.0
@@ -81,9 +81,9 @@ def test_means_by_task_give_each_data_set_the_same_weight():
     """retino: 3 of 4 right in one class; fundus: 0 of 1."""
     rows = [Row("retino", "classification", "A", answer) for answer in ("A", "A", "A", "B")]
     rows += [Row("fundus", "classification", "B", "A")]
-    told = score_rows(rows)["tasks"]["classification"]
-    assert told["balanced_accuracy"] == told["accuracy"] == pytest.approx((0.75 + 0) / 2)
-    assert (told["datasets"], told["count"], told["primary"]) == (2, 5, "balanced_accuracy")
+    summary = score_rows(rows)["tasks"]["classification"]
+    assert summary["balanced_accuracy"] == summary["accuracy"] == pytest.approx((0.75 + 0) / 2)
+    assert (summary["datasets"], summary["count"], summary["primary"]) == (2, 5, "balanced_accuracy")
 
 
 def test_questions_are_joined_by_images_and_text_in_any_order():
@@ -157,13 +157,13 @@ def test_answers_beside_predictions_need_no_second_file(tmp_path):
         score_files([file])
 
 
-def test_what_cannot_be_scored_is_one_line(tree, tmp_path, capsys):
+def test_errors_of_scoring_are_one_line(tree, tmp_path, capsys):
     tree.fill([Case("BUSI-det", DETECTION, "see the report", DETECTION)], "validation-hidden", "val_withGT")
     records = json.loads(tree.file("BUSI-det", "validation-hidden", "val_withGT").read_text())
     for name in ("BUSI-det", "retino"):
         (tmp_path / f"{name}_questions_val.json").write_text(json.dumps(records))
     base = ["--input_dir", str(tree.base), "--predictions"]
-    for words, told in (
+    for words, message in (
         ([str(tmp_path / "BUSI-det_questions_val.json")], "BUSI-det, detection: the reference 'see the report' cannot"),
         ([str(tmp_path / "retino_questions_val.json")], "there are no val questions of retino below"),
         ([str(tree.base)], "there is no .json file in"),
@@ -173,5 +173,5 @@ def test_what_cannot_be_scored_is_one_line(tree, tmp_path, capsys):
         assert main([*base, *words]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
-        assert told in error
+        assert message in error
         assert error.count("\n") == 1

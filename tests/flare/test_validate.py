@@ -1,4 +1,4 @@
-"""What is wrong with converted files is found, named, and makes the exit code 1; what is only odd does not."""
+"""Errors in converted files are found and named and give exit code 1; oddities are only warnings."""
 
 import json
 import subprocess
@@ -32,8 +32,8 @@ def found(tmp_path, records):
     """(kind, index) of the errors, then of the warnings."""
     path = tmp_path / "retino_train.json"
     path.write_text(json.dumps(records))
-    told = validate_file(path)
-    sides = (told.errors, told.warnings)
+    findings = validate_file(path)
+    sides = (findings.errors, findings.warnings)
     return tuple([(item["kind"], int(item["record"].rpartition("[")[2][:-1])) for item in side] for side in sides)
 
 
@@ -41,8 +41,8 @@ def test_what_was_converted_is_valid(full_tree, capsys):
     assert convert(["--input_dir", str(full_tree.base), "--all"]) == 0
     folder = full_tree.base.parent / "converted_data"
     assert command(["convert", "flare-validate", "--input_dir", str(folder)]) == 0
-    told = json.loads((folder / "validation_report.json").read_text())
-    assert told["summary"] == {
+    report = json.loads((folder / "validation_report.json").read_text())
+    assert report["summary"] == {
         "valid": True,
         "files": 38,
         "samples": 44,
@@ -109,13 +109,13 @@ def test_relative_images_start_beside_the_file(tmp_path, good):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [("{", "not valid JSON"), ("{}", "a file of records is a JSON list"), ("[]", "the list is empty")],
 )
-def test_a_file_that_is_no_list_of_records_is_an_error(tmp_path, capsys, content, told):
+def test_a_file_that_is_no_list_of_records_is_an_error(tmp_path, capsys, content, message):
     (tmp_path / "retino_train.json").write_text(content)
     assert command(["convert", "flare-validate", "--converted_dir", str(tmp_path)]) == 1
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_faults_are_printed_reported_and_make_the_exit_code_1(tmp_path, good, capsys):
@@ -127,9 +127,9 @@ def test_faults_are_printed_reported_and_make_the_exit_code_1(tmp_path, good, ca
     out = capsys.readouterr().out
     assert f"FAILED {path}: 2 samples" in out
     assert f"missing_image: {path}[1]: {tmp_path}/images/none.png does not exist" in out
-    told = json.loads(report.read_text())
-    assert told["summary"]["by_kind"] == {"missing_image": 1}
-    assert told["files"][0]["errors"][0]["record"] == f"{path}[1]"
+    written = json.loads(report.read_text())
+    assert written["summary"]["by_kind"] == {"missing_image": 1}
+    assert written["files"][0]["errors"][0]["record"] == f"{path}[1]"
     path.write_text(json.dumps([good()]))
     assert command(words) == 0
 

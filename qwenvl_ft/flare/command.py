@@ -1,0 +1,31 @@
+"""Shared parts of the FLARE commands: their common options, and errors on one line instead of a traceback."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from qwenvl_ft.errors import QwenVLError
+from qwenvl_ft.flare.catalog import read_catalog
+
+
+def add_data_options(parser: argparse.ArgumentParser, *, input_help: str, datasets: bool = True) -> None:
+    """Add ``--input_dir`` and ``--catalog``, and ``--datasets`` if asked for."""
+    if datasets:
+        parser.add_argument("--datasets", nargs="+", default=["starter"], metavar="NAME", help="names, starter or all")
+    parser.add_argument("--input_dir", "--base_dir", metavar="DIR", help=input_help)
+    parser.add_argument("--catalog", metavar="FILE", help="YAML of more data sets: name -> category, task_types")
+
+
+def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Register the data sets of ``--catalog`` and run a command.
+
+    Returns:
+        The command's exit code, or 2 after a user's error, which is printed on stderr.
+    """
+    try:
+        if "catalog" in arguments and arguments.catalog:
+            read_catalog(arguments.catalog)
+        return command(arguments)
+    except QwenVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -31,7 +31,7 @@ def prove(
     """
     import json
 
-    from qwenvl_ft.prove.settings import ProofOptions, recipe_from_words
+    from qwenvl_ft.prove.proof_recipe import ProofOptions, recipe_from_words
 
     options = ProofOptions(
         samples=samples,

@@ -28,7 +28,7 @@ from qwenvl_ft.flare.catalog import (
 )
 from qwenvl_ft.flare.command import add_data_options, run_command
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions, unpacking_hint
-from qwenvl_ft.flare.records import CHECKS, COORDINATES, ImageCheck, Options, Tally, convert_questions
+from qwenvl_ft.flare.question_record import CHECKS, COORDINATES, ImageCheck, Options, Tally, convert_questions
 
 REPORT, LOG = "conversion_report.json", "conversion.log"
 MAX_ERRORS = 50

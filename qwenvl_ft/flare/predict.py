@@ -20,7 +20,7 @@ from qwenvl_ft.flare.catalog import BOX_TASKS, FLARE_DATASETS, FlareDataset, fin
 from qwenvl_ft.flare.command import add_data_options, run_command
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions
-from qwenvl_ft.flare.records import COORDINATES, ImageCheck, LeftOut, Options, Tally, find_images, question_text
+from qwenvl_ft.flare.question_record import COORDINATES, ImageCheck, LeftOut, Options, Tally, find_images, question_text
 
 Answerer = Callable[[Sequence[dict[str, Any]]], list[str]]
 """Function from prompts (records without an answer) to a text for each."""

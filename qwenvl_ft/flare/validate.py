@@ -20,7 +20,7 @@ from qwenvl_ft.flare.command import run_command
 from qwenvl_ft.flare.convert import REPORT as CONVERSION_REPORT
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import answer_text
-from qwenvl_ft.flare.records import CHECKS, ImageCheck
+from qwenvl_ft.flare.question_record import CHECKS, ImageCheck
 
 REPORT = "validation_report.json"
 FOLDERS = ("converted_data", "../converted_data")

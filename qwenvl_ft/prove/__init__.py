@@ -1,1 +1,1 @@
-"""Proof of the promises on the user's own model, data, versions and device: ``qwenvl-ft prove``."""
+"""``qwenvl-ft prove``: verifies the promises on the user's own model, data, versions and device."""

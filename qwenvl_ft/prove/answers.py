@@ -1,6 +1,6 @@
-"""What a model answers, token by token: by the trained model here, and by what was saved in a process of its own.
+"""Answers of the trained model, token by token, and the inputs from which another process generates them again.
 
-Letters: K supervised tokens of a sample, N new tokens, V words.
+Letters: K supervised tokens of a sample, N new tokens, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from qwenvl_ft.prove.subject import Subject
 
 @dataclass
 class Answers:
-    """What a model said, an entry for each sample; N new tokens."""
+    """A model's answers, with one entry per sample."""
 
     logits: list[Tensor] = field(default_factory=list)
-    """float32[K, V] where an answer is predicted."""
+    """float32[K, V] at the positions that predict supervised tokens."""
     tokens: list[Tensor] = field(default_factory=list)
-    """int64[N], the likeliest one by one."""
+    """int64[N], generated greedily."""
     steps: list[Tensor] = field(default_factory=list)
-    """float32[N, V] that they were taken from."""
+    """float32[N, V], the logits of the generated tokens."""
 
 
 def generation(subject: Subject) -> GenerationConfig:
-    """The likeliest token each time, and exactly so many of them."""
+    """Return the settings for greedy decoding of exactly ``new_tokens`` tokens."""
     tokenizer, count = subject.processor.tokenizer, subject.options.new_tokens
     return GenerationConfig(
         max_new_tokens=count,
@@ -48,35 +48,36 @@ def generation(subject: Subject) -> GenerationConfig:
 
 
 def write_inputs(subject: Subject, index: int, folder: Path) -> tuple[Path, Path]:
-    """A sample and its prompt, as plain transformers takes them: pixels by the processor, no positions."""
+    """Write a sample and its prompt as plain transformers takes them: the processor's pixels, no position ids."""
     encoder = copy.copy(subject.dataset.encoder)
     encoder.raw_pixels = False
     conversation = subject.dataset.conversation(index)
     sample = encoder(conversation)
     whole = prompt_batch(subject.processor, [sample])
     whole["keep"] = (sample["labels"] != IGNORE).nonzero(as_tuple=True)[0] - 1
-    asked = prompt_batch(subject.processor, [encoder.prompt(conversation)])
+    prompt = prompt_batch(subject.processor, [encoder.prompt(conversation)])
     paths = folder / f"{index}.safetensors", folder / f"{index}.prompt.safetensors"
-    for path, tensors in zip(paths, (whole, asked), strict=True):
+    for path, tensors in zip(paths, (whole, prompt), strict=True):
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
     return paths
 
 
 def answer(model: Any, path: Path, settings: GenerationConfig, subject: Subject) -> tuple[Tensor, Tensor]:
-    asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
+    """Generate an answer to a saved prompt; return its tokens int64[N] and logits float32[N, V]."""
+    prompt = {key: value.to(subject.device) for key, value in load_file(path).items()}
     model.eval()
     with torch.no_grad(), subject.autocast():
-        said = model.generate(**asked, generation_config=settings)
+        output = model.generate(**prompt, generation_config=settings)
         forget_offsets(model)
-    return said.sequences[0, asked["input_ids"].shape[1] :].cpu(), torch.cat(said.logits).float().cpu()
+    return output.sequences[0, prompt["input_ids"].shape[1] :].cpu(), torch.cat(output.logits).float().cpu()
 
 
 def at_once(model: Any, path: Path, tokens: Tensor, subject: Subject) -> Tensor:
-    """float32[N, V]: logits of an answer's tokens by one pass over all of it, without a cache."""
-    asked = {key: value.to(subject.device) for key, value in load_file(path).items()}
-    begin, new = asked["input_ids"].shape[1], tokens[None].to(subject.device)
+    """Return the logits float32[N, V] of an answer from one forward pass over prompt and answer, without a cache."""
+    prompt = {key: value.to(subject.device) for key, value in load_file(path).items()}
+    begin, new = prompt["input_ids"].shape[1], tokens[None].to(subject.device)
     fillers = {"input_ids": new, "attention_mask": torch.ones_like(new), "mm_token_type_ids": torch.zeros_like(new)}
-    whole = asked | {key: torch.cat([asked[key], value], dim=1) for key, value in fillers.items()}
+    whole = prompt | {key: torch.cat([prompt[key], value], dim=1) for key, value in fillers.items()}
     keep = torch.arange(begin - 1, begin - 1 + len(tokens), device=subject.device)
     model.eval()
     with torch.no_grad(), subject.autocast():
@@ -84,7 +85,7 @@ def at_once(model: Any, path: Path, tokens: Tensor, subject: Subject) -> Tensor:
 
 
 def forget_offsets(model: Any) -> None:
-    """Generation leaves its last prompt's position offsets in the model, where the next text alone would find them."""
+    """Remove the position offsets that generation leaves in the model; the next text-only input would use them."""
     for module in model.modules():
         if "rope_deltas" in vars(module):
             module.rope_deltas = None

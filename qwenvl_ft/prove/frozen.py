@@ -1,4 +1,4 @@
-"""What is frozen stays, bit for bit, and what is named to train moves: a few steps, and every weight looked at."""
+"""Checks that frozen weights do not change by a bit and trained weights do, over a few training steps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qwenvl_ft.prove.subject import Subject, run_to_end
 from qwenvl_ft.prove.table import FAILED, OK, Row
 
 CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""How much of the logits training must change at least, so that it stands out from rounding."""
+"""Least relative change of the logits by training that stands out from rounding."""
 ATTEMPTS, FASTER = 4, 10.0
-"""How often training goes on for it, each time at so many times the rate."""
+"""Most rounds of training until then, and the factor of the learning rate from round to round."""
 
 
 class Frozen:
-    """The check; its training is what all others look at."""
+    """The check. The other checks use the model that it trains."""
 
     name = "frozen"
 
@@ -61,7 +61,7 @@ class Frozen:
             yield from self._trained(part, [name for name in names if name in self.trained])
 
     def _trained(self, part: str, names: list[str]) -> Iterator[Row]:
-        """A weight without any gradient may stay, as that of an expert that no token went to; not a whole part."""
+        """A weight without gradient may stay the same, such as an unused expert's, but not all weights of a part."""
         if not names:
             return
         stuck = [name for name in names if name not in self.moved]
@@ -84,13 +84,13 @@ class Frozen:
 
 
 def train(subject: Subject, watch: TrainerCallback) -> None:
-    """Some steps of the run; more at ten times the rate, as long as the logits hardly change.
+    """Train some steps, and more at ten times the learning rate as long as the logits hardly change.
 
-    A saved model can be stages from the base model only if training has changed more than rounding does.
+    A saved model can be distinguished from the base model only if training changed more than rounding does.
     """
-    how: dict[str, Any] = {"autocast": subject.autocast, "device": subject.device}
+    context: dict[str, Any] = {"autocast": subject.autocast, "device": subject.device}
     rows, steps = alone_rows(subject), subject.options.steps
-    subject.before = seen_logits(subject.model, rows, **how)
+    subject.before = seen_logits(subject.model, rows, **context)
     stages = []
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -100,7 +100,7 @@ def train(subject: Subject, watch: TrainerCallback) -> None:
         stages.append(f"{steps} at {rate:.1g}")
         subject.trainer.add_callback(watch)
         run_to_end(subject.trainer)
-        subject.after = seen_logits(subject.model, rows, **how)
+        subject.after = seen_logits(subject.model, rows, **context)
         change = max(relative(*pair) for pair in zip(subject.after, subject.before, strict=True))
         if change >= CHANGE[subject.dtype]:
             break
@@ -108,7 +108,7 @@ def train(subject: Subject, watch: TrainerCallback) -> None:
 
 
 class Watch(TrainerCallback):
-    """Which weights had a gradient in any step."""
+    """Records the names of weights that had a nonzero gradient in any step."""
 
     def __init__(self) -> None:
         self.reached: set[str] = set()
@@ -120,7 +120,7 @@ class Watch(TrainerCallback):
 
 
 def digests(model: nn.Module) -> dict[str, bytes]:
-    """Name -> hash of the bytes of each parameter."""
+    """Hash the bytes of each parameter: name -> digest."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         named = list(model.named_parameters())
         return dict(zip((name for name, _ in named), pool.map(_digest, (value for _, value in named)), strict=True))

@@ -1,6 +1,6 @@
-"""Logits, losses and gradients of each sample of some rows, by hand: not by the code that is being proven.
+"""Computes logits, losses and gradients of each sample of some rows, independently of the code under test.
 
-Letters: K supervised tokens of a sample, V words, G kept elements of gradients.
+Letters: K supervised tokens of a sample, V vocabulary size, G kept elements of gradients.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from qwenvl_ft.prove.subject import Subject
 
 KEPT_ELEMENTS = 20_000_000
-"""Most elements of a gradient that are kept of one sample: 80 MB."""
+"""Most gradient elements kept per sample: 80 MB."""
 TINY = 1e-6
-"""A sample whose gradient is smaller than this share of the largest has none in that part, as text in the tower."""
+"""A gradient below this share of the largest counts as zero, as in the vision tower for a text-only sample."""
 HALF_SCALE = 1024.0
-"""Float16: the loss is scaled by this, so that small gradients do not vanish."""
+"""Loss scale in float16, so that small gradients do not underflow."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Every ``stride``-th element of the gradients, so that several of them fit into memory."""
+    """Selects every ``stride``-th element of the gradients, so that several gradients fit into memory."""
 
     stride: int
     total: int
@@ -39,10 +39,10 @@ class Share:
     def of(cls, model: nn.Module) -> Share:
         total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         stride = -(-total // KEPT_ELEMENTS)
-        return cls(stride if stride == 1 else stride | 1, total)  # odd: not the same column of each matrix
+        return cls(stride if stride == 1 else stride | 1, total)  # odd, or it could hit the same column of each matrix
 
     def taken(self, model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
-        """Part -> float32[G], on the CPU."""
+        """Return part -> float32[G], on the CPU, divided by ``scale``."""
         found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -56,32 +56,36 @@ class Share:
 
 @dataclass
 class Measured:
-    """One entry for each sample."""
+    """Logits, losses and gradients, with one entry per sample."""
 
     logits: list[Tensor] = field(default_factory=list)
-    """float32[K, V] at the tokens that predict a supervised one."""
+    """float32[K, V] at the positions that predict supervised tokens."""
     losses: list[Tensor] = field(default_factory=list)
     """float32[K]"""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
-    """Part -> float32[G], of the sum of the sample's losses."""
+    """Part -> float32[G], gradient of the sum of the sample's losses."""
 
-    def errors(self, reference: Measured, what: str) -> Iterator[tuple[str, float]]:
-        """(which, relative difference) of each sample, and of each part for gradients."""
-        if what == "gradients":
+    def errors(self, reference: Measured, quantity: str) -> Iterator[tuple[str, float]]:
+        """Yield (name, relative difference) of each sample, and of each part for gradients.
+
+        Args:
+            quantity: ``logits``, ``losses`` or ``gradients``.
+        """
+        if quantity == "gradients":
             yield from _gradient_errors(self.gradients, reference.gradients)
             return
-        pairs = zip(getattr(self, what), getattr(reference, what), strict=True)
-        yield from ((f"sample {k}", relative(own, other)) for k, (own, other) in enumerate(pairs))
+        pairs = zip(getattr(self, quantity), getattr(reference, quantity), strict=True)
+        yield from ((f"sample {k}", relative(found, expected)) for k, (found, expected) in enumerate(pairs))
 
 
 def relative(found: Tensor, expected: Tensor, scale: float | None = None) -> float:
-    """Root mean square of the difference over that of what is expected (or over ``scale``)."""
+    """Return the norm of the difference divided by the norm of ``expected``, or by ``scale``."""
     size = float(expected.double().norm()) if scale is None else scale
     return float((found.double() - expected.double()).norm()) / max(size, 1e-30)
 
 
 def _gradient_errors(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> Iterator[tuple[str, float]]:
-    """A gradient that should be nothing is measured by the largest of the other samples'."""
+    """Yield the errors of gradients; one that should be zero is compared with the largest of the other samples."""
     for part in expected[0]:
         sizes = [float(gradients[part].double().norm()) for gradients in expected]
         largest = max(sizes)
@@ -95,11 +99,11 @@ def _gradient_errors(found: list[dict[str, Tensor]], expected: list[dict[str, Te
 def measured(
     model: nn.Module, rows: Sequence[dict[str, Any]], *, autocast: Any, device: torch.device, share: Share
 ) -> Measured:
-    """Run each row, and its samples' losses backward one by one.
+    """Run each row forward, and the loss of each of its samples backward by itself.
 
     Args:
-        rows: batches of the collator, with ``labels`` and their samples' numbers of supervised tokens, ``counts``.
-        autocast: makes the context of a forward pass.
+        rows: batches of the collator with ``labels``, and ``counts``, the supervised tokens of each sample.
+        autocast: function that returns the context manager of a forward pass.
     """
     found = Measured()
     model.train()
@@ -114,9 +118,9 @@ def measured(
                 found.logits += [part.float().cpu() for part in logits.detach().split(counts)]
                 losses = F.cross_entropy(logits.detach().float(), targets, reduction="none")
                 found.losses += [part.cpu() for part in losses.split(counts)]
-            part = slice(begin, begin + count)
+            cut = slice(begin, begin + count)
             scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
-            (F.cross_entropy(logits[part].float(), targets[part], reduction="sum") * scale).backward()
+            (F.cross_entropy(logits[cut].float(), targets[cut], reduction="sum") * scale).backward()
             found.gradients.append(share.taken(model, scale))
             del logits
     model.zero_grad(set_to_none=True)
@@ -126,7 +130,7 @@ def measured(
 def seen_logits(
     model: nn.Module, rows: Sequence[dict[str, Any]], *, autocast: Any, device: torch.device
 ) -> list[Tensor]:
-    """float32[K, V] of each sample of the rows, as an evaluation computes them."""
+    """Return the logits float32[K, V] of each sample of the rows, in evaluation mode."""
     found: list[Tensor] = []
     model.eval()
     with torch.no_grad(), autocast():
@@ -137,7 +141,7 @@ def seen_logits(
 
 
 def prepared(row: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Tensor, list[int]]:
-    """The keyword arguments of the model for a flat row, the tokens that are predicted, and how many of each sample."""
+    """Return the model's keyword arguments for a flat row, the target tokens, and their count per sample."""
     labels = row["labels"][0]
     places = (labels != IGNORE).nonzero(as_tuple=True)[0]
     inputs = {key: value for key, value in row.items() if key not in ("labels", "sources", "faults", "counts")}
@@ -146,10 +150,10 @@ def prepared(row: dict[str, Any], device: torch.device) -> tuple[dict[str, Any],
 
 
 def alone_rows(subject: Subject) -> list[dict[str, Any]]:
-    """Each sample by itself, without the fillers and places that training adds."""
+    """Return a row for each sample, without what training adds to rows (padding, media positions)."""
     return [with_counts(QwenVLCollator()([sample]), [sample]) for sample in subject.samples]
 
 
 def with_counts(row: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
-    """A batch of these samples that also says how many supervised tokens each has."""
+    """Add ``counts``, the number of supervised tokens of each sample, to a row."""
     return row | {"counts": [int((sample["labels"] != IGNORE).sum()) for sample in samples]}

@@ -1,4 +1,4 @@
-"""All checks of a proof, in an order in which the model is loaded once and at most one copy of it is held."""
+"""Runs all checks of a proof; the model is loaded once, and at most one copy of it is in memory."""
 
 import gc
 import platform
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.prove.capacity import shortages
+from qwenvl_ft.prove.exact_reference import attention_of, measure_alone, measure_reference
 from qwenvl_ft.prove.frozen import Frozen
+from qwenvl_ft.prove.loss_split import Split
 from qwenvl_ft.prove.packed import Packed
-from qwenvl_ft.prove.reference import attention_of, measure_alone, measure_reference
-from qwenvl_ft.prove.room import shortages
+from qwenvl_ft.prove.proof_recipe import ProofOptions, first_phase, proof_recipe
 from qwenvl_ft.prove.saved import Saved
-from qwenvl_ft.prove.settings import ProofOptions, first_phase, proof_recipe
-from qwenvl_ft.prove.split import Split
 from qwenvl_ft.prove.subject import Subject, build_subject, still
 from qwenvl_ft.prove.table import Report, Row
 from qwenvl_ft.recipe.schema import Recipe
@@ -29,15 +29,15 @@ PACKAGES = ("qwenvl-ft", "torch", "transformers", "peft", "accelerate")
 
 
 class Check(Protocol):
-    """One promise. `Frozen` is measured first: its training steps are what the others look at."""
+    """Check of one promise. `Frozen` is measured first, because the others use the model that it trains."""
 
     name: str
 
     def measure(self, subject: Subject) -> None:
-        """Find out everything that needs the trained model."""
+        """Measure everything that needs the trained model."""
 
     def rows(self, subject: Subject) -> Any:
-        """Compare, once the reference is known and the trained model is gone."""
+        """Compare with the reference, after the trained model was released."""
 
 
 CHECKS: dict[str, Callable[[], Any]] = {"frozen": Frozen, "packed": Packed, "split": Split, "saved": Saved}
@@ -47,13 +47,13 @@ CHECKS: dict[str, Callable[[], Any]] = {"frozen": Frozen, "packed": Packed, "spl
 def prove(
     recipe: Recipe, options: ProofOptions | None = None, *, say: Callable[[str], None] = lambda line: None
 ) -> Report:
-    """Prove the promises on a recipe's model, data and method. Everything that is written lies in a temporary folder.
+    """Verify the promises on a recipe's model, data and method. All files are written to a temporary folder.
 
     Args:
-        say: is given a line for each thing that takes a while.
+        say: callback that receives a line of text before each long step.
 
     Raises:
-        QwenVLError: the recipe, the model or the data is wrong, as of a run.
+        QwenVLError: the recipe, the model or the data is wrong, as in training.
     """
     options, start = options or ProofOptions(), time.monotonic()
     recipe, left_out = first_phase(recipe)
@@ -70,14 +70,14 @@ def prove(
         except torch.OutOfMemoryError as error:
             cause = str(error).partition(". ")[0]
             raise RecipeError(
-                f"out of memory: {cause}. Lower --samples or --max-tokens, freeze more, or take a smaller model."
+                f"out of memory: {cause}. Lower --samples or --max-tokens, freeze more, or use a smaller model."
             ) from error
     report.seconds = time.monotonic() - start
     return report
 
 
 def rows_of(subject: Subject) -> list[Row]:
-    """Train, measure, let the model go, compare."""
+    """Train, measure, release the model, then compare."""
     skip = subject.options.skip
     checks: dict[str, Any] = {name: make() for name, make in CHECKS.items()}
     chosen = {name: check for name, check in checks.items() if name not in skip}
@@ -96,15 +96,15 @@ def rows_of(subject: Subject) -> list[Row]:
 
 
 def facts(subject: Subject) -> dict[str, str]:
-    """What the rows were found with."""
+    """Describe the model, method, data, precision, device and versions."""
     recipe, device, data = subject.recipe, subject.device, subject.recipe.data.train
     tokens = sum(len(sample["input_ids"]) for sample in subject.samples)
-    source = ", ".join(data) if isinstance(data, list | dict) else data or "records made up"
+    source = ", ".join(data) if isinstance(data, list | dict) else data or "generated records"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     return {
         "model": f"{recipe.model.model}, {sum(p.numel() for p in subject.model.parameters()):,} parameters",
         "method": f"{recipe.tuner.train_type}, {subject.share.total:,} weights train",
-        "data": f"{len(subject.samples)} samples, {tokens:,} tokens, of {source}",
+        "data": f"{len(subject.samples)} samples, {tokens:,} tokens, from {source}",
         "precision": f"{str(subject.dtype).removeprefix('torch.')}, attention {attention_of(subject)}",
         "device": here,
         "versions": f"Python {sys.version.split()[0]}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}",

@@ -1,7 +1,7 @@
-"""What was trained is what was saved: opened by plain transformers and peft in a new process, it answers the same.
+"""Checks that saved weights, loaded by plain transformers and peft in a new process, give the trained model's answers.
 
-An adapter is opened on its base model, and once more merged into it. An adapter of our own kinds, which plain peft does
-not know, is opened by `load_model` instead, and a row says so.
+An adapter is loaded on its base model, and a second time merged into it. An adapter type of this library, which plain
+peft does not know, is loaded by `load_model` instead, and a row says so.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from transformers import GenerationConfig
 
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.prove.answers import Answers, answer, at_once, generation, write_inputs
+from qwenvl_ft.prove.capacity import GIB, free_disk
 from qwenvl_ft.prove.measure import alone_rows, relative, seen_logits
-from qwenvl_ft.prove.room import GIB, free_disk
 from qwenvl_ft.prove.subject import FACTOR, Subject
 from qwenvl_ft.prove.table import FAILED, OK, SKIPPED, Row
 
-SCRIPT = Path(__file__).with_name("plain.py")
+SCRIPT = Path(__file__).with_name("plain_transformers.py")
 LIMIT_S = 900
+"""Seconds after which the new process is stopped."""
 GENERATION = (
     "max_new_tokens",
     "min_new_tokens",
@@ -36,11 +37,11 @@ GENERATION = (
     "eos_token_id",
     "pad_token_id",
 )
-"""What the new process is told of the generation."""
+"""Generation settings that are passed to the new process."""
 
 
 class Saved:
-    """The check: ``saved`` and ``merged``."""
+    """The checks ``saved`` and ``merged``."""
 
     name = "saved"
 
@@ -51,18 +52,19 @@ class Saved:
         self.cached = 0.0
 
     def measure(self, subject: Subject) -> None:
-        subject.say(f"{subject.options.new_tokens} tokens of each answer, and saving")
+        subject.say(f"generating {subject.options.new_tokens} tokens per answer, and saving")
         self.trained = Answers(subject.after)
         inputs = subject.folder / "inputs"
         inputs.mkdir()
         settings = generation(subject)
         paths = [write_inputs(subject, k, inputs) for k in range(len(subject.samples))]
-        said = [answer(subject.model, asked, settings, subject) for _, asked in paths]
-        self.trained.tokens, self.trained.steps = [tokens for tokens, _ in said], [steps for _, steps in said]
+        answers = [answer(subject.model, prompt, settings, subject) for _, prompt in paths]
+        self.trained.tokens, self.trained.steps = [tokens for tokens, _ in answers], [steps for _, steps in answers]
         whole = [
-            at_once(subject.model, asked, tokens, subject) for (_, asked), (tokens, _) in zip(paths, said, strict=True)
+            at_once(subject.model, prompt, tokens, subject)
+            for (_, prompt), (tokens, _) in zip(paths, answers, strict=True)
         ]
-        self.cached = max(relative(steps, other) for (_, steps), other in zip(said, whole, strict=True))
+        self.cached = max(relative(steps, other) for (_, steps), other in zip(answers, whole, strict=True))
         folder = subject.folder / "saved"
         subject.trainer.save_model(str(folder))
         self.jobs = list(self._jobs(subject, folder, paths, settings))
@@ -77,11 +79,11 @@ class Saved:
         yield from self.skipped
         jobs = [job for job in self.jobs if job["plain"]]
         if jobs:
-            subject.say("opening what was saved by plain transformers, in a new process")
+            subject.say("loading the saved weights with plain transformers, in a new process")
             failure = _run(jobs, subject)
         for job in self.jobs:
             if not job["plain"]:
-                subject.say(f"opening what was saved by load_model: plain peft has no {job['kind']}")
+                subject.say(f"loading the saved weights with load_model: plain peft has no {job['kind']}")
                 yield from self._compared(subject, job, _opened_by_us(subject, Path(job["adapter"])))
             elif not Path(job["out"]).is_file():
                 error = Path(job["out"]).with_suffix(".error")
@@ -97,7 +99,7 @@ class Saved:
     def _jobs(
         self, subject: Subject, folder: Path, paths: list[tuple[Path, Path]], settings: GenerationConfig
     ) -> Iterator[dict[str, Any]]:
-        """What is opened, and how; what is not is a row."""
+        """Yield a job for each load of saved weights; what is not loaded becomes a row."""
         adapter = (folder / "adapter_config.json").is_file()
         kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"] if adapter else ""
         common = {
@@ -149,21 +151,21 @@ class Saved:
             }
 
     def _unmergeable(self, subject: Subject, known: bool) -> str:
-        """Why no merged model is made; empty if one is."""
+        """Return the reason why no merged model is made; empty if one is."""
         if not known:
             return "the method changes no weight of the model, so it cannot be merged"
         bits = subject.recipe.quantization.quantization_bit
         if bits is None and getattr(subject.model.config, "quantization_config", None) is not None:
-            return "the weights of the base model are quantised, and take no update"
+            return "the weights of the base model are quantised, so the adapter cannot be merged into them"
         needed = sum(p.numel() for p in subject.model.parameters()) * subject.dtype.itemsize
         free = free_disk(subject.folder)
         if needed <= free:
             return ""
-        room = f"{free / GIB:.1f} GiB are free in {subject.folder.parent}: give another --folder"
-        return f"a merged model takes {needed / GIB:.1f} GiB, and {room}"
+        space = f"{free / GIB:.1f} GiB are free in {subject.folder.parent}: choose another --folder"
+        return f"a merged model takes {needed / GIB:.1f} GiB, and {space}"
 
     def merge(self, subject: Subject) -> None:
-        """Make the merged model, once the trained one is gone."""
+        """Write the merged model, after the trained model was released."""
         from qwenvl_ft.export.merge import merge
 
         for job in [job for job in self.jobs if job["check"] == "merged model"]:
@@ -182,10 +184,10 @@ class Saved:
         self.skipped.append(Row(check=check, compared=compared, verdict=SKIPPED, note=why))
 
     def _compared(self, subject: Subject, job: dict[str, Any], found: Answers) -> Iterator[Row]:
-        """Logits and tokens; what training changed is what a loader would lose that left the weights out."""
+        """Compare logits and tokens. The fault shown is what training changed: a loader that drops weights loses it."""
         limit = FACTOR * subject.noise("logits") + subject.floor
-        errors = [relative(own, other) for own, other in zip(found.logits, self.trained.logits, strict=True)]
-        changes = [relative(own, other) for own, other in zip(subject.before, subject.after, strict=True)]
+        errors = [relative(*pair) for pair in zip(found.logits, self.trained.logits, strict=True)]
+        changes = [relative(*pair) for pair in zip(subject.before, subject.after, strict=True)]
         figure = max(errors, key=lambda error: float("inf") if error != error else error)
         yield Row.judged(
             job["check"],
@@ -198,17 +200,16 @@ class Saved:
 
 
 def _tokens_row(job: dict[str, Any], ours: Answers, theirs: Answers, limit: float) -> Row:
-    """Token by token; where two are as likely as each other, rounding decides, and what follows is another answer."""
+    """Compare answers token by token, up to a tie: rounding then decides, and the rest of the answer differs."""
     same, total, ties, wrong = 0, 0, [], ""
-    for k, (own, other) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)):
-        total += len(own)
-        if torch.equal(own, other):
-            same += len(own)
+    for k, (expected, found) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)):
+        total += len(expected)
+        if torch.equal(expected, found):
+            same += len(expected)
             continue
-        length = min(len(own), len(other))
-        place = (
-            int((own[:length] != other[:length]).nonzero()[0]) if not torch.equal(own[:length], other[:length]) else -1
-        )
+        length = min(len(expected), len(found))
+        differ = (expected[:length] != found[:length]).nonzero()
+        place = int(differ[0]) if len(differ) else -1
         same += max(place, 0)
         if place >= 0 and relative(theirs.steps[k][place], ours.steps[k][place]) <= limit:
             ties.append(f"token {place + 1} of sample {k}")
@@ -226,7 +227,7 @@ def _tokens_row(job: dict[str, Any], ours: Answers, theirs: Answers, limit: floa
 
 
 def _opened_by_us(subject: Subject, adapter: Path) -> Answers:
-    """What a new model answers that `load_model` made of an adapter's folder."""
+    """Return the answers of a new model that `load_model` loads from an adapter's folder."""
     from qwenvl_ft.model.load import load_model
     from qwenvl_ft.model.patch_embed import use_raw_patches
 
@@ -248,7 +249,7 @@ def _opened_by_us(subject: Subject, adapter: Path) -> Answers:
 
 
 def _over_base(subject: Subject) -> dict[str, Any]:
-    """How plain transformers opens the base model that an adapter was trained on."""
+    """Return the job entries by which plain transformers loads the base model of an adapter."""
     from qwenvl_ft.model.quantization import bnb_config
 
     settings, model = subject.recipe.model, subject.model
@@ -269,14 +270,14 @@ def _over_base(subject: Subject) -> dict[str, Any]:
 
 
 def _plain_peft_knows(kind: str) -> bool:
-    """Whether a ``peft_type`` is one of peft's own."""
+    """Return True if a ``peft_type`` is one of peft's own."""
     from peft import PeftType
 
     return kind in {entry.value for entry in PeftType}
 
 
 def _run(jobs: list[dict[str, Any]], subject: Subject) -> str:
-    """Run the script over all jobs; what it said if it failed."""
+    """Run the script over all jobs; return its error output if it failed, otherwise ``""``."""
     path = subject.folder / "jobs.json"
     path.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, "-P", str(SCRIPT), str(path)]

@@ -1,4 +1,4 @@
-"""The model, data and trainer of a recipe, built as a run builds them, and what is known of them so far."""
+"""The model, data and trainer under test, built as training builds them, and all measurements of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import nn
 from qwenvl_ft.data.conversation import Sample
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.prove.measure import Measured, Share
-from qwenvl_ft.prove.settings import ProofOptions
+from qwenvl_ft.prove.proof_recipe import ProofOptions
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.upstream.autocast import forward_restored
 
 FACTOR = 3.0
-"""How much larger than the error of a sample alone, against the same reference, the error of a packed one may be."""
+"""Largest allowed ratio of a packed sample's error to the error of the sample alone, against the same reference."""
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2.5e-4}
-"""What is added: about 80 rounding steps of float32, a quarter of one of 16 bits."""
+"""Constant part of the tolerance: about 80 rounding steps of float32, a quarter of one of 16 bits."""
 
 
 @dataclass
 class Subject:
-    """What is looked at. The model is gone once it was saved and measured."""
+    """Everything under test. The model is released once it was saved and measured."""
 
     recipe: Recipe
     args: Any
@@ -39,20 +39,21 @@ class Subject:
     samples: list[Sample]
     trainer: Any
     dtype: torch.dtype
-    """What the run computes in."""
+    """Precision of the run's computation."""
     say: Callable[[str], None]
+    """Callback that receives a line of text before each long step."""
     share: Share
-    """Which elements of the gradients are kept."""
+    """Elements of the gradients that are kept."""
     alone: Measured | None = None
-    """Each sample by itself, as the run computes it."""
+    """Each sample alone, in the run's precision."""
     reference: Measured | None = None
-    """Each sample by itself, as exactly as there is room for."""
+    """Each sample alone, as exactly as memory allows."""
     facts: dict[str, str] = field(default_factory=dict)
-    """What the report says above its rows."""
+    """Lines of the report above its rows: name -> text."""
     before: list[torch.Tensor] = field(default_factory=list)
     """Logits of the samples before training."""
     after: list[torch.Tensor] = field(default_factory=list)
-    """The same after it."""
+    """Logits of the samples after training."""
 
     @property
     def model(self) -> Any:
@@ -67,21 +68,25 @@ class Subject:
         return FLOOR[self.dtype]
 
     def autocast(self) -> Any:
-        """The precision of the run, as accelerate sets it around the model."""
+        """Return the context of the run's precision, as accelerate sets it around the model."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
 
-    def noise(self, what: str) -> float:
-        """The largest error of a sample alone in the run's precision: what rounding makes of ``what``."""
-        assert self.alone is not None
-        assert self.reference is not None
-        return max(error for _, error in self.alone.errors(self.reference, what))
-
-    def trainer_like(self, *, packing: bool, max_length: int, rows: int = 1, passes: int = 1) -> Any:
-        """Another trainer over the same model and samples, for one step that moves nothing.
+    def noise(self, quantity: str) -> float:
+        """Return the largest rounding error: that of the samples alone in the run's precision.
 
         Args:
-            rows: of a pass; without packing, samples.
-            passes: of the step.
+            quantity: ``logits``, ``losses`` or ``gradients``.
+        """
+        assert self.alone is not None
+        assert self.reference is not None
+        return max(error for _, error in self.alone.errors(self.reference, quantity))
+
+    def trainer_like(self, *, packing: bool, max_length: int, rows: int = 1, passes: int = 1) -> Any:
+        """Build another trainer over the same model and samples, for one step that changes no weight.
+
+        Args:
+            rows: rows per micro-batch; without packing, samples.
+            passes: micro-batches per step.
         """
         from transformers.training_args import OptimizerNames
 
@@ -95,12 +100,12 @@ class Subject:
         args.learning_rate, args.weight_decay, args.max_steps, args.max_grad_norm = 0.0, 0.0, 1, 1e9
         args.optim, args.optim_args, args.optim_target_modules = OptimizerNames.SGD, None, None
         trainer = build_trainer(recipe, args, self.model, self.processor, self.dataset)
-        trainer.remove_callback(MethodCallback)  # AdaLoRA would cut its ranks
+        trainer.remove_callback(MethodCallback)  # AdaLoRA would prune its ranks
         calm(trainer)
         return trainer
 
     def train_faster(self, factor: float) -> None:
-        """Put another trainer in the place of the run's own, which goes on at ``factor`` times all rates."""
+        """Replace the trainer by one that continues at ``factor`` times all learning rates."""
         from qwenvl_ft.training import setup
 
         recipe, args, model = copy.deepcopy(self.recipe), copy.copy(self.args), self.model
@@ -114,7 +119,7 @@ class Subject:
         calm(self.trainer)
 
     def release(self) -> None:
-        """Give the memory of the model back."""
+        """Free the memory of the model."""
         self.trainer = None
         gc.collect()
         if self.device.type == "cuda":
@@ -128,7 +133,7 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
         QwenVLError: as `qwenvl_ft.train` does.
     """
     from qwenvl_ft import assemble
-    from qwenvl_ft.prove.records import proof_dataset
+    from qwenvl_ft.prove.proof_data import proof_dataset
     from qwenvl_ft.training import setup
     from qwenvl_ft.training.arguments import build_arguments
 
@@ -164,10 +169,10 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
 
 
 def run_to_end(trainer: Any) -> None:
-    """Train, and leave nothing of it but the weights.
+    """Train, and keep nothing but the weights.
 
-    What accelerate puts around the model's forward would stay, and compute a reference in 16 bits; the optimizer's
-    states would take the room that the reference needs.
+    Otherwise accelerate's wrapper around the model's forward would stay and compute the reference in 16 bits, and the
+    optimizer's states would take the memory that the reference needs.
     """
     with forward_restored(trainer.model):
         trainer.train()
@@ -176,7 +181,7 @@ def run_to_end(trainer: Any) -> None:
 
 
 def still(model: nn.Module) -> None:
-    """Turn dropout off, of whatever kind: two passes of the same sample would differ."""
+    """Turn off every kind of dropout, so that two passes over the same sample agree."""
     for module in model.modules():
         layer: Any = module
         if "Dropout" in type(module).__name__ and isinstance(getattr(layer, "p", None), float):
@@ -184,7 +189,7 @@ def still(model: nn.Module) -> None:
 
 
 def calm(trainer: Any) -> None:
-    """Float16: begin with a scale of the loss that does not overflow, or the first steps would be left out."""
+    """In float16, start with a loss scale that does not overflow; otherwise the first steps are skipped."""
     scaler = trainer.accelerator.scaler
     if scaler is not None:
         scaler.scale(torch.zeros(1, device=trainer.args.device))

@@ -1,11 +1,11 @@
-"""What a proof says: a row for each comparison, with its figure, its tolerance and a verdict."""
+"""The report of a proof: a row for each comparison, with its figure, its tolerance and a verdict."""
 
 import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OK, FAILED, UNCLEAR, SKIPPED = "ok", "FAILED", "unclear", "skipped"
-"""Verdicts. ``unclear`` is a comparison that could not have found a fault: it does not count as passed."""
+"""Verdicts. ``unclear`` means that the comparison could not have found a fault; it does not count as passed."""
 
 HEADINGS = ("check", "what was compared", "figure", "tolerance", "a fault shows", "")
 
@@ -20,13 +20,13 @@ class Row:
     """A relative difference, or a count in words."""
     tolerance: float | str = ""
     fault: float | str = ""
-    """The figure that a fault gives on this very model and data, so that the tolerance can be judged."""
+    """The figure that a fault gives on this model and data, to judge the tolerance by."""
     verdict: str = OK
     note: str = ""
 
     @classmethod
     def judged(cls, check: str, compared: str, *, figure: float, tolerance: float, **more: Any) -> "Row":
-        """A row of a difference. It fails above the tolerance, and is unclear where a fault would pass, too."""
+        """Make a row of a difference. It fails above the tolerance, and is unclear if a fault would pass too."""
         fault = more["fault"] if "fault" in more else None
         verdict = OK if figure <= tolerance else FAILED  # NaN fails
         if verdict == OK and isinstance(fault, float) and not fault > tolerance:
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(kw_only=True)
 class Report:
-    """All rows, and what they were found with."""
+    """All rows, and facts about the model, data and environment."""
 
     facts: dict[str, str]
     """Name -> model, method, data, precision, device and versions."""
@@ -49,12 +49,12 @@ class Report:
         return bool(self.rows) and all(row.verdict in (OK, SKIPPED) for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """One object; figures that are no numbers (NaN) are written as words."""
+        """Return the report as a dict for JSON; NaN and infinity become strings."""
         rows = [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows]
         return {"ok": self.ok, **asdict(self), "seconds": round(self.seconds, 1), "rows": rows}
 
     def text(self, width: int = 120) -> str:
-        """The facts, the table and the verdict on all of it."""
+        """Return the facts, the table and the overall verdict."""
         width_of_names = max(map(len, self.facts), default=0)
         facts = [f"{name:<{width_of_names}}  {value}" for name, value in self.facts.items()]
         bad = [row.check for row in self.rows if row.verdict in (FAILED, UNCLEAR)]
@@ -63,7 +63,7 @@ class Report:
 
 
 def _table(rows: list[Row], width: int) -> list[str]:
-    """Columns as wide as their longest cell; what was compared and notes are wrapped to fit the line."""
+    """Format the rows as a table; what was compared and the notes are wrapped to fit ``width``."""
     cells = [
         (row.check, row.compared, _figure(row.figure), _figure(row.tolerance), _figure(row.fault), row.verdict)
         for row in rows

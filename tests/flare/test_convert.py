@@ -15,7 +15,7 @@ from qwenvl_ft.errors import DataError
 from qwenvl_ft.flare.catalog import FLARE_DATASETS, register_converted
 from qwenvl_ft.flare.convert import convert, main
 from qwenvl_ft.flare.layout import find_questions
-from qwenvl_ft.flare.records import Options
+from qwenvl_ft.flare.question_record import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,4 +1,4 @@
-"""The proof holds for a sound library, and finds each fault that is planted into it."""
+"""The proof passes for a correct library, and finds each fault that is injected into it."""
 
 import json
 
@@ -9,11 +9,11 @@ from cases import picture
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.prove import room
+from qwenvl_ft.prove import capacity
+from qwenvl_ft.prove.exact_reference import measure_alone, measure_reference
 from qwenvl_ft.prove.packed import leaking
-from qwenvl_ft.prove.reference import measure_alone, measure_reference
+from qwenvl_ft.prove.proof_recipe import ProofOptions, first_phase, proof_recipe, recipe_from_words
 from qwenvl_ft.prove.run import prove
-from qwenvl_ft.prove.settings import ProofOptions, first_phase, proof_recipe, recipe_from_words
 from qwenvl_ft.prove.subject import build_subject
 from qwenvl_ft.prove.table import FAILED, OK, SKIPPED, UNCLEAR, Report, Row
 from qwenvl_ft.training.trainer import QwenVLTrainer
@@ -54,7 +54,7 @@ def test_lora_in_float32_is_exact_to_what_plain_transformers_and_peft_load(tiny_
     assert max(figures) < 5e-6
     assert all(row.fault > 1e3 * row.tolerance for row in report.rows if isinstance(row.fault, float))
     assert [row.figure for row in report.rows if row.compared.startswith("answers")] == ["40 of 40 the same"] * 2
-    assert "records made up" in report.facts["data"]
+    assert "generated records" in report.facts["data"]
 
 
 def test_all_weights_of_a_mixture_of_experts_in_16_bits(checkpoints):
@@ -71,7 +71,7 @@ def test_all_weights_of_a_mixture_of_experts_in_16_bits(checkpoints):
     assert "float32" in report.facts["reference"]
 
 
-def test_an_adapter_that_plain_peft_does_not_know_is_opened_by_us_and_a_row_says_so(tiny_dir):
+def test_an_adapter_that_plain_peft_does_not_know_is_loaded_by_us_and_a_row_says_so(tiny_dir):
     report = proven(tiny_dir, "tuner.train_type=reft", "model.torch_dtype=float32")
     assert report.ok, report.text()
     skipped = [row for row in report.rows if row.verdict == SKIPPED]
@@ -84,9 +84,9 @@ def test_an_adapter_that_plain_peft_does_not_know_is_opened_by_us_and_a_row_says
 
 @pytest.mark.parametrize("attention", ["sdpa", "packed_sdpa"])
 def test_a_leak_is_found(tiny_dir, monkeypatch, attention):
-    """A mask of ones, every trainer's default: each sample sees those before it.
+    """A mask of ones, every trainer's default, lets each sample attend to those before it.
 
-    ``packed_sdpa`` takes the borders that a batch names, mask or not, so there the borders are lost too.
+    ``packed_sdpa`` uses the boundaries in the batch whatever the mask, so there the boundaries are removed too.
     """
     sound = QwenVLCollator.__call__
 
@@ -136,7 +136,7 @@ def test_a_frozen_part_that_moves_by_one_bit_is_found(tiny_dir, monkeypatch):
 
 
 def test_a_part_that_should_train_and_does_not_is_found(tiny_dir, monkeypatch):
-    """Its weights have gradients, and the optimizer does not know them."""
+    """Its weights have gradients, but the optimizer does not update them."""
     sound = QwenVLTrainer.create_optimizer
 
     def forgetful(self, *arguments):
@@ -182,15 +182,15 @@ def test_the_reference_of_16_bits_is_the_same_weights_in_plain_transformers_in_f
     assert subject.noise("logits") > 1e-4, "vacuous: the run is as exact as its reference"
 
 
-def test_without_room_for_float32_another_attention_is_the_reference(tiny_dir, monkeypatch):
-    monkeypatch.setattr(room, "free_memory", lambda device: 0)
+def test_without_memory_for_float32_another_attention_is_the_reference(tiny_dir, monkeypatch):
+    monkeypatch.setattr(capacity, "free_memory", lambda device: 0)
     report = proven(tiny_dir, skip=("saved", "split"))
     assert report.ok, report.text()
     assert "eager attention in 16 bits" in report.facts["reference"]
     assert any("are free" in line for line in report.warnings)
 
 
-def test_training_goes_on_at_a_higher_rate_until_it_shows(tiny_dir):
+def test_training_continues_at_a_higher_rate_until_the_logits_change(tiny_dir):
     words = ("model.torch_dtype=float32", "training.learning_rate=1e-7")
     report = proven(tiny_dir, *words, skip=("saved", "split", "packed"))
     assert report.facts["training"].startswith("steps at the rate: 1 at 1e-07, then 1 at 1e-06")
@@ -217,21 +217,21 @@ def test_the_command_proves_on_real_records_and_prints_one_object(tiny_dir, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "name a model or a recipe"),
         (["--model", "nowhere/at/all"], "no such model directory"),
         (["--model", "TINY", "--tuner", "lorra"], "train_type"),
         (["--model", "TINY", "--samples", "1"], "--samples 1 is too few"),
         (["--model", "TINY", "--skip", "packing"], "Did you mean 'packed'"),
-        (["--model", "TINY", "--folder", "/no/such"], "is no folder"),
+        (["--model", "TINY", "--folder", "/no/such"], "is not a folder"),
         (["--model", "TINY", "--data", "no.jsonl"], "do not find no.jsonl: there is no such file"),
     ],
 )
-def test_a_users_error_is_one_line_and_exit_code_2(tiny_dir, capsys, words, said):
+def test_a_users_error_is_one_line_and_exit_code_2(tiny_dir, capsys, words, message):
     assert main(["prove", *[str(tiny_dir) if word == "TINY" else word for word in words]]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert said in line
+    assert message in line
 
 
 def test_a_report_that_compared_nothing_or_could_not_have_failed_is_not_proven():

@@ -1,8 +1,8 @@
-"""What each sample is compared with: itself alone, as exactly as there is room for.
+"""Computes the reference of all comparisons: each sample alone, as exactly as memory allows.
 
-A run in float32 is its own reference. Of a run in 16 bits the very same weights are held in float32, on the device, or
-on the CPU where the device is too small. Where neither has room, the reference is another way to compute attention in
-16 bits: it rounds at other places, so that it shows how much rounding there is.
+A run in float32 is its own reference. For a run in 16 bits the same weights are converted to float32, on the device, or
+on the CPU if the device is too small. If neither has enough memory, the reference is another attention implementation
+in 16 bits: it rounds in other places, which shows how large rounding errors are.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from qwenvl_ft.model.attention import resolve_attn_impl
+from qwenvl_ft.prove.capacity import GIB, float32_place, weight_bytes
 from qwenvl_ft.prove.measure import Measured, alone_rows, measured
-from qwenvl_ft.prove.room import GIB, float32_place, weight_bytes
 from qwenvl_ft.prove.subject import Subject
 
 
 def measure_alone(subject: Subject) -> None:
-    """Each sample by itself, in the run's own precision."""
+    """Measure each sample alone, in the run's own precision."""
     subject.say(f"{len(subject.samples)} samples one by one")
     subject.alone = measured(
         subject.model, alone_rows(subject), autocast=subject.autocast, device=subject.device, share=subject.share
@@ -28,7 +28,7 @@ def measure_alone(subject: Subject) -> None:
 
 
 def measure_reference(subject: Subject) -> None:
-    """The reference. The model is not what it was afterwards."""
+    """Measure the reference. This changes the model's precision or attention."""
     assert subject.alone is not None
     if subject.dtype == torch.float32:
         subject.reference, subject.facts["reference"] = subject.alone, "each sample alone in float32"
@@ -38,16 +38,16 @@ def measure_reference(subject: Subject) -> None:
     place = None if spread else float32_place(model, subject.device)
     if place is None:
         need = weight_bytes(model, torch.float32) / GIB
-        subject.say(f"no room for {need:.1f} GiB of weights in float32: eager attention in 16 bits is the reference")
+        subject.say(f"no memory for {need:.1f} GiB of float32 weights: the reference is eager attention in 16 bits")
         use_attention(model, "eager")
         subject.reference = _measured(subject, subject.device, subject.autocast)
-        subject.facts["reference"] = "each sample alone by eager attention in 16 bits (no room for float32)"
+        subject.facts["reference"] = "each sample alone, eager attention in 16 bits (not enough memory for float32)"
         return
     subject.say(f"{len(subject.samples)} samples one by one in float32 on {place}")
     if place.type != subject.device.type:
         model.to(place)
     to_float32(model)
-    if attention_of(subject).startswith("flash"):  # its kernels know 16 bits only
+    if attention_of(subject).startswith("flash"):  # its kernels take 16 bits only
         use_attention(model, "sdpa")
     subject.reference = _measured(subject, place, nullcontext)
     subject.facts["reference"] = f"each sample alone in float32 on {place.type}"
@@ -58,7 +58,7 @@ def _measured(subject: Subject, device: torch.device, autocast: Any) -> Measured
 
 
 def to_float32(model: nn.Module) -> None:
-    """Hold all weights of floating point in float32, one at a time; those in few bits compute in it."""
+    """Convert all floating-point weights to float32 one at a time; quantised layers compute in float32."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
@@ -69,13 +69,13 @@ def to_float32(model: nn.Module) -> None:
 
 
 def attention_of(subject: Subject) -> str:
-    """What computes attention in the run."""
+    """Return the name of the run's attention implementation."""
     settings = subject.recipe.model
     return resolve_attn_impl(settings.attn_impl, str(subject.dtype).removeprefix("torch."))
 
 
 def use_attention(model: nn.Module, name: str) -> None:
-    """Let all parts of a model compute attention in another way."""
+    """Switch all parts of a model to another attention implementation."""
     from transformers import PreTrainedModel
 
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -1,9 +1,9 @@
-"""Runs by itself in a new process: open saved weights by plain transformers and peft alone, and say what they answer.
+"""Script for a process of its own: loads saved weights with transformers and peft alone, and saves their answers.
 
-    python -P plain.py JOBS.json
+    python -P plain_transformers.py JOBS.json
 
-A job names a model's folder, an adapter's (or none), a device, the inputs of some samples, and where results go. This
-file imports nothing of qwenvl_ft, and checks at its end that nothing else did.
+A job gives the folder of a model and optionally of an adapter, a device, the inputs of some samples, and the output
+file. This script imports nothing of qwenvl_ft, and asserts at its end that nothing else did.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 
 def opened(job):
-    """The model of a job, in the job's precision."""
+    """Load the model of a job, in the job's precision."""
     config = AutoConfig.from_pretrained(job["model"], revision=job["revision"])
     for name, value in job["text"].items():
         setattr(config.get_text_config(), name, value)
@@ -33,21 +33,21 @@ def opened(job):
 
 
 def answered(model, job):
-    """Logits at the tokens that predict an answer, and the likeliest tokens one by one."""
+    """Return logits at the positions that predict an answer, and greedily generated tokens."""
     found = {}
     settings = GenerationConfig(**job["generation"])
     for number, paths in enumerate(job["samples"]):
-        seen, asked = ({k: v.to(job["device"]) for k, v in load_file(path).items()} for path in paths)
-        keep = seen.pop("keep")
+        sample, prompt = ({k: v.to(job["device"]) for k, v in load_file(path).items()} for path in paths)
+        keep = sample.pop("keep")
         with torch.no_grad():
-            logits = model(**seen, logits_to_keep=keep, use_cache=False).logits[0]
-            said = model.generate(**asked, generation_config=settings)
+            logits = model(**sample, logits_to_keep=keep, use_cache=False).logits[0]
+            output = model.generate(**prompt, generation_config=settings)
         for module in model.modules():
             if "rope_deltas" in vars(module):
-                module.rope_deltas = None  # the next text alone would find this prompt's offsets
+                module.rope_deltas = None  # or the next text-only prompt would use these offsets
         found[f"logits.{number}"] = logits.float().cpu()
-        found[f"tokens.{number}"] = said.sequences[0, asked["input_ids"].shape[1] :].cpu()
-        found[f"steps.{number}"] = torch.cat(said.logits).float().cpu()
+        found[f"tokens.{number}"] = output.sequences[0, prompt["input_ids"].shape[1] :].cpu()
+        found[f"steps.{number}"] = torch.cat(output.logits).float().cpu()
     return {key: value.contiguous() for key, value in found.items()}
 
 
@@ -58,7 +58,7 @@ def main(path):
         try:
             model = opened(job)
             save_file(answered(model, job), job["out"])
-        except Exception as error:  # one job's failure is its row's; the next one runs
+        except Exception as error:  # the job's row reports it; the next job still runs
             Path(job["out"]).with_suffix(".error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         model = None
         if torch.cuda.is_available():

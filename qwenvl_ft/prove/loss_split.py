@@ -1,4 +1,7 @@
-"""The loss of a step is that of its tokens, however they are split over rows and passes: by the real trainer."""
+"""Checks that a step's loss is the same however its samples are split over rows and micro-batches.
+
+The step is run by the real trainer and compared with the mean over all supervised tokens, computed by hand.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from qwenvl_ft.prove.table import Row
 
 @dataclass
 class Step:
-    """What one optimizer step found."""
+    """Loss and gradients of one optimizer step."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -55,7 +58,7 @@ class Split:
         yield self._gradients(subject, expected, rounded, wrong)
 
     def _gradients(self, subject: Subject, expected: Step, rounded: Step, wrong: Step) -> Row:
-        """The part and split that are nearest to their limit."""
+        """Compare gradients; report the part and split that are closest to their limit."""
         found = []
         for part, gradient in expected.gradients.items():
             limit = FACTOR * relative(rounded.gradients[part], gradient) + subject.floor
@@ -74,7 +77,7 @@ class Split:
 
 
 def splits(lengths: list[int]) -> dict[str, dict[str, Any]]:
-    """Name -> how a trainer sees samples of these lengths in one step."""
+    """Return name -> options of `Subject.trainer_like` for a step over samples of these lengths."""
     count, total = len(lengths), sum(lengths)
     half = max(max(lengths), -(-total // 2))
     shapes: dict[str, dict[str, Any]] = {"one packed row": {"packing": True, "max_length": total}}
@@ -86,14 +89,14 @@ def splits(lengths: list[int]) -> dict[str, dict[str, Any]]:
 
 
 def packed_rows(lengths: list[int], max_length: int) -> int:
-    """How many rows the first epoch has."""
+    """Return the number of packed rows of the first epoch."""
     from qwenvl_ft.data.plan.packing import pack_lengths
 
     return len(pack_lengths(lengths, max_length=max_length))
 
 
 def one_step(trainer: Any, share: Share) -> Step:
-    """Loss and gradient of one optimizer step over all samples; the weights stay as they are."""
+    """Run one optimizer step over all samples without changing the weights; return its loss and gradients."""
     kept: dict[str, Tensor] = {}
 
     class Keep(TrainerCallback):
@@ -108,14 +111,14 @@ def one_step(trainer: Any, share: Share) -> Step:
 
 
 def by_hand(measured: Measured) -> Step:
-    """The mean over all supervised tokens of all samples."""
+    """Compute the mean over all supervised tokens of all samples."""
     tokens = sum(len(losses) for losses in measured.losses)
     loss = float(torch.cat(measured.losses).double().sum()) / tokens
     return Step(loss, _summed(measured, [1 / tokens] * len(measured.losses)))
 
 
 def mean_of_means(measured: Measured) -> Step:
-    """What a trainer computes that takes the mean of each pass, and the mean of these over the passes."""
+    """Compute the mean over samples of each sample's mean loss, as a trainer with this fault does."""
     counts = [len(losses) for losses in measured.losses]
     loss = sum(float(losses.double().mean()) for losses in measured.losses) / len(counts)
     return Step(loss, _summed(measured, [1 / (count * len(counts)) for count in counts]))

@@ -1,4 +1,4 @@
-"""The second process stands on its own: transformers and peft, and nothing of this library."""
+"""The second process is independent: it uses transformers and peft, and nothing of this library."""
 
 import ast
 

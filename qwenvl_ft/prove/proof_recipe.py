@@ -1,4 +1,4 @@
-"""What is proven: the recipe of a run, changed into one that trains a few samples for a few steps and keeps nothing."""
+"""Turns the recipe of a run into the recipe of a proof: few samples, few steps, nothing kept."""
 
 import copy
 import json
@@ -18,41 +18,41 @@ SKIPPABLE = ("packed", "split", "frozen", "saved", "merged")
 
 @dataclass(frozen=True, kw_only=True)
 class ProofOptions:
-    """How much is compared."""
+    """Size of a proof."""
 
     samples: int = 5
-    """Samples; each is run several times."""
+    """Number of samples; each is run several times."""
     max_tokens: int = 4096
-    """Most tokens of all samples together. Records are chosen for it, the short ones first."""
+    """Most tokens of all samples together; short records are chosen first."""
     steps: int = 3
-    """Training steps that are made before anything is compared."""
+    """Training steps before anything is compared."""
     new_tokens: int = 16
-    """Tokens of each answer that is generated."""
+    """Tokens generated per answer."""
     skip: Sequence[str] = field(default_factory=tuple)
-    """Checks that are left out."""
+    """Checks to skip."""
     folder: Path | None = None
-    """Where the temporary folder is made; None is the system's place."""
+    """Folder in which the temporary folder is created; None is the system's default."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("max_tokens", 1), ("steps", 1), ("new_tokens", 1)):
             if getattr(self, name) < least:
-                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few. Give {least} or more.")
+                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)} is too few. Use {least} or more.")
         for name in self.skip:
             if name not in SKIPPABLE:
                 raise unknown_name("check to skip", name, SKIPPABLE)
         if self.folder is not None and not self.folder.is_dir():
-            raise RecipeError(f"--folder {self.folder} is no folder. Make it first.")
+            raise RecipeError(f"--folder {self.folder} is not a folder. Create it first.")
 
 
-def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: str | None = None) -> Any:
-    """A command line's recipe: as of ``check``, but data need not be named.
+def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: str | None = None) -> Recipe:
+    """Return the recipe that a command line describes, as for ``check``, but data is optional.
 
     Args:
-        data: files or registered names, as ``data.train``.
-        tuner: as ``tuner.train_type``.
+        data: files or registered names for ``data.train``.
+        tuner: value of ``tuner.train_type``.
 
     Raises:
-        RecipeError: no model is named, or what is proof is wrong.
+        RecipeError: no model is named, or an override is wrong.
     """
     more = [f"data.train={json.dumps(list(data))}"] if data else []
     more += [f"tuner.train_type={tuner}"] if tuner else []
@@ -63,22 +63,23 @@ def recipe_from_words(words: Sequence[str], *, data: Sequence[str] = (), tuner: 
     return recipe
 
 
-def first_phase(recipe: Recipe) -> tuple[Any, list[str]]:
-    """The recipe that is proven, and what is left out of it, in words: of phases, all but the first."""
+def first_phase(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe to verify (the first phase, if there are phases) and a line for each part left out."""
     left_out = []
     if recipe.phases:
         recipe = recipe.phases[0]
-        left_out.append(f"of the recipe's phases, {recipe.phase} is looked at")
+        left_out.append(f"only phase {recipe.phase} of the recipe is verified")
     if recipe.deepspeed.enabled:
-        left_out.append("DeepSpeed is left out: one process on one device is looked at")
+        left_out.append("DeepSpeed is switched off: the proof runs in one process on one device")
     return recipe, left_out
 
 
-def proof_recipe(recipe: Recipe, steps: int, folder: Path) -> Any:
-    """A copy that trains ``steps`` steps on one device and writes into ``folder`` only.
+def proof_recipe(recipe: Recipe, steps: int, folder: Path) -> Recipe:
+    """Return a copy that trains ``steps`` steps on one device and writes into ``folder`` only.
 
-    What draws or adds to the loss is off, so that figures can be compared: noise, dropout (`still`), label smoothing,
-    weights of data sets, the penalty of AdaLoRA. The rate is constant: a warm-up would begin with no step at all.
+    Everything random, and every extra term of the loss, is off so that figures can be compared: noise, dropout
+    (`still`), label smoothing, weights of data sets, AdaLoRA's penalty. The learning rate is constant, because a
+    warm-up begins at zero.
     """
     proof = copy.deepcopy(recipe)
     proof.deepspeed.enabled = False
@@ -110,7 +111,7 @@ DROPPED = (
     "fsdp",
     "fsdp_config",
 )
-"""Fields of TrainingArguments that go back to their defaults."""
+"""Fields of TrainingArguments that are reset to their defaults."""
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,

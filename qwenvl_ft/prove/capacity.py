@@ -1,4 +1,4 @@
-"""How much memory and disk a proof takes, and how much there is."""
+"""Estimates the memory and disk space of a proof, and measures what is free."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 
 GIB = 1024**3
 SLACK = 2 * GIB
-"""Of activations and logits of a few short samples."""
+"""Bytes for activations and logits of a few short samples."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken, what torch holds without using it included."""
+    """Return free bytes of a device, including memory that torch has reserved but does not use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -28,7 +28,7 @@ def free_disk(folder: Path) -> int:
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Bytes of all weights, as they are or with those of floating point in ``dtype``."""
+    """Return the bytes of all weights, as they are or with floating-point weights in ``dtype``."""
     return sum(
         p.numel() * (dtype.itemsize if dtype is not None and p.is_floating_point() else p.itemsize)
         for p in model.parameters()
@@ -36,17 +36,17 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def training_bytes(model: nn.Module) -> int:
-    """Bytes of gradients and of AdamW's two states."""
+    """Return the bytes of gradients and of AdamW's two states."""
     return sum(p.numel() * (p.itemsize + 8) for p in model.parameters() if p.requires_grad)
 
 
 def shortages(model: nn.Module, device: torch.device, folder: Path) -> Iterator[str]:
-    """What may not suffice, for a model that is on its device."""
+    """Yield a warning for memory and for disk space that may not suffice; the model is on its device already."""
     needed, free = training_bytes(model) + SLACK, free_memory(device)
     if needed > free:
         yield (
             f"training takes about {needed / GIB:.1f} GiB beside the weights, and {free / GIB:.1f} GiB of {device} are "
-            "free. Take a model of fewer layers or freeze more, if it does not suffice"
+            "free. If that fails, use a smaller model or freeze more"
         )
     trained = sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad)
     whole = weight_bytes(model)
@@ -55,12 +55,12 @@ def shortages(model: nn.Module, device: torch.device, folder: Path) -> Iterator[
     if disk > left:
         yield (
             f"the saved and the merged model take about {disk / GIB:.1f} GiB, and {left / GIB:.1f} GiB are "
-            f"free in {folder.parent}. Give another --folder, or leave out: --skip merged"
+            f"free in {folder.parent}. Choose another --folder, or add --skip merged"
         )
 
 
 def float32_place(model: nn.Module, device: torch.device) -> torch.device | None:
-    """Where the weights fit in float32: the device, the CPU, or nowhere."""
+    """Return the device on which the weights fit in float32: ``device``, the CPU, or None."""
     more = weight_bytes(model, torch.float32) - weight_bytes(model)
     if more + SLACK <= free_memory(device):
         return device

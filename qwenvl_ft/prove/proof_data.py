@@ -1,4 +1,4 @@
-"""Which samples a proof is made on: real records of every kind that there is, or some that are made on the spot."""
+"""Chooses the samples of a proof: real records of every kind in the data, or generated records."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +18,13 @@ from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe
 
 CANDIDATES = 200
-"""Records whose lengths are measured, spread evenly over the data, before some are chosen."""
+"""Records, spread evenly over the data, whose lengths are measured to choose from."""
 WORDS = "a small red circle lies near the left edge and one large blue square stands behind it under bright light"
 MADE_UP = "made up"
 
 
 class Few:
-    """Some records, as `load_records` gives them: (record, source, folder of relative media)."""
+    """A few records in the form of `load_records`: (record, source, folder of relative media)."""
 
     def __init__(self, records: Sequence[tuple[Any, Source, str | None]], fingerprint: str) -> None:
         self.records = records
@@ -38,11 +38,11 @@ class Few:
 
 
 def proof_dataset(recipe: Recipe, encoder: Encoder, *, samples: int, max_tokens: int, folder: Path) -> SampleDataset:
-    """The samples of a proof.
+    """Build the data set of a proof.
 
     Args:
-        recipe: of the proof; without ``data.train`` the records are made up.
-        folder: for the cache of lengths.
+        recipe: the proof's recipe; without ``data.train`` the records are generated.
+        folder: folder of the cache of lengths.
 
     Raises:
         DataError: the data cannot be read.
@@ -50,7 +50,7 @@ def proof_dataset(recipe: Recipe, encoder: Encoder, *, samples: int, max_tokens:
     """
     seed = int(recipe.training.arguments["seed"])
     if not recipe.data.train:
-        few = made_up(encoder, samples)
+        few = generated_records(encoder, samples)
         dataset = _dataset(recipe, few, encoder, seed, folder)
         return _enough(dataset, recipe)
     records, _ = load_mixture(recipe.data, seed)
@@ -59,7 +59,7 @@ def proof_dataset(recipe: Recipe, encoder: Encoder, *, samples: int, max_tokens:
     dataset = _dataset(recipe, Few(first, f"{records.fingerprint}-{len(spread)}"), encoder, seed, folder)
     if isinstance(dataset.epochs, RecordEpochs):
         chosen = [first[int(dataset.index[k])] for k in _chosen(dataset, samples, max_tokens)]
-    else:  # dense captions are asked about in groups
+    else:  # dense captions form groups
         chosen = first[: samples * recipe.data.images_per_user_turn]
     key = f"{records.fingerprint}-{'-'.join(str(source) for _, source, _ in chosen)}"
     return _enough(_dataset(recipe, Few(chosen, key), encoder, seed, folder), recipe)
@@ -79,14 +79,14 @@ def _dataset(recipe: Recipe, records: Any, encoder: Encoder, seed: int, folder: 
 def _enough(dataset: SampleDataset, recipe: Recipe) -> SampleDataset:
     if len(dataset) < 2:
         raise RecipeError(
-            f"a proof needs two samples, and {len(dataset)} is no longer than template.max_length="
-            f"{recipe.template.max_length}. Raise it, or give other data."
+            f"a proof needs two samples, but only {len(dataset)} fit into template.max_length="
+            f"{recipe.template.max_length}. Raise it, or use other data."
         )
     return dataset
 
 
 def _chosen(dataset: SampleDataset, samples: int, max_tokens: int) -> list[int]:
-    """Samples of each kind in turn (text, an image, several, a video), the shortest of each first."""
+    """Choose samples of each kind in turn (text, one image, several, video), the shortest of each kind first."""
     kinds: dict[tuple[int, bool], list[int]] = {}
     for index in np.argsort(dataset.lengths, kind="stable").tolist():
         conversation = dataset.conversation(index)
@@ -104,10 +104,10 @@ def _chosen(dataset: SampleDataset, samples: int, max_tokens: int) -> list[int]:
     return chosen
 
 
-def made_up(encoder: Encoder, count: int) -> Few:
-    """Records of every kind in turn: an image, text alone, two images, a larger image, a video where there can be one.
+def generated_records(encoder: Encoder, count: int) -> Few:
+    """Generate records of each kind in turn: an image, text, two images, a larger image, and a video if possible.
 
-    Their answers differ much in length: that is where a mean of means goes wrong.
+    The answers differ much in length, which exposes a mean of means.
     """
     records = [_record(index) for index in range(count)]
     try:
@@ -135,7 +135,7 @@ def _record(index: int) -> dict[str, Any]:
 
 
 def _picture(width: int, height: int, seed: int) -> PILImage.Image:
-    """Smooth noise, so that resizing keeps something to look at."""
+    """Draw smooth noise, which survives resizing."""
     rng = np.random.default_rng([width, height, seed])
     small = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return PILImage.fromarray(small).resize((width, height), PILImage.Resampling.BICUBIC)

@@ -1,1 +1,1 @@
-"""What the library costs: time, memory and work of its parts, measured or computed by ``qwenvl-ft bench``."""
+"""``qwenvl-ft bench``: measures or computes the time, memory and matrix work of the library's parts."""

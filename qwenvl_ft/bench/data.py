@@ -1,4 +1,4 @@
-"""How fast records become batches, per core, beside the least that any loader must do: decode and resize the images."""
+"""Measures the data path per core, beside the least that any loader must do: decode and resize the images."""
 
 import os
 import time
@@ -27,39 +27,39 @@ from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.upstream.media import frame_tables
 
 TABLE_SIDE = 48
-"""Rows of the learned position table of every released Qwen3-VL."""
+"""Side of the learned position table of every released Qwen3-VL."""
 TURN = 8
-"""Records that the floor, then the encoder, takes in its turn, so that noise of the machine hits both alike."""
+"""Records per turn; floor and encoder alternate, so that noise of the machine affects both equally."""
 
 
 @dataclass
 class DataResult:
-    """Seconds are of one core (processor time), so that other work of the machine does not count."""
+    """Result of the measurement. Seconds are CPU time of one core, so that other work on the machine does not count."""
 
     records: int
     images: int
     tokens: int
     open_seconds: float
-    """Files -> records that can be indexed, nothing cached."""
+    """From files to indexable records, without a cache."""
     plan_seconds: float
-    """Lengths of all records, nothing cached."""
+    """Measuring the lengths of all records, without a cache."""
     plan_again_seconds: float
-    """The same with the cache of the first time."""
+    """The same with the cache of the first run."""
     pack_seconds: float
-    """Lengths -> rows, dealt out."""
+    """From lengths to rows, distributed over ranks."""
     fill: float
-    """Share of the rows' places that hold a token."""
+    """Share of the rows' capacity that holds tokens, 0 to 1."""
     encode_seconds: float
-    """Records -> batches: read, decode, resize, cut into patches, tokenise, join."""
+    """From records to batches: read, decode, resize, cut into patches, tokenise, collate."""
     floor_seconds: float
-    """The same images decoded and resized, and nothing else."""
+    """Decoding and resizing the same images, and nothing else."""
     bytes_per_image: float
-    """Of pixels in a batch."""
+    """Bytes of pixels per image in a batch."""
     processor_bytes_per_image: float
-    """What the processor would have made of them."""
+    """Bytes of pixels per image that the processor would produce."""
 
-    def told(self) -> dict[str, Any]:
-        """As JSON, with what follows."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the result and derived rates as a dict that JSON can hold."""
         return asdict(self) | {
             "planned_per_second": round(self.records / self.plan_seconds, 1),
             "samples_per_second": round(self.records / self.encode_seconds, 1),
@@ -75,14 +75,14 @@ def bench_data(
     records: int = 200,
     row_length: int = 4096,
 ) -> DataResult:
-    """Measure the way of records into rows, in this process, on one thread.
+    """Measure the data path from records to rows, in this process, on one thread.
 
     Args:
-        file: records of any format; None makes photos and questions.
-        records: so many of them are encoded, and made if there is no file; all of the file are planned.
+        file: records of any format; None generates photos and questions.
+        records: number of records to encode, and to generate without a file; all records of a file are planned.
 
     Raises:
-        DataError: a record or a medium cannot be read, or there is no image to compare with.
+        DataError: a record or a medium cannot be read, or no record has an image.
     """
     with TemporaryDirectory() as name, _one_thread():
         folder = Path(name)
@@ -99,18 +99,18 @@ def bench_data(
         deal, _ = _cpu(partial(assign, rows, tokens, RunShape(8, 1, 4)))
         conversations = [read_record(*source[int(i)]) for i in kept[:records]]
         images = [[part.value for part in conversation.media(Image)] for conversation in conversations]
-        told = [source[int(i)] for i in kept[:records]]
-        encode, floor, size = _in_turns(told, images, encoder)
+        chosen = [source[int(i)] for i in kept[:records]]
+        encode, floor, size = _in_turns(chosen, images, encoder)
         count = sum(map(len, images))
         if not count:
             raise DataError(f"{path}: no record has an image, so there is nothing to compare with.")
         return DataResult(
-            records=len(told),
+            records=len(chosen),
             images=count,
-            tokens=int(tokens[: len(told)].sum()),
+            tokens=int(tokens[: len(chosen)].sum()),
             open_seconds=open_seconds,
-            plan_seconds=plan * len(told) / len(source),
-            plan_again_seconds=again * len(told) / len(source),
+            plan_seconds=plan * len(chosen) / len(source),
+            plan_again_seconds=again * len(chosen) / len(source),
             pack_seconds=pack + deal,
             fill=fill(rows, tokens, row_length),
             encode_seconds=encode,
@@ -120,51 +120,52 @@ def bench_data(
         )
 
 
-def _in_turns(told: list[Any], images: list[list[Any]], encoder: Encoder) -> tuple[float, float, int]:
-    """Seconds of encoding and of the floor, bytes of pixels."""
-    own = encoder.processor
+def _in_turns(records: list[Any], images: list[list[Any]], encoder: Encoder) -> tuple[float, float, int]:
+    """Return seconds of encoding and of the floor, and bytes of pixels."""
+    processor = encoder.processor
     places = MediaPlaces(
-        (own.image_token_id, own.video_token_id), frame_tables(own.image_processor.merge_size, TABLE_SIDE)
+        (processor.image_token_id, processor.video_token_id),
+        frame_tables(processor.image_processor.merge_size, TABLE_SIDE),
     )
     collator, size = QwenVLCollator(places=places), 0
     encode = floor = 0.0
-    _encoded(told[:TURN], encoder, collator)  # what is made once
+    _encoded(records[:TURN], encoder, collator)  # warm-up
     _floor(images[:TURN], encoder)
-    for begin in range(0, len(told), TURN):
+    for begin in range(0, len(records), TURN):
         part = slice(begin, begin + TURN)
         floor += _cpu(partial(_floor, images[part], encoder))[0]
-        seconds, batch = _cpu(partial(_encoded, told[part], encoder, collator))
+        seconds, batch = _cpu(partial(_encoded, records[part], encoder, collator))
         encode += seconds
         size += sum(value.nbytes for name, value in batch.items() if name.startswith("pixel_"))
     return encode, floor, size
 
 
 def _processor_bytes(images: list[list[Any]], encoder: Encoder) -> int:
-    """Of the pixels that the image processor would hand over."""
-    own = encoder.processor.image_processor
+    """Return the bytes of pixels that the image processor produces."""
+    processor = encoder.processor.image_processor
     opened = (open_image(value, encoder.policy) for of_record in images for value in of_record)
-    return sum(own(images=[image], return_tensors="pt")["pixel_values"].nbytes for image in opened)
+    return sum(processor(images=[image], return_tensors="pt")["pixel_values"].nbytes for image in opened)
 
 
-def _encoded(told: list[Any], encoder: Encoder, collator: QwenVLCollator) -> dict[str, Any]:
-    return collator([encoder(read_record(*record)) for record in told])
+def _encoded(records: list[Any], encoder: Encoder, collator: QwenVLCollator) -> dict[str, Any]:
+    return collator([encoder(read_record(*record)) for record in records])
 
 
 def _floor(images: list[list[Any]], encoder: Encoder) -> None:
-    """Decode and resize, as the encoder does and to the same size, and nothing else."""
+    """Decode images and resize them to the encoder's sizes, and nothing else."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    own = encoder.processor.image_processor
-    factor = own.patch_size * own.merge_size
-    areas = {"min_pixels": own.size.shortest_edge, "max_pixels": own.size.longest_edge}
+    processor = encoder.processor.image_processor
+    factor = processor.patch_size * processor.merge_size
+    areas = {"min_pixels": processor.size.shortest_edge, "max_pixels": processor.size.longest_edge}
     for value in (value for of_record in images for value in of_record):
         image = open_image(value, encoder.policy)
         height, width = smart_resize(image.height, image.width, factor=factor, **areas)
-        resized(stored(image).permute(2, 0, 1), height, width, own)
+        resized(stored(image).permute(2, 0, 1), height, width, processor)
 
 
 def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of this process's cores, and what came of it."""
+    """Run ``work``; return its CPU seconds in this process, and its result."""
     begin = time.process_time()
     result = work()
     return max(time.process_time() - begin, 1e-9), result
@@ -172,14 +173,14 @@ def _cpu(work: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    threads, told = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
+    threads, parallelism = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        if told is None:
+        if parallelism is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
-            os.environ["TOKENIZERS_PARALLELISM"] = told
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism

@@ -1,4 +1,4 @@
-"""What tokens, patches and their squares cost on this machine: real steps over rows of very different make."""
+"""Fits the cost of tokens, patches and their squares on this machine, by timing steps over very different rows."""
 
 import time
 from dataclasses import dataclass
@@ -20,36 +20,36 @@ from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.loss import loss_sum, split_labels
 
 EXPLAINED = 0.9
-"""Share of the variance that a fit must explain to be kept."""
+"""Least share of the variance that a fit must explain to be saved."""
 
 
 @dataclass(frozen=True)
-class Make:
+class RowShape:
     """A row of equal samples."""
 
     samples: int
     tokens: int
-    """Of each sample, image included."""
+    """Tokens of each sample, including its image."""
     image: int = 0
-    """Tokens of each that are an image: 4 patches each."""
+    """Image tokens of each sample; an image token is 4 patches."""
 
 
-def makes(row_length: int) -> list[Make]:
-    """Rows that tell the four costs apart: few long samples and many short ones, with and without images."""
-    told = []
+def row_shapes(row_length: int) -> list[RowShape]:
+    """Return rows that separate the four costs: few long samples and many short ones, with and without images."""
+    shapes = []
     for samples in (1, 4, 16):
         length = row_length // samples
-        told += [Make(samples, length), Make(samples, length // 2), Make(samples, length, length // 2)]
-        told += [Make(samples, length, length * 3 // 4)]
-    return told
+        shapes += [RowShape(samples, length), RowShape(samples, length // 2)]
+        shapes += [RowShape(samples, length, length // 2), RowShape(samples, length, length * 3 // 4)]
+    return shapes
 
 
 def bench_fit(size: str, *, row_length: int, rounds: int = 2, trains_vision: bool = True) -> tuple[CostModel, float]:
     """Fit the cost model.
 
     Args:
-        row_length: of the longest row that is timed.
-        trains_vision: False if the tower will be frozen: its patches cost a third then.
+        row_length: tokens of the longest row that is timed.
+        trains_vision: False if the vision tower will be frozen, which cuts the cost of patches to a third.
 
     Returns:
         The model, and the share of the variance of the measured times that it explains.
@@ -63,9 +63,9 @@ def bench_fit(size: str, *, row_length: int, rounds: int = 2, trains_vision: boo
     use_raw_patches(model, processor.image_processor)
     encoder, collator = Encoder(processor, raw_pixels=True), QwenVLCollator()
     features, seconds = [], []
-    for make in makes(row_length):
-        record = sized_record(processor.tokenizer, make.tokens, make.image)
-        batch = collator([encoder(record)] * make.samples)
+    for shape in row_shapes(row_length):
+        record = sized_record(processor.tokenizer, shape.tokens, shape.image)
+        batch = collator([encoder(record)] * shape.samples)
         lengths = batch["cu_seq_lens_q"].diff().double()
         patches = batch["image_cu_seqlens"].diff().double() if "image_cu_seqlens" in batch else torch.zeros(1)
         sums = (lengths.sum(), patches.sum(), lengths.square().sum(), patches.square().sum())
@@ -75,11 +75,11 @@ def bench_fit(size: str, *, row_length: int, rounds: int = 2, trains_vision: boo
 
 
 def fitted(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[CostModel, float]:
-    """Least squares without negative costs, relative errors weighing alike; a constant takes what no row can change.
+    """Fit non-negative costs by least squares of relative errors, plus a constant for overhead.
 
     Args:
-        features: float64[R, 4], sums over a row of tokens, patches and their squares.
-        seconds: float64[R]
+        features: float64[R, 4], sums over each of R rows of tokens, patches and their squares.
+        seconds: float64[R], measured time of each row.
 
     Returns:
         The model, and the share of the variance that it explains.
@@ -102,15 +102,15 @@ def fitted(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple
 
 
 def keep(costs: CostModel, explained: float) -> Path:
-    """Save a fit, if it is one.
+    """Save a fit.
 
     Raises:
-        BenchError: it explains too little of what was measured.
+        BenchError: the fit explains less than `EXPLAINED` of the variance.
     """
     if explained < EXPLAINED:
         raise BenchError(
-            f"the fit explains {explained:.0%} of the measured times, less than {EXPLAINED:.0%}, and was not kept: "
-            "other work disturbed it, or the rows were too short. Try again on a quiet machine, or with --row-length."
+            f"the fit explains {explained:.0%} of the variance of the measured times, less than {EXPLAINED:.0%}, and "
+            "was not saved: other work disturbed it or rows were too short. Use an idle machine or longer --row-length."
         )
     return save_costs(costs)
 

@@ -1,9 +1,9 @@
-"""How much matrix work a training step needs, and what share of a device's peak that is: true MFU.
+"""Counts the matrix work that a training step needs, from which MFU follows.
 
-Counted are the products that the result needs, and nothing else: not padding, not what gradient checkpointing computes
-again, not the score matrix that attention's backward pass computes again, not pairs of tokens that cannot see each
-other, not logits of tokens without a label, not the gradient of a frozen weight. An image enters the patch embedding
-once, not repeated in time. A product of [m, k] and [k, n] is 2 m n k floating point operations.
+Only products that the result needs are counted: not padding, not recomputation by gradient checkpointing or by
+attention's backward pass, not pairs of tokens that do not attend to each other, not logits of tokens without a label,
+not gradients of frozen weights. An image enters the patch embedding once, not repeated in time. A product of [m, k] and
+[k, n] is 2 m n k floating-point operations.
 
 Letters: L tokens of a sample, F patches of an image (or frame), K supervised tokens.
 """
@@ -41,7 +41,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.2,
 }
-"""Part of a GPU's name -> its dense 16-bit tensor peak with float32 sums, in TFLOP/s, as NVIDIA's data sheets say."""
+"""Part of a GPU's name -> dense 16-bit tensor peak with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets."""
 
 FLOW = (
     r"visual\.patch_embed",
@@ -53,7 +53,7 @@ FLOW = (
     r"language_model\.norm",
     r"lm_head",
 )
-"""Modules in the order in which data goes through them; the number counts within."""
+"""Modules in the order of the forward pass; the captured number orders the layers."""
 IN_LAYER = (
     r"\.(norm1?|input_layernorm)$",
     r"\.(attn\.qkv|[qkv]_proj)(\.|$)",
@@ -63,13 +63,13 @@ IN_LAYER = (
     r"\.(linear_fc1|gate_proj|up_proj|gate|experts)(\.|$)",
     r"\.(linear_fc2|down_proj)(\.|$)",
 )
-"""The same within a layer or merger. What stands on one line has the same input."""
+"""Modules in order within a layer or merger. Modules in one pattern have the same input."""
 ATTENTION = 1
-"""The line of queries, keys and values."""
+"""Index in `IN_LAYER` of queries, keys and values."""
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """A GPU's 16-bit peak by the name that torch gives it; None where the table has none."""
+    """Return a GPU's 16-bit peak in TFLOP/s by its name in torch; None if the table has no entry."""
     words = device_name.replace("-", " ").split()
     known = [name for name in PEAK_TFLOPS if all(word in words for word in name.split())]
     return PEAK_TFLOPS[max(known, key=len)] if known else None
@@ -77,14 +77,14 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """What of a row decides its matrix work."""
+    """Everything about a row that determines its matrix work."""
 
     samples: list[int]
-    """L of each."""
+    """L of each sample."""
     frames: list[int]
     """F of each image."""
     supervised: int
-    """K"""
+    """K of the row."""
 
     @property
     def tokens(self) -> int:
@@ -93,16 +93,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Product:
-    """One weight and what is multiplied with it."""
+    """A weight and the inputs that it is multiplied with."""
 
     name: str
     unit: str
-    """What it is multiplied with: every ``token``, ``supervised`` token, ``patch`` or ``merged`` patch."""
+    """Kind of input: every ``token``, ``supervised`` token, ``patch`` or ``merged`` patch."""
     size: float
-    """Multiplications for each."""
+    """Multiplications per input."""
     weight_grad: bool
     input_grad: bool
-    """Whether anything before it trains, so that its input needs a gradient."""
+    """True if an earlier module trains, so that the input needs a gradient."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Attention:
     """The two products of one attention layer."""
 
     unit: str
-    """``token`` (causal: a token sees itself and those before it) or ``patch`` (every patch of a frame)."""
+    """``token`` (causal attention within a sample) or ``patch`` (full attention within a frame)."""
     width: int
     """Heads times head size."""
     grad: bool
-    """Whether queries, keys or values need a gradient."""
+    """True if queries, keys or values need a gradient."""
 
 
 @dataclass
@@ -124,28 +124,28 @@ class Work:
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     merged: int = 4
-    """Patches that one token of the language model stands for."""
+    """Patches per image token of the language model."""
 
     def flops(self, rows: Iterable[Row]) -> dict[str, int]:
-        """FLOPs of forward and backward pass over rows, by what takes them.
+        """Return the FLOPs of forward and backward pass over rows, by kind.
 
         Returns:
             ``text``, ``vision``, ``head`` and the two ``attention`` s; ``total``.
         """
         counts, pairs = _counted(rows, self.merged)
-        told: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
         for product in self.products:
             passes = 1 + product.weight_grad + product.input_grad
             kind = {"token": "text", "supervised": "head"}.get(product.unit, "vision")
-            told[kind] += int(2 * product.size * counts[product.unit]) * passes
+            totals[kind] += int(2 * product.size * counts[product.unit]) * passes
         for layer in self.attentions:
             kind = "text attention" if layer.unit == "token" else "vision attention"
-            told[kind] += 4 * layer.width * pairs[layer.unit] * (3 if layer.grad else 1)
-        return dict(told) | {"total": sum(told.values())}
+            totals[kind] += 4 * layer.width * pairs[layer.unit] * (3 if layer.grad else 1)
+        return dict(totals) | {"total": sum(totals.values())}
 
 
 def _counted(rows: Iterable[Row], merged: int) -> tuple[Counter[str], Counter[str]]:
-    """How many of each unit, and pairs that attend to each other, there are."""
+    """Count the inputs of each unit, and the pairs that attend to each other."""
     counts: Counter[str] = Counter()
     pairs: Counter[str] = Counter()
     for row in rows:
@@ -159,13 +159,13 @@ def _counted(rows: Iterable[Row], merged: int) -> tuple[Counter[str], Counter[st
 
 
 def model_work(model: nn.Module) -> Work:
-    """The matrix work of a dense or MoE Qwen3-VL, in full or with LoRA; weights may be on the meta device.
+    """Return the matrix work of a dense or MoE Qwen3-VL, fully trained or with LoRA; weights may be on the meta device.
 
-    Which gradients are needed follows from what trains: a weight's if it does, an input's if anything before it does.
+    A weight needs a gradient if it is trainable, an input if any earlier module is trainable.
     """
     config: Any = next(module.config for module in model.modules() if hasattr(module, "config"))
     text, vision = config.text_config, config.vision_config
-    told = Work(merged=vision.spatial_merge_size**2)
+    work = Work(merged=vision.spatial_merge_size**2)
     active = text.num_experts_per_tok / text.num_experts if hasattr(text, "num_experts") else 1.0
     weighted = [
         (canonical_name(name), module)
@@ -176,12 +176,12 @@ def model_work(model: nn.Module) -> Work:
     for place, stage in groupby(sorted(weighted, key=_entry_place), key=_entry_place):
         modules = list(stage)
         for name, module in modules:
-            told.products += _products(name, module, before, active)
+            work.products += _products(name, module, before, active)
         before |= any(p.requires_grad for _, module in modules for p in module.parameters(recurse=False))
         if place[2] == ATTENTION:
             unit, width = _unit(modules[0][0]), text.num_attention_heads * text.head_dim
-            told.attentions.append(Attention(unit, width if unit == "token" else vision.hidden_size, before))
-    return told
+            work.attentions.append(Attention(unit, width if unit == "token" else vision.hidden_size, before))
+    return work
 
 
 def _entry_place(entry: tuple[str, nn.Module]) -> tuple[int, int, int]:
@@ -189,35 +189,35 @@ def _entry_place(entry: tuple[str, nn.Module]) -> tuple[int, int, int]:
 
 
 def _place(name: str) -> tuple[int, int, int]:
-    """Where a module stands in the flow: of `FLOW`, within it, of `IN_LAYER`."""
+    """Return the place of a module in the forward pass: (index in `FLOW`, layer, index in `IN_LAYER`)."""
     for stage, pattern in enumerate(FLOW):
         if found := re.search(rf"(?:^|\.){pattern}(?=\.|$)", name):
             number = int(found.group(1)) if found.groups() else 0
             inner = (i for i, ending in enumerate(IN_LAYER) if re.search(ending, name[found.start() :]))
             return stage, number, next(inner, len(IN_LAYER))
-    raise AssertionError(f"{name} has weights, and its work is not known")
+    raise AssertionError(f"{name} has weights, but its work is unknown")
 
 
 def _products(name: str, module: nn.Module, before: bool, active: float) -> list[Product]:
-    """The products of one module's own weights; none for tables, norms and biases.
+    """Return the products of one module's own weights; none for embeddings, norms and biases.
 
     Args:
-        active: share of the experts that a token goes through.
+        active: share of the experts that a token uses.
     """
     if isinstance(module, nn.Embedding):
         return []
-    told = []
+    products = []
     for key, weight in module.named_parameters(recurse=False):
         if weight.dim() < 2:
             continue
         size = weight.numel() * (active if ".experts" in name else 1.0)
         if weight.dim() == 3:
             before |= key == "down_proj" and any(p.requires_grad for p in module.parameters())
-        if weight.dim() == 5:  # of a patch in space and time
+        if weight.dim() == 5:  # patch embedding over space and time
             size /= weight.shape[2]
         after_a = ".lora_B." in name and weight.requires_grad
-        told.append(Product(f"{name}.{key}", _unit(name), size, weight.requires_grad, before or after_a))
-    return told
+        products.append(Product(f"{name}.{key}", _unit(name), size, weight.requires_grad, before or after_a))
+    return products
 
 
 def _unit(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How cost grows: tokens/s with the length of a row, seconds of the data path with the number of records."""
+"""Measures growth: tokens/s by row length, and seconds of the data path by number of records; draws both."""
 
 import json
 import time
@@ -24,9 +24,9 @@ RECORDS = (1_000, 10_000, 100_000, 1_000_000)
 
 
 def grow_rows(size: str, lengths: Sequence[int] = ROW_LENGTHS, *, steps: int = 1) -> Iterator[dict[str, Any]]:
-    """Speed of training in rows of each length, made of the same kind of samples.
+    """Measure training speed for each row length, with the same kind of samples.
 
-    On a CPU one thread works, and its processor time counts, not what other work of the machine leaves of it.
+    On a CPU it uses one thread and CPU time, so that other work on the machine does not count.
     """
     torch.set_num_threads(1)
     for length in lengths:
@@ -40,7 +40,7 @@ def grow_rows(size: str, lengths: Sequence[int] = ROW_LENGTHS, *, steps: int = 1
 
 
 def grow_records(counts: Sequence[int] = RECORDS, *, images: int = 40) -> Iterator[dict[str, Any]]:
-    """Processor seconds, on one core, of opening, measuring and packing so many records of an image and an answer."""
+    """Measure the CPU seconds of opening, measuring and packing records with an image and an answer, on one core."""
     encoder = Encoder(bench_processor(), max_length=8192, truncation_strategy="delete")
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -79,7 +79,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
 def plot(title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], *, x_name: str, y_name: str) -> str:
-    """An SVG of lines over two logarithmic axes."""
+    """Draw lines over two logarithmic axes as SVG."""
     left, top, width, height = 80, 50, 520, 300
     values = [value for line in lines.values() for value in line]
     x_low, x_high = np.log10(min(x)), np.log10(max(x))
@@ -119,21 +119,23 @@ def plot(title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]], *
 
 
 def label_heights(ends: Sequence[float], apart: float = 15) -> list[float]:
-    """Where the lines' names stand: at their ends, moved down where they would overlap."""
-    told = list(ends)
-    for above, below in pairwise(sorted(range(len(told)), key=lambda i: ends[i])):
-        told[below] = max(told[below], told[above] + apart)
-    return told
+    """Return the heights of the lines' names: at the line ends, moved down to avoid overlap."""
+    heights = list(ends)
+    for above, below in pairwise(sorted(range(len(heights)), key=lambda i: ends[i])):
+        heights[below] = max(heights[below], heights[above] + apart)
+    return heights
 
 
-def plot_rows(told: Sequence[dict[str, Any]], size: str) -> str:
-    lines: dict[str, list[float]] = {"tokens/s": [entry["tokens_per_second"] for entry in told]}
-    x = [entry["row_length"] for entry in told]
+def plot_rows(entries: Sequence[dict[str, Any]], size: str) -> str:
+    """Draw the results of `grow_rows`."""
+    lines: dict[str, list[float]] = {"tokens/s": [entry["tokens_per_second"] for entry in entries]}
+    x = [entry["row_length"] for entry in entries]
     return plot(f"Training {size}: tokens/s by row length", x, lines, x_name="tokens of a row", y_name="tokens/s")
 
 
-def plot_records(told: Sequence[dict[str, Any]]) -> str:
-    names = [name for name in told[0] if name != "records"]
-    lines = {name: [max(entry[name], 1e-3) for entry in told] for name in names}
-    x = [entry["records"] for entry in told]
+def plot_records(entries: Sequence[dict[str, Any]]) -> str:
+    """Draw the results of `grow_records`."""
+    names = [name for name in entries[0] if name != "records"]
+    lines = {name: [max(entry[name], 1e-3) for entry in entries] for name in names}
+    x = [entry["records"] for entry in entries]
     return plot("Before the first step, one core", x, lines, x_name="records", y_name="seconds")

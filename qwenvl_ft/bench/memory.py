@@ -1,8 +1,8 @@
-"""How much GPU memory a run will take, computed without one: its layers run on torch's meta device.
+"""Computes the GPU memory of a training run without a GPU, by running layers on torch's meta device.
 
-What the backward pass keeps is counted as autograd packs it. Added up for one GPU without sharding, at the run's own
-precisions: trained weights, gradients and both AdamW moments in float32, frozen weights and activations in 16 bits.
-Not in it: the CUDA context (about 0.5 GiB), fragmentation, and temporary results within one operation.
+Activations are counted as autograd saves them for the backward pass. The sum is for one GPU without sharding: trained
+weights, gradients and both AdamW moments in float32, frozen weights and activations in 16 bits. Not included: the CUDA
+context (about 0.5 GiB), fragmentation, and temporary results within one operation.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,13 +14,14 @@ from transformers import AttentionInterface
 
 from qwenvl_ft.bench.sizes import SIZES, make_config, random_model
 from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.recipe.schema import ModelConfig
 from qwenvl_ft.training.loss import HEAD_CHUNK
 from qwenvl_ft.tuning.prepare import prepare_model
 from qwenvl_ft.upstream.attention import set_attention
 
 GIB = 2**30
 FUSED = "meta_flash"
-"""Attention that keeps what a flash kernel keeps: queries, keys, values, output and one number a row."""
+"""Attention that saves what a flash kernel saves: queries, keys, values, output and one number per row."""
 SETTINGS = {
     "full": ("tuner.train_type=full", "tuner.freeze_vit=false", "tuner.freeze_aligner=false"),
     "lora": ("tuner.train_type=lora", "tuner.lora_rank=16", "tuner.target_parameters=[]"),
@@ -29,7 +30,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB of one GPU."""
+    """Memory of one GPU, in GiB."""
 
     size: str
     train_type: str
@@ -38,13 +39,13 @@ class Memory:
     gradients: float
     optimizer: float
     copies: float
-    """16-bit copies of trained weights, which autocast keeps through a forward pass."""
+    """16-bit copies of trained weights, which autocast keeps during a forward pass."""
     checkpoints: float
-    """Input of every layer."""
+    """Checkpointed input of every layer."""
     layer: float
-    """What one layer keeps while it is computed again, and as much for its gradients."""
+    """Activations of one layer during recomputation, and as much for their gradients."""
     head: float
-    """Logits of one chunk of supervised tokens, and their gradient in 16 bits."""
+    """Logits of one chunk of supervised tokens in float32, and their gradient in 16 bits."""
 
     @property
     def total(self) -> float:
@@ -52,7 +53,7 @@ class Memory:
 
 
 def memory(size: str, train_type: str, row_length: int, *, image_share: float = 0.5) -> Memory:
-    """Peak of a training step with gradient checkpointing."""
+    """Compute the peak memory of a training step with gradient checkpointing."""
     recipe = load_recipe(None, SETTINGS[train_type])
     model = prepare_model(_meta_model(size, recipe.model), recipe.tuner).to(torch.bfloat16)
     trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is kind) for kind in (True, False))
@@ -80,7 +81,7 @@ def memory(size: str, train_type: str, row_length: int, *, image_share: float = 
 
 
 def kept_by_text_layer(model: nn.Module, tokens: int) -> int:
-    """Bytes that autograd keeps of a decoder layer over so many tokens."""
+    """Return the bytes that autograd saves for a decoder layer over ``tokens`` tokens."""
     layer: Any = _find(model, "language_model.layers.0")
     weight = layer.input_layernorm.weight
     angles = weight.new_empty(1, tokens, layer.self_attn.head_dim)
@@ -89,7 +90,7 @@ def kept_by_text_layer(model: nn.Module, tokens: int) -> int:
 
 
 def kept_by_vision_block(model: nn.Module, patches: int) -> int:
-    """Bytes that autograd keeps of a block of the vision tower over so many patches."""
+    """Return the bytes that autograd saves for a block of the vision tower over ``patches`` patches."""
     block: Any = _find(model, "visual.blocks.0")
     weight = block.norm1.weight
     angles = weight.new_empty(patches, block.attn.head_dim)
@@ -98,9 +99,11 @@ def kept_by_vision_block(model: nn.Module, patches: int) -> int:
     return kept(block, hidden, cu_seqlens=borders, position_embeddings=(angles, angles))
 
 
-def kept(layer: nn.Module, hidden: Tensor, **told: Any) -> int:
-    """Bytes that the backward pass of a layer needs beside its weights: what autograd packs, each storage once."""
-    held = [p.untyped_storage() for p in layer.parameters()]  # torch hands out one object of each while that lives
+def kept(layer: nn.Module, hidden: Tensor, **inputs: Any) -> int:
+    """Return the bytes that autograd saves for a layer's backward pass, without weights; each storage counts once."""
+    held = [
+        p.untyped_storage() for p in layer.parameters()
+    ]  # keeps their ids stable: torch reuses the object while it lives
     weights = set(map(id, held))
     packed: dict[int, Any] = {}
 
@@ -110,12 +113,12 @@ def kept(layer: nn.Module, hidden: Tensor, **told: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(hidden.requires_grad_(), **told)
+        layer(hidden.requires_grad_(), **inputs)
     return sum(storage.nbytes() for key, storage in packed.items() if key not in weights)
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what a flash kernel keeps; computes nothing."""
+    """Saves the tensors that a flash kernel saves; computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -136,9 +139,9 @@ def _fused(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any
 AttentionInterface.register(FUSED, _fused)
 
 
-def _meta_model(size: str, told: Any) -> Any:
-    """A size on the meta device, all in 16 bits, with attention that keeps what a flash kernel keeps."""
-    model = random_model(make_config(size), told, torch.device("meta"))
+def _meta_model(size: str, section: ModelConfig) -> Any:
+    """Build a model on the meta device in 16 bits, with attention that saves what a flash kernel saves."""
+    model = random_model(make_config(size), section, torch.device("meta"))
     for config in (model.config.text_config, model.config.vision_config):
         set_attention(config, FUSED)
     return model

@@ -1,4 +1,4 @@
-"""What our loss and attention save against the plain form of each. Memory is measured in a process of its own."""
+"""Compares the chunked loss and per-sample attention with their plain forms; memory is measured in a new process."""
 
 import multiprocessing
 import time
@@ -20,20 +20,20 @@ LOSSES = ("plain", "chunked")
 def bench_loss(
     *, tokens: int = 16_384, supervised_share: float = 0.25, vocabulary: int = 151_936, width: int = 256
 ) -> dict[str, Any]:
-    """Peak memory and time of language head and cross entropy, forward and backward, in float32.
+    """Measure peak memory and time of language head and cross entropy, forward and backward, in float32.
 
-    ``plain`` computes the logits of every token, as most trainers do; ``chunked`` is `HeadLoss` on supervised tokens.
+    ``plain`` computes the logits of all tokens, as most trainers do; ``chunked`` is `HeadLoss` on supervised tokens.
 
     Returns:
-        Of each: ``gib`` above what was there before, ``seconds``, and the ``loss`` and ``gradient`` (its norm) that
-        show both to be the same.
+        For each: ``gib`` above the memory before, ``seconds``, and the ``loss`` and ``gradient`` (its norm), which
+        show that both are the same.
     """
-    told = {}
+    results = {}
     for kind in LOSSES:
         context = multiprocessing.get_context("spawn")
         with context.Pool(1) as pool:
-            told[kind] = pool.apply(_loss, (kind, tokens, supervised_share, vocabulary, width))
-    return {"tokens": tokens, "supervised_share": supervised_share, "vocabulary": vocabulary, "width": width} | told
+            results[kind] = pool.apply(_loss, (kind, tokens, supervised_share, vocabulary, width))
+    return {"tokens": tokens, "supervised_share": supervised_share, "vocabulary": vocabulary, "width": width} | results
 
 
 def _loss(kind: str, tokens: int, supervised_share: float, vocabulary: int, width: int) -> dict[str, float]:
@@ -60,7 +60,7 @@ def _loss(kind: str, tokens: int, supervised_share: float, vocabulary: int, widt
 
 
 def _held(on_gpu: bool) -> float:
-    """Most memory held since the last call, GiB; what is held at this moment starts the next count."""
+    """Return the peak memory since the last call, in GiB, and reset the peak."""
     if on_gpu:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -71,7 +71,7 @@ def _held(on_gpu: bool) -> float:
 
 
 class _Layer(nn.Module):
-    """What transformers' attention functions read of a layer."""
+    """The attributes of a layer that transformers' attention functions read."""
 
     is_causal = True
 
@@ -84,10 +84,10 @@ class _Layer(nn.Module):
 def bench_attention(
     *, tokens: int = 8192, samples: int = 32, heads: int = 16, kv_heads: int = 8, size: int = 64, rounds: int = 3
 ) -> dict[str, Any]:
-    """Time of attention over one packed row, forward and backward: per sample, and SDPA with the block mask.
+    """Time attention over one packed row, forward and backward: per sample, and SDPA with the block mask.
 
     Returns:
-        Seconds of each (the best of ``rounds`` taken in turns), their ratio, and the largest difference of the outputs.
+        Seconds of each (the best of ``rounds`` alternating turns), their ratio, and the largest output difference.
     """
     if samples > tokens:
         raise BenchError(f"{samples} samples do not fit into a row of {tokens} tokens. Lower samples.")

@@ -1,6 +1,6 @@
-"""The models that the bench trains: the released dimensions and two small ones, with random weights.
+"""Models of the benchmarks: the released dimensions and two small ones, with random weights.
 
-No file is needed: tokenizer and processor are those of the tiny checkpoint, the table of words is as long as released.
+No files are needed: tokenizer and processor are those of the tiny checkpoint; the vocabulary has the released size.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from qwenvl_ft.model.load import use_packed_rows
 from qwenvl_ft.model.packed_attention import TEXT_NAME
 from qwenvl_ft.model.tiny import SIZES as TINY
 from qwenvl_ft.model.tiny import make_processor, make_tokenizer
+from qwenvl_ft.recipe.schema import ModelConfig
 
 VOCABULARY = 151_936
-"""Words of every released Qwen3-VL."""
+"""Vocabulary size of every released Qwen3-VL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """The dimensions of a Qwen3-VL."""
+    """Dimensions of a Qwen3-VL."""
 
     hidden: int
     layers: int
@@ -30,15 +31,15 @@ class Size:
     kv_heads: int
     head_dim: int
     mlp: int
-    """Width of the MLP; of one expert if there are any."""
+    """Width of the MLP, or of one expert in a MoE."""
     vision_hidden: int
     vision_layers: int
     vision_heads: int
     vision_mlp: int
     deepstack: tuple[int, ...]
-    """ViT blocks that feed a deepstack merger."""
+    """Vision blocks that feed a deepstack merger."""
     tied: bool = True
-    """Whether embeddings and head are one table."""
+    """True if embeddings and language head share their weight."""
     experts: int = 0
     experts_per_token: int = 0
     vocabulary: int = VOCABULARY
@@ -75,18 +76,18 @@ SIZES = {
     "8b": Size(hidden=4096, layers=36, heads=32, kv_heads=8, mlp=12288, **_LARGE),
     "30b-a3b": Size(hidden=2048, layers=48, heads=32, kv_heads=4, mlp=768, experts=128, experts_per_token=8, **_LARGE),
 }
-"""Name -> dimensions. From 2b on those of the released config.json files."""
+"""Name -> dimensions; from 2b on as in the released config.json files."""
 
 
 def size_of(name: str) -> Size:
-    """Raises RecipeError: there is no such size."""
+    """Return the size of that name; raises RecipeError if there is none."""
     if name not in SIZES:
         raise unknown_name("size", name, SIZES)
     return SIZES[name]
 
 
 def make_config(name: str) -> Any:
-    """A size's config, with the token ids of the tiny checkpoint's tokenizer."""
+    """Return the config of a size, with the token ids of the tiny checkpoint's tokenizer."""
     from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
     size, ids = size_of(name), _tokenizer().convert_tokens_to_ids
@@ -133,34 +134,34 @@ def make_config(name: str) -> Any:
 
 
 def write_size(name: str, folder: Path) -> None:
-    """Config and processor of a size, so that a recipe can name the folder as its model; no weights."""
+    """Write config and processor of a size, without weights, so that a recipe can use the folder as its model."""
     make_config(name).save_pretrained(folder)
     bench_processor().save_pretrained(folder)
 
 
 def bench_processor(*, min_pixels: int = 1024, max_pixels: int = 1 << 24) -> Any:
-    """The tiny checkpoint's tokenizer and Qwen3-VL's image processor, in the given areas."""
+    """Return a processor: the tiny checkpoint's tokenizer and Qwen3-VL's image processor, with areas in pixels."""
     areas = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     return make_processor(_tokenizer(), TINY | areas)
 
 
-def random_model(config: Any, told: Any, device: torch.device) -> Any:
-    """A model with random weights, made on its device, in all else as `load_model` leaves one.
+def random_model(config: Any, section: ModelConfig, device: torch.device) -> Any:
+    """Create a model with random weights on its device, otherwise as `load_model` returns one.
 
     Args:
-        told: a recipe's ``model`` section.
+        section: a recipe's ``model`` section.
     """
     from transformers import AutoModelForImageTextToText
 
-    attention = resolve_attn_impl(told.attn_impl, told.torch_dtype)
+    attention = resolve_attn_impl(section.attn_impl, section.torch_dtype)
     auto: Any = AutoModelForImageTextToText
     with torch.device(device):
         model = auto.from_config(
             config,
-            dtype=getattr(torch, told.torch_dtype),
+            dtype=getattr(torch, section.torch_dtype),
             attn_implementation="sdpa" if attention == TEXT_NAME else attention,
         )
-    use_packed_rows(model, attention=attention, patch_embed=told.patch_embed)
+    use_packed_rows(model, attention=attention, patch_embed=section.patch_embed)
     return model
 
 

@@ -1,6 +1,6 @@
-"""How fast a real training step is: the trainer, its loader, plan, loss and optimizer, over a model of random weights.
+"""Measures real training steps (trainer, loader, plan, loss, optimizer) over a model with random weights.
 
-Only the records are made up. The rest is what `qwenvl_ft.train` runs, told by a recipe like any other.
+Only weights and records are generated; everything else is what `qwenvl_ft.train` runs, configured by a recipe.
 """
 
 import time
@@ -31,44 +31,45 @@ from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.upstream.attention import attention_of
 
 TOP_COSTS = 10
-"""Operations that a profile prints."""
+"""Operations printed of a profile."""
 PROFILED_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """What is trained on what."""
+    """Options of the benchmark."""
 
     size: str = "tiny"
     """One of `qwenvl_ft.bench.sizes.SIZES`."""
     train_type: str = "full"
-    """full (of all parts) or lora (on the language model)."""
+    """full (all parts) or lora (on the language model)."""
     row_length: int = 8192
     """Tokens of a packed row."""
     image_share: float = 0.5
-    """Share of the tokens that are images."""
+    """Share of image tokens, 0 to 1."""
     supervised_share: float = 0.25
-    """Share of the tokens that are answers."""
+    """Share of answer tokens, 0 to 1."""
     mean_sample: int | None = None
-    """Tokens of a sample, log-normal around it; None is 512, or less in short rows."""
+    """Mean tokens of a sample, log-normally distributed; None is 512, or less in short rows."""
     rows: int = 1
-    """Rows of a step."""
+    """Rows per step."""
     steps: int = 8
+    """Measured steps."""
     warmup: int = 2
-    """Steps before the clock starts."""
+    """Steps before the measured ones."""
     compile: bool = False
     """torch.compile."""
     checkpointing: bool = True
     """Gradient checkpointing."""
     settings: tuple[str, ...] = ()
-    """More of the recipe, as section.key=value."""
+    """Further overrides of the recipe, as section.key=value."""
     profile: Path | None = None
-    """Folder for a trace of two more steps."""
+    """Folder for a trace of two more steps; None for no trace."""
 
 
 @dataclass
 class StepResult:
-    """What was measured; totals over all measured steps."""
+    """Result of the benchmark; totals over all measured steps."""
 
     device: str
     size: str
@@ -79,19 +80,19 @@ class StepResult:
     steps: int
     seconds: float
     cpu_seconds: float
-    """Of all threads of this process."""
+    """CPU seconds of all threads of this process."""
     step_ms: list[float]
-    """Of each step; on a GPU as they are launched, so only their sum says how fast it is."""
+    """Time of each step; on a GPU the time to launch it, so that only the sum is meaningful."""
     tokens: int
     supervised_tokens: int
     images: int
     samples: int
     peak_memory_gib: float
     model_flops: dict[str, int]
-    """Needed matrix work, by what takes it."""
+    """Needed matrix work, by kind."""
     peak_tflops: float
     peak_source: str
-    """table, or measured: the fastest matrix product of this device."""
+    """``table``, or ``measured``: the fastest matrix product on this device."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,11 +100,11 @@ class StepResult:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs per second over the device's peak."""
+        """Model FLOPs per second divided by the device's peak."""
         return self.model_flops["total"] / self.seconds / (self.peak_tflops * 1e12)
 
-    def told(self) -> dict[str, Any]:
-        """As JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the result and derived rates as a dict that JSON can hold."""
         return asdict(self) | {
             "tokens_per_second": round(self.tokens_per_second, 1),
             "supervised_tokens_per_second": round(self.supervised_tokens / self.seconds, 1),
@@ -113,7 +114,7 @@ class StepResult:
 
 
 class Clock(TrainerCallback):
-    """Times the steps after the first few, and keeps what each row had; waits for the device only at both ends."""
+    """Times the steps after the warm-up and records the rows; synchronises with the device only at start and end."""
 
     def __init__(self, device: torch.device, warmup: int, steps: int) -> None:
         self.device, self.warmup, self.last = device, warmup, warmup + steps
@@ -132,15 +133,15 @@ class Clock(TrainerCallback):
             self._tick()
 
     def rows(self) -> list[Row]:
-        """The rows of the measured steps."""
-        told = [entry[1:] for entry in self.seen if self.warmup <= entry[0] < self.last]
+        """Return the rows of the measured steps."""
+        measured = [entry[1:] for entry in self.seen if self.warmup <= entry[0] < self.last]
         return [
             Row(text.diff().tolist(), [] if vision is None else vision.diff().tolist(), int(supervised))
-            for text, vision, supervised in told
+            for text, vision, supervised in measured
         ]
 
     def seconds(self) -> list[float]:
-        """Of each measured step."""
+        """Return the seconds of each measured step."""
         ends = self.ends[self.warmup : self.last + 1]
         return [after - before for before, after in pairwise(ends)]
 
@@ -149,20 +150,20 @@ class Clock(TrainerCallback):
         self.ends.append(_now(self.device) if at_an_end else time.perf_counter())
         self.cpu.append(time.process_time())
 
-    def _see(self, module: nn.Module, positional: Any, told: dict[str, Any]) -> None:
-        text = told["cu_seq_lens_q"] if "cu_seq_lens_q" in told else _borders(told["attention_mask"])
-        kept = told["logits_to_keep" if "logits_to_keep" in told else "predicting"]  # of a row, or of a padded batch
+    def _see(self, module: nn.Module, positional: Any, inputs: dict[str, Any]) -> None:
+        text = inputs["cu_seq_lens_q"] if "cu_seq_lens_q" in inputs else _borders(inputs["attention_mask"])
+        kept = inputs["logits_to_keep" if "logits_to_keep" in inputs else "predicting"]  # packed row or padded batch
         supervised = kept.sum() if kept.dtype == torch.bool else kept.numel()
-        self.seen.append((self.step, text, told.get("image_cu_seqlens"), supervised))
+        self.seen.append((self.step, text, inputs.get("image_cu_seqlens"), supervised))
 
 
 def _borders(mask: Tensor) -> Tensor:
-    """int64[B + 1], where the samples of a padded batch would begin in a row, padding left out."""
+    """Return int64[B + 1], the boundaries of a padded batch's samples without their padding."""
     return torch.nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
 
 
 class Profiler(TrainerCallback):
-    """Records the steps after the measured ones."""
+    """Profiles the steps after the measured ones."""
 
     def __init__(self, after: int) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -178,15 +179,15 @@ class Profiler(TrainerCallback):
             self.profile.stop()
 
     def write(self, folder: Path) -> str:
-        """A Chrome trace, and the table of the top costs."""
+        """Write a Chrome trace, and return a table of the top costs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.profile.export_chrome_trace(str(folder / "trace.json.gz"))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         return self.profile.key_averages().table(sort_by=by, row_limit=TOP_COSTS, max_name_column_width=60)
 
 
-def step_recipe(options: StepOptions, folder: Path) -> Any:
-    """The recipe of a bench: quiet, without checkpoints, two threads of data a process."""
+def step_recipe(options: StepOptions, folder: Path) -> Recipe:
+    """Return the recipe of the benchmark: without logs and checkpoints."""
     on_gpu = torch.cuda.is_available()
     full = options.train_type == "full"
     profiled = PROFILED_STEPS if options.profile else 0
@@ -217,14 +218,14 @@ def step_recipe(options: StepOptions, folder: Path) -> Any:
 
 
 def bench_step(options: StepOptions) -> tuple[StepResult, str]:
-    """Train for a few steps.
+    """Train for a few steps and measure them.
 
     Returns:
-        What was measured, and the table of the profile, if one was asked for.
+        The result, and the table of the profile (empty without ``options.profile``).
 
     Raises:
-        RecipeError: a setting does not fit.
-        BenchError: an option does not fit, or a setting that a model of random weights has no use for.
+        RecipeError: a setting is invalid.
+        BenchError: an option is invalid, or a setting does not apply to random weights.
     """
     with TemporaryDirectory() as name:
         return _measured(options, Path(name))
@@ -271,22 +272,24 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
 
 
 def _check(recipe: Recipe, options: StepOptions) -> None:
-    """Refuse what a bench of random weights and full rows would not honour."""
+    """Raise for options and settings that the benchmark would not honour."""
     if options.image_share + options.supervised_share > 1:
         raise BenchError(
-            f"image_share={options.image_share} and supervised_share={options.supervised_share} are more than all "
-            "tokens together. Lower one."
+            f"image_share={options.image_share} and supervised_share={options.supervised_share} add up to more than 1. "
+            "Lower one of them."
         )
     if recipe.quantization.quantization_bit is not None:
-        raise BenchError("quantization.quantization_bit: the bench has random weights in full. Remove it.")
+        raise BenchError("quantization.quantization_bit: the benchmark's random weights are not quantised. Remove it.")
 
 
 def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path) -> QwenVLTrainer:
-    """The trainer of a recipe over made-up records, as `qwenvl_ft.train` builds it."""
+    """Build the trainer of a recipe over generated records, as `qwenvl_ft.train` does."""
     processor = assemble.build_processor(recipe)
     steps = options.warmup + options.steps + PROFILED_STEPS
     mean = options.mean_sample or min(512, options.row_length // 8)
-    row = options.row_length if recipe.training.packing else 2 * mean  # a batch of samples; some are short
+    row = (
+        options.row_length if recipe.training.packing else 2 * mean
+    )  # without packing, tokens per sample; lengths vary
     records = filled_records(
         processor.tokenizer,
         tokens=int(1.1 * steps * args.per_device_train_batch_size * args.gradient_accumulation_steps)
@@ -309,15 +312,15 @@ def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path)
 
 
 def device_peak(device: torch.device, dtype: str) -> tuple[float, str]:
-    """TFLOP/s of 16-bit products by the data sheet where there is one, else as measured."""
+    """Return the device's peak in TFLOP/s, and its source: the data sheet's 16-bit peak, or a measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    told = peak_tflops(name) if dtype != "float32" else None
-    return (told, "table") if told else (measured_peak(device, dtype), "measured")
+    peak = peak_tflops(name) if dtype != "float32" else None
+    return (peak, "table") if peak else (measured_peak(device, dtype), "measured")
 
 
 @cache
 def measured_peak(device: torch.device, dtype: str) -> float:
-    """TFLOP/s of the best of several large matrix products."""
+    """Return TFLOP/s of the fastest of several large matrix products."""
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, dtype=getattr(torch, dtype), device=device)
     best = 0.0
@@ -329,13 +332,13 @@ def measured_peak(device: torch.device, dtype: str) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return the time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _attention_name(model: Any) -> str:
-    """What computes attention in the language model."""
+    """Return the name of the language model's attention implementation."""
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     return attention_of(inner.config.get_text_config())

@@ -1,4 +1,4 @@
-"""Records to measure with, made from a seed: photo-like images, questions, answers of very different lengths."""
+"""Generates records for benchmarks from a seed: photo-like images, questions, answers of very different lengths."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from qwenvl_ft.data.conversation import Source
 
 PHOTOS = ((640, 480), (1024, 768), (1280, 960), (600, 800))
-"""Sizes of the generated files, in pixels: what phones and the web make, larger than what is trained on."""
+"""Sizes of the generated images, in pixels: typical of phones and the web, larger than in training."""
 _TEXT = (
     "the image shows a small red circle near the left edge and large blue square behind it under bright light on dark "
     "table while two people walk along street with dog between green car white house one of them carries round object"
@@ -22,7 +22,7 @@ QUESTION = "Describe the image in detail."
 
 
 class MemoryRecords:
-    """Records in memory, as `load_records` gives them from files."""
+    """Records in memory, in the form of `load_records`."""
 
     def __init__(self, records: list[dict[str, Any]], fingerprint: str) -> None:
         self.records = records
@@ -36,7 +36,7 @@ class MemoryRecords:
 
 
 def photo(width: int, height: int, seed: int) -> bytes:
-    """A JPEG of smooth noise in three octaves: it compresses, and decodes, as slowly as a photo."""
+    """Return a JPEG of smooth noise in three octaves, which compresses and decodes as slowly as a photo."""
     rng = np.random.default_rng([width, height, seed])
     total = np.full((height, width, 3), rng.uniform(80, 170, 3), dtype=np.float32)
     for cells, weight in ((4, 90), (24, 40), (160, 18)):
@@ -49,9 +49,9 @@ def photo(width: int, height: int, seed: int) -> bytes:
 
 
 def write_records(folder: Path, *, records: int, images: int, seed: int = 0) -> Path:
-    """A .jsonl file of records with one or two images each (a tenth has none), beside its JPEG files.
+    """Write a .jsonl file of records with one or two images each (a tenth has none), and their JPEG files.
 
-    Answers have 15 to 450 words, log-normal, half of them below 80.
+    Answers have 15 to 450 words, log-normally distributed, half of them below 80.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(images):
@@ -64,8 +64,8 @@ def write_records(folder: Path, *, records: int, images: int, seed: int = 0) -> 
         for index in range(records):
             names = [f"{int(k):04d}.jpg" for k in rng.integers(0, images, shown[index])]
             question = "<image>\n" * len(names) + f"{QUESTION} Case {index}."
-            told = _turns(question, " ".join(rng.choice(WORDS, words[index])))
-            file.write(json.dumps({"image": names} | told if names else told) + "\n")
+            turns = _turns(question, " ".join(rng.choice(WORDS, words[index])))
+            file.write(json.dumps({"image": names} | turns if names else turns) + "\n")
     return path
 
 
@@ -79,17 +79,18 @@ def filled_records(
     supervised_share: float,
     seed: int = 0,
 ) -> MemoryRecords:
-    """Records of so many tokens in all, with given shares of image tokens and of supervised ones.
+    """Generate records with ``tokens`` tokens in total, and the given shares of image and supervised tokens.
 
-    Sample lengths are log-normal around ``mean_sample``; each has one image of whole merged patches (32 x 32 pixels).
+    Sample lengths are log-normal around ``mean_sample``; each sample has one image of whole merged patches (32 x 32
+    pixels).
     """
     rng = np.random.default_rng(seed)
     records: list[dict[str, Any]] = []
-    made = 0
-    while made < tokens:
+    total = 0
+    while total < tokens:
         length = int(np.clip(mean_sample * rng.lognormal(-0.125, 0.5), 32, longest))
         records.append(sized_record(tokenizer, length, length * image_share, length * supervised_share, rng))
-        made += length
+        total += length
     shares = f"{image_share}-{supervised_share}"
     return MemoryRecords(records, f"filled-{tokens}-{mean_sample}-{longest}-{shares}-{seed}")
 
@@ -97,15 +98,19 @@ def filled_records(
 def sized_record(
     tokenizer: Any, tokens: int, image: float, answer: float | None = None, rng: np.random.Generator | None = None
 ) -> dict[str, Any]:
-    """A record of about so many tokens, so many of them an image, and an answer (a quarter if not told)."""
+    """Generate a record of about ``tokens`` tokens, with ``image`` image tokens and ``answer`` answer tokens.
+
+    Args:
+        answer: None is a quarter of ``tokens``.
+    """
     rng = rng or np.random.default_rng(0)
     answer = tokens / 4 if answer is None else answer
     height, width = _grid(image)
-    told = _text(tokenizer, int(answer), rng)
-    question = _text(tokenizer, max(tokens - height * width - int(answer) - 16, 1), rng)  # 16 of the template
+    answer_text = _text(tokenizer, int(answer), rng)
+    question = _text(tokenizer, max(tokens - height * width - int(answer) - 16, 1), rng)  # 16 for the template
     if not height:
-        return _turns(question, told)
-    return {"image": [_pooled(32 * width, 32 * height)]} | _turns(f"<image>\n{question}", told)
+        return _turns(question, answer_text)
+    return {"image": [_pooled(32 * width, 32 * height)]} | _turns(f"<image>\n{question}", answer_text)
 
 
 def _turns(question: str, answer: str) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def _turns(question: str, answer: str) -> dict[str, Any]:
 
 
 def _grid(tokens: float) -> tuple[int, int]:
-    """(height, width) in merged patches, nearly square, of about so many tokens; (0, 0) for none."""
+    """Return a nearly square (height, width) in merged patches for about ``tokens`` tokens; (0, 0) below 1."""
     if tokens < 1:
         return 0, 0
     height = max(1, int(tokens**0.5))
@@ -126,7 +131,7 @@ def _pooled(width: int, height: int) -> bytes:
 
 
 def _text(tokenizer: Any, tokens: int, rng: np.random.Generator) -> str:
-    """Words of about so many tokens."""
+    """Return random words of about ``tokens`` tokens."""
     costs = _word_tokens(tokenizer)
     chosen: list[str] = []
     while tokens > 0:

@@ -54,7 +54,7 @@ def step(
             profile=profile,
         )
     )
-    _tell(result.told(), as_json, lambda _: step_text(result))
+    _tell(result.to_json(), as_json, lambda _: step_text(result))
     if costs:
         typer.echo(costs, err=as_json)
 
@@ -75,7 +75,7 @@ def data(
     from qwenvl_ft.model.load import load_processor
 
     processor = load_processor(model, max_pixels=max_pixels) if model else bench_processor(max_pixels=max_pixels)
-    told = bench_data(processor, file, media_root=media_root, records=records, row_length=row_length).told()
+    told = bench_data(processor, file, media_root=media_root, records=records, row_length=row_length).to_json()
     _tell(told, as_json, data_text)
 
 

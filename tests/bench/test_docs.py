@@ -24,8 +24,8 @@ def test_every_command_exists_with_its_options():
 
 
 def test_the_memory_table_is_what_the_command_computes():
-    told = memory_text([memory("2b", "lora", 4096)]).splitlines()[-1]
-    cells = [cell.strip() for cell in told.strip("|").split("|")]
+    line = memory_text([memory("2b", "lora", 4096)]).splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("|")]
     assert cells in rows
 

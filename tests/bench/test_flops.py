@@ -21,12 +21,12 @@ ALIGNER = ("tuner.train_type=full", "tuner.freeze_llm=true", "tuner.freeze_align
 LORA = ("tuner.train_type=lora", "tuner.lora_dropout=0")
 LORA_EVERYWHERE = (*LORA, "tuner.freeze_vit=false", "tuner.freeze_aligner=false")
 LORA_ON_ATTENTION = (*LORA, "tuner.target_modules=[q_proj,k_proj,v_proj,o_proj]")
-CASES = [("dense", told) for told in (FULL, FROZEN_TOWER, ALIGNER, LORA, LORA_EVERYWHERE)]
-CASES += [("moe", told) for told in (FULL, FROZEN_TOWER, ALIGNER, LORA_ON_ATTENTION)]
+CASES = [("dense", settings) for settings in (FULL, FROZEN_TOWER, ALIGNER, LORA, LORA_EVERYWHERE)]
+CASES += [("moe", settings) for settings in (FULL, FROZEN_TOWER, ALIGNER, LORA_ON_ATTENTION)]
 
 
 def counted(model, batch):
-    """What torch counts in one step."""
+    """Count the FLOPs of one step with torch's own counter."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss_sum(model, split_labels(batch)).backward()
     return counter.get_total_flops()
@@ -39,12 +39,12 @@ def sample(encoder, words):
     return encoder({"image": [picture(96, 64)], "conversations": turns})
 
 
-@pytest.mark.parametrize(("kind", "told"), CASES)
-def test_a_step_costs_what_torch_counts(checkpoints, kind, told):
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_a_step_costs_what_torch_counts(checkpoints, kind, settings):
     """torch multiplies all pairs of tokens, also those that the causal mask hides; the difference is exactly these."""
     folder = str(checkpoints[kind])
     model = load_model(folder, torch_dtype="float32", attn_impl="sdpa")
-    model = prepare_model(model, load_recipe(None, [*told, f"model.model={folder}"]).tuner).train()
+    model = prepare_model(model, load_recipe(None, [*settings, f"model.model={folder}"]).tuner).train()
     if kind == "moe":
         model.set_experts_implementation("eager")
     processor = load_processor(folder)
@@ -53,11 +53,11 @@ def test_a_step_costs_what_torch_counts(checkpoints, kind, told):
     length = batch["input_ids"].shape[1]
     row = Row([length], [24], int((batch["labels"] != -100).sum()))
     work = model_work(model)
-    told = work.flops([row])
-    causal = told["text attention"]
-    everything = told["total"] - causal + causal * length**2 // (length * (length + 1) // 2)
+    flops = work.flops([row])
+    causal = flops["text attention"]
+    everything = flops["total"] - causal + causal * length**2 // (length * (length + 1) // 2)
     assert counted(model, batch) == everything
-    assert set(told) == {"text", "vision", "head", "text attention", "vision attention", "total"}
+    assert set(flops) == {"text", "vision", "head", "text attention", "vision attention", "total"}
 
 
 def test_rows_of_several_samples_cost_the_sum_of_their_squares():
@@ -65,7 +65,7 @@ def test_rows_of_several_samples_cost_the_sum_of_their_squares():
         work = model_work(random_model(make_config("tiny"), load_recipe(None, []).model, torch.device("meta")))
     apart = [work.flops([Row([length], [4 * length], length // 2)]) for length in (100, 300)]
     together = work.flops([Row([100, 300], [400, 1200], 200)])
-    assert together == {name: sum(told[name] for told in apart) for name in together}
+    assert together == {name: sum(flops[name] for flops in apart) for name in together}
     assert work.flops([Row([400], [1600], 200)])["text attention"] > 1.5 * together["text attention"]
 
 
@@ -80,8 +80,8 @@ def test_a_dense_forward_pass_costs_two_for_each_weight_and_token():
     """The known rule of thumb, 6 N a token with a backward pass, on the language model of 8B."""
     model = random_model(make_config("8b"), load_recipe(None, []).model, torch.device("meta"))
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters() if p.dim() == 2)
-    told = model_work(model).flops([Row([1000], [], 0)])
-    assert told["text"] == 6 * weights * 1000
+    flops = model_work(model).flops([Row([1000], [], 0)])
+    assert flops["text"] == 6 * weights * 1000
     model.requires_grad_(False)
     assert model_work(model).flops([Row([1000], [], 0)])["text"] == 2 * weights * 1000
 

@@ -1,4 +1,4 @@
-"""The other measurements: each figure against one that was found another way."""
+"""The other benchmarks: each figure is compared with one computed in another way."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwenvl_ft.bench.data import bench_data
-from qwenvl_ft.bench.fit import fitted, keep, makes
+from qwenvl_ft.bench.fit import fitted, keep, row_shapes
 from qwenvl_ft.bench.growth import grow_records, label_heights, plot_records
 from qwenvl_ft.bench.memory import FUSED, kept, memory
 from qwenvl_ft.bench.parts import bench_attention
@@ -21,13 +21,13 @@ from qwenvl_ft.errors import BenchError, DataError
 
 
 def test_the_data_path_is_measured_beside_its_floor(tmp_path):
-    told = bench_data(bench_processor(max_pixels=65536), records=16).told()
-    assert told["records"] == 16
-    assert told["images"] > 5
-    assert told["bytes_per_image"] == pytest.approx(told["processor_bytes_per_image"] / 8)
-    assert 0.75 < told["bytes_per_image"] / (65536 * 3) <= 1, "a byte a channel of each pixel"
-    assert told["encode_seconds"] > told["floor_seconds"] > 0
-    assert told["plan_again_seconds"] < told["plan_seconds"]
+    result = bench_data(bench_processor(max_pixels=65536), records=16).to_json()
+    assert result["records"] == 16
+    assert result["images"] > 5
+    assert result["bytes_per_image"] == pytest.approx(result["processor_bytes_per_image"] / 8)
+    assert 0.75 < result["bytes_per_image"] / (65536 * 3) <= 1, "a byte a channel of each pixel"
+    assert result["encode_seconds"] > result["floor_seconds"] > 0
+    assert result["plan_again_seconds"] < result["plan_seconds"]
 
 
 def test_text_alone_has_no_floor(tmp_path):
@@ -41,12 +41,12 @@ def test_text_alone_has_no_floor(tmp_path):
 def test_the_loss_in_chunks_is_the_plain_one_in_less_memory(capsys):
     words = ["--tokens", "4096", "--vocabulary", "20000", "--width", "16", "--json"]
     assert main(["bench", "loss", *words]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["chunked"]["loss"] == pytest.approx(told["plain"]["loss"], rel=1e-5)
-    assert told["chunked"]["gradient"] == pytest.approx(told["plain"]["gradient"], rel=1e-5)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["chunked"]["loss"] == pytest.approx(result["plain"]["loss"], rel=1e-5)
+    assert result["chunked"]["gradient"] == pytest.approx(result["plain"]["gradient"], rel=1e-5)
     logits = 4096 * 20000 * 4 / 2**30
-    assert told["plain"]["gib"] > 1.8 * logits, "logits and their gradient"
-    assert told["chunked"]["gib"] < 0.5 * told["plain"]["gib"]
+    assert result["plain"]["gib"] > 1.8 * logits, "logits and their gradient"
+    assert result["chunked"]["gib"] < 0.5 * result["plain"]["gib"]
 
 
 def test_more_samples_than_tokens_are_refused():
@@ -55,9 +55,9 @@ def test_more_samples_than_tokens_are_refused():
 
 
 def test_attention_is_the_same_both_ways():
-    told = bench_attention(tokens=512, samples=8, heads=4, kv_heads=2, size=16, rounds=1)
-    assert told["largest_difference"] < 1e-5
-    assert told["times_faster"] == told["block_mask"] / told["per_sample"]
+    result = bench_attention(tokens=512, samples=8, heads=4, kv_heads=2, size=16, rounds=1)
+    assert result["largest_difference"] < 1e-5
+    assert result["times_faster"] == result["block_mask"] / result["per_sample"]
 
 
 def test_what_a_layer_keeps_is_counted_as_on_a_device_with_memory(tiny_model):
@@ -84,7 +84,7 @@ def test_memory_follows_from_the_number_of_weights():
 
 
 def test_a_fit_finds_the_costs_that_made_the_times():
-    rows = [(make, make.samples) for make in makes(4096)]
+    rows = [(shape, shape.samples) for shape in row_shapes(4096)]
     lengths, patches = ([getattr(m, n) for m, _ in rows] for n in ("tokens", "image"))
     counts, tokens, seen = np.array([n for _, n in rows]), np.array(lengths), 4 * np.array(patches)
     features = np.stack([counts * tokens, counts * seen, counts * tokens**2, counts * seen**2], axis=1).astype(float)
@@ -103,10 +103,10 @@ def test_plans_follow_the_machines_fit(monkeypatch, tmp_path):
     assert machine_costs() == CostModel()
     with pytest.raises(BenchError, match="explains 50%"):
         keep(CostModel(), 0.5)
-    told = CostModel(patch=3.0, token_square=0.5, patch_square=0.0)
-    assert keep(told, 0.99) == costs_file()
-    assert machine_costs() == told
-    assert told.of([2, 10], [4, 0]).tolist() == [2 + 12 + 2, 10 + 50]
+    costs = CostModel(patch=3.0, token_square=0.5, patch_square=0.0)
+    assert keep(costs, 0.99) == costs_file()
+    assert machine_costs() == costs
+    assert costs.of([2, 10], [4, 0]).tolist() == [2 + 12 + 2, 10 + 50]
     costs_file().write_text('{"patches": 1}')
     with pytest.raises(DataError, match="is no cost model"):
         machine_costs()
@@ -130,10 +130,10 @@ def test_names_of_lines_do_not_overlap():
 
 
 def test_growth_is_measured_and_drawn():
-    told = list(grow_records((20, 60), images=2))
-    assert [entry["records"] for entry in told] == [20, 60]
-    assert told[1]["measure"] > told[1]["start again"]
-    drawn = ElementTree.fromstring(plot_records(told))
+    result = list(grow_records((20, 60), images=2))
+    assert [entry["records"] for entry in result] == [20, 60]
+    assert result[1]["measure"] > result[1]["start again"]
+    drawn = ElementTree.fromstring(plot_records(result))
     circles = drawn.findall("{http://www.w3.org/2000/svg}circle")
     assert len(circles) == 2 * 4
     assert all(80 <= float(c.get("cx")) <= 600 and 50 <= float(c.get("cy")) <= 350 for c in circles)

@@ -1,4 +1,4 @@
-"""`qwenvl-ft bench step`: a real step, counted as it was."""
+"""`qwenvl-ft bench step` runs a real step and counts it correctly."""
 
 import json
 
@@ -18,20 +18,20 @@ from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
 def test_a_step_is_the_trainers_and_counts_what_the_model_was_given(monkeypatch, tmp_path):
-    given = []
+    batches = []
     plain = QwenVLTrainer.training_step
 
     def seen(self, model, inputs, count=None):
-        given.append((inputs["input_ids"].numel(), int((inputs["labels"][:, 1:] != -100).sum())))
+        batches.append((inputs["input_ids"].numel(), int((inputs["labels"][:, 1:] != -100).sum())))
         return plain(self, model, inputs, count)
 
     monkeypatch.setattr(QwenVLTrainer, "training_step", seen)
     options = StepOptions(row_length=512, steps=2, warmup=1, checkpointing=False, profile=tmp_path / "trace")
     result, costs = bench_step(options)
-    assert len(given) == 1 + 2 + 2, "a step before the clock starts, two measured, two profiled"
+    assert len(batches) == 1 + 2 + 2, "a step before the clock starts, two measured, two profiled"
     assert result.steps == 2
-    assert result.tokens == sum(tokens for tokens, _ in given[1:3])
-    assert result.supervised_tokens == sum(count for _, count in given[1:3])
+    assert result.tokens == sum(tokens for tokens, _ in batches[1:3])
+    assert result.supervised_tokens == sum(count for _, count in batches[1:3])
     assert result.tokens > 0.8 * 2 * 512
     assert 0.15 < result.supervised_tokens / result.tokens < 0.35
     assert result.cpu_seconds > 0
@@ -44,18 +44,20 @@ def test_a_step_is_the_trainers_and_counts_what_the_model_was_given(monkeypatch,
 def test_the_command_prints_json_of_a_lora_step_with_a_setting_of_the_recipe(capsys):
     words = ["bench", "step", "--train-type", "lora", "--row-length", "256", "--steps", "1", "--warmup", "1", "--json"]
     assert main([*words, "--image-share", "0", "--attn-impl", "sdpa", "tuner.lora_rank=2"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["train_type"] == "lora"
-    assert told["attention"] == "sdpa"
-    assert told["tokens_per_second"] == pytest.approx(told["tokens"] / told["seconds"], abs=0.1)
-    assert 0 < told["mfu"] < 1
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["train_type"] == "lora"
+    assert printed["attention"] == "sdpa"
+    assert printed["tokens_per_second"] == pytest.approx(printed["tokens"] / printed["seconds"], abs=0.1)
+    assert 0 < printed["mfu"] < 1
 
 
 def test_a_bench_steps_model_is_prepared_as_a_loaded_one(monkeypatch, tiny_dir):
     """Media are placed by the workers, or it would measure another path."""
     kept = []
     plain = QwenVLTrainer.train
-    monkeypatch.setattr(QwenVLTrainer, "train", lambda self, **told: (kept.append(self.model), plain(self, **told))[1])
+    monkeypatch.setattr(
+        QwenVLTrainer, "train", lambda self, **printed: (kept.append(self.model), plain(self, **printed))[1]
+    )
     bench_step(StepOptions(row_length=256, steps=1, warmup=0, rows=1))
     bare = load_model(tiny_dir, torch_dtype="float32")
     assert MediaPlaces.of(kept[0]) is not None
@@ -64,21 +66,21 @@ def test_a_bench_steps_model_is_prepared_as_a_loaded_one(monkeypatch, tiny_dir):
 
 
 def test_padded_batches_count_what_is_no_padding(monkeypatch):
-    given = []
+    batches = []
     plain = QwenVLTrainer.training_step
 
     def seen(self, model, inputs, count=None):
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
-        given.append((inputs["input_ids"].numel(), int(inputs["attention_mask"].sum()), supervised))
+        batches.append((inputs["input_ids"].numel(), int(inputs["attention_mask"].sum()), supervised))
         return plain(self, model, inputs, count)
 
     monkeypatch.setattr(QwenVLTrainer, "training_step", seen)
     settings = ("training.packing=false", "training.padding_free=false")
     result, _ = bench_step(StepOptions(row_length=256, rows=4, steps=2, warmup=1, settings=settings))
-    assert result.tokens == sum(tokens for _, tokens, _ in given[1:3])
-    assert result.supervised_tokens == sum(supervised for _, _, supervised in given[1:3])
+    assert result.tokens == sum(tokens for _, tokens, _ in batches[1:3])
+    assert result.supervised_tokens == sum(supervised for _, _, supervised in batches[1:3])
     assert result.samples == 8
-    assert any(slots > tokens for slots, tokens, _ in given), "vacuous: no padding"
+    assert any(slots > tokens for slots, tokens, _ in batches), "vacuous: no padding"
 
 
 def test_accumulated_steps_have_full_rows_too():
@@ -88,14 +90,17 @@ def test_accumulated_steps_have_full_rows_too():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        (StepOptions(image_share=0.6, supervised_share=0.5), "are more than all tokens together"),
-        (StepOptions(train_type="lora", settings=("quantization.quantization_bit=4",)), "has random weights in full"),
+        (StepOptions(image_share=0.6, supervised_share=0.5), "add up to more than 1"),
+        (
+            StepOptions(train_type="lora", settings=("quantization.quantization_bit=4",)),
+            "random weights are not quantised",
+        ),
     ],
 )
-def test_what_a_bench_would_not_honour_is_refused(options, told):
-    with pytest.raises(BenchError, match=told):
+def test_options_that_the_benchmark_would_not_honour_are_refused(options, message):
+    with pytest.raises(BenchError, match=message):
         bench_step(options)
 
 
@@ -110,15 +115,15 @@ def test_the_share_of_the_peak_is_needed_work_over_time():
         {"text": int(1e12), "total": int(2e12)}, 1.0, "table",
     )  # fmt: skip
     assert result.mfu == 0.5
-    assert result.told()["tflops_per_second"] == 0.5
+    assert result.to_json()["tflops_per_second"] == 0.5
     assert "MFU                         50.0%   text 50%" in step_text(result)
 
 
 @pytest.mark.parametrize("image_share", [0.0, 0.5, 0.8])
 def test_the_records_have_the_shares_that_were_asked_for(image_share):
     processor = bench_processor()
-    told = {"tokens": 6000, "mean_sample": 400, "longest": 1000, "image_share": image_share, "supervised_share": 0.15}
-    records = filled_records(processor.tokenizer, **told)
+    sizes = {"tokens": 6000, "mean_sample": 400, "longest": 1000, "image_share": image_share, "supervised_share": 0.15}
+    records = filled_records(processor.tokenizer, **sizes)
     samples = [Encoder(processor)(record) for record, _, _ in (records[i] for i in range(len(records)))]
     tokens = sum(len(sample["input_ids"]) for sample in samples)
     images = sum(int(sample["image_grid_thw"].prod()) // 4 for sample in samples if "image_grid_thw" in sample)

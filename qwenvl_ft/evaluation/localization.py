@@ -24,7 +24,7 @@ LINE_SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Found:
+class LocatedObject:
     """An object of a dense caption."""
 
     kind: str
@@ -38,7 +38,7 @@ class Found:
         return plain(self.desc.split("/")[0])
 
 
-def parse_objects(text: str) -> dict[str, list[Found]] | None:
+def parse_objects(text: str) -> dict[str, list[LocatedObject]] | None:
     """Parse a dense caption's JSON into image -> its objects, in order; None if it cannot be read.
 
     Accepts ``{image: {object: {"desc": ..., KIND: [...]}}}``, and a single image's ``{object: {...}}`` or list of
@@ -169,8 +169,8 @@ KINDS: dict[str, tuple[str, Callable[[int], bool], Callable[[list[Points], list[
 
 
 def _by_image(
-    expected: dict[str, list[Found]], predicted: dict[str, list[Found]]
-) -> list[tuple[list[Found], list[Found]]]:
+    expected: dict[str, list[LocatedObject]], predicted: dict[str, list[LocatedObject]]
+) -> list[tuple[list[LocatedObject], list[LocatedObject]]]:
     """Pair expected and predicted objects by image name, or in order if the names differ."""
     if set(predicted) <= set(expected):
         return [(objects, predicted[name] if name in predicted else []) for name, objects in expected.items()]
@@ -179,8 +179,8 @@ def _by_image(
 
 def _kind_pairs(
     kind: str,
-    expected: list[Found],
-    found: list[Found],
+    expected: list[LocatedObject],
+    found: list[LocatedObject],
     size: Points,
     iou: float,
     distance: float,
@@ -201,12 +201,12 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict) and ("desc" in value or any(key in value for key, _, _ in KINDS.values()))
 
 
-def _objects(value: Any) -> list[Found]:
+def _objects(value: Any) -> list[LocatedObject]:
     values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     return [found for found in map(read_object, values) if found is not None]
 
 
-def read_object(value: Any) -> Found | None:
+def read_object(value: Any) -> LocatedObject | None:
     """Read one object of a caption; None unless it has exactly one well-formed geometry."""
     if not isinstance(value, dict):
         return None
@@ -220,7 +220,7 @@ def read_object(value: Any) -> Found | None:
         return None
     if not fits(numbers.size) or not np.isfinite(numbers).all():
         return None
-    return Found(kinds[0], str(value["desc"]) if "desc" in value else "", numbers.reshape(-1, 2))
+    return LocatedObject(kinds[0], str(value["desc"]) if "desc" in value else "", numbers.reshape(-1, 2))
 
 
 def _triangles(quad: Points) -> list[Points]:

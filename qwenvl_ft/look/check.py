@@ -19,7 +19,7 @@ from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.one_record import Inspected, Inspector
 from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers
-from qwenvl_ft.look.sample import Drawing, GroupLook, Measured
+from qwenvl_ft.look.sample import GroupInspector, Measured, SampleOptions
 from qwenvl_ft.look.walk import walk
 from qwenvl_ft.recipe.schema import Recipe
 
@@ -155,19 +155,23 @@ def check_recipe(
     levels = _levels(recipe.template.truncation_strategy, allow)
     workers = num_proc or sensible_workers(recipe)
     encoder, policy = optional_encoder(recipe), MediaPolicy.of(recipe.data)
-    drawing = Drawing.of(recipe)
+    sample_options = SampleOptions.of(recipe)
     start = perf_counter()
     report = Report({}, [], levels, recipe.model.model)
-    homes: dict[str, Homes] = {}
+    first_seen: dict[str, FirstSeen] = {}
     for name, opened in open_splits(recipe, num_proc=workers).items():
         report.faults += opened.faults
-        split, homes[name] = Split(name), Homes(homes[TRAIN] if TRAIN in homes else None)
+        split, first_seen[name] = Split(name), FirstSeen(first_seen[TRAIN] if TRAIN in first_seen else None)
         for part in opened.parts:
-            parts, fault = drawing.parts(part, policy, training=name == TRAIN)
+            parts, fault = sample_options.parts(part, policy, training=name == TRAIN)
             report.faults += [fault] if fault else []
             for records, epochs in parts:
-                inspector = Inspector(policy, encoder, first_places(records.summary()), epochs, drawing.summaries)
-                report.faults += _looked(split, homes[name], records, inspector, num_proc=workers, quiet=quiet)
+                inspector = Inspector(
+                    policy, encoder, first_places(records.summary()), epochs, sample_options.summaries
+                )
+                report.faults += _check_records(
+                    split, first_seen[name], records, inspector, num_proc=workers, quiet=quiet
+                )
         if split.samples:
             split.forecast = forecast(recipe, *zip(*split.samples, strict=True), processes=processes)
         report.splits[name] = split
@@ -175,7 +179,9 @@ def check_recipe(
     return report
 
 
-def _looked(split: Split, homes: "Homes", records: Any, inspector: Inspector, **how: Any) -> Iterator[Fault]:
+def _check_records(
+    split: Split, first_seen: "FirstSeen", records: Any, inspector: Inspector, **how: Any
+) -> Iterator[Fault]:
     """Check records one by one, then the groups of dense captions whose records are all sound.
 
     Args:
@@ -184,26 +190,26 @@ def _looked(split: Split, homes: "Homes", records: Any, inspector: Inspector, **
     unfit: list[int] = []
     for index, seen in enumerate(walk(records, inspector, told=split.name, **how)):
         split.add(seen)
-        yield from homes.new(seen)
+        yield from first_seen.new(seen)
         if any(fault.reason in UNFIT for fault in seen.faults):
             unfit.append(index)
     groups = inspector.epochs
     if inspector.sample is not None and isinstance(groups, DenseGroups):
         split.groups += len(groups)
-        look = GroupLook(inspector.sample.encoder, frozenset(unfit), ENCODED)
+        look = GroupInspector(inspector.sample.encoder, frozenset(unfit), ENCODED)
         for measured in walk(groups, look, told=f"{split.name}, groups", **how):
             split.measure(measured)
-            yield from homes.unreported(measured.faults)
+            yield from first_seen.unreported(measured.faults)
 
 
-class Homes:
+class FirstSeen:
     """Remembers where each content was first seen, to find duplicates and leaks.
 
     Args:
-        trained: the `Homes` of the training data, while validation data is checked.
+        trained: the `FirstSeen` of the training data, while validation data is checked.
     """
 
-    def __init__(self, trained: "Homes | None" = None) -> None:
+    def __init__(self, trained: "FirstSeen | None" = None) -> None:
         self.trained = trained
         self.records: dict[bytes, str] = {}
         self.media: dict[bytes, str] = {}

@@ -9,11 +9,11 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True)
 class Reason:
-    """A kind of fault."""
+    """A kind of fault, with its default level."""
 
     part: str
     level: str
-    """An error stops training or spoils what it learns or measures; a warning is worth a look."""
+    """An error stops training or spoils its data or its metrics; a warning is worth a look."""
     meaning: str
 
 
@@ -41,7 +41,7 @@ REASONS: dict[str, Reason] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One case."""
+    """A fault of one record, file or group."""
 
     reason: str
     where: str

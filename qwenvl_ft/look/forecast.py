@@ -71,7 +71,7 @@ def histogram(values: Sequence[float], bins: int = BINS) -> list[Bar]:
     """Count values in bars with round borders; whole numbers get whole borders.
 
     Example:
-        ``histogram([1, 2, 2, 9], 4)`` is ``[(0, 5, 3), (5, 10, 1)]``: the step is the next of 1, 2, 5, 10, ...
+        ``histogram([1, 8], 2)`` is ``[(0, 5, 1), (5, 10, 1)]``: the step 3.5 becomes 5, the next of 1, 2, 5, 10, ...
     """
     if not values:
         return []

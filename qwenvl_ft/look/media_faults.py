@@ -14,7 +14,7 @@ KNOWN = 50_000
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class MediumResult:
     """Result of opening a medium."""
 
     fault: tuple[str, str] | None
@@ -25,24 +25,24 @@ class Looked:
     """(width, height) in pixels, after EXIF rotation; (0, 0) for a video file."""
 
 
-class MediaLooker:
+class MediaInspector:
     """Opens media and remembers the last `KNOWN` files."""
 
     def __init__(self, policy: MediaPolicy) -> None:
         self.policy = policy
-        self._known: dict[str, Looked] = {}
+        self._known: dict[str, MediumResult] = {}
 
-    def image(self, value: Any) -> Looked:
+    def image(self, value: Any) -> MediumResult:
         """Decode the whole image."""
         return self._once(value, self._decoded)
 
-    def video(self, value: Any) -> list[Looked]:
+    def video(self, value: Any) -> list[MediumResult]:
         """Check the frames of a video, or its file."""
         if isinstance(value, (str, Path, bytes)):
             return [self._once(value, _file)]
         return [self.image(frame) for frame in value]
 
-    def _once(self, value: Any, look: Any) -> Looked:
+    def _once(self, value: Any, look: Any) -> MediumResult:
         if not isinstance(value, (str, Path)):
             return look(value)
         name = str(value)
@@ -52,36 +52,36 @@ class MediaLooker:
             self._known[name] = look(value)
         return self._known[name]
 
-    def _decoded(self, value: Any) -> Looked:
+    def _decoded(self, value: Any) -> MediumResult:
         if _is_missing(value):
-            return Looked(("missing", f"image {value} does not exist."))
+            return MediumResult(("missing", f"image {value} does not exist."))
         try:
             height, width = image_size(value, self.policy)
             image = open_image(value, self.policy)
         except DataError as error:
-            return Looked(("corrupt", str(error)))
+            return MediumResult(("corrupt", str(error)))
         key = xxhash.xxh3_128_digest(image.tobytes() + b"%dx%d" % image.size)
         fault = None
         if image.size != (width, height):
             shown = "x".join(map(str, image.size))
             fault = "size", f"image {value!s:.200}: the header says {width}x{height} pixels, but it decodes to {shown}."
-        return Looked(fault, key, image.size)
+        return MediumResult(fault, key, image.size)
 
 
-def _file(value: Any) -> Looked:
+def _file(value: Any) -> MediumResult:
     """Hash the bytes of a video file; the encoder decodes its frames."""
     if isinstance(value, bytes):
-        return Looked(None, xxhash.xxh3_128_digest(value))
+        return MediumResult(None, xxhash.xxh3_128_digest(value))
     if _is_missing(value):
-        return Looked(("missing", f"video {value} does not exist."))
+        return MediumResult(("missing", f"video {value} does not exist."))
     digest = xxhash.xxh3_128()
     try:
         with Path(value).open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     except OSError as error:
-        return Looked(("corrupt", f"video {value} cannot be read: {error.strerror}."))
-    return Looked(None, digest.digest())
+        return MediumResult(("corrupt", f"video {value} cannot be read: {error.strerror}."))
+    return MediumResult(None, digest.digest())
 
 
 def _is_missing(value: Any) -> bool:

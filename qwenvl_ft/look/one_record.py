@@ -21,9 +21,9 @@ from qwenvl_ft.data.readers import Told, read_record
 from qwenvl_ft.data.readers.conversations import TagsError
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
-from qwenvl_ft.look.media_faults import Looked, MediaLooker
-from qwenvl_ft.look.objects import Named, named_objects
-from qwenvl_ft.look.sample import Case, Measured, SampleLook
+from qwenvl_ft.look.media_faults import MediaInspector, MediumResult
+from qwenvl_ft.look.objects import AnswerObject, named_objects
+from qwenvl_ft.look.sample import Case, Measured, SampleInspector
 
 NORM = 1000
 """Largest coordinate in thousandths, the unit of Qwen3-VL's answers."""
@@ -62,11 +62,11 @@ class Inspector:
         epochs: Epochs | None = None,
         summaries: bool = False,
     ) -> None:
-        self.media = MediaLooker(policy)
+        self.media = MediaInspector(policy)
         self.encode = encode
         self.epochs = epochs
         self.summaries = summaries
-        self.sample = None if encoder is None else SampleLook(encoder)
+        self.sample = None if encoder is None else SampleInspector(encoder)
 
     def __call__(self, records: Any, index: int) -> Inspected:
         try:
@@ -116,17 +116,17 @@ class Inspector:
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
         broken += size_cases(record, conversation, images)
         if self.sample is not None and not broken:
-            broken += film_cases(conversation, self.sample.encoder)
+            broken += video_cases(conversation, self.sample.encoder)
         yield from broken
         yield from answer_cases(record, conversation, images)
         if self.sample is None or broken:
-            if not any(is_learned(message) for message in conversation.messages):
+            if not any(is_supervised(message) for message in conversation.messages):
                 yield "unsupervised", "no assistant turn is supervised"
         elif not objects and not isinstance(self.epochs, DenseGroups):
             yield from self._sample_cases(self.sample, conversation, captioned, seen, index)
 
     def _sample_cases(
-        self, look: SampleLook, conversation: Conversation, captioned: bool, seen: Inspected, index: int
+        self, inspector: SampleInspector, conversation: Conversation, captioned: bool, seen: Inspected, index: int
     ) -> Iterator[Case]:
         """Check the sample that a single record becomes, with training's prompt and augmentation."""
         if isinstance(self.epochs, RecordEpochs) and (captioned or self.epochs.augmenter is not None):
@@ -137,16 +137,16 @@ class Inspector:
                 return
         elif captioned:
             return  # training refuses its file, so its prompt is unknown
-        yield from look.cases(conversation, seen, index in self.encode)
+        yield from inspector.cases(conversation, seen, index in self.encode)
 
     def _absent(self, record: Any, root: str | None) -> Iterator[Case]:
         """Yield the images that an unreadable record names and that cannot be opened."""
         named = [record[key] for key in ("image", "images") if key in record] if isinstance(record, Mapping) else []
         paths = [path for entry in named for path in (entry if isinstance(entry, list) else [entry])]
         for path in paths:
-            looked = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
-            if looked is not None and looked.fault is not None:
-                yield looked.fault
+            result = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
+            if result is not None and result.fault is not None:
+                yield result.fault
 
 
 def stored(value: Any) -> Any:
@@ -154,7 +154,7 @@ def stored(value: Any) -> Any:
     return value.value if isinstance(value, DenseImage) else value
 
 
-def content_key(conversation: Conversation, media: Sequence[Looked]) -> bytes:
+def content_key(conversation: Conversation, media: Sequence[MediumResult]) -> bytes:
     """Hash media and text of a conversation."""
     keys = iter(media)
     digest = xxhash.xxh3_128()
@@ -186,7 +186,7 @@ def object_cases(record: Any, source: Source) -> Iterator[Case]:
             yield "geometry" if isinstance(error, dense.GeometryError) else "structure", str(error)
 
 
-def size_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
+def size_cases(record: Any, conversation: Conversation, images: Sequence[MediumResult]) -> Iterator[Case]:
     """Yield the images whose real size differs from the size stated in the record."""
     parts = conversation.media(Image)
     size = (record["width"], record["height"]) if {"width", "height"} <= set(record) else None
@@ -199,7 +199,7 @@ def size_cases(record: Any, conversation: Conversation, images: Sequence[Looked]
             yield "size", f"image {stored(part.value)!s:.200} is {found} pixels, the record states {expected}"
 
 
-def film_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
+def video_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
     """Yield the video files in which a frame that training uses cannot be decoded."""
     processor, policy, source = encoder.processor.video_processor, encoder.policy, conversation.source
     for video in conversation.media(Video):
@@ -211,10 +211,10 @@ def film_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
             yield "corrupt", str(error)
 
 
-def answer_cases(record: Any, conversation: Conversation, images: Sequence[Looked]) -> Iterator[Case]:
+def answer_cases(record: Any, conversation: Conversation, images: Sequence[MediumResult]) -> Iterator[Case]:
     """Yield answers without text, and answers whose coordinates are outside every image in any unit."""
     for number, message in enumerate(conversation.messages):
-        if not is_learned(message):
+        if not is_supervised(message):
             continue
         text = "".join(part.text for part in message.content if isinstance(part, Text))
         if not text.strip() and not message.tool_calls:
@@ -225,7 +225,7 @@ def answer_cases(record: Any, conversation: Conversation, images: Sequence[Looke
             yield from (("geometry", f"an answer's object {fault}") for fault in faults if fault)
 
 
-def coordinate_fault(named: Named, side: int) -> str:
+def coordinate_fault(named: AnswerObject, side: int) -> str:
     """Return the fault of an object in an answer, whether in pixels or in thousandths; ``""`` if there is none.
 
     Args:
@@ -242,6 +242,6 @@ def coordinate_fault(named: Named, side: int) -> str:
     return ""
 
 
-def is_learned(message: Message) -> bool:
+def is_supervised(message: Message) -> bool:
     """Return True if a turn is supervised."""
     return message.role == "assistant" and message.loss is not False

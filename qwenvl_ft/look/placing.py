@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwenvl_ft.errors import unknown_name
-from qwenvl_ft.look.objects import Named, all_objects
+from qwenvl_ft.look.objects import AnswerObject, all_objects
 from qwenvl_ft.recipe.schema import Recipe
 
 Size = tuple[int, int]
@@ -52,7 +52,7 @@ def check_units(units: str) -> str:
     return units
 
 
-def guess_units(named: Sequence[Named]) -> str:
+def guess_units(named: Sequence[AnswerObject]) -> str:
     """Guess the unit: shares if no number exceeds 1, pixels if one exceeds 1000, otherwise Qwen3-VL's thousandths."""
     values = [value for each in named if each.found is not None for value in each.found.points.ravel().tolist()]
     if values and max(values) <= 1 and any(value % 1 for value in values):

@@ -21,7 +21,7 @@ from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.recipe.schema import Recipe
 
 TRAIN, VAL = "train", "val"
-Found = TypeVar("Found")
+SplitData = TypeVar("SplitData")
 
 
 @dataclass
@@ -95,8 +95,10 @@ def open_splits(recipe: Recipe, *, num_proc: int) -> dict[str, Opened]:
     if data.train_dataset_mix_ds:
         mixed = open_selection(data.train_dataset_mix_ds, options)
         splits[TRAIN] = Opened(splits[TRAIN].parts + mixed.parts, splits[TRAIN].faults + mixed.faults)
-    val = {split_name(name): open_selection(selection, options) for name, selection in val_selections(data).items()}
-    return splits | val
+    validation = {
+        split_name(name): open_selection(selection, options) for name, selection in val_selections(data).items()
+    }
+    return splits | validation
 
 
 def split_name(name: str) -> str:
@@ -104,7 +106,7 @@ def split_name(name: str) -> str:
     return f"{VAL}.{name}".rstrip(".")
 
 
-def find_split(splits: Mapping[str, Found], name: str) -> Found:
+def find_split(splits: Mapping[str, SplitData], name: str) -> SplitData:
     """Return a split by name; raises RecipeError if the recipe has no such split."""
     if name not in splits:
         raise RecipeError(f"--split {name}: the recipe has no such split.{hint(name, splits)}")

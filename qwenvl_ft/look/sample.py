@@ -18,7 +18,7 @@ from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.recipe.schema import Recipe
 
 Case = tuple[str, str]
-"""(reason, message)"""
+"""(reason, message) of a fault."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Measured:
     faults: list[Fault] = field(default_factory=list)
 
 
-class SampleLook:
+class SampleInspector:
     """Measures conversations as the encoder makes them, and as they would be without ``max_length``."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -87,7 +87,7 @@ class SampleLook:
                 yield "encoding", f"planned with {seen.kept} tokens, encoded to {len(sample['input_ids'])}"
 
 
-class GroupLook:
+class GroupInspector:
     """Checks groups of dense captions as the first epoch draws them: joined, prompted and augmented.
 
     Args:
@@ -96,7 +96,7 @@ class GroupLook:
     """
 
     def __init__(self, encoder: Encoder, unfit: frozenset[int], encode: int) -> None:
-        self.look = SampleLook(encoder)
+        self.inspector = SampleInspector(encoder)
         self.unfit = unfit
         self.encode = encode
 
@@ -117,7 +117,7 @@ class GroupLook:
         except DataError as error:
             yield "encoding", str(error)
             return
-        yield from self.look.cases(conversation, seen, place < self.encode)
+        yield from self.inspector.cases(conversation, seen, place < self.encode)
 
 
 def _fault(groups: DenseGroups, place: int, reason: str, message: str) -> Fault:
@@ -130,14 +130,14 @@ def _fault(groups: DenseGroups, place: int, reason: str, message: str) -> Fault:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SampleOptions:
     """Options by which a recipe turns dense captions into samples and augments images."""
 
     options: DenseOptions
     augmenter: Augmenter
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Drawing":
+    def of(cls, recipe: Recipe) -> "SampleOptions":
         return cls(
             DenseOptions.of(recipe, recipe.training.arguments["seed"]), Augmenter.from_config(recipe.data.augmentation)
         )

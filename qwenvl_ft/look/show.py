@@ -20,7 +20,7 @@ from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pictures import data_uri, pictures
 from qwenvl_ft.look.placing import AUTO, Placed, emitted_units, placed_objects
 from qwenvl_ft.look.readable import TRAIN, find_split, split_name
-from qwenvl_ft.look.tokens import Piece, learned_texts, pieces, texts_before_media
+from qwenvl_ft.look.tokens import Piece, pieces, supervised_texts, texts_before_media
 from qwenvl_ft.recipe.schema import Recipe
 
 LONGEST_TEXT = 2000
@@ -69,8 +69,8 @@ class Card:
         return sum(count_of(piece) for piece in self.pieces)
 
     @property
-    def learned(self) -> int:
-        return sum(count_of(piece) for piece in self.pieces if piece.learned)
+    def supervised(self) -> int:
+        return sum(count_of(piece) for piece in self.pieces if piece.supervised)
 
     @property
     def vision(self) -> int:
@@ -91,7 +91,7 @@ class RowPart:
         return sum(count_of(piece) for piece in self.pieces)
 
     def share(self, kind: str) -> float:
-        """Return the share of ``vision``, ``learned`` or ``read`` tokens, 0 to 1."""
+        """Return the share of ``vision``, ``supervised`` or ``read`` tokens, 0 to 1."""
         return sum(count_of(piece) for piece in self.pieces if share_kind(piece) == kind) / self.tokens
 
 
@@ -116,7 +116,7 @@ def count_of(piece: Piece) -> int:
 def share_kind(piece: Piece) -> str:
     if piece.kind in ("image", "video"):
         return "vision"
-    return "learned" if piece.learned else "read"
+    return "supervised" if piece.supervised else "read"
 
 
 def show_recipe(
@@ -209,7 +209,7 @@ def card(dataset: SampleDataset, ticket: Ticket, title: str, dense_units: str, u
     images = [picture for picture in shown if picture.kind == "image"]
     if len(sizes) != len(images):  # truncation removed some
         sizes = [(picture.width, picture.height) for picture in images]
-    objects, units = placed_objects(learned_texts(sequence), texts_before_media(sequence), sizes, units)
+    objects, units = placed_objects(supervised_texts(sequence), texts_before_media(sequence), sizes, units)
     numbered = list(enumerate(objects, 1))
     marked = [[(k, each) for k, each in numbered if each.picture == place] for place in range(len(images))]
     for picture, marks in zip(images, marked, strict=True):

@@ -21,7 +21,7 @@ from qwenvl_ft.look.forecast import histogram, quantiles
 from qwenvl_ft.look.objects import all_objects
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.readable import TRAIN, find_split, open_splits, optional_encoder, sensible_workers
-from qwenvl_ft.look.sample import Drawing, GroupLook
+from qwenvl_ft.look.sample import GroupInspector, SampleOptions
 from qwenvl_ft.look.walk import walk
 from qwenvl_ft.recipe.schema import Recipe
 
@@ -151,14 +151,14 @@ class Census:
             found.counts["kinds"].update(each.kind for each in named)
 
 
-class Grouped:
+class GroupCensus:
     """Counts the tokens of groups of dense captions, as the first epoch draws them; an unreadable group has none."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.look = GroupLook(unlimited(encoder), frozenset(), 0)
+        self.inspector = GroupInspector(unlimited(encoder), frozenset(), 0)
 
     def __call__(self, groups: DenseGroups, place: int) -> Counted:
-        found, seen = Counted(), self.look(groups, place)
+        found, seen = Counted(), self.inspector(groups, place)
         if seen.kept:
             found.numbers["tokens"].append(seen.kept)
             found.numbers["vision"].append(seen.vision_tokens)
@@ -198,18 +198,18 @@ def count_recipe(recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = N
     """
     workers = num_proc or sensible_workers(recipe)
     opened = find_split(open_splits(recipe, num_proc=workers), split)
-    policy, encoder, drawing = MediaPolicy.of(recipe.data), optional_encoder(recipe), Drawing.of(recipe)
+    policy, encoder, sample_options = MediaPolicy.of(recipe.data), optional_encoder(recipe), SampleOptions.of(recipe)
     total = Counted()
     for fault in opened.faults:
         total.add(Counted(records=1, unread=1, first_fault=f"{fault.where}: {fault.message}"))
     for part in opened.parts:
-        for records, epochs in drawing.parts(part, policy, training=split == TRAIN)[0]:
+        for records, epochs in sample_options.parts(part, policy, training=split == TRAIN)[0]:
             grouped = isinstance(epochs, DenseGroups)
             census = Census(policy, None if grouped else encoder)
             for counted in walk(records, census, num_proc=workers, told=split, quiet=quiet):
                 total.add(counted)
             if grouped and encoder is not None:
-                for seen in walk(epochs, Grouped(encoder), num_proc=workers, told=f"{split}, groups", quiet=quiet):
+                for seen in walk(epochs, GroupCensus(encoder), num_proc=workers, told=f"{split}, groups", quiet=quiet):
                     total.add(seen)
     return total
 

@@ -20,7 +20,7 @@ class Piece:
     ids: tuple[int, ...]
     """Token ids; of a medium a single id, which occurs ``count`` times."""
     count: int
-    learned: bool
+    supervised: bool
     text: str
     """Decoded text; empty for a medium."""
     kind: str
@@ -37,38 +37,38 @@ def _pieces(ids: list[int], labels: list[int], tokenizer: Any) -> Iterator[Piece
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special or added.content}
     start = 0
     while start < len(ids):
-        token, learned = ids[start], labels[start] != IGNORE
+        token, supervised = ids[start], labels[start] != IGNORE
         end = start + 1
         if token in media:
             while end < len(ids) and ids[end] == token:
                 end += 1
-            yield Piece((token,), end - start, learned, "", media[token])
+            yield Piece((token,), end - start, supervised, "", media[token])
         elif token in special:
-            yield Piece((token,), 1, learned, tokenizer.convert_ids_to_tokens(token), "special")
+            yield Piece((token,), 1, supervised, tokenizer.convert_ids_to_tokens(token), "special")
         else:
             text = tokenizer.decode([token])
             limit = min(len(ids), start + LONGEST_CHARACTER)
             while SPLIT_CHARACTER in text and end < limit and ids[end] not in special:
-                if (labels[end] != IGNORE) != learned:
+                if (labels[end] != IGNORE) != supervised:
                     break
                 end += 1
                 text = tokenizer.decode(ids[start:end])
             if SPLIT_CHARACTER in text:  # the text itself contains it, or was cut within a character
                 end, text = start + 1, tokenizer.decode([token])
-            yield Piece(tuple(ids[start:end]), 1, learned, text, "text")
+            yield Piece(tuple(ids[start:end]), 1, supervised, text, "text")
         start = end
 
 
-def learned_texts(sequence: Sequence[Piece]) -> list[str]:
+def supervised_texts(sequence: Sequence[Piece]) -> list[str]:
     """Return the text of each run of supervised tokens, without special tokens."""
     texts: list[str] = []
     before = False
     for piece in sequence:
-        if piece.learned and not before:
+        if piece.supervised and not before:
             texts.append("")
-        if piece.learned and piece.kind == "text":
+        if piece.supervised and piece.kind == "text":
             texts[-1] += piece.text
-        before = piece.learned
+        before = piece.supervised
     return texts
 
 

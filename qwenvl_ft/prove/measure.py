@@ -61,7 +61,7 @@ class Measured:
     logits: list[Tensor] = field(default_factory=list)
     """float32[K, V] at the positions that predict supervised tokens."""
     losses: list[Tensor] = field(default_factory=list)
-    """float32[K]"""
+    """float32[K], the loss of each supervised token."""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     """Part -> float32[G], gradient of the sum of the sample's losses."""
 
@@ -150,7 +150,7 @@ def prepared(row: dict[str, Any], device: torch.device) -> tuple[dict[str, Any],
 
 
 def alone_rows(subject: Subject) -> list[dict[str, Any]]:
-    """Return a row for each sample, without what training adds to rows (padding, media positions)."""
+    """Return a row for each sample, without the filler media and media positions that training adds."""
     return [with_counts(QwenVLCollator()([sample]), [sample]) for sample in subject.samples]
 
 

@@ -20,10 +20,10 @@ from qwenvl_ft.recipe.schema import Recipe
 CANDIDATES = 200
 """Records, spread evenly over the data, whose lengths are measured to choose from."""
 WORDS = "a small red circle lies near the left edge and one large blue square stands behind it under bright light"
-MADE_UP = "made up"
+GENERATED = "generated"
 
 
-class Few:
+class FewRecords:
     """A few records in the form of `load_records`: (record, source, folder of relative media)."""
 
     def __init__(self, records: Sequence[tuple[Any, Source, str | None]], fingerprint: str) -> None:
@@ -56,13 +56,13 @@ def proof_dataset(recipe: Recipe, encoder: Encoder, *, samples: int, max_tokens:
     records, _ = load_mixture(recipe.data, seed)
     spread = np.unique(np.linspace(0, len(records) - 1, min(len(records), CANDIDATES)).round().astype(int))
     first = [records[int(place)] for place in spread]
-    dataset = _dataset(recipe, Few(first, f"{records.fingerprint}-{len(spread)}"), encoder, seed, folder)
+    dataset = _dataset(recipe, FewRecords(first, f"{records.fingerprint}-{len(spread)}"), encoder, seed, folder)
     if isinstance(dataset.epochs, RecordEpochs):
         chosen = [first[int(dataset.index[k])] for k in _chosen(dataset, samples, max_tokens)]
     else:  # dense captions form groups
         chosen = first[: samples * recipe.data.images_per_user_turn]
     key = f"{records.fingerprint}-{'-'.join(str(source) for _, source, _ in chosen)}"
-    return _enough(_dataset(recipe, Few(chosen, key), encoder, seed, folder), recipe)
+    return _enough(_dataset(recipe, FewRecords(chosen, key), encoder, seed, folder), recipe)
 
 
 def _dataset(recipe: Recipe, records: Any, encoder: Encoder, seed: int, folder: Path) -> SampleDataset:
@@ -104,7 +104,7 @@ def _chosen(dataset: SampleDataset, samples: int, max_tokens: int) -> list[int]:
     return chosen
 
 
-def generated_records(encoder: Encoder, count: int) -> Few:
+def generated_records(encoder: Encoder, count: int) -> FewRecords:
     """Generate records of each kind in turn: an image, text, two images, a larger image, and a video if possible.
 
     The answers differ much in length, which exposes a mean of means.
@@ -114,8 +114,8 @@ def generated_records(encoder: Encoder, count: int) -> Few:
         encoder.length(_record(4))
     except DataError:  # a processor without videos
         records = [_record(index + index // 4) for index in range(count)]
-    listed = [(record, Source(MADE_UP, f"{MADE_UP}[{k}]"), None) for k, record in enumerate(records)]
-    return Few(listed, f"{MADE_UP}-{count}")
+    listed = [(record, Source(GENERATED, f"{GENERATED}[{k}]"), None) for k, record in enumerate(records)]
+    return FewRecords(listed, f"{GENERATED}-{count}")
 
 
 def _record(index: int) -> dict[str, Any]:

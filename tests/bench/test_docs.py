@@ -30,7 +30,7 @@ def test_the_memory_table_is_what_the_command_computes():
     assert cells in rows
 
 
-def test_the_plots_are_there():
+def test_the_plots_exist():
     plots = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT)
     assert len(plots) == 2
     assert all((DOCS / plot).is_file() for plot in plots)

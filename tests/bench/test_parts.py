@@ -60,7 +60,7 @@ def test_attention_is_the_same_both_ways():
     assert result["times_faster"] == result["block_mask"] / result["per_sample"]
 
 
-def test_what_a_layer_keeps_is_counted_as_on_a_device_with_memory(tiny_model):
+def test_saved_activations_are_counted_as_on_a_real_device(tiny_model):
     layer = tiny_model.model.language_model.layers[0].train()
     counted = {}
     for device, attention in (("cpu", "sdpa"), ("meta", FUSED)):
@@ -83,7 +83,7 @@ def test_memory_follows_from_the_number_of_weights():
     assert longer.layer == pytest.approx(2 * full.layer, rel=0.01)
 
 
-def test_a_fit_finds_the_costs_that_made_the_times():
+def test_a_fit_recovers_the_costs_behind_the_times():
     rows = [(shape, shape.samples) for shape in row_shapes(4096)]
     lengths, patches = ([getattr(m, n) for m, _ in rows] for n in ("tokens", "image"))
     counts, tokens, seen = np.array([n for _, n in rows]), np.array(lengths), 4 * np.array(patches)
@@ -112,7 +112,7 @@ def test_plans_follow_the_machines_fit(monkeypatch, tmp_path):
         machine_costs()
 
 
-def test_ranks_are_balanced_by_the_costs_that_are_given(encoder, tmp_path):
+def test_ranks_are_balanced_by_the_given_costs(encoder, tmp_path):
     from cases import ListRecords, answers_of
 
     dataset = SampleDataset(ListRecords(answers_of(*range(1, 17))), encoder, cache_dir=tmp_path)

@@ -17,7 +17,7 @@ from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
-def test_a_step_is_the_trainers_and_counts_what_the_model_was_given(monkeypatch, tmp_path):
+def test_a_step_is_the_trainers_and_counts_the_models_inputs(monkeypatch, tmp_path):
     batches = []
     plain = QwenVLTrainer.training_step
 
@@ -51,7 +51,7 @@ def test_the_command_prints_json_of_a_lora_step_with_a_setting_of_the_recipe(cap
     assert 0 < printed["mfu"] < 1
 
 
-def test_a_bench_steps_model_is_prepared_as_a_loaded_one(monkeypatch, tiny_dir):
+def test_the_model_is_prepared_like_a_loaded_one(monkeypatch, tiny_dir):
     """Media are placed by the workers, or it would measure another path."""
     kept = []
     plain = QwenVLTrainer.train
@@ -65,7 +65,7 @@ def test_a_bench_steps_model_is_prepared_as_a_loaded_one(monkeypatch, tiny_dir):
     assert kinds[1] <= kinds[0]
 
 
-def test_padded_batches_count_what_is_no_padding(monkeypatch):
+def test_padded_batches_count_no_padding(monkeypatch):
     batches = []
     plain = QwenVLTrainer.training_step
 

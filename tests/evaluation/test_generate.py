@@ -71,7 +71,7 @@ def test_untrained_models_of_both_kinds_answer_as_plain_transformers_does(any_mo
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 16])
-def test_a_batch_answers_as_each_prompt_alone(trained, processor, mixed_records, batch_size):
+def test_a_batch_gives_the_answers_of_each_prompt_alone(trained, processor, mixed_records, batch_size):
     records = [*mixed_records, *mixed_records[::-1]]
     alone = generate(trained, processor, records, batch_size=1, max_new_tokens=NEW_TOKENS)
     assert generate(trained, processor, records, batch_size=batch_size, max_new_tokens=NEW_TOKENS) == alone
@@ -86,7 +86,7 @@ def test_every_attention_gives_the_same_answers(trained, checkpoints, processor,
     assert answers == [record["conversations"][-1]["value"] for record in mixed_records]
 
 
-def test_what_was_learned_is_generated_and_ends(trained, processor, mixed_records):
+def test_a_learned_answer_is_generated_and_ends(trained, processor, mixed_records):
     result = evaluate_exact_match(trained, processor, mixed_records, max_new_tokens=NEW_TOKENS, batch_size=4)
     assert result["exact_match"] == 1.0
     assert result["count"] == len(mixed_records)
@@ -103,7 +103,7 @@ def test_wrong_answers_are_counted_and_shown(trained, processor, mixed_records):
     assert evaluate(trained, processor, records, limit=1, max_new_tokens=NEW_TOKENS)["count"] == 1
 
 
-def test_prompts_end_together_and_padding_is_not_seen(trained, processor, encoder, mixed_records):
+def test_prompts_are_padded_on_the_left_and_padding_is_masked(trained, processor, encoder, mixed_records):
     samples = [encoder.prompt(record) for record in mixed_records]
     batch = prompt_batch(processor, samples)
     lengths = [len(sample["input_ids"]) for sample in samples]
@@ -116,7 +116,7 @@ def test_prompts_end_together_and_padding_is_not_seen(trained, processor, encode
         torch.testing.assert_close(positions[:, row, -lengths[row] :], sample["position_ids"])
 
 
-def test_the_model_is_left_as_it_was(trained, processor, encoder, mixed_records):
+def test_the_model_is_restored(trained, processor, encoder, mixed_records):
     """Packed training goes on exactly: no offsets, no cache, no module in another mode."""
     model = copy.deepcopy(trained).train()
     model.model.visual.eval()
@@ -134,7 +134,7 @@ def test_the_model_is_left_as_it_was(trained, processor, encoder, mixed_records)
     assert torch.equal(forward(model, batch).logits, before)
 
 
-def test_the_model_is_left_as_it_was_when_a_record_is_broken(tiny_model, processor, mixed_records):
+def test_the_model_is_restored_when_a_record_is_broken(tiny_model, processor, mixed_records):
     tiny_model.train()
     broken = {"image": "nowhere.png", "conversations": mixed_records[0]["conversations"]}
     with pytest.raises(DataError, match=r"nowhere\.png"):
@@ -179,7 +179,7 @@ def test_sampling_follows_the_seed(tiny_model, processor, mixed_records):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_batches_hold_one_kind_and_every_rank_has_as_many(world_size):
+def test_batches_hold_one_kind_and_every_rank_has_the_same_number(world_size):
     kinds = [(False, False), (True, False), (True, False), (False, False), (True, True), (True, False)] * 3
     batches = plan_batches(kinds, 4, world_size)
     assert {index for batch in batches for index in batch} == set(range(len(kinds)))
@@ -212,7 +212,7 @@ def counting_passes(checkpoint):
 
 
 @pytest.mark.distributed
-def test_two_processes_share_the_work_and_both_have_every_answer(checkpoints, processor, mixed_records, tmp_path):
+def test_two_ranks_share_the_work_and_both_return_every_answer(checkpoints, processor, mixed_records, tmp_path):
     checkpoint = str(checkpoints["dense"])
     records = [*mixed_records, *mixed_records, mixed_records[1]]
     model, passes = counting_passes(checkpoint)
@@ -223,7 +223,7 @@ def test_two_processes_share_the_work_and_both_have_every_answer(checkpoints, pr
     assert max(count for _, count in shares) < len(passes), "vacuous: each process did all the work"
 
 
-def test_what_cannot_be_evaluated_is_said(tiny_model, processor, mixed_records):
+def test_records_that_cannot_be_evaluated_are_errors(tiny_model, processor, mixed_records):
     question = {"conversations": mixed_records[1]["conversations"][:1]}
     with pytest.raises(DataError, match="must end with the assistant's answer"):
         evaluate_exact_match(tiny_model, processor, [question])

@@ -90,7 +90,7 @@ def others(tiny_dir, tmp_path):
     return tmp_path / "other", tmp_path / "foreign"
 
 
-def test_several_adapters_answer_in_turn_as_each_alone(tiny_dir, adapter, others, images):
+def test_several_adapters_answer_in_turn_as_each_does_alone(tiny_dir, adapter, others, images):
     arguments = ["--model", tiny_dir, "--image", images[0], "--prompt", PROMPT, "--max-new-tokens", 12]
     alone = [ask(*arguments, "--adapter", folder).stdout for folder in (adapter, others[0])]
     assert alone[0] != alone[1], "vacuous: both say the same"
@@ -117,7 +117,7 @@ def test_sampling_repeats_with_its_seed(tiny_dir):
         ("first <image> then <image>", ["/a.png", "/b.png"], "first <image> then <image>"),
     ],
 )
-def test_images_stand_before_the_prompt_or_where_it_says(prompt, images, value):
+def test_images_are_before_the_prompt_or_at_their_tags(prompt, images, value):
     asked = record(prompt, images)
     assert asked["conversations"] == [{"from": "human", "value": value}]
     assert asked["image"] == images

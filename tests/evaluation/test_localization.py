@@ -68,7 +68,7 @@ def test_quad_iou_by_hand():
     assert quad_iou(square * 0, square * 0) == 0.0
 
 
-def test_upright_quads_have_the_iou_of_boxes():
+def test_axis_aligned_quads_have_the_iou_of_boxes():
     rng = np.random.default_rng(1)
     for _ in range(50):
         a, b = (np.sort(rng.uniform(0, 10, (2, 2)), axis=0).ravel() for _ in range(2))
@@ -138,7 +138,7 @@ def test_objects_belong_to_their_image():
     assert geometry_accuracy([text(REFERENCE)], [text(second_only)])["quad"]["f1"] == 1.0
 
 
-def test_the_size_of_the_image_decides_how_near_a_line_is():
+def test_line_distance_depends_on_the_image_size():
     """20 units off: 0.014 diagonals of 1000 x 1000, but 0.14 of 100 x 100."""
     answer = changed("图片_1", "object_2", line=[50, 895, 250, 820, 433, 882])
     sizes = [[(100.0, 100.0), (100.0, 100.0)]]
@@ -147,7 +147,7 @@ def test_the_size_of_the_image_decides_how_near_a_line_is():
     assert geometry_accuracy([text(REFERENCE)], [answer], distance=0.01)["line"]["f1"] == 0.0
 
 
-def test_answers_are_read_fenced_cut_off_and_bare():
+def test_fenced_truncated_and_bare_answers_are_read():
     whole = text(REFERENCE)
     cut = whole[: whole.index('"quad"') + 20]
     assert [len(objects) for objects in parse_objects(cut).values()] == [2]
@@ -172,7 +172,7 @@ def test_malformed_objects_are_left_out(broken):
     assert [found.kind for found in objects] == ["bbox"]
 
 
-def test_a_reference_that_is_no_dense_caption_is_an_error():
+def test_a_reference_that_is_not_a_dense_caption_is_an_error():
     with pytest.raises(DataError, match="reference 1 is not a dense caption"):
         geometry_accuracy([text(REFERENCE), "a switch"], ["", ""])
     with pytest.raises(DataError, match="1 references and 0 answers"):

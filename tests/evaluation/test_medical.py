@@ -34,7 +34,7 @@ def test_classification_by_hand():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_classification_is_that_of_scikit_learn():
+def test_classification_equals_scikit_learn():
     rng = np.random.default_rng(0)
     expected = rng.choice(list("ABCDK"), 300, p=[0.5, 0.3, 0.1, 0.05, 0.05]).tolist()
     answered = [name if rng.random() < 0.6 else str(rng.choice(list("ABCDKZ"))) for name in expected]
@@ -74,7 +74,7 @@ def test_a_label_with_a_comma_is_known_from_the_other_references():
     assert split["f1_samples"] == 0.0, "vacuous: split at its comma it agrees too"
 
 
-def test_multi_label_is_that_of_scikit_learn():
+def test_multi_label_equals_scikit_learn():
     rng = np.random.default_rng(1)
     names = ["edema", "mass", "nodule", "effusion", "hernia"]
     sets = [[[n for n in names if rng.random() < 0.25] for _ in range(200)] for _ in range(2)]
@@ -87,7 +87,7 @@ def test_multi_label_is_that_of_scikit_learn():
     assert scores["exact_match"] == pytest.approx(sklearn_metrics.accuracy_score(expected, answered))
 
 
-def test_iou_is_that_of_torchvision():
+def test_iou_equals_torchvision():
     rng = np.random.default_rng(2)
     boxes, others = (np.sort(rng.uniform(0, 100, (n, 2, 2)), axis=1).reshape(-1, 4) for n in (20, 30))
     expected = torchvision_iou(torch.tensor(boxes), torch.tensor(others)).numpy()
@@ -116,7 +116,7 @@ def test_a_box_is_matched_once():
     assert (scores["tp@0.5"], scores["fp@0.5"], scores["fn@0.5"]) == (1, 2, 0)
 
 
-def test_matching_takes_the_most_alike_first_and_is_seldom_short_of_the_best():
+def test_greedy_matching_is_close_to_optimal():
     likeness = np.array([[0.9, 0.8], [0.85, 0.0]])
     assert match(likeness, 0.5) == [(0, 0)]
     assert match(likeness * 0, 0.5) == []
@@ -167,7 +167,7 @@ def test_an_unreadable_count_is_never_right():
     assert counting(["3"], ["?"])["mae_parsed"] is None
 
 
-def test_regression_is_that_of_scikit_learn():
+def test_regression_equals_scikit_learn():
     rng = np.random.default_rng(4)
     expected = rng.uniform(0, 60, 100).round(2)
     answered = (expected + rng.normal(0, 5, 100)).round(2)

@@ -33,14 +33,14 @@ from qwenvl_ft.evaluation.parse import (
     + ["\\boxed{B}", "I think it is B", "Option (B)", "```\nB\n```", "<think>A? C?</think>\n\nB", "B<|im_end|>"]
     + ["Answer: A\nNo. The final answer is: **B**", "B\nBecause vitamin D is low.", "B. Vitamin D deficiency"],
 )
-def test_a_letter_is_found_however_it_is_dressed(text):
+def test_a_letter_is_found_in_every_form(text):
     assert parse_letter(text) == "B"
 
 
 @pytest.mark.parametrize(
     "text", ["", "benign", "A benign lesion", "B or C", "B, C", "I see nothing", "either B, or D", "12"]
 )
-def test_what_names_no_single_letter_is_none(text):
+def test_an_answer_without_a_single_letter_is_none(text):
     assert parse_letter(text) is None
 
 
@@ -127,7 +127,7 @@ def test_no_boxes_is_an_answer(text):
 @pytest.mark.parametrize(
     "text", ["", "A lesion on the left.", "[1, 2, 3]", "[[1, 2, 3, 1e999]]", "5", '"x"', "[true, null]"]
 )
-def test_what_holds_no_box_is_none(text):
+def test_an_answer_without_boxes_is_none(text):
     assert parse_boxes(text) is None
 
 
@@ -148,14 +148,14 @@ def test_instances_keep_their_ids():
     assert parse_instances("[[1, 2, 30, 40]]") == {"": TWO[:1]}
 
 
-def test_numbers_of_boxes_are_replaced_and_the_form_stays():
+def test_numbers_of_boxes_are_replaced_and_the_format_stays():
     text = '{"1": [[0, 50, 100, 200]], "X": [[10.5, 0, 20, 40]]}'
     halved = map_boxes(text, lambda box: [value / 2 for value in box])
     assert halved == '{"1": [[0, 25, 50, 100]], "X": [[5.25, 0, 10, 20]]}'
     assert map_boxes(halved, lambda box: [value * 2 for value in box]) == text
 
 
-def test_json_that_was_cut_off_is_closed():
+def test_truncated_json_is_closed():
     assert close_json('{"a": [[1, 2], [3') == '{"a": [[1, 2]]}'
     assert load_json('x {"a": {"b": [1], "c": "}]"}, "d": {"e": [2') == {"a": {"b": [1], "c": "}]"}}
     assert load_json("nothing here") is None

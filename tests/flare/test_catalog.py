@@ -21,7 +21,7 @@ from qwenvl_ft.flare.catalog import (
 STARTER = ["neojaundice", "retino", "BUSI-det", "boneresorption", "bone_marrow"]
 
 
-def test_all_data_sets_of_all_categories_are_there():
+def test_the_catalog_has_all_data_sets_and_categories():
     assert len(FLARE_DATASETS) == 19
     assert len({dataset.category for dataset in FLARE_DATASETS.values()}) == 8
     assert {task for dataset in FLARE_DATASETS.values() for task in dataset.task_types} == set(TASKS)
@@ -56,27 +56,27 @@ def test_names_are_found_in_any_case_and_once():
     ]
 
 
-def test_names_may_be_joined_by_commas_but_not_be_none():
+def test_names_may_be_joined_by_commas_but_not_be_missing():
     assert find_datasets(["retino,CMMD", "endo"]) == ["retino", "CMMD", "endo"]
     with pytest.raises(DataError, match="no FLARE data set is named"):
         find_datasets([","])
 
 
 @pytest.mark.parametrize(("name", "meant"), [("retina", "retino"), ("busi-dett", "BUSI-det"), ("Starters", "starter")])
-def test_an_unknown_name_is_an_error_that_says_what_is_close(name, meant):
+def test_an_unknown_name_is_an_error_that_suggests_a_similar_one(name, meant):
     with pytest.raises(DataError, match=f"unknown FLARE data set '{name}'. Did you mean '{meant}'"):
         find_datasets([name])
 
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: f"{case.dataset}-{case.spelled}")
-def test_the_task_is_found_however_it_is_spelled(case):
+def test_the_task_is_found_in_every_spelling(case):
     task, certain = find_task(case.spelled, FLARE_DATASETS[case.dataset])
     assert task == case.task
     assert certain == bool(case.spelled)
 
 
 @pytest.mark.parametrize("spelled", [None, "", 3, "segmentation of organs", ["detection"]])
-def test_what_is_no_task_is_the_data_sets_first_and_said_to_be_a_guess(spelled):
+def test_an_unknown_task_becomes_the_data_sets_first_and_counts_as_guessed(spelled):
     assert find_task(spelled, FLARE_DATASETS["iugc"]) == ("classification", False)
 
 
@@ -85,7 +85,7 @@ def test_data_sets_are_selected_by_category_and_task():
     assert select(task="detection", starter=False) == ["BUS-UCLM-det", "iugc"]
 
 
-def test_a_data_set_of_ones_own_is_registered_from_a_file(tmp_path):
+def test_a_custom_data_set_is_registered_from_a_file(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text(
         "path: {category: Microscopy, task_types: [classification]}\n"
@@ -140,7 +140,7 @@ def test_converted_files_are_registered_for_recipes(tmp_path):
     ]
 
 
-def test_what_was_not_converted_cannot_be_registered(tmp_path):
+def test_registering_unconverted_data_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no converted data of any FLARE data set\. Run: qwenvl-ft convert flare"):
         register_converted(tmp_path)
     (tmp_path / "retino_train.json").write_text("[]")

@@ -135,7 +135,7 @@ def faulty(tree):
     return tree
 
 
-def test_what_is_left_out_is_counted_by_reason(faulty, capsys):
+def test_skipped_questions_are_counted_by_reason(faulty, capsys):
     assert run(faulty, "--datasets", "retino", "--splits", "train") == 0
     statistics = read(faulty, "conversion_report.json")["statistics"]
     assert statistics["skipped_by_reason"] == {
@@ -159,7 +159,7 @@ def test_what_is_left_out_is_counted_by_reason(faulty, capsys):
     assert "[13]" not in out
 
 
-def test_every_question_left_out_is_named_in_the_log_and_with_verbose_on_the_screen(faulty, capsys):
+def test_skipped_questions_are_in_the_log_and_with_verbose_on_screen(faulty, capsys):
     run(faulty, "--datasets", "retino", "--splits", "train", "--verbose")
     log = (faulty.base.parent / "converted_data" / "conversion.log").read_text()
     for text in (log, capsys.readouterr().out):
@@ -169,7 +169,7 @@ def test_every_question_left_out_is_named_in_the_log_and_with_verbose_on_the_scr
     assert log.count("skipped ") == 18
 
 
-def test_a_question_can_be_kept_with_the_images_that_are_left(faulty):
+def test_a_question_can_be_kept_with_its_usable_images(faulty):
     run(faulty, "--datasets", "retino", "--splits", "train", "--keep_incomplete")
     kept = {record["id"][-2:]: record for record in read(faulty, "retino_train.json")}
     assert set(kept) == {"00", "03", "04", "19", "20", "21"}
@@ -253,7 +253,7 @@ def test_boxes_that_cannot_be_normalised_are_left_out(tree):
     assert reasons == {"several_sizes": 1, "unreadable_boxes": 1}
 
 
-def test_a_data_set_of_ones_own_is_converted(tree, tmp_path):
+def test_a_custom_data_set_is_converted(tree, tmp_path):
     catalog = tmp_path / "own.yaml"
     catalog.write_text("polyp: {category: Endoscopy, task_types: [detection]}")
     folder = tree.base / "training" / "Endoscopy" / "polyp"
@@ -265,7 +265,7 @@ def test_a_data_set_of_ones_own_is_converted(tree, tmp_path):
     assert (record["dataset"], record["modality"]) == ("polyp", "endoscopy")
 
 
-def test_converting_one_data_set_again_leaves_the_others(full_tree):
+def test_converting_one_data_set_again_keeps_the_others(full_tree):
     run(full_tree, "--datasets", "retino", "BUSI", "--splits", "train")
     before = (full_tree.base.parent / "converted_data" / "BUSI_train.json").stat()
     tree_records = json.loads(full_tree.file("retino").read_text())

@@ -71,7 +71,7 @@ def test_the_list_names_every_data_set(capsys):
     assert lines[1].split()[:3] == ["neojaundice", "*", "flare_neojaundice"]
 
 
-def test_help_answers_and_unknown_conversions_are_errors(capsys):
+def test_help_works_and_unknown_conversions_are_errors(capsys):
     assert command(["convert"]) == 0
     assert "flare-validate" in capsys.readouterr().out
     assert command(["convert", "flare", "--help"]) == 0

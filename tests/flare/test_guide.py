@@ -58,7 +58,7 @@ def test_a_command_of_the_guide_is_understood(command):
         assert command.startswith(OTHERS)
 
 
-def test_the_commands_were_found():
+def test_the_guide_contains_commands():
     assert len(COMMANDS) > 20
     for name in PARSERS:
         assert any(command.startswith(name) for command in COMMANDS), name
@@ -87,7 +87,7 @@ def test_the_record_of_the_guide_is_what_the_converter_writes(full_tree):
     assert {key: shown[key] for key in fixed} == {key: record[key] for key in fixed}
 
 
-def test_the_sections_of_the_guide_are_there():
+def test_the_guide_has_its_sections():
     headings = re.findall(r"^## (.*)$", GUIDE, flags=re.MULTILINE)
     assert headings == [
         "Overview",
@@ -106,7 +106,7 @@ def test_the_guides_table_of_the_starter_set_is_the_catalogs():
     assert rows == [(name, registry_name(name)) for name in select(starter=True)]
 
 
-def test_the_guides_links_lead_somewhere():
+def test_the_guides_links_work():
     for text, folder in ((GUIDE, ROOT / "docs"), (README, ROOT / "examples/flare25")):
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         assert links

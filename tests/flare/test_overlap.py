@@ -43,7 +43,7 @@ def test_rouge_by_hand():
     assert set(rouge("a", "").values()) == {0.0}
 
 
-def test_the_longest_common_subsequence_is_that_of_dynamic_programming():
+def test_the_longest_common_subsequence_equals_dynamic_programming():
     def table(a, b):
         rows = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i, x in enumerate(a):

@@ -73,7 +73,7 @@ def test_other_tasks_keep_their_numbers(tree):
     assert record["prediction"] == "[1, 2, 3, 4]"
 
 
-def test_a_question_that_cannot_be_asked_is_answered_with_nothing(tree):
+def test_a_question_that_cannot_be_asked_gets_an_empty_prediction(tree):
     questions = questions_of(tree, Case("retino", "classification", "", "classification"), count=3)
     (questions.folder / "imagesVal/retino_1_0.png").write_text("no image")
     asked = []

@@ -24,7 +24,7 @@ def test_findings_are_asserted_or_denied():
     assert findings("The lungs are clear.") == {}
 
 
-def test_the_weights_make_one():
+def test_the_weights_sum_to_one():
     assert sum(WEIGHTS.values()) == pytest.approx(1)
     scores = report_generation([REPORT], [REPORT])
     assert scores["green_stand_in"] == pytest.approx(1)
@@ -75,7 +75,7 @@ def test_clinical_efficacy_counts_asserted_findings():
     assert scores["findings_f1"] == pytest.approx(2 / 5)
 
 
-def test_wording_is_that_of_bleu_and_rouge():
+def test_wording_scores_are_those_of_bleu_and_rouge():
     references, answers = [REPORT, "Clear lungs, no effusion."], ["Small effusion.", "Clear lungs, no mass."]
     scores = report_generation(references, answers)
     assert scores["bleu_4"] == bleu(references, answers)

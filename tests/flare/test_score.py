@@ -63,7 +63,7 @@ def test_right_answers_are_perfect_in_every_data_set(full_tree, tmp_path, capsys
     assert re.search(r"^chromosome +instance detection +f1@0\.5 +1\.0000 +1 +0$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_wrong_answers_are_not(full_tree, tmp_path):
+def test_wrong_answers_are_not_perfect(full_tree, tmp_path):
     """The guard of the test above: the same path with answers that cannot be read."""
     folder = submission(full_tree, tmp_path / "predictions", lambda record: "??")
     summary = score_files(sorted(folder.glob("*.json")), full_tree.base)

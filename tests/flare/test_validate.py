@@ -37,7 +37,7 @@ def found(tmp_path, records):
     return tuple([(item["kind"], int(item["record"].rpartition("[")[2][:-1])) for item in side] for side in sides)
 
 
-def test_what_was_converted_is_valid(full_tree, capsys):
+def test_converted_files_are_valid(full_tree, capsys):
     assert convert(["--input_dir", str(full_tree.base), "--all"]) == 0
     folder = full_tree.base.parent / "converted_data"
     assert command(["convert", "flare-validate", "--input_dir", str(folder)]) == 0
@@ -112,13 +112,13 @@ def test_relative_images_start_beside_the_file(tmp_path, good):
     ("content", "message"),
     [("{", "not valid JSON"), ("{}", "a file of records is a JSON list"), ("[]", "the list is empty")],
 )
-def test_a_file_that_is_no_list_of_records_is_an_error(tmp_path, capsys, content, message):
+def test_a_file_that_is_not_a_list_of_records_is_an_error(tmp_path, capsys, content, message):
     (tmp_path / "retino_train.json").write_text(content)
     assert command(["convert", "flare-validate", "--converted_dir", str(tmp_path)]) == 1
     assert message in capsys.readouterr().out
 
 
-def test_faults_are_printed_reported_and_make_the_exit_code_1(tmp_path, good, capsys):
+def test_faults_are_printed_and_reported_and_give_exit_code_1(tmp_path, good, capsys):
     path = tmp_path / "retino_train.json"
     path.write_text(json.dumps([good(), good(image="none.png")]))
     report = tmp_path / "out.json"

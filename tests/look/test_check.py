@@ -88,7 +88,7 @@ def test_one_fault_is_found_on_its_line_and_nothing_else_is(reason, record, mess
     assert report.ok == (REASONS[reason].level != ERROR)
 
 
-def test_sound_data_of_every_format_has_no_fault(data, tiny_dir):
+def test_valid_data_of_every_format_has_no_fault(data, tiny_dir):
     report = checked(data(sound()), "--model", str(tiny_dir), LIMIT)
     assert report.ok
     assert not report.faults
@@ -225,8 +225,8 @@ def test_the_forecast_is_the_plan_that_training_makes(data, encoder, tiny_dir):
     assert expected.steps_per_epoch == -(-len(rows) // 6)
     image = int((samples[0]["input_ids"] == encoder.processor.image_token_id).sum())
     assert expected.vision_share == pytest.approx(29 * image / sum(lengths))
-    learned = sum(int((sample["labels"] != -100).sum()) for sample in samples)
-    assert expected.supervised_share == pytest.approx(learned / sum(lengths))
+    supervised = sum(int((sample["labels"] != -100).sum()) for sample in samples)
+    assert expected.supervised_share == pytest.approx(supervised / sum(lengths))
     alone = checked(path, *words, "training.packing=false").splits["train"].forecast
     assert (alone.rows, alone.fill, alone.steps_per_epoch) == (29, None, 15)
 

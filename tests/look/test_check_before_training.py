@@ -10,7 +10,7 @@ from qwenvl_ft.training.gate import check_before_training
 
 
 @pytest.mark.parametrize("strategy", ["none", "warning", "error"])
-def test_training_begins_as_the_strategy_says(strategy, data, tiny_dir, capsys):
+def test_the_strategy_decides_whether_training_begins(strategy, data, tiny_dir, capsys):
     path = data([asked("a.png"), asked("gone.png")])
     recipe = target_recipe([str(path), "--model", str(tiny_dir), "--check_dataset_strategy", strategy])
     if strategy == "error":
@@ -21,7 +21,7 @@ def test_training_begins_as_the_strategy_says(strategy, data, tiny_dir, capsys):
     assert ("gone.png" in capsys.readouterr().out) == (strategy != "none")
 
 
-def test_training_asks_the_check_before_it_writes(data, tiny_dir, tmp_path, capsys):
+def test_training_checks_the_data_before_it_writes(data, tiny_dir, tmp_path, capsys):
     path = data([asked("a.png"), asked("half.png")])
     words = [f"data.train={path}", f"model.model={tiny_dir}", f"training.output_dir={tmp_path / 'out'}"]
     assert main(["train", *words, "--check_dataset_strategy", "error"]) == 2

@@ -42,8 +42,8 @@ def test_dense_captions_are_checked_in_the_groups_that_training_draws(tiny_dir, 
     assert (report.faults, split.records, split.groups, split.encoded) == ([], 20, 7, 5)
     assert sorted(split.lengths) == lengths
     assert split.forecast.steps_per_epoch == steps
-    learned = sum(int((dataset[k]["labels"] >= 0).sum()) for k in range(len(dataset)))
-    assert split.forecast.supervised_share == pytest.approx(learned / sum(lengths))
+    supervised = sum(int((dataset[k]["labels"] >= 0).sum()) for k in range(len(dataset)))
+    assert split.forecast.supervised_share == pytest.approx(supervised / sum(lengths))
     recipe.data.augmentation = recipe.data.summary_ratio = None
     assert dense_lengths(recipe)[0] != lengths, "vacuous: neither augmentation nor modes change a length"
     assert sorted(check_recipe(recipe, quiet=True).splits["train"].lengths) == dense_lengths(recipe)[0]

@@ -22,7 +22,7 @@ from qwenvl_ft.look.pictures import data_uri, pictures
 from qwenvl_ft.look.placing import placed_objects
 from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.look.show import show_recipe
-from qwenvl_ft.look.tokens import learned_texts, pieces, texts_before_media
+from qwenvl_ft.look.tokens import pieces, supervised_texts, texts_before_media
 
 IGNORE = -100
 
@@ -112,10 +112,10 @@ def test_the_page_has_every_samples_ids_and_labels(data, tiny_dir, tmp_path, pro
         sample = encoder(record, media_root=str(path.parent))
         assert found["ids"] == sample["input_ids"].tolist()
         assert found["labels"] == sample["labels"].tolist()
-        assert set(found["labels"]) - {IGNORE}, "vacuous: nothing is learned"
+        assert set(found["labels"]) - {IGNORE}, "vacuous: nothing is supervised"
 
 
-def test_rows_are_those_of_the_epoch_with_their_borders(data, tiny_dir, tmp_path, processor):
+def test_rows_are_those_of_the_epoch_with_their_boundaries(data, tiny_dir, tmp_path, processor):
     records = [asked("a.png", "word " * k) for k in range(3, 40)]
     path = data(records)
     page = shown(path, tiny_dir, tmp_path, "template.max_length=300", samples=1, rows=3, epoch=1)
@@ -224,11 +224,11 @@ def test_tokens_that_share_a_character_are_one_piece(processor):
     assert [token for piece in sequence for token in piece.ids] == ids
 
 
-def test_learned_text_and_what_stands_before_images(processor, tmp_path):
+def test_supervised_text_and_the_text_before_images(processor, tmp_path):
     record = asked([picture(64, 64), picture(64, 64)], "Yes, it is.", "A: <image> B: <image> Same?")
     sample = Encoder(processor)(record)
     sequence = pieces(sample["input_ids"].tolist(), sample["labels"].tolist(), processor.tokenizer)
-    assert learned_texts(sequence) == ["Yes, it is.\n"]
+    assert supervised_texts(sequence) == ["Yes, it is.\n"]
     assert [text.split("\n")[-1].strip() for text in texts_before_media(sequence)] == ["A:", "B:"]
 
 
@@ -274,7 +274,7 @@ def test_the_command_writes_the_page(data, tiny_dir, tmp_path, capsys):
     assert "Did you mean" in capsys.readouterr().err
 
 
-def test_data_that_is_not_there_cannot_be_shown(data, tiny_dir, tmp_path):
+def test_showing_missing_data_is_an_error(data, tiny_dir, tmp_path):
     with pytest.raises(RecipeError, match="split val"):
         shown(data(sound()), tiny_dir, tmp_path, split="val")
     with pytest.raises(RecipeError, match=r"model\.model"):

@@ -42,7 +42,7 @@ def counted(path, *words, **options):
     return count_recipe(target_recipe([str(path), *words]), quiet=True, **options)
 
 
-def test_everything_that_can_be_counted_by_hand(data):
+def test_all_counts_equal_those_counted_by_hand(data):
     found = counted(data(RECORDS))
     assert (found.records, found.unread) == (5, 0)
     assert found.numbers["images"] == [1, 2, 0, 1, 1]
@@ -76,7 +76,7 @@ def test_objects_of_dense_captions_are_counted_by_class_and_kind(data):
     assert found.numbers["objects"] == [3, 1]
 
 
-def test_tokens_are_those_of_the_samples_also_where_they_are_too_long(data, tiny_dir, processor):
+def test_tokens_of_samples_are_counted_even_if_too_long(data, tiny_dir, processor):
     path = data(sound())
     found = counted(path, "--model", str(tiny_dir), "--max_length", "40")
     samples = [Encoder(processor)(record, media_root=str(path.parent)) for record in sound()]
@@ -147,7 +147,7 @@ def test_bars_are_as_high_as_their_counts(data, tmp_path):
     assert [height / max(heights) for height in heights] == pytest.approx([1 / 3, 1, 1 / 3], abs=1e-3)
 
 
-def test_validation_data_is_counted_where_it_is_asked_for(data):
+def test_validation_data_is_counted_on_request(data):
     train, val = data(RECORDS, "t.jsonl"), data(RECORDS[:2], "v.jsonl")
     assert counted(train, "--val_jsonl", str(val), split="val").records == 2
     with pytest.raises(RecipeError, match="split val"):

@@ -35,7 +35,7 @@ def verdicts(report):
     return worst
 
 
-def test_lora_in_float32_is_exact_to_what_plain_transformers_and_peft_load(tiny_dir):
+def test_lora_in_float32_matches_plain_transformers_and_peft(tiny_dir):
     report = proven(tiny_dir, "model.torch_dtype=float32", samples=5, new_tokens=8)
     assert report.ok, report.text()
     found = verdicts(report)

@@ -4,7 +4,7 @@ import gc
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ class Check(Protocol):
     def measure(self, subject: Subject) -> None:
         """Measure everything that needs the trained model."""
 
-    def rows(self, subject: Subject) -> Any:
+    def rows(self, subject: Subject) -> Iterator[Row]:
         """Compare with the reference, after the trained model was released."""
 
 

@@ -12,7 +12,7 @@ from qwenvl_ft.data.augment.operations import OPERATIONS
 WIDTH, HEIGHT, RADIUS = 320, 240, 7
 INKS = ((230, 60, 20), (90, 200, 110))
 FINE = 8
-"""Marks are drawn this many times larger and averaged down, so that their centres are exact."""
+"""Marks are drawn at this scale and averaged down, so that their centres are exact."""
 WIDE = {
     "rotate": {"max_deg": 30},
     "scale": {"lo": 0.7, "hi": 1.4},
@@ -20,21 +20,21 @@ WIDE = {
     "random_crop": {"lo": 0.6},
     "clahe": {"clip_limit": 2, "tile_grid_size": [2, 2]},
 }
-"""Wider than the defaults, for the geometry to have something to do."""
+"""Wider ranges than the defaults, so that the geometry changes more."""
 
 
 def marks():
-    """Centres of the marks, at no particular fraction of a pixel."""
+    """Return the centres of the marks, at arbitrary fractions of a pixel."""
     rng = np.random.default_rng(5)
     grid = itertools.product(range(24, WIDTH, 45), range(24, HEIGHT, 45))
     return [(x + rng.uniform(-4, 4), y + rng.uniform(-4, 4)) for x, y in grid]
 
 
 def marked_pictures():
-    """One soft ground, twice, with discs of two inks in turn; the other picture has the inks exchanged.
+    """Return two pictures with the same smooth background and discs of two alternating colours, swapped in the second.
 
-    Both have the same levels about equally often, so that an operation which looks at the whole picture (equalize)
-    treats both alike, and they differ at the discs alone.
+    The levels are about equally frequent in both, so that an operation that depends on the whole picture (equalize)
+    treats both alike, and they differ only at the discs.
     """
     x, y = np.meshgrid((np.arange(WIDTH * FINE) + 0.5) / FINE, (np.arange(HEIGHT * FINE) + 0.5) / FINE)
     pictures = [picture(WIDTH // 8, HEIGHT // 8).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for _ in range(2)]
@@ -50,7 +50,7 @@ PICTURES = marked_pictures()
 
 
 def mark_objects():
-    """Each mark as an object centred on it, of all three kinds in turn."""
+    """Return an object centred on each mark; the three kinds of geometry alternate."""
     r = RADIUS + 1
     objects = []
     for index, (x, y) in enumerate(marks()):
@@ -64,15 +64,16 @@ def mark_objects():
 
 
 def centre(entry):
-    """Where an object says that its mark is."""
+    """Return the centre of an object's geometry."""
     points = np.reshape(next(entry[key] for key in ("bbox_2d", "quad", "line") if key in entry), (-1, 2))
     return points.mean(axis=0)
 
 
 def random_chain(rng):
-    """One to six operations in any order, any of them.
+    """Return one to six random operations in random order.
 
-    Of solarize, clahe and equalize no two: together they can give both inks one level, and the marks are gone.
+    At most one of solarize, clahe and equalize is used: two of them can map both colours to the same level, which
+    erases the marks.
     """
     names = rng.permutation(sorted(OPERATIONS)).tolist()
     folding = [name for name in names if name in ("solarize", "clahe", "equalize")]
@@ -89,7 +90,7 @@ def random_chain(rng):
 
 
 def differences(first, second):
-    """Centres of what differs between two pictures: float[found, 2] in pixels."""
+    """Return the centres of the regions in which two pictures differ: float[found, 2] in pixels."""
     difference = np.abs(np.asarray(first).astype(float) - np.asarray(second).astype(float)).sum(axis=2)
     labels, count = ndimage.label(difference > 0.2 * difference.max())
     index = np.arange(1, count + 1)
@@ -98,8 +99,8 @@ def differences(first, second):
     return centres[sizes > 12]
 
 
-def to_nearest(told, found):
-    """From where each mark is said to be, to the nearest one found: float[told, 2] in pixels."""
-    apart = np.asarray(found)[None] - np.asarray(told).reshape(-1, 1, 2)  # [told, found, 2]
-    nearest = np.hypot(*apart.T).argmin(axis=0)
-    return apart[np.arange(len(apart)), nearest]
+def to_nearest(expected, found):
+    """Return float[expected, 2]: the offset from each expected centre to the nearest one found, in pixels."""
+    offsets = np.asarray(found)[None] - np.asarray(expected).reshape(-1, 1, 2)  # [expected, found, 2]
+    nearest = np.hypot(*offsets.T).argmin(axis=0)
+    return offsets[np.arange(len(offsets)), nearest]

@@ -1,4 +1,4 @@
-"""Colour operations: coordinates bit-equal, nothing moves, and each does what its parameters say."""
+"""Colour operations: coordinates stay bit-equal, nothing moves, and each operation follows its parameters."""
 
 import colorsys
 
@@ -41,9 +41,9 @@ def test_coordinates_stay_to_the_bit_and_pixels_change(name):
 
 @pytest.mark.parametrize("name", COLOUR)
 def test_nothing_moves(name):
-    """An operation that shifted pixels would not give the mirrored picture's result mirrored.
+    """An operation that moves no pixels commutes with mirroring.
 
-    CLAHE is nearly so: it blends its tiles from the corners of pixels, as OpenCV does, not from their centres.
+    CLAHE does so approximately: like OpenCV, it measures distances to tile centres from pixel corners.
     """
     image = picture(640, 480)
     drawn = Augmenter.from_config({"ops": [{name: {"prob": 1}}]}).draw(640, 480, np.random.default_rng(0))
@@ -83,13 +83,13 @@ def test_gamma_is_the_power_of_each_level(gamma, gain):
 
 
 def test_hsv_turns_the_hue_and_multiplies_the_rest():
-    """Against colorsys, pixel by pixel; the 256 levels of each of H, S and V cost some levels of RGB."""
+    """Compared with colorsys pixel by pixel; quantising H, S and V to 256 levels costs some levels of RGB."""
     pixels = np.random.default_rng(0).integers(30, 200, (8, 8, 3), dtype=np.uint8)
     out = as_array(Hsv().apply(Image.fromarray(pixels), 60.0, 0.8, 1.2))
-    for given, told in zip(pixels.reshape(-1, 3), out.reshape(-1, 3), strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*(given / 255))
+    for before, after in zip(pixels.reshape(-1, 3), out.reshape(-1, 3), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*(before / 255))
         expected = np.array(colorsys.hsv_to_rgb((h + 1 / 6) % 1, s * 0.8, min(v * 1.2, 1))) * 255
-        np.testing.assert_allclose(told, expected, atol=8)
+        np.testing.assert_allclose(after, expected, atol=8)
     unchanged = as_array(Hsv().apply(Image.fromarray(pixels), 0.0, 1.0, 1.0))
     assert np.abs(unchanged - pixels).max() <= 8
     assert np.abs(out - pixels).max() > 40, "vacuous: nothing was turned"
@@ -113,7 +113,7 @@ def test_auto_contrast_uses_all_levels():
 
 
 def slow_clahe(channel, clip_limit, down, across):
-    """The definition, one pixel and one level at a time, for sizes that the tiles divide."""
+    """Compute CLAHE by its definition, one pixel and one level at a time, for sizes that the tiles divide."""
     height, width = channel.shape
     th, tw = height // down, width // across
     tables = {}

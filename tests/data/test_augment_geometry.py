@@ -1,4 +1,4 @@
-"""Objects under maps and clipping: areas against counted pixels, pieces against sampled points, order and drops."""
+"""Objects under maps and clipping: areas compared with counted pixels, pieces of lines with sampled points."""
 
 import numpy as np
 import pytest
@@ -35,14 +35,14 @@ def moved(objects, x=0.0, y=0.0, size=(1200, 800), min_visible=0.0):
 
 
 def random_convex(rng):
-    """A quad around a point that may be near or beyond the frame's border."""
+    """Return a random convex quad around a point near or outside the frame's border."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, 4))
     centre = rng.uniform([-10, -10], [130, 90])
     return [tuple(p) for p in (centre + 50 * np.stack([np.cos(angles), np.sin(angles)], axis=1)).tolist()]
 
 
 def counted_area(polygon, size, fine=8):
-    """Pixels of the frame that a polygon covers, counted on a grid ``fine`` times as dense."""
+    """Return the area of the frame that a polygon covers, counted on a grid ``fine`` times as dense."""
     mask = Image.new("1", (size[0] * fine, size[1] * fine))
     ImageDraw.Draw(mask).polygon([(x * fine - 0.5, y * fine - 0.5) for x, y in polygon], fill=1)
     return np.asarray(mask).sum() / fine**2
@@ -71,7 +71,7 @@ def test_a_clipped_polygon_covers_the_pixels_of_the_frame_that_the_polygon_cover
 
 
 def test_a_clipped_line_is_the_line_in_the_frame():
-    """Against 20,001 points sampled along each line: the length inside, and the number of pieces."""
+    """Compared with 20,001 points sampled along each line: the length inside, and the number of pieces."""
     rng = np.random.default_rng(2)
     several = 0
     for _ in range(200):
@@ -89,7 +89,7 @@ def test_a_clipped_line_is_the_line_in_the_frame():
     assert several > 20, "vacuous: no line leaves the frame and comes back"
 
 
-def test_a_box_becomes_the_bounding_box_of_what_is_seen_of_it():
+def test_a_box_becomes_the_bounding_box_of_its_visible_part():
     step = Rotate().step((1200, 800), 10.0)
     (box,), _ = map_objects([RECORD[0]], [step], 0.0)
     corners = np.array(transform([(90, 120), (420, 120), (420, 360), (90, 360)], step.matrix))
@@ -99,8 +99,8 @@ def test_a_box_becomes_the_bounding_box_of_what_is_seen_of_it():
     assert cut["bbox_2d"] == [0.0, 120.0, 220.0, 360.0]
 
 
-def test_a_turned_box_that_the_frame_cuts_is_as_tight_as_what_is_seen():
-    """A square on its corner, cut on the left: its top and bottom corner, both outside, must not stretch it."""
+def test_a_rotated_box_cut_by_the_frame_is_tight_around_its_visible_part():
+    """A square standing on a corner, cut on the left: its top and bottom corners, both outside, must not enlarge it."""
     c = 0.5**0.5
     step = Step((c, -c, 0.0, c, c, 0.0), (100, 100))
     (box,), _ = map_objects([{"bbox_2d": [0, -40, 100, 60]}], [step], 0.0)
@@ -150,8 +150,8 @@ def test_a_corner_of_a_quad_in_the_frame_is_an_exact_triangle_with_four_corners(
     assert len(set(quad)) == 4
 
 
-def test_a_quad_never_covers_what_the_object_does_not_and_loses_little():
-    """Rectangles turned by up to 17 degrees, of which the frame leaves at least 30 percent."""
+def test_a_cut_quad_covers_only_the_object_and_loses_little():
+    """Tested on rectangles rotated by up to 17 degrees, of which at least 30 percent stay in the frame."""
     rng = np.random.default_rng(3)
     covers = []
     for _ in range(2_000):
@@ -182,7 +182,7 @@ def test_a_line_keeps_its_longest_piece_and_counts_its_points_again():
 
 
 def test_a_line_along_the_border_is_not_cut_by_rounding():
-    """x * (newW / W) is not newW for every W; the line must not fall apart where it touches the border."""
+    """W * (newW / W) is not exactly newW for every W; a line that touches the border must stay in one piece."""
     cut = 0
     for width in range(100, 400):
         matrix = (1344 / width, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -193,7 +193,7 @@ def test_a_line_along_the_border_is_not_cut_by_rounding():
     assert cut, "vacuous: nothing was rounded up"
 
 
-def test_what_leaves_the_frame_is_dropped_and_reported():
+def test_objects_that_leave_the_frame_are_dropped_and_reported():
     objects, dropped = moved(RECORD, x=-450.0, min_visible=0.3)
     assert dropped == [0]
     assert [entry["desc"] for entry in objects] == [RECORD[1]["desc"], RECORD[2]["desc"]]
@@ -212,7 +212,7 @@ def test_min_visible_is_a_share_of_area_or_length(entry, shift, kept):
     assert bool(moved([entry], x=shift, size=SIZE, min_visible=0.3)[0]) == kept
 
 
-def test_what_is_wholly_in_the_frame_counts_as_wholly_visible():
+def test_objects_inside_the_frame_count_as_fully_visible():
     steps = [Rotate(expand=True).step((1200, 800), 13.0)]
     assert map_objects(RECORD, steps, 1.0)[1] == []
 
@@ -223,7 +223,7 @@ def test_an_intermediate_frame_cuts_what_a_later_one_would_show_again():
     assert box["bbox_2d"] == [50.0, 10.0, 80.0, 40.0]
 
 
-def test_without_steps_values_are_the_given_ones():
+def test_without_steps_values_are_unchanged():
     objects, dropped = map_objects(RECORD, [], 1.0)
     assert (objects, dropped) == (RECORD, [])
     assert isinstance(objects[0]["bbox_2d"][0], int)
@@ -240,7 +240,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("entry", "message"), WRONG)
-def test_objects_without_one_whole_geometry_are_errors(entry, message):
+def test_objects_without_exactly_one_complete_geometry_are_errors(entry, message):
     with pytest.raises(DataError, match=message):
         map_objects([entry], [], 0.3)
 

@@ -1,4 +1,4 @@
-"""Pixels and coordinates move together: marks drawn into an image are found again where their coordinates went."""
+"""Pixels and coordinates move together: marks drawn into an image are found where their coordinates moved."""
 
 from dataclasses import replace
 
@@ -16,22 +16,26 @@ from mark_cases import (
     to_nearest,
 )
 
-from qwenvl_ft.data.augment.canvas import render
 from qwenvl_ft.data.augment.colour import COLOUR
 from qwenvl_ft.data.augment.geometry import IDENTITY, Step, compose
 from qwenvl_ft.data.augment.operations import Rotate
 from qwenvl_ft.data.augment.pipeline import Augmenter, Drawn
+from qwenvl_ft.data.augment.render import render
 from qwenvl_ft.errors import DataError
 
 
-def offsets(drawn, told=None):
-    """From where each wholly visible mark is said to be, to the nearest one found: float[marks, 2] in pixels."""
-    objects, _ = (told or drawn).objects(mark_objects())
+def offsets(drawn, coordinates_of=None):
+    """Return float[marks, 2]: from the coordinates of each fully visible mark to the nearest mark found, in pixels.
+
+    Args:
+        coordinates_of: the augmentation that moves the coordinates, if not ``drawn``.
+    """
+    objects, _ = (coordinates_of or drawn).objects(mark_objects())
     return to_nearest([centre(entry) for entry in objects], differences(*map(drawn.image, PICTURES)))
 
 
-def distances(drawn, told=None):
-    return np.hypot(*offsets(drawn, told).T).tolist()
+def distances(drawn, coordinates_of=None):
+    return np.hypot(*offsets(drawn, coordinates_of).T).tolist()
 
 
 def draw(ops, seed=0, **settings):
@@ -54,7 +58,7 @@ def test_marks_are_where_their_coordinates_say_after_500_chains(chains):
 
 
 def test_geometry_alone_is_exact_but_for_the_sampling(chains):
-    """No mark far off, and no drift of all of them: 0.01 pixel is a fiftieth of what a wrong half pixel would give."""
+    """No mark is far off, and the mean offset is below 0.01 pixel, a fiftieth of a wrong half-pixel shift."""
     measured = np.concatenate([offsets(replace(drawn, colours=())) for drawn in chains])
     assert np.hypot(*measured.T).max() < 0.15
     assert np.abs(measured.mean(axis=0)).max() < 0.01
@@ -62,11 +66,11 @@ def test_geometry_alone_is_exact_but_for_the_sampling(chains):
 
 @pytest.mark.parametrize("shift", [(1.0, 0.0), (0.0, -1.0)])
 def test_a_matrix_that_is_off_by_one_is_noticed(shift):
-    """The guard of the two tests above: coordinates moved one pixel beside the image's own."""
+    """Guards the two tests above: the coordinates move one pixel further than the image."""
     drawn = draw([{"rotate": {"prob": 1}}, {"hflip": {"prob": 1}}])
     wrong = Step(compose((1.0, 0.0, shift[0], 0.0, 1.0, shift[1]), drawn.steps[0].matrix), drawn.size)
     assert max(distances(drawn)) < 0.1
-    assert min(distances(drawn, told=replace(drawn, steps=(wrong,)))) > 0.5
+    assert min(distances(drawn, coordinates_of=replace(drawn, steps=(wrong,)))) > 0.5
 
 
 FLIPS = {
@@ -88,7 +92,7 @@ def test_flips_are_exact_to_the_bit(name, width):
 
 
 def test_a_flip_by_width_minus_one_would_leave_a_column_empty():
-    """The guard of the test above: the matrix that takes pixel centres for whole numbers."""
+    """Guards the test above: this matrix wrongly assumes that pixel centres have integer coordinates."""
     image = picture(64, 41)
     wrong = Drawn(image.size, (Step((-1.0, 0.0, 63.0, 0.0, 1.0, 0.0), image.size),), fill=(0, 0, 0))
     pixels = np.asarray(wrong.image(image))
@@ -138,7 +142,7 @@ def test_a_warp_fills_with_mid_grey_what_the_image_does_not_cover():
 
 
 def test_affine_operations_in_a_row_are_one_warp():
-    """Turning left and right again must not blur twice, nor lose the corners between."""
+    """Rotating there and back must neither blur twice nor cut off the corners in between."""
     there_and_back = Step(IDENTITY, (WIDTH, HEIGHT))
     for degrees in (20.0, -20.0):
         there_and_back = there_and_back.then(Rotate().step((WIDTH, HEIGHT), degrees))
@@ -151,7 +155,7 @@ def test_affine_operations_in_a_row_are_one_warp():
 
 
 def test_an_image_of_another_size_is_an_error():
-    with pytest.raises(DataError, match="an image of 64x41 pixels stands in a record of 320x240"):
+    with pytest.raises(DataError, match="an image has 64x41 pixels, but its record states 320x240"):
         draw(["equalize"]).image(picture(64, 41))
 
 

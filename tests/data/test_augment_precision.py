@@ -1,8 +1,8 @@
-"""How far the answers' coordinates are from what the model sees, through the whole path: augmentation, text, resizing.
+"""The distance of the answers' coordinates from what the model sees, through augmentation, text and resizing.
 
-Marks are drawn into images. A chain of operations is read from a section and drawn by epoch and record, as in
-training; the processor resizes; the answer is read from the learned tokens; the marks are found again in the
-patches. The figures:  python -m pytest -s tests/data/test_augment_precision.py
+Marks are drawn into images. A chain of operations is read from a recipe section and drawn by epoch and record, as in
+training; the processor resizes; the answer is read from the supervised tokens; the marks are located in the patches.
+To print the figures:  python -m pytest -s tests/data/test_augment_precision.py
 """
 
 import json
@@ -30,7 +30,7 @@ def raw_encoder(processor):
 
 
 def samples_of(ops, seed, encoder):
-    """A chain's two samples, alike but for the inks of their marks."""
+    """Yield the two samples of a chain, which differ only in the colours of their marks."""
     for image in PICTURES:
         record = {"images": [image], "width": WIDTH, "height": HEIGHT, "objects": mark_objects()}
         augmenter = Augmenter.from_config({"ops": ops, "min_visible": 1.0})
@@ -40,27 +40,27 @@ def samples_of(ops, seed, encoder):
         yield encoder(epochs.conversation(1, 0))
 
 
-def seen(sample, processor):
+def visible_image(sample, processor):
     ((image,),) = pictures(sample["pixel_values"], sample["image_grid_thw"], processor.image_processor)
     return image
 
 
-def told(sample, processor, size):
-    """The centres that the answer gives, in pixels of the image that the model gets."""
-    learned = sample["input_ids"][sample["labels"] >= 0]
-    (objects,) = json.loads(processor.tokenizer.decode(learned, skip_special_tokens=True)).values()
+def answered_centres(sample, processor, size):
+    """Return the centres according to the answer, in pixels of the image that the model sees."""
+    supervised = sample["input_ids"][sample["labels"] >= 0]
+    (objects,) = json.loads(processor.tokenizer.decode(supervised, skip_special_tokens=True)).values()
     return np.array([centre(entry) for entry in objects.values()]) / 1000 * size
 
 
 @pytest.fixture(scope="module")
 def measured(raw_encoder):
-    """float[marks, 2] over all chains: from the answer to the mark, in pixels of the image that the model gets."""
+    """float[marks, 2] over all chains: offset of the mark from the answer, in pixels that the model sees."""
     rng, processor, found = np.random.default_rng(1), raw_encoder.processor, []
     for seed in range(CHAINS):
         first, second = samples_of(random_chain(rng), seed, raw_encoder)
         assert torch.equal(first["input_ids"], second["input_ids"])
-        images = seen(first, processor), seen(second, processor)
-        found.append(to_nearest(told(first, processor, images[0].size), differences(*images)))
+        images = visible_image(first, processor), visible_image(second, processor)
+        found.append(to_nearest(answered_centres(first, processor, images[0].size), differences(*images)))
     return np.concatenate(found)
 
 
@@ -77,14 +77,14 @@ def test_answers_are_within_half_a_pixel_of_what_the_model_sees(measured):
 
 
 def test_a_place_of_another_chain_is_noticed(raw_encoder):
-    """The same operations drawn by another seed."""
+    """The same operations, drawn with another seed, give other coordinates."""
     ops = [{"rotate": {"max_deg": 30, "prob": 1}}, {"resize_by_scale": {"align_multiple": 7}}]
     first, second = samples_of(ops, 0, raw_encoder)
     other, _ = samples_of(ops, 1, raw_encoder)
-    images = seen(first, raw_encoder.processor), seen(second, raw_encoder.processor)
+    images = [visible_image(sample, raw_encoder.processor) for sample in (first, second)]
     assert images[0].size not in [image.size for image in PICTURES], "vacuous: nothing was resized"
     for sample, near in ((first, True), (other, False)):
-        apart = to_nearest(told(sample, raw_encoder.processor, images[0].size), differences(*images))
+        apart = to_nearest(answered_centres(sample, raw_encoder.processor, images[0].size), differences(*images))
         assert (np.abs(apart).max() < 0.5) == near
 
 

@@ -1,4 +1,4 @@
-"""The recipe's section: every spelling of the guides, phases, one-line errors; draws that depend on nothing else."""
+"""The recipe's section: every spelling in the guides, phases, one-line errors, and reproducible draws."""
 
 import json
 import pickle
@@ -54,8 +54,8 @@ def test_the_guides_lists_are_read_value_by_value(ops):
     assert [type(operation) for operation in read] == [OPERATIONS[entry["name"]] for entry in ops]
     for operation, entry in zip(read, ops, strict=True):
         for key, value in entry["params"].items():
-            told = getattr(operation, key)
-            assert (list(told) if isinstance(value, list) else told) == value
+            found = getattr(operation, key)
+            assert (list(found) if isinstance(value, list) else found) == value
 
 
 def test_short_forms_mean_the_same():
@@ -64,29 +64,37 @@ def test_short_forms_mean_the_same():
     assert full == short == (Rotate(max_deg=5.0), Scale(), HFlip())
 
 
-def test_values_may_be_the_text_that_a_flag_or_yaml_gives():
+def test_values_may_be_given_as_text():
     assert operations({"ops": [{"rotate": {"max_deg": "5e-1", "expand": "true"}}]}) == (
         Rotate(max_deg=0.5, expand=True),
     )
 
 
 def test_the_defaults_are_the_documented_ones():
-    told = {name: kind() for name, kind in OPERATIONS.items()}
-    assert told["hflip"].prob == 0.5
-    assert told["vflip"].prob == 0.1
-    assert told["rotate"] == Rotate(max_deg=10.0, expand=False, prob=0.5)
-    assert told["scale"] == Scale(lo=0.9, hi=1.1, prob=0.5)
-    assert told["resize_by_scale"] == ResizeByScale(lo=0.8, hi=1.2, scales=None, align_multiple=32, prob=1.0)
-    assert told["pad_to_multiple"] == PadToMultiple(multiple=32)
-    assert told["color_jitter"] == ColorJitter(
+    defaults = {name: kind() for name, kind in OPERATIONS.items()}
+    assert defaults["hflip"].prob == 0.5
+    assert defaults["vflip"].prob == 0.1
+    assert defaults["rotate"] == Rotate(max_deg=10.0, expand=False, prob=0.5)
+    assert defaults["scale"] == Scale(lo=0.9, hi=1.1, prob=0.5)
+    assert defaults["resize_by_scale"] == ResizeByScale(lo=0.8, hi=1.2, scales=None, align_multiple=32, prob=1.0)
+    assert defaults["pad_to_multiple"] == PadToMultiple(multiple=32)
+    assert defaults["color_jitter"] == ColorJitter(
         brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), prob=1.0
     )
-    assert told["gamma"] == Gamma(gamma=(0.7, 1.4), gain=1.0, prob=1.0)
-    assert (told["clahe"].clip_limit, told["clahe"].tile_grid_size, told["clahe"].prob) == (3.0, (8, 8), 0.5)
-    assert (told["hsv"].hue_delta_deg, told["hsv"].sat, told["hsv"].val) == ((-20, 20), (0.7, 1.4), (0.7, 1.4))
-    assert (told["sharpness"].factor, told["sharpness"].prob) == ((0.5, 1.8), 0.4)
-    assert (told["solarize"].threshold, told["solarize"].prob) == (128, 0.3)
-    assert (told["posterize"].bits, told["posterize"].prob) == (4, 0.3)
+    assert defaults["gamma"] == Gamma(gamma=(0.7, 1.4), gain=1.0, prob=1.0)
+    assert (defaults["clahe"].clip_limit, defaults["clahe"].tile_grid_size, defaults["clahe"].prob) == (
+        3.0,
+        (8, 8),
+        0.5,
+    )
+    assert (defaults["hsv"].hue_delta_deg, defaults["hsv"].sat, defaults["hsv"].val) == (
+        (-20, 20),
+        (0.7, 1.4),
+        (0.7, 1.4),
+    )
+    assert (defaults["sharpness"].factor, defaults["sharpness"].prob) == ((0.5, 1.8), 0.4)
+    assert (defaults["solarize"].threshold, defaults["solarize"].prob) == (128, 0.3)
+    assert (defaults["posterize"].bits, defaults["posterize"].prob) == (4, 0.3)
 
 
 @pytest.mark.parametrize("config", [None, {}, {"enabled": False, "ops": DENSE}, {"enabled": True, "ops": []}])
@@ -102,12 +110,12 @@ WRONG = [
     ({"ops": [{"rotate": {"max_deg": -1}}]}, r"rotate\.max_deg: -1 must not be negative"),
     ({"ops": [{"rotate": {"max_deg": "far"}}]}, r"rotate\.max_deg: 'far' is not a number"),
     ({"ops": [{"name": "rotate", "params": [15]}]}, r"ops\[0\] rotate: \[15\] is not a mapping"),
-    ({"ops": [{"name": "rotate", "max_deg": 1}]}, r"max_deg is not a key beside name\. Parameters stand in params"),
+    ({"ops": [{"name": "rotate", "max_deg": 1}]}, r"unknown key max_deg beside name\. Parameters belong in params"),
     ({"ops": [{"rotate": {}, "scale": {}}]}, r"ops\[0\]: .* is not an operation\. Write {name: rotate"),
     ({"ops": [7]}, r"ops\[0\]: 7 is not an operation"),
     ({"ops": {"rotate": {}}}, r"data\.augmentation\.ops: .* is not a list"),
     ({"ops": [{"hflip": {"prob": 30}}]}, r"ops\[0\] hflip: prob: 30 is not between 0 and 1"),
-    ({"ops": [{"scale": {"lo": 1.2, "hi": 1.1}}]}, r"scale: lo: 1\.2 is above hi: 1\.1\. Exchange them"),
+    ({"ops": [{"scale": {"lo": 1.2, "hi": 1.1}}]}, r"scale: lo: 1\.2 is above hi: 1\.1\. Swap them"),
     ({"ops": [{"scale": {"lo": 0}}]}, r"scale\.lo: 0 must be above 0"),
     ({"ops": [{"random_crop": {"hi": 1.5}}]}, r"random_crop: hi: 1\.5 is not between 0 and 1"),
     ({"ops": [{"resize_by_scale": {"scales": []}}]}, r"resize_by_scale: scales: \[\] has nothing to choose from"),
@@ -120,27 +128,27 @@ WRONG = [
     ),
     ({"ops": [{"gamma": {"gamma": [-1, 2]}}]}, r"gamma: gamma: -1 is below 0"),
     ({"ops": [{"clahe": {"tile_grid_size": [8]}}]}, r"clahe: tile_grid_size: \[8\] is not \[across, down\]"),
-    ({"ops": [{"posterize": {"bits": 9}}]}, r"posterize: bits: 9 is more than the 8 of a level"),
+    ({"ops": [{"posterize": {"bits": 9}}]}, r"posterize: bits: 9 is more than the 8 bits of a level"),
     ({"ops": [{"auto_contrast": {"cutoff": 50}}]}, r"auto_contrast: cutoff: 50 percent at either end leaves nothing"),
     ({"op": []}, r"data\.augmentation: unknown key 'op'\. Did you mean 'ops'\?"),
-    ({"fill": 300}, r"fill: 300 is not a level from 0 to 255"),
+    ({"fill": 300}, r"fill: 300 is neither a level from 0 to 255"),
     ({"bypass_prob": 2}, r"data\.augmentation: bypass_prob: 2 is not between 0 and 1"),
     ({"ops": ["hflip"], "phases": [{"ops": []}]}, r"both ops and phases are given"),
     ({"phases": [{"until_epoch": 2, "ops": []}]}, r"phases: until_epoch is \[2\]\. Every phase but the last needs one"),
     ({"phases": [{"ops": []}, {"ops": []}]}, r"phases: until_epoch is \[None, None\]"),
-    ({"phases": [{"until_epoch": 2}, {"until_epoch": 2}, {}]}, r"until_epoch must rise from phase to phase"),
+    ({"phases": [{"until_epoch": 2}, {"until_epoch": 2}, {}]}, r"until_epoch must increase from phase to phase"),
     ({"phases": [{"until_epoch": 2, "ops": ["hflop"]}, {}]}, r"phases\[0\]\.ops\[0\]: unknown operation 'hflop'"),
 ]
 
 
 @pytest.mark.parametrize(("config", "message"), WRONG)
-def test_what_is_wrong_is_said_in_one_line_that_says_where(config, message):
+def test_an_error_is_one_line_that_names_the_place(config, message):
     with pytest.raises(RecipeError, match=message) as raised:
         Augmenter.from_config(config)
     assert "\n" not in str(raised.value)
 
 
-def test_the_place_in_messages_is_the_callers():
+def test_messages_begin_with_the_key_that_the_caller_gives():
     with pytest.raises(RecipeError, match=r"^custom\.augmentation\.ops\[0\]"):
         Augmenter.from_config({"ops": ["x"]}, "custom.augmentation")
 
@@ -198,7 +206,7 @@ def test_the_same_generator_gives_the_same_result():
     assert drawn != [augmenter.draw(96, 64, rng(3, 2, i)) for i in range(30)]
 
 
-def test_draws_do_not_depend_on_content_and_asking_draws_nothing():
+def test_draws_do_not_depend_on_content_and_applying_draws_nothing():
     augmenter = Augmenter.from_config({"ops": APPEARANCE})
     generator = rng(7)
     drawn = augmenter.draw(96, 64, generator)
@@ -222,6 +230,6 @@ def test_one_operations_probability_does_not_change_what_the_others_draw():
         assert never != always, "vacuous: it is not applied"
 
 
-def test_a_drawn_augmentation_travels_to_workers():
+def test_a_drawn_augmentation_can_be_pickled():
     drawn = Augmenter.from_config({"ops": APPEARANCE}).draw(96, 64, rng(2))
     assert pickle.loads(pickle.dumps(drawn)) == drawn

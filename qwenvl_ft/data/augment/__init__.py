@@ -1,1 +1,1 @@
-"""Augmentation: pixels and coordinates move together, every random number is drawn before a pixel is read."""
+"""Augmentation: pixels and coordinates move together; all random numbers are drawn before any pixel is read."""

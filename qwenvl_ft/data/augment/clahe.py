@@ -1,4 +1,4 @@
-"""Contrast limited adaptive histogram equalization of one channel, as OpenCV's createCLAHE does it."""
+"""Contrast limited adaptive histogram equalization (CLAHE) of one channel, like OpenCV's createCLAHE."""
 
 from collections.abc import Iterator
 
@@ -8,17 +8,18 @@ from numpy.typing import NDArray
 LEVELS = 256
 
 Band = tuple[slice, int, int, NDArray[np.float32]]
-"""Pixels of one axis between two tiles' centres, the tile before, the tile behind, and the weight of the latter."""
+"""Pixels of one axis between two tile centres, the tile before, the tile after, and the weight of the latter."""
 
 
 def equalize_adaptively(channel: NDArray[np.uint8], *, clip_limit: float, tiles: tuple[int, int]) -> NDArray[np.uint8]:
-    """Equalize each tile by its own histogram and blend the four nearest tiles' results at every pixel.
+    """Equalize each tile by its own histogram, and blend the results of the four nearest tiles at every pixel.
 
     Args:
         channel: uint8[H, W].
-        clip_limit: most pixels of one level in a tile, in multiples of (pixels of the tile / 256).
-        tiles: down, across. A size that they do not divide is continued by its mirror image. (OpenCV continues both
-            axes, by a whole row of tiles, if one of them is not divided; otherwise the results are within one level.)
+        clip_limit: maximum number of pixels of one level in a tile, in multiples of (pixels of the tile / 256).
+        tiles: number of tiles (down, across). A size that they do not divide is padded by reflection. (If they do not
+            divide one axis, OpenCV pads both axes, the other one by a row of tiles; in all other cases the results
+            differ by at most one level.)
 
     Returns:
         uint8[H, W].
@@ -39,12 +40,12 @@ def equalize_adaptively(channel: NDArray[np.uint8], *, clip_limit: float, tiles:
 
 
 def _tables(pixels: NDArray[np.uint8], clip_limit: float) -> NDArray[np.float32]:
-    """What each level becomes in each tile: uint8[down, across, pixels] -> float32[down, across, 256]."""
+    """Return the lookup table of each tile: uint8[down, across, pixels] -> float32[down, across, 256]."""
     down, across, count = pixels.shape
     offsets = np.arange(down * across).reshape(down, across, 1) * LEVELS
     histogram = np.bincount((pixels + offsets).ravel(), minlength=down * across * LEVELS).reshape(-1, LEVELS)
     limit = max(1, int(clip_limit * count / LEVELS))
-    excess = np.maximum(histogram - limit, 0).sum(axis=1)  # [tiles] what is cut off goes to all levels alike
+    excess = np.maximum(histogram - limit, 0).sum(axis=1)  # [tiles] the clipped pixels are spread over all levels
     histogram = np.minimum(histogram, limit) + (excess // LEVELS)[:, None]
     for row, rest in zip(histogram, (excess % LEVELS).tolist(), strict=True):
         if rest:
@@ -54,6 +55,7 @@ def _tables(pixels: NDArray[np.uint8], clip_limit: float) -> NDArray[np.float32]
 
 
 def _bands(size: int, tile: int, count: int) -> Iterator[Band]:
+    """Divide an axis of ``size`` pixels at the centres of its ``count`` tiles."""
     position = np.arange(size, dtype=np.float32) / tile - 0.5
     before = np.floor(position).astype(int)
     for index in range(-1, count):

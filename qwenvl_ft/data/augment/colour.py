@@ -1,6 +1,6 @@
-"""Operations that change colours and nothing else: the frame and every coordinate stay as they are.
+"""Colour operations: the size of the image and all coordinates stay unchanged.
 
-They take and give RGB images of 8 bits; PIL does the work where it can.
+They take and return 8-bit RGB images, and use PIL where possible.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Picture = Image.Image
 
 
 def table(function: Callable[[np.ndarray], np.ndarray]) -> list[int]:
-    """A function of the 256 levels as the table that `Image.point` takes, rounded and kept in 0 to 255."""
+    """Return a function of the 256 levels as a table for `Image.point`, rounded and clipped to 0 to 255."""
     return np.clip(np.rint(function(np.arange(256.0))), 0, 255).astype(int).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColourOperation:
-    """Draws one number from each range, in the order of the fields; an operation without ranges draws none."""
+    """Base class: draws one number from each `Range` field, in the order of the fields."""
 
     kind: ClassVar[str] = "colour"
     any_sign: ClassVar[tuple[str, ...]] = ()
-    """Ranges that may go below 0."""
+    """Names of the ranges that may be negative."""
 
     def __post_init__(self) -> None:
         for name in self.ranges():
@@ -40,6 +40,7 @@ class ColourOperation:
 
     @classmethod
     def ranges(cls) -> list[str]:
+        """Return the names of the `Range` fields."""
         return [f.name for f in fields(cls) if f.type in (Range, Range | None)]
 
     def draw(self, rng: Generator) -> tuple[float, ...]:
@@ -48,7 +49,7 @@ class ColourOperation:
 
 @dataclass(frozen=True, kw_only=True)
 class ColorJitter(ColourOperation):
-    """Brightness, contrast about the mean grey, then saturation, each times a factor; null leaves one as it is."""
+    """Multiply brightness, contrast about the mean grey, then saturation by a factor; null skips one of them."""
 
     brightness: Range | None = (0.7, 1.3)
     contrast: Range | None = (0.7, 1.3)
@@ -63,7 +64,7 @@ class ColorJitter(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma(ColourOperation):
-    """255 * gain * (v / 255) ** gamma: below 1 lightens the shadows."""
+    """Map each level v to 255 * gain * (v / 255) ** gamma; a gamma below 1 brightens shadows."""
 
     gamma: Range = (0.7, 1.4)
     gain: PositiveFloat = 1.0
@@ -75,32 +76,32 @@ class Gamma(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class Hsv(ColourOperation):
-    """Turn the hue, multiply saturation and value. PIL's HSV has 256 hues, so a turn is rounded to 1.4 degrees."""
+    """Rotate the hue, multiply saturation and value. PIL has 256 hues, so rotations are rounded to 1.4 degrees."""
 
     any_sign = ("hue_delta_deg",)
     hue_delta_deg: Range = (-20.0, 20.0)
-    """Degrees of the colour circle."""
+    """Rotation of the hue in degrees."""
     sat: Range = (0.7, 1.4)
     val: Range = (0.7, 1.4)
     prob: float = 1.0
 
     def apply(self, image: Picture, degrees: float, saturation: float, value: float) -> Picture:
-        turn = table(lambda h: (h + round(degrees / 360 * 256)) % 256)
+        hue = table(lambda h: (h + round(degrees / 360 * 256)) % 256)
         return (
             image.convert("HSV")
-            .point(turn + table(lambda s: s * saturation) + table(lambda v: v * value))
+            .point(hue + table(lambda s: s * saturation) + table(lambda v: v * value))
             .convert("RGB")
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clahe(ColourOperation):
-    """Contrast limited adaptive histogram equalization of the brightness (Y of YCbCr); hues stay."""
+    """Contrast limited adaptive histogram equalization of the luma (Y of YCbCr)."""
 
     clip_limit: PositiveFloat = 3.0
-    """Most pixels of one level in a tile, in multiples of what each level had if all had the same."""
+    """Maximum number of pixels of one level in a tile, in multiples of (pixels of the tile / 256)."""
     tile_grid_size: tuple[Positive, Positive] = (8, 8)
-    """Tiles across and down."""
+    """Number of tiles (across, down)."""
     prob: float = 0.5
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ class Clahe(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class Sharpness(ColourOperation):
-    """0 is smoothed, 1 as it is, above 1 sharpened."""
+    """Sharpen or smooth: factor 0 smooths, 1 changes nothing, above 1 sharpens."""
 
     factor: Range = (0.5, 1.8)
     prob: float = 0.4
@@ -128,7 +129,7 @@ class Sharpness(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class Solarize(ColourOperation):
-    """Invert the levels from the threshold on."""
+    """Invert all levels at or above the threshold."""
 
     threshold: NonNegativeFloat = 128
     prob: float = 0.3
@@ -139,15 +140,15 @@ class Solarize(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class Posterize(ColourOperation):
-    """Keep the high bits of each level."""
+    """Keep only the highest bits of each level."""
 
     bits: Positive = 4
-    """1 to 8."""
+    """Number of bits, 1 to 8."""
     prob: float = 0.3
 
     def __post_init__(self) -> None:
         if self.bits > 8:
-            raise RecipeError(f"bits: {self.bits} is more than the 8 of a level.")
+            raise RecipeError(f"bits: {self.bits} is more than the 8 bits of a level.")
 
     def apply(self, image: Picture) -> Picture:
         return ImageOps.posterize(image, self.bits)
@@ -155,10 +156,10 @@ class Posterize(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoContrast(ColourOperation):
-    """Spread each channel over all levels."""
+    """Stretch each channel to the full range of levels."""
 
     cutoff: NonNegativeFloat = 0.0
-    """Percent of the pixels that may be cut off at either end; below 50."""
+    """Percentage of the pixels to ignore at either end; below 50."""
     prob: float = 0.3
 
     def __post_init__(self) -> None:
@@ -171,7 +172,7 @@ class AutoContrast(ColourOperation):
 
 @dataclass(frozen=True, kw_only=True)
 class Equalize(ColourOperation):
-    """Let every level of each channel be as frequent."""
+    """Equalize the histogram of each channel."""
 
     prob: float = 0.3
 
@@ -190,3 +191,4 @@ COLOUR: dict[str, Any] = {
     "auto_contrast": AutoContrast,
     "equalize": Equalize,
 }
+"""Name in a recipe -> colour operation."""

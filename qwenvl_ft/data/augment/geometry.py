@@ -1,7 +1,7 @@
-"""Where the objects of a record are after affine maps and changes of canvas.
+"""Move the objects of a record through affine maps and changes of canvas, and clip them to the frame.
 
-Coordinates are continuous: pixel i covers [i, i + 1), so a frame of width W spans 0 to W and its mirror is W - x. A
-point on the pixel grid of one image thus needs no correction by half a pixel in another.
+Coordinates are continuous: pixel i covers [i, i + 1), so a frame of width W spans 0 to W, and mirroring maps x to
+W - x. No half-pixel corrections are needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,63 +15,63 @@ from qwenvl_ft.errors import DataError
 Point = tuple[float, float]
 Points = list[Point]
 Size = tuple[int, int]
-"""(width, height) in pixels, as PIL has it."""
+"""(width, height) in pixels, in PIL's order."""
 Matrix = tuple[float, float, float, float, float, float]
-"""(a, b, c, d, e, f): a point (x, y) goes to (a x + b y + c, d x + e y + f)."""
+"""(a, b, c, d, e, f), which maps a point (x, y) to (a x + b y + c, d x + e y + f)."""
 
 IDENTITY: Matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 ROUNDING = 1e-6
-"""Pixels, or shares, below which a difference comes from floating point arithmetic."""
+"""Tolerance for floating point errors, in pixels or as a share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change of the frame: what was at p is at ``matrix`` p, and only what lies in ``size`` is still seen."""
+    """One change of the frame: ``matrix`` maps old coordinates to new ones, and ``size`` is the new frame."""
 
     matrix: Matrix
     size: Size
     mirrored: tuple[bool, bool] = (False, False)
-    """Left and right exchanged, top and bottom exchanged: what the corner order of a quad depends on."""
+    """(left and right exchanged, top and bottom exchanged), on which the corner order of a quad depends."""
 
     def then(self, later: "Step") -> "Step":
-        """Both as one step; what only the first would have cut off is kept."""
+        """Combine both into one step, which clips only at the frame of ``later``."""
         mirrored = (self.mirrored[0] != later.mirrored[0], self.mirrored[1] != later.mirrored[1])
         return Step(compose(later.matrix, self.matrix), later.size, mirrored)
 
 
 def compose(second: Matrix, first: Matrix) -> Matrix:
-    """The matrix that maps by ``first`` and then by ``second``."""
+    """Return the matrix that applies ``first`` and then ``second``."""
     a, b, c, d, e, f = second
     p, q, r, s, t, u = first
     return (a * p + b * s, a * q + b * t, a * r + b * u + c, d * p + e * s, d * q + e * t, d * r + e * u + f)
 
 
 def invert(matrix: Matrix) -> Matrix:
-    """The matrix that maps back."""
+    """Return the inverse matrix."""
     a, b, c, d, e, f = matrix
     det = a * e - b * d
     return (e / det, -b / det, (b * f - c * e) / det, -d / det, a / det, (c * d - a * f) / det)
 
 
 def transform(points: Points, matrix: Matrix) -> Points:
-    """Every point mapped. Plain Python: shapes have few points, and planning an epoch maps those of every record."""
+    """Map every point. In plain Python, which is faster than numpy for the few points of an object."""
     a, b, c, d, e, f = matrix
     return [(a * x + b * y + c, d * x + e * y + f) for x, y in points]
 
 
 def inside(points: Points, size: Size) -> bool:
-    """Whether no point is outside the frame (its border belongs to it)."""
+    """Return True if all points are inside the frame or on its border."""
     width, height = size
     return all(0 <= x <= width and 0 <= y <= height for x, y in points)
 
 
 def area(polygon: Points) -> float:
-    """Area in square pixels."""
+    """Return the area in square pixels."""
     return abs(sum(p[0] * q[1] - q[0] * p[1] for p, q in pairwise([*polygon, *polygon[:1]]))) / 2
 
 
 def length(line: Points) -> float:
-    """Length in pixels."""
+    """Return the length in pixels."""
     return sum(dist(p, q) for p, q in pairwise(line))
 
 
@@ -81,7 +81,7 @@ def without_repeats(points: Points) -> Points:
 
 
 def clip_polygon(polygon: Points, size: Size) -> Points:
-    """The part of a polygon in the frame, cut side by side (Sutherland and Hodgman, 1974); [] if there is none."""
+    """Clip a polygon to the frame, one side after the other (Sutherland and Hodgman, 1974); [] if nothing is left."""
     if inside(polygon, size):
         return polygon
     for axis in (0, 1):
@@ -100,7 +100,7 @@ def clip_polygon(polygon: Points, size: Size) -> Points:
 
 
 def clip_line(line: Points, size: Size) -> list[Points]:
-    """The pieces of a polyline in the frame, in order; every vertex in the frame stays where it is."""
+    """Return the pieces of a polyline inside the frame, in order; vertices inside the frame are unchanged."""
     if inside(line, size):
         return [line]
     pieces: list[Points] = []
@@ -120,7 +120,7 @@ def clip_line(line: Points, size: Size) -> list[Points]:
 
 
 def _span(p: Point, q: Point, size: Size) -> tuple[float, float] | None:
-    """Which part of a segment is in the frame, as shares of it from p (Liang and Barsky, 1984)."""
+    """Return the part of a segment inside the frame as two shares, 0 at p and 1 at q (Liang and Barsky, 1984)."""
     first, last = 0.0, 1.0
     for axis in (0, 1):
         step = q[axis] - p[axis]
@@ -134,7 +134,7 @@ def _span(p: Point, q: Point, size: Size) -> tuple[float, float] | None:
 
 
 def _between(p: Point, q: Point, t: float, size: Size) -> Point:
-    """The point at share t of a segment; the ends exactly, a crossing exactly in the frame."""
+    """Return the point at share t of a segment: the exact ends for 0 and 1, and never outside the frame."""
     if t in (0, 1):
         return q if t else p
     x, y = (a + t * (b - a) for a, b in zip(p, q, strict=True))
@@ -142,12 +142,12 @@ def _between(p: Point, q: Point, t: float, size: Size) -> Point:
 
 
 def as_quad(polygon: Points, first: Point) -> Points:
-    """A visible polygon as four of its own corners, in its own order, from the one nearest to ``first``.
+    """Reduce a visible polygon to four of its corners, in their order, beginning with the one nearest to ``first``.
 
-    A quad that a side of the frame cuts straight through has four corners still, and a triangle gets one more on its
-    longest side: both are exact. Where one corner is cut off there are five; then the largest quad of four of them is
-    taken. So every corner is a corner of what is seen, no side is bent outwards, and a convex quad covers nothing but
-    the object: of rectangles turned by up to 17 degrees 99 percent of what is seen, and never less than 85.
+    A quad that one side of the frame cuts straight through still has four corners, and a triangle gets a fourth on its
+    longest side; both are exact. If one corner is cut off, five corners remain, and the four that span the largest quad
+    are taken. A convex quad thus covers nothing but the object: 99 percent of the visible part of rectangles rotated by
+    up to 17 degrees, and always at least 85 percent.
     """
     if len(polygon) == 3:
         i = max(range(3), key=lambda k: dist(polygon[k - 1], polygon[k]))
@@ -159,7 +159,7 @@ def as_quad(polygon: Points, first: Point) -> Points:
 
 
 def mirrored_corners(corners: Points, mirrored: tuple[bool, bool]) -> Points:
-    """The corners in the order that is top left, top right, bottom right, bottom left again after mirroring."""
+    """Reorder the corners so that mirroring gives top left, top right, bottom right, bottom left again."""
     order = [0, 1, 2, 3]
     if mirrored[0]:
         order = [order[k] for k in (1, 0, 3, 2)]
@@ -169,18 +169,21 @@ def mirrored_corners(corners: Points, mirrored: tuple[bool, bool]) -> Points:
 
 
 def follow(points: Points, step: Step) -> Points:
-    """Points after a step; what rounding alone puts outside the frame is put on its border."""
-    return [(_settle(x, step.size[0]), _settle(y, step.size[1])) for x, y in transform(points, step.matrix)]
+    """Return the points after a step; points outside the frame by a rounding error are moved to its border."""
+    return [
+        (_without_rounding(x, step.size[0]), _without_rounding(y, step.size[1]))
+        for x, y in transform(points, step.matrix)
+    ]
 
 
-def _settle(value: float, limit: int) -> float:
+def _without_rounding(value: float, limit: int) -> float:
     if -ROUNDING < value < 0:
         return 0.0
     return float(limit) if limit < value < limit + ROUNDING else value
 
 
 Kept = tuple[Points, float]
-"""Points of what is kept of a shape, and its share of the whole shape; ([], 0) if nothing is."""
+"""Points of the part of a shape that is kept, and its share of the whole shape; ([], 0) if nothing is kept."""
 GONE: Kept = ([], 0.0)
 
 
@@ -189,30 +192,31 @@ def _share(part: float, whole: float) -> float:
 
 
 def _polygons(polygon: Points, steps: Sequence[Step]) -> tuple[Points, Points]:
-    """A polygon after all steps: whole, and what is seen of it."""
-    whole = seen = polygon
+    """Return a polygon after all steps: the whole one, and its visible part."""
+    whole = visible = polygon
     for step in steps:
-        whole, seen = follow(whole, step), clip_polygon(follow(seen, step), step.size)
-    return whole, seen
+        whole, visible = follow(whole, step), clip_polygon(follow(visible, step), step.size)
+    return whole, visible
 
 
 def _keep_box(corners: Points, steps: Sequence[Step]) -> Kept:
     (x1, y1), (x2, y2) = corners
-    whole, seen = _polygons([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], steps)
-    if len(seen) < 3:
+    whole, visible = _polygons([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], steps)
+    if len(visible) < 3:
         return GONE
-    xs, ys = zip(*seen, strict=True)
-    return [(min(xs), min(ys)), (max(xs), max(ys))], 1.0 if seen == whole else _share(area(seen), area(whole))
+    xs, ys = zip(*visible, strict=True)
+    share = 1.0 if visible == whole else _share(area(visible), area(whole))
+    return [(min(xs), min(ys)), (max(xs), max(ys))], share
 
 
 def _keep_quad(corners: Points, steps: Sequence[Step]) -> Kept:
     mirrored = (sum(s.mirrored[0] for s in steps) % 2 == 1, sum(s.mirrored[1] for s in steps) % 2 == 1)
-    whole, seen = _polygons(mirrored_corners(corners, mirrored), steps)
-    if seen == whole:
+    whole, visible = _polygons(mirrored_corners(corners, mirrored), steps)
+    if visible == whole:
         return whole, 1.0
-    if len(seen) < 3:
+    if len(visible) < 3:
         return GONE
-    quad = as_quad(seen, whole[0])
+    quad = as_quad(visible, whole[0])
     return quad, _share(area(quad), area(whole))
 
 
@@ -230,11 +234,14 @@ def _keep_line(line: Points, steps: Sequence[Step]) -> Kept:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How one kind of geometry is followed through the steps, and how many numbers it has."""
+    """One kind of geometry."""
 
     keep: Callable[[Points, Sequence[Step]], Kept]
+    """Moves the points through the steps and clips them."""
     counts: str
+    """Allowed numbers of coordinates, for messages."""
     is_count: Callable[[int], bool]
+    """Returns True for an allowed number of coordinates."""
 
 
 SHAPES = {
@@ -242,23 +249,23 @@ SHAPES = {
     "quad": Shape(_keep_quad, "8", lambda n: n == 8),
     "line": Shape(_keep_line, "4, 6, 8, ...", lambda n: n >= 4 and n % 2 == 0),
 }
-"""Key of an object's geometry -> its kind."""
+"""Key of an object's geometry -> kind of geometry."""
 
 
 def map_objects(
     objects: Sequence[Mapping[str, Any]], steps: Sequence[Step], min_visible: float
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """The objects after all steps, and the indices of those that left the frame.
+    """Return the objects after all steps, and the indices of those that left the frame.
 
-    * ``bbox_2d`` becomes the bounding box of what is seen of its mapped rectangle.
-    * ``quad`` keeps its corners' order, top left first after mirroring; cut by the frame it becomes `as_quad`.
-    * ``line`` keeps its longest piece in the frame; ``line_points`` is refreshed where it stands.
+    * ``bbox_2d`` becomes the bounding box of the visible part of its mapped rectangle.
+    * ``quad`` keeps the order of its corners, top left first after mirroring; if the frame cuts it, see `as_quad`.
+    * ``line`` keeps its longest piece in the frame; ``line_points`` is updated if present.
 
-    An object of which less than ``min_visible`` (share of its area or length) would be kept, is dropped. All other keys
-    stay; so what the caller says about all objects together (a summary) has to be made again if one is dropped.
+    An object is dropped if less than ``min_visible`` (share of its area or length) would be kept. All other keys are
+    unchanged, so the caller must rebuild texts about all objects (the summary) if one is dropped.
 
     Raises:
-        DataError: an object has not exactly one geometry, or that has a wrong count of numbers.
+        DataError: an object does not have exactly one geometry, or a wrong number of coordinates.
     """
     shapes = [_shape(entry, index) for index, entry in enumerate(objects)]
     if not steps:
@@ -278,7 +285,7 @@ def map_objects(
 
 
 def _shape(entry: Mapping[str, Any], index: int) -> str:
-    """The key of the object's one geometry."""
+    """Return the key of the object's geometry."""
     keys = [key for key in SHAPES if key in entry]
     if len(keys) != 1:
         raise DataError(

@@ -1,11 +1,11 @@
-"""The operations of augmentation, by name: what each draws at random and what it does to the frame.
+"""The operations of augmentation by name: the random numbers that each draws, and its effect on the frame.
 
-Three kinds. ``affine`` operations give a matrix; those that follow each other are multiplied and the image is warped
-once. ``barrier`` operations change the canvas and need the warp before them done. ``colour`` operations (colour.py)
-leave coordinates alone; they run after all geometry.
+There are three kinds. ``affine`` operations return a matrix; the matrices of consecutive ones are multiplied, and the
+image is warped once. ``barrier`` operations change the canvas; pending warps are done before them. ``colour``
+operations (colour.py) do not change coordinates; they run after all geometry.
 
-Every operation draws the same count of random numbers whether it is applied or not, so that one operation's
-probability does not change what the next one draws.
+Every operation draws the same number of random numbers whether it is applied or not, so that its probability does not
+affect the draws of the next one.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,12 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.limits import NonNegativeFloat, Positive, PositiveFloat
 
 Numbers = tuple[float, ...]
-"""What an operation has drawn."""
+"""The numbers that an operation has drawn."""
 
 
 class Operation(Protocol):
-    """Kind ``affine`` and ``barrier`` have ``step(size, *drawn) -> Step``; ``colour`` has ``apply(image, *drawn)``."""
+    """Interface of all kinds. ``affine`` and ``barrier`` add ``step(size, *drawn) -> Step``, ``colour`` adds
+    ``apply(image, *drawn)``."""
 
     kind: ClassVar[Literal["affine", "barrier", "colour"]]
 
@@ -37,7 +38,7 @@ class Operation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HFlip:
-    """Exchange left and right."""
+    """Mirror left and right."""
 
     kind = "affine"
     prob: float = 0.5
@@ -51,7 +52,7 @@ class HFlip:
 
 @dataclass(frozen=True, kw_only=True)
 class VFlip:
-    """Exchange top and bottom."""
+    """Mirror top and bottom."""
 
     kind = "affine"
     prob: float = 0.1
@@ -65,13 +66,13 @@ class VFlip:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate:
-    """Turn about the centre."""
+    """Rotate about the centre."""
 
     kind = "affine"
     max_deg: NonNegativeFloat = 10.0
-    """Largest angle to either side, in degrees."""
+    """Largest angle in either direction, in degrees."""
     expand: bool = False
-    """Enlarge the canvas so that no corner is lost; False keeps its size."""
+    """Enlarge the canvas so that no corner is cut off; False keeps its size."""
     prob: float = 0.5
 
     def draw(self, rng: Generator) -> Numbers:
@@ -88,7 +89,7 @@ class Rotate:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Zoom about the centre, the canvas as it is: above 1 crops, below 1 leaves a border."""
+    """Zoom about the centre without changing the canvas: factors above 1 crop, below 1 leave a border."""
 
     kind = "affine"
     lo: PositiveFloat = 0.9
@@ -102,19 +103,19 @@ class Scale:
         return (between(rng, (self.lo, self.hi)),)
 
     def step(self, size: Size, factor: float) -> Step:
-        rest = (1 - factor) / 2
-        return Step((factor, 0.0, rest * size[0], 0.0, factor, rest * size[1]), size)
+        margin = (1 - factor) / 2
+        return Step((factor, 0.0, margin * size[0], 0.0, factor, margin * size[1]), size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeByScale:
-    """Another size of the whole image, each side rounded up to a multiple."""
+    """Resize the whole image, with each side rounded up to a multiple."""
 
     kind = "barrier"
     lo: PositiveFloat = 0.8
     hi: PositiveFloat = 1.2
     scales: list[PositiveFloat] | None = None
-    """Choose from these instead of between lo and hi."""
+    """Factors to choose from, instead of a range from lo to hi."""
     align_multiple: Positive = 32
     """Pixels; 1 for any size."""
     prob: float = 1.0
@@ -137,7 +138,7 @@ class ResizeByScale:
 
 @dataclass(frozen=True, kw_only=True)
 class PadToMultiple:
-    """A border at the right and the bottom, up to a multiple; coordinates in pixels stay, normalised ones change."""
+    """Pad right and bottom up to a multiple; coordinates in pixels stay the same, normalised ones change."""
 
     kind = "barrier"
     prob: ClassVar[float] = 1.0
@@ -153,7 +154,7 @@ class PadToMultiple:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrop:
-    """A part of the image, of the same aspect ratio, anywhere in it."""
+    """Crop a random part of the image with the same aspect ratio."""
 
     kind = "barrier"
     lo: PositiveFloat = 0.8
@@ -188,4 +189,4 @@ OPERATIONS: dict[str, Any] = {
     "random_crop": RandomCrop,
     **COLOUR,
 }
-"""Name in a recipe -> operation. Parameters are the fields, their defaults stand there."""
+"""Name in a recipe -> operation. Its fields are the parameters, with their defaults."""

@@ -1,8 +1,8 @@
-"""From a recipe's ``augmentation`` to the pixels and coordinates of one record, in two parts.
+"""Augment the pixels and coordinates of a record as a recipe's ``augmentation`` section says, in two stages.
 
-`Augmenter.draw` makes all random decisions from the size of the image alone. `Drawn` then answers, without another
-random number: how large the image will be, where its objects will be, and what its pixels will be. So a plan that
-needs sizes and texts is made before any pixel is read, and agrees with what is read later.
+`Augmenter.draw` makes all random decisions from the size of the image alone. The resulting `Drawn` is deterministic: it
+gives the size of the augmented image, the coordinates of its objects, and its pixels. A plan that needs sizes and texts
+can thus be made before any pixel is read, and agrees with the pixels read later.
 
 ```yaml
 augmentation:
@@ -21,9 +21,9 @@ from typing import Any
 from numpy.random import Generator
 from PIL import Image
 
-from qwenvl_ft.data.augment.canvas import Colour, render
 from qwenvl_ft.data.augment.geometry import IDENTITY, Size, Step, map_objects
 from qwenvl_ft.data.augment.operations import OPERATIONS, Numbers, Operation
+from qwenvl_ft.data.augment.render import Colour, render
 from qwenvl_ft.data.augment.settings import Phase, read_settings
 from qwenvl_ft.errors import DataError
 
@@ -32,12 +32,12 @@ WHERE = "data.augmentation"
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What happens to one record: the same for all its images, which must have one size."""
+    """The augmentation of one record; it applies to all its images, which must have the same size."""
 
     source_size: Size
     steps: tuple[Step, ...] = ()
     colours: tuple[tuple[Any, Numbers], ...] = ()
-    """Colour operations in the recipe's order, with what they drew."""
+    """Colour operations in the recipe's order, with the numbers that they drew."""
     fill: Colour = (128, 128, 128)
     min_visible: float = 0.3
 
@@ -47,22 +47,22 @@ class Drawn:
         return self.steps[-1].size if self.steps else self.source_size
 
     def objects(self, objects: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-        """The record's objects in the augmented image, and the indices of those that are no longer in it.
+        """Return the record's objects in the augmented image, and the indices of those that left it.
 
-        Without geometry the values are the given ones, to the bit. See `map_objects` for what is clipped and how.
+        Without geometric steps the coordinates are bit-equal. See `map_objects` for the clipping.
         """
         return map_objects(objects, self.steps, self.min_visible)
 
     def image(self, image: Image.Image) -> Image.Image:
-        """The augmented image; one in which nothing changes is given back as it is.
+        """Return the augmented image, or the image itself if nothing changes.
 
         Raises:
-            DataError: it has not the size that this was drawn for.
+            DataError: the image does not have the size that this was drawn for.
         """
         if image.size != self.source_size:
-            told, found = ("x".join(str(side) for side in size) for size in (self.source_size, image.size))
+            stated, found = ("x".join(str(side) for side in size) for size in (self.source_size, image.size))
             raise DataError(
-                f"an image of {found} pixels stands in a record of {told}. Correct the record's width and height; "
+                f"an image has {found} pixels, but its record states {stated}. Correct the record's width and height; "
                 "images that share objects must have the same size."
             )
         image = image.convert("RGB") if image.mode != "RGB" else image
@@ -71,7 +71,7 @@ class Drawn:
         return self.coloured(image)
 
     def coloured(self, image: Image.Image) -> Image.Image:
-        """An RGB image of any size after the operations on colours alone."""
+        """Apply only the colour operations, to an RGB image of any size."""
         for operation, numbers in self.colours:
             image = operation.apply(image, *numbers)
         return image
@@ -79,28 +79,28 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmenter:
-    """Draws augmentations. Applied in training only, that is the caller's part."""
+    """Draws augmentations. The caller must use it for training only."""
 
     phases: tuple[Phase, ...]
     enabled: bool = True
     bypass_prob: float = 0.0
-    """Share of the records that stay as they are."""
+    """Share of the records that stay unchanged."""
     min_visible: float = 0.3
-    """Objects of which less (a share of area or length) would be kept in the frame are dropped."""
+    """Drop objects of which a smaller share (of area or length) would stay in the frame."""
     fill: Colour = (128, 128, 128)
-    """RGB of what no pixel of the image covers; mid grey is about 0 after the processor's normalisation."""
+    """RGB colour of areas outside the image; mid grey is about 0 after the processor's normalisation."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None, where: str = WHERE) -> "Augmenter":
-        """Read the section of a recipe; None, or ``enabled: false``, changes nothing.
+        """Read the section of a recipe, whose keys are the fields of `Settings`.
 
-        The keys are the fields of `Settings`.
+        None or ``enabled: false`` gives an augmenter that changes nothing.
 
         Args:
             where: key of the section, for messages.
 
         Raises:
-            RecipeError: an operation, a parameter or a value is wrong; one line that says where.
+            RecipeError: an operation, a parameter or a value is wrong; the message names its place.
         """
         settings, phases = read_settings(config or {}, where)
         return cls(
@@ -112,16 +112,16 @@ class Augmenter:
         )
 
     def draw(self, width: int, height: int, rng: Generator, epoch: int = 0) -> Drawn:
-        """Decide what happens to a record of this size.
+        """Draw the augmentation of a record whose images have this size in pixels.
 
         Args:
-            rng: made from (seed, epoch, index) by the caller, so that a record's augmentation depends on nothing else.
-            epoch: chooses the phase.
+            rng: seeded by the caller with (seed, epoch, index), on which alone a record's augmentation depends.
+            epoch: selects the phase.
         """
-        plain = Drawn((width, height), fill=self.fill, min_visible=self.min_visible)
+        unchanged = Drawn((width, height), fill=self.fill, min_visible=self.min_visible)
         if not self.enabled or rng.random() < self.bypass_prob:
-            return plain
-        steps = _Steps((width, height))
+            return unchanged
+        steps = _StepCollector((width, height))
         colours: list[tuple[Any, Numbers]] = []
         for operation in self._operations_of(epoch):
             applied = rng.random() < operation.prob
@@ -136,17 +136,17 @@ class Augmenter:
 
     @property
     def moving(self) -> list[str]:
-        """Names of the operations, of any phase, that move pixels and with them coordinates."""
+        """Names of the operations, of any phase, that move pixels and thus coordinates."""
         names = {kind: name for name, kind in OPERATIONS.items()}
-        told = [op for phase in self.phases for op in phase.ops if self.enabled and op.kind != "colour"]
-        return list(dict.fromkeys(names[type(op)] for op in told))
+        geometric = [op for phase in self.phases for op in phase.ops if self.enabled and op.kind != "colour"]
+        return list(dict.fromkeys(names[type(op)] for op in geometric))
 
     def _operations_of(self, epoch: int) -> tuple[Operation, ...]:
         return next(p.ops for p in self.phases if p.until_epoch is None or epoch < p.until_epoch)
 
 
-class _Steps:
-    """Collects geometry; affine operations that follow each other become one step, one that changes nothing none."""
+class _StepCollector:
+    """Collects geometric operations: consecutive affine ones become one step, and steps without effect are dropped."""
 
     def __init__(self, size: Size) -> None:
         self.finished: list[Step] = []

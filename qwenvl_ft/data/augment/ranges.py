@@ -1,4 +1,4 @@
-"""Ranges in the parameters of operations: checked once, drawn from with one random number each."""
+"""Ranges in the parameters of operations: their checks, and drawing a number from one."""
 
 from collections.abc import Sequence
 
@@ -7,32 +7,32 @@ from numpy.random import Generator
 from qwenvl_ft.errors import RecipeError
 
 Range = tuple[float, float]
-"""Lowest and highest value; a recipe writes it as [lo, hi]."""
+"""(lowest, highest) value; written as [lo, hi] in a recipe."""
 
 
 def between(rng: Generator, limits: Range | None) -> float:
-    """A number in the range, 1 (nothing changes) without a range; always one draw."""
+    """Draw a number from the range, with exactly one random number; None gives 1, which changes nothing."""
     share = float(rng.random())
     return 1.0 if limits is None else limits[0] + share * (limits[1] - limits[0])
 
 
 def check_order(low_name: str, low: float, high_name: str, high: float) -> None:
-    """Refuse a range that is upside down."""
+    """Raise RecipeError if ``low`` is above ``high``."""
     if low > high:
-        raise RecipeError(f"{low_name}: {low:g} is above {high_name}: {high:g}. Exchange them.")
+        raise RecipeError(f"{low_name}: {low:g} is above {high_name}: {high:g}. Swap them.")
 
 
 def check_share(name: str, value: float) -> None:
-    """Refuse a probability or share that is none."""
+    """Raise RecipeError if a probability or share is not between 0 and 1."""
     if not 0 <= value <= 1:
         raise RecipeError(f"{name}: {value:g} is not between 0 and 1.")
 
 
 def checked_range(name: str, limits: Sequence[float], *, lowest: float | None = 0.0) -> Range:
-    """The range as a pair.
+    """Return the range as a pair.
 
     Raises:
-        RecipeError: not two numbers, upside down, or below ``lowest``.
+        RecipeError: it is not two numbers in ascending order, or is below ``lowest``.
     """
     if len(limits) != 2:
         raise RecipeError(f"{name}: {list(limits)} is not a range. Write [lowest, highest].")

@@ -1,12 +1,12 @@
-"""The ``augmentation`` section of a recipe -> operations and settings, every name and value checked."""
+"""Read and check the ``augmentation`` section of a recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_type_hints
 
-from qwenvl_ft.data.augment.canvas import Colour
 from qwenvl_ft.data.augment.operations import OPERATIONS, Operation
 from qwenvl_ft.data.augment.ranges import check_share
+from qwenvl_ft.data.augment.render import Colour
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.recipe.limits import Positive
 from qwenvl_ft.recipe.values import convert
@@ -16,20 +16,20 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Settings:
-    """The keys of the section."""
+    """The keys of the ``augmentation`` section."""
 
     enabled: bool = True
-    """False keeps the section in the recipe and changes nothing."""
+    """False turns augmentation off while the section stays in the recipe."""
     ops: list[Any] = field(default_factory=list)
-    """Operations in order, each {name: ..., params: {...}}, or short {rotate: {...}}, or a bare name."""
+    """Operations in order, each as {name: ..., params: {...}}, {rotate: {...}}, or just a name."""
     phases: list[Any] = field(default_factory=list)
-    """Instead of ops, for a schedule: [{until_epoch: 1, ops: [...]}, ..., {ops: [...]}]."""
+    """A schedule, instead of ops: [{until_epoch: 1, ops: [...]}, ..., {ops: [...]}]."""
     bypass_prob: float = 0.0
-    """Share of the records that stay as they are."""
+    """Share of the records that stay unchanged."""
     min_visible: float = 0.3
-    """Objects of which less (a share of area or length) would be kept in the frame are dropped."""
+    """Drop objects of which a smaller share (of area or length) would stay in the frame."""
     fill: int | list[int] = 128
-    """Level, or [red, green, blue], of what no pixel of the image covers; 128 is about 0 for the model."""
+    """Grey level or [red, green, blue] of areas outside the image; 128 is about 0 after normalisation."""
 
     def __post_init__(self) -> None:
         check_share("bypass_prob", self.bypass_prob)
@@ -38,34 +38,37 @@ class Settings:
             raise RecipeError("both ops and phases are given. Move the ops into the phases.")
         levels = [self.fill] if isinstance(self.fill, int) else self.fill
         if len(levels) not in (1, 3) or not all(0 <= level <= 255 for level in levels):
-            raise RecipeError(f"fill: {self.fill} is not a level from 0 to 255, nor three of them.")
+            raise RecipeError(f"fill: {self.fill} is neither a level from 0 to 255 nor a list of three.")
 
     @property
     def colour(self) -> Colour:
+        """``fill`` as RGB."""
         red, green, blue = [self.fill] * 3 if isinstance(self.fill, int) else self.fill * (3 // len(self.fill))
         return red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """The operations of some epochs."""
+    """The operations of a range of epochs."""
 
     ops: tuple[Operation, ...]
     until_epoch: int | None = None
-    """The first epoch, counted from 0, that is not of this phase; None for the last phase."""
+    """First epoch, counted from 0, after this phase; None for the last phase."""
 
 
 @dataclass(kw_only=True)
 class _PhaseKeys:
+    """The keys of an entry of ``phases``."""
+
     ops: list[Any] = field(default_factory=list)
     until_epoch: Positive | None = None
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> tuple[Settings, tuple[Phase, ...]]:
-    """The section's settings, and its phases (a single one without a schedule).
+    """Return the settings of the section, and its phases (a single one if there is no schedule).
 
     Raises:
-        RecipeError: see `Augmenter.from_config`.
+        RecipeError: an operation, a parameter or a value is wrong; the message names its place.
     """
     settings = _build(Settings, config, where)
     if not settings.phases:
@@ -83,7 +86,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> tuple[Settings, tupl
             "write {ops: []} for no augmentation at the end."
         )
     if sorted(set(limits)) != limits:
-        raise RecipeError(f"{where}.phases: until_epoch must rise from phase to phase, but is {limits}.")
+        raise RecipeError(f"{where}.phases: until_epoch must increase from phase to phase, but is {limits}.")
     return settings, tuple(phases)
 
 
@@ -92,14 +95,14 @@ def _operations(entries: Sequence[Any], where: str) -> tuple[Operation, ...]:
 
 
 def _operation(entry: Any, where: str) -> Operation:
-    """One entry of ``ops``: a bare name, {name, params}, or {name: params}."""
+    """Build the operation of one entry of ``ops``: a name, {name, params}, or {name: params}."""
     if isinstance(entry, str):
         entry = {"name": entry}
     if not isinstance(entry, Mapping) or not entry or ("name" not in entry and len(entry) != 1):
         raise RecipeError(f"{where}: {entry!r} is not an operation. Write {{name: rotate, params: {{max_deg: 8}}}}.")
     if "name" in entry:
         if unknown := sorted(str(key) for key in entry.keys() - {"name", "params"}):
-            raise RecipeError(f"{where}: {unknown[0]} is not a key beside name. Parameters stand in params.")
+            raise RecipeError(f"{where}: unknown key {unknown[0]} beside name. Parameters belong in params.")
         name, params = entry["name"], entry["params"] if "params" in entry else {}
     else:
         ((name, params),) = entry.items()
@@ -109,7 +112,7 @@ def _operation(entry: Any, where: str) -> Operation:
 
 
 def _build(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass from a mapping, each value in its field's type."""
+    """Build a dataclass from a mapping, with each value converted to the type of its field."""
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where}: {values!r} is not a mapping of keys to values.")
     hints = get_type_hints(kind, include_extras=True)
@@ -123,5 +126,5 @@ def _build(kind: type[T], values: Any, where: str) -> T:
         if (prob := getattr(built, "prob", None)) is not None:
             check_share("prob", prob)
         return built
-    except RecipeError as error:  # a check of the dataclass, which does not know where it stands
+    except RecipeError as error:  # raised by the dataclass, which does not know its place in the recipe
         raise RecipeError(f"{where}: {error}") from None

@@ -1,4 +1,4 @@
-"""Work that never comes back is left behind: by the caller, and by the end of the process."""
+"""A thread that never returns is abandoned by the caller and does not keep the process alive."""
 
 import gc
 import os
@@ -20,8 +20,8 @@ def late(count):
 
 
 @pytest.fixture(autouse=True)
-def left_behind(monkeypatch):
-    """What other tests left hanging is not counted."""
+def ignore_earlier_threads(monkeypatch):
+    """Do not count threads that other tests left hanging."""
     monkeypatch.setattr(sys.modules[__name__], "HANGING", set(busy()))
 
 
@@ -34,14 +34,14 @@ def busy():
 
 
 def settles():
-    """Whether all workers are done within some seconds."""
+    """Return True if all workers finish within five seconds."""
     end = time.monotonic() + 5
     while busy() and time.monotonic() < end:
         time.sleep(0.01)
     return not busy()
 
 
-def test_items_come_in_order_and_errors_are_the_workers_own():
+def test_items_arrive_in_order_and_errors_are_passed_on():
     assert list(within(lambda: iter(range(1000)), 10, late)) == list(range(1000))
 
     def broken():
@@ -54,7 +54,7 @@ def test_items_come_in_order_and_errors_are_the_workers_own():
         next(items)
 
 
-def test_a_hang_is_left_and_says_how_far_it_came():
+def test_a_hang_is_abandoned_and_reports_the_items_that_arrived():
     begin, (silent, pipe) = time.monotonic(), os.pipe()
     assert settles()
 
@@ -66,12 +66,12 @@ def test_a_hang_is_left_and_says_how_far_it_came():
         list(within(hangs, 0.3, late))
     assert 0.25 < time.monotonic() - begin < 2
     assert len(busy()) == 1, "vacuous: it did not hang"
-    assert list(within(lambda: iter(range(9)), 10, late)) == list(range(9)), "the next work waits for nobody"
+    assert list(within(lambda: iter(range(9)), 10, late)) == list(range(9)), "the next task does not wait"
     os.write(pipe, b"x")
     assert settles()
 
 
-def test_who_stops_asking_stops_the_work():
+def test_the_worker_stops_when_the_consumer_stops():
     made = []
 
     def many():
@@ -83,10 +83,10 @@ def test_who_stops_asking_stops_the_work():
         if number == 3:
             break
     assert settles()
-    assert len(made) <= 3 + 1 + AHEAD + 2, "it goes no further ahead than it may"
+    assert len(made) <= 3 + 1 + AHEAD + 2, "it runs ahead too far"
 
 
-def test_one_thread_does_all_work_in_turn_and_another_where_two_are_asked_at_once():
+def test_one_thread_runs_consecutive_tasks_and_a_second_one_concurrent_tasks():
     def name():
         yield threading.get_ident()
 
@@ -106,7 +106,7 @@ def test_one_thread_does_all_work_in_turn_and_another_where_two_are_asked_at_onc
     assert settles()
 
 
-def test_an_idle_worker_holds_nothing_of_its_work():
+def test_an_idle_worker_keeps_no_reference_to_its_items():
     class Item:
         pass
 
@@ -132,15 +132,15 @@ def test_a_forked_child_has_a_worker_of_its_own():
     assert list(within(lambda: iter([1]), 10, late)) == [1]
     child = os.fork()
     if child == 0:
-        told = 1
+        status = 1
         try:
-            told = 0 if list(within(lambda: iter([1]), 2, late)) == [1] else 1
+            status = 0 if list(within(lambda: iter([1]), 2, late)) == [1] else 1
         finally:
-            os._exit(told)
+            os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_the_process_ends_though_a_thread_hangs():
+def test_the_process_ends_although_a_thread_hangs():
     code = """
 import os
 from qwenvl_ft.data.media.deadline import within

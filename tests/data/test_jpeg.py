@@ -1,4 +1,4 @@
-"""What the quick look at a JPEG says is what PIL says; what it does not know it leaves to PIL."""
+"""The fast JPEG parser agrees with PIL, and leaves to PIL what it does not support."""
 
 import io
 
@@ -14,9 +14,9 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def exif(orientation):
-    told = Image.Exif()
-    told[0x0112] = orientation
-    return told
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
 
 
 PLAIN = {
@@ -81,16 +81,16 @@ def test_a_plain_file_may_be_too_large(tmp_path):
 
 
 def opened(data):
-    """What PIL says; None if it does not open it, or if it would turn it."""
+    """Return PIL's (height, width); None if PIL cannot open the file, or would rotate it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return None if image.getexif().get(0x0112, 1) != 1 or image.format != "JPEG" else image.size[::-1]
-    except Exception:  # of any type: decoders let struct.error and others through
+    except Exception:  # decoders raise struct.error and others
         return None
 
 
-def test_a_damaged_header_never_has_a_size_of_its_own():
-    """Bytes changed, left out and put in: what is answered at all is what PIL answers."""
+def test_a_damaged_header_never_gives_another_size_than_pil():
+    """With bytes changed, deleted and inserted, every answer is PIL's answer or None."""
     rng = np.random.default_rng(0)
     answered, refused = 0, 0
     for options in PLAIN.values():

@@ -1,4 +1,4 @@
-"""Pixels as the official processing sees them; sizes from headers."""
+"""Images have the same pixels as in the official processing, and their sizes are read from headers."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "TIFF"
 
 
 def saved(image, path, **options):
-    """The path, or None where the format cannot hold the mode."""
+    """Save an image and return the path, or None if the format does not support the mode."""
     try:
         image.save(path, **options)
     except (OSError, KeyError, ValueError):
@@ -76,7 +76,7 @@ def test_every_exif_orientation_is_applied_and_measured(tmp_path, monkeypatch, s
 
 
 def described(orientation):
-    """XMP that turns an image; the other place where an orientation may stand."""
+    """Return XMP metadata with an orientation, the alternative to EXIF."""
     return (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
@@ -85,18 +85,18 @@ def described(orientation):
 
 
 def options_of(kind, orientation):
-    """How each format is told its XMP when saved."""
-    told = described(orientation)
+    """Return the options of `save` that write XMP in a format."""
+    xmp = described(orientation)
     if kind == ".png":
         info = PngImagePlugin.PngInfo()
-        info.add_itxt("XML:com.adobe.xmp", told)
+        info.add_itxt("XML:com.adobe.xmp", xmp)
         return {"pnginfo": info}
     if kind == ".tif":
         info = TiffImagePlugin.ImageFileDirectory_v2()
         info.tagtype[700] = 1
-        info[700] = told.encode()
+        info[700] = xmp.encode()
         return {"tiffinfo": info}
-    return {"xmp": told.encode()}
+    return {"xmp": xmp.encode()}
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
@@ -124,7 +124,7 @@ def test_the_rarer_formats_are_measured_as_they_open(tmp_path, name):
 
 
 def test_no_damage_to_a_file_escapes_as_another_error():
-    """What a thousand damaged files of each format raise is a DataError, and what still opens is measured right."""
+    """300 damaged files of each format raise DataError or open, and those that open are measured correctly."""
     rng, opened = np.random.default_rng(0), 0
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -249,7 +249,7 @@ def test_relative_paths_start_at_the_media_root():
 
 
 class Stalled:
-    """An image whose disk does not answer."""
+    """An image on a disk that hangs."""
 
     value = "/far/away/slow.png"
 
@@ -263,7 +263,7 @@ class Stalled:
         return self.value
 
 
-def test_a_disk_that_does_not_answer_when_a_header_is_read_has_an_end_too(processor, monkeypatch):
+def test_a_disk_that_hangs_while_a_header_is_read_times_out_too(processor, monkeypatch):
     class Asleep(Stalled):
         def size(self):
             return self.open().size
@@ -278,7 +278,7 @@ def test_a_disk_that_does_not_answer_when_a_header_is_read_has_an_end_too(proces
         encoder(late)
 
 
-def test_an_image_that_hangs_is_named_after_its_time(processor):
+def test_an_image_that_hangs_is_named_after_the_timeout(processor):
     encoder = Encoder(processor, policy=MediaPolicy(image_timeout=0.3))
     turns = [{"from": "human", "value": "<image><image>a"}, {"from": "gpt", "value": "b"}]
     conversation = encoder.conversation({"image": [picture(64, 64), picture(64, 64)], "conversations": turns})

@@ -1,4 +1,4 @@
-"""Raw patches, normalised on the device, are the processor's: to the bit, at an eighth of the bytes."""
+"""Raw patches, normalised on the device, are bit-equal to the processor's, at an eighth of the bytes."""
 
 import copy
 
@@ -27,17 +27,17 @@ def record(*sizes):
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_normalised_and_repeated_they_are_the_processors(processor, size, mode):
     image = picture(*size).convert(mode)
-    told = processor.image_processor(images=[image], return_tensors="pt")
-    raw = raw_patches(image.convert("RGB"), tuple(told["image_grid_thw"][0].tolist()), processor.image_processor)
+    expected = processor.image_processor(images=[image], return_tensors="pt")
+    raw = raw_patches(image.convert("RGB"), tuple(expected["image_grid_thw"][0].tolist()), processor.image_processor)
     part = processor.image_processor
     projection = torch.nn.Conv3d(3, 4, (2, part.patch_size, part.patch_size))
     mean, std = torch.tensor(part.image_mean) * 255, torch.tensor(part.image_std) * 255
     made = RawPatches(projection, mean, std)(projection, (raw,))
-    if mode == "RGBA":  # the processor lays it on white, our media layer does before the patches are cut
+    if mode == "RGBA":  # the processor pastes it on white; our media layer does so earlier
         return
-    assert torch.equal(made.flatten(1), told["pixel_values"])
+    assert torch.equal(made.flatten(1), expected["pixel_values"])
     assert raw.dtype == torch.uint8
-    assert raw.nbytes * 8 == told["pixel_values"].nbytes
+    assert raw.nbytes * 8 == expected["pixel_values"].nbytes
 
 
 def test_an_image_that_pil_holds_in_several_blocks_is_the_same(processor, monkeypatch):

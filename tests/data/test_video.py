@@ -1,4 +1,4 @@
-"""Video files: frames, times and tokens against transformers; what cannot be decoded is one line."""
+"""Video files: frames, times and tokens compared with transformers; undecodable files are one-line errors."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media import video as video_module
 from qwenvl_ft.data.media.images import MediaPolicy
-from qwenvl_ft.data.media.video import clip_pixels, plan_clip, spread
+from qwenvl_ft.data.media.video import clip_pixels, plan_clip, sample_frames
 from qwenvl_ft.data.plan.lengths import measure
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
@@ -32,7 +32,7 @@ SOURCE = Source("d", "d.jsonl:7")
 
 
 def film(path, frames=30, size=(96, 64), rate=10, *, turned=0, gop=12, codec="libx264"):
-    """A file whose frames tell themselves apart: each is brighter than the one before, its upper left corner white."""
+    """Write a video in which each frame is brighter than the one before, with a white upper left corner."""
     width, height = size
     with av.open(path, "w", format=None if isinstance(path, str) else "mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(rate))
@@ -72,20 +72,20 @@ def asked(*videos, question="What moves?", images=()):
 
 
 def loaded(processor, path):
-    """Frames [F, 3, H, W] and metadata, as transformers reads and samples them."""
+    """Return the frames [F, 3, H, W] and the metadata, as transformers reads and samples them."""
     sample = processor.video_processor.sample_frames
     frames, metadata = load_video(path, backend="pyav", sample_indices_fn=lambda metadata, **_: sample(metadata))
     return torch.from_numpy(frames).permute(0, 3, 1, 2), metadata
 
 
 def capped(video_processor):
-    """The cap per frame, if this transformers has one, said aloud: it warns where nothing is said."""
+    """Return the cap per frame as an option, if this transformers has one: it warns if the option is not given."""
     name = "cap_pixels_per_frame"
     return {name: bool(getattr(video_processor, name))} if hasattr(video_processor, name) else {}
 
 
 def official(processor, path, question):
-    """Ids without the outer pair of borders (facts of the released models), pixels and grid of transformers."""
+    """Return transformers' token ids, without the outer vision start and end (as in released models), and output."""
     video, metadata = loaded(processor, path)
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     out = processor(
@@ -106,7 +106,7 @@ def official(processor, path, question):
 
 @pytest.mark.parametrize("name", ["plain", "odd", "slow", "ntsc", "avi"])
 @pytest.mark.parametrize("settings", [{}, {"fps": 4.5, "max_frames": 9}, {"fps": 0.1, "min_frames": 5}])
-def test_files_become_what_transformers_makes_of_them(tiny_dir, films, name, settings):
+def test_video_files_give_the_same_tokens_and_pixels_as_transformers(tiny_dir, films, name, settings):
     processor = load_processor(str(tiny_dir), **settings)
     encoder = Encoder(processor)
     ids, out = official(processor, films[name], "What moves?")
@@ -119,7 +119,7 @@ def test_files_become_what_transformers_makes_of_them(tiny_dir, films, name, set
 
 
 def test_the_released_processor_agrees(films):
-    """The real tokenizer, areas and frame limits, with positions of the model class."""
+    """The real tokenizer, area limits and frame limits."""
     if not (SHARED / "qwen3vl_processor").exists():
         pytest.skip("the released processor is not here")
     processor = load_processor(str(SHARED / "qwen3vl_processor"))
@@ -149,8 +149,8 @@ def test_frames_are_chosen_as_transformers_chooses_them(processor):
     part, rng = processor.video_processor, np.random.default_rng(0)
     for _ in range(500):
         total, rate, fps = int(rng.integers(2, 5000)), float(rng.uniform(0.5, 120)), float(rng.uniform(0.1, 8))
-        told = part.sample_frames(VideoMetadata(total_num_frames=total, fps=rate), fps=fps)
-        assert spread(total, rate, fps, part.min_frames, part.max_frames).tolist() == told.tolist()
+        expected = part.sample_frames(VideoMetadata(total_num_frames=total, fps=rate), fps=fps)
+        assert sample_frames(total, rate, fps, part.min_frames, part.max_frames).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", ["mkv", "webm"])
@@ -166,7 +166,7 @@ def test_containers_that_do_not_count_their_frames_are_counted(processor, films,
 
 
 def test_hidden_frames_are_not_counted(processor, films, tmp_path):
-    """A clip cut without re-encoding begins before what it shows: an edit list hides the first frames."""
+    """A clip cut without re-encoding has extra frames at its beginning, which an edit list hides."""
     path = str(tmp_path / "cut.mp4")
     with av.open(films["plain"]) as source, av.open(path, "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -186,8 +186,8 @@ def test_hidden_frames_are_not_counted(processor, films, tmp_path):
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
-def test_a_turned_video_stands_upright(processor, tmp_path, angle):
-    """The white corner goes where a player shows it: a positive angle turns counter-clockwise."""
+def test_a_rotated_video_is_decoded_upright(processor, tmp_path, angle):
+    """The white corner is where a player shows it: a positive angle rotates counter-clockwise."""
     if not hasattr(av.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV writes no turned films")
     path = film(str(tmp_path / "turned.mp4"), size=(128, 64), turned=angle)
@@ -210,7 +210,7 @@ def test_a_length_decodes_at_most_the_first_frame(processor, films, monkeypatch)
         encoder(asked(films["plain"]))
 
 
-def test_each_video_can_say_how_it_is_shown(processor, films):
+def test_each_video_can_set_its_own_limits_and_frame_sampling(processor, films):
     part = processor.video_processor
 
     def shown(*arguments, **options):
@@ -254,8 +254,8 @@ def test_a_cap_per_frame_is_the_processors_own(tiny_dir, films):
     assert int(sample["video_grid_thw"][0, 1:].prod()) * 16 * 16 <= 4096
 
 
-def test_a_processor_of_an_older_family_shows_videos_in_another_form(processor, films):
-    """Qwen2.5-VL has no times between its frames; its processor is refused, not answered in Qwen3-VL's form."""
+def test_a_processor_of_an_older_family_is_refused_for_videos(processor, films):
+    """Qwen2.5-VL writes no times between frames, so its processor is refused and not treated like Qwen3-VL's."""
 
     class Older:
         def __getattr__(self, name):
@@ -266,13 +266,13 @@ def test_a_processor_of_an_older_family_shows_videos_in_another_form(processor, 
     assert len(Encoder(Older())(asked(images=[picture(64, 96)]))["input_ids"]) > 0
 
 
-def test_bytes_are_as_good_as_a_file(processor, films):
+def test_bytes_give_the_same_pixels_as_a_file(processor, films):
     with open(films["plain"], "rb") as file:  # noqa: PTH123
-        told = Encoder(processor)(asked(file.read()))
-    assert torch.equal(told["pixel_values_videos"], Encoder(processor)(asked(films["plain"]))["pixel_values_videos"])
+        sample = Encoder(processor)(asked(file.read()))
+    assert torch.equal(sample["pixel_values_videos"], Encoder(processor)(asked(films["plain"]))["pixel_values_videos"])
 
 
-def test_a_changed_film_is_measured_anew(processor, tmp_path):
+def test_a_changed_video_is_measured_again(processor, tmp_path):
     path = film(str(tmp_path / "a.mp4"))
     records = ListRecords([asked(path)])
     first = measure(records, Encoder(processor), cache_dir=tmp_path).tokens[0]
@@ -281,7 +281,7 @@ def test_a_changed_film_is_measured_anew(processor, tmp_path):
     assert second == Encoder(processor).length(records[0][0]) > first
 
 
-def test_what_cannot_be_shown_is_one_line_with_file_and_record(processor, films, tmp_path):
+def test_an_unusable_video_is_one_line_with_file_and_record(processor, films, tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     with open(films["plain"], "rb") as file:  # noqa: PTH123
         whole = file.read()
@@ -294,11 +294,11 @@ def test_what_cannot_be_shown_is_one_line_with_file_and_record(processor, films,
         container.mux(stream.encode(frame))
     cases = {
         str(tmp_path / "no.mp4"): r"no\.mp4 does not exist",
-        str(tmp_path / "text.mp4"): r"text\.mp4 is damaged or no video",
-        str(tmp_path / "half.mp4"): r"half\.mp4 is damaged or no video",
+        str(tmp_path / "text.mp4"): r"text\.mp4 is damaged or not a video",
+        str(tmp_path / "half.mp4"): r"half\.mp4 is damaged or not a video",
         str(tmp_path): "is a folder",
         "https://x.org/a.mp4": "download URLs",
-        sound.getvalue(): "has no pictures",
+        sound.getvalue(): "has no video stream",
         film(str(tmp_path / "one.mp4"), frames=1): r"one\.mp4 shows 1 of 1 frames .* Give a single frame as an image",
     }
     for value, message in cases.items():
@@ -314,15 +314,15 @@ def test_what_cannot_be_shown_is_one_line_with_file_and_record(processor, films,
 
 
 def stall(path, share):
-    """Put a pipe in a file's place that gives a share of its bytes and then nothing more, as a disk that is gone."""
-    told = path.read_bytes()
+    """Replace a file by a pipe that delivers a share of its bytes and then hangs, like a disk that stalls."""
+    data = path.read_bytes()
     path.unlink()
     os.mkfifo(path)
 
     def write():
         with path.open("wb", buffering=0) as pipe:
             with suppress(BrokenPipeError):
-                pipe.write(told[: int(share * len(told))])
+                pipe.write(data[: int(share * len(data))])
             time.sleep(30)
 
     threading.Thread(target=write, daemon=True).start()
@@ -333,21 +333,21 @@ def long_film(tmp_path):
     return Path(film(str(tmp_path / "long.mkv"), frames=300, size=(320, 240)))
 
 
-def test_a_decoder_that_hangs_is_left_after_the_time(processor, films, long_film):
+def test_a_decoder_that_hangs_is_abandoned_after_the_timeout(processor, films, long_film):
     part, video = processor.video_processor, Video(str(long_film))
     clip = plan_clip(video, part, MediaPolicy(), SOURCE)
     stall(long_film, 0.6)
     begin = time.monotonic()
     with pytest.raises(
         DataError,
-        match=r"d\.jsonl:7: video .*long\.mkv cannot be read within .*=1 s: ([5-9]|\d\d) of its 60 frames came",
+        match=r"d\.jsonl:7: video .*long\.mkv cannot be read within .*=1 s: ([5-9]|\d\d) of its 60 frames arrived",
     ):
         clip_pixels(video, clip, part, MediaPolicy(video_timeout=1), SOURCE)
     assert time.monotonic() - begin < 3
     assert Encoder(processor, policy=MediaPolicy(video_timeout=20))(asked(films["plain"])), "the next one is read"
 
 
-def test_a_header_that_never_comes_is_left_after_the_time(processor, long_film):
+def test_a_header_that_never_arrives_times_out(processor, long_film):
     stall(long_film, 0)
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"long\.mkv cannot be read within data\.video_timeout=0\.5 s\. Is its disk"):
@@ -355,7 +355,7 @@ def test_a_header_that_never_comes_is_left_after_the_time(processor, long_film):
     assert time.monotonic() - begin < 2
 
 
-def test_a_film_shorter_than_its_header_says_is_an_error(processor, films, monkeypatch):
+def test_a_video_shorter_than_its_header_says_is_an_error(processor, films, monkeypatch):
     part = processor.video_processor
     video = Video(films["plain"])
     clip = plan_clip(video, part, MediaPolicy(), SOURCE)
@@ -366,8 +366,8 @@ def test_a_film_shorter_than_its_header_says_is_an_error(processor, films, monke
         clip_pixels(video, longer, part, MediaPolicy(), SOURCE)
 
 
-def test_videos_and_images_of_one_sample_are_what_transformers_makes_of_them(processor, films):
-    """Two files, a list of frames and two images, numbered by the template; the outer borders are taken out."""
+def test_videos_and_images_of_one_sample_are_the_same_as_in_transformers(processor, films):
+    """Two files, a list of frames and two images, numbered by the template; outer vision start and end are removed."""
     frames = [picture(64, 64, seed) for seed in range(4)]
     images = [picture(96, 64), picture(64, 128, 1)]
     text = "A <image> then <video> then <video> and <image> or <video> ?"
@@ -378,7 +378,7 @@ def test_videos_and_images_of_one_sample_are_what_transformers_makes_of_them(pro
         "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "It."}],
     }
     part = processor.video_processor
-    told = [loaded(processor, films[name]) for name in ("plain", "ntsc")]
+    clips = [loaded(processor, films[name]) for name in ("plain", "ntsc")]
     listed = torch.from_numpy(np.stack([np.array(frame) for frame in frames])).permute(0, 3, 1, 2)
     kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
     content = [kinds.get(word, {"type": "text", "text": word}) for word in text.split()]
@@ -387,11 +387,11 @@ def test_videos_and_images_of_one_sample_are_what_transformers_makes_of_them(pro
             processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_vision_id=True)
         ],
         images=images,
-        videos=[told[0][0], listed, told[1][0]],
+        videos=[clips[0][0], listed, clips[1][0]],
         video_metadata=[
-            told[0][1],
+            clips[0][1],
             VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3]),
-            told[1][1],
+            clips[1][1],
         ],
         do_sample_frames=False,
         return_tensors="pt",
@@ -410,8 +410,8 @@ def test_videos_and_images_of_one_sample_are_what_transformers_makes_of_them(pro
 
 
 @pytest.mark.parametrize("strategy", ["left", "right", "delete", "raise"])
-def test_no_limit_cuts_a_video_or_a_time(processor, films, strategy):
-    """Every length: what stays is what stood there, whole media, and exactly their pixels; or it is told."""
+def test_truncation_never_cuts_a_video_or_a_time(processor, films, strategy):
+    """At every length limit, a sample keeps original tokens and whole media with their pixels, or raises an error."""
     record = {
         "video": [films["slow"], films["plain"]],
         "image": [picture(64, 64)],
@@ -461,8 +461,8 @@ def test_areas_below_one_patch_do_not_crash(tiny_dir, films):
     assert Encoder(processor).length(asked(films["plain"])) == len(sample["input_ids"])
 
 
-def test_a_film_that_cannot_be_read_in_time_is_an_error(processor, monkeypatch):
-    """A disk that answers nothing, as a server that accepts and is silent."""
+def test_a_video_that_cannot_be_read_in_time_is_an_error(processor, monkeypatch):
+    """A server that accepts the connection and stays silent, like a disk that hangs."""
     monkeypatch.setattr(video_module, "file_of", lambda value: value)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"

@@ -1,1 +1,1 @@
-"""Images and videos: opened safely, sized from their headers, decoded within a deadline."""
+"""Images and videos: open them safely, read their size from the header, decode them within a time limit."""

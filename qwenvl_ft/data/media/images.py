@@ -1,6 +1,6 @@
-"""Open images as the official processing does, and know their size from the header alone.
+"""Open images as the official processing does, and read their size from the header alone.
 
-An image's value is an absolute path, a ``data:`` URI or bare base64, an allowed URL, bytes, a PIL image, or any object
+An image's value is an absolute path, a ``data:`` URI or plain base64, an allowed URL, bytes, a PIL image, or any object
 with ``size()`` -> (height, width) and ``open()`` -> PIL image.
 """
 
@@ -9,7 +9,7 @@ import binascii
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,40 +20,41 @@ from PIL import Image as PILImage
 
 from qwenvl_ft.data.media.jpeg import jpeg_size
 from qwenvl_ft.errors import DataError, one_line
+from qwenvl_ft.recipe.schema import DataConfig
 
 ORIENTATION = ExifTags.Base.Orientation
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 MEASURED = {"JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA"}
-"""Formats whose header tells the size that decoding gives; any other is decoded to be measured."""
+"""Formats whose header holds the size of the decoded image; images of other formats are decoded to be measured."""
 BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
-"""How JPEG, PNG, GIF and WebP begin in base64; no file name does so without a dot."""
+"""First characters of JPEG, PNG, GIF and WebP files in base64. A path may begin with them too, but has a dot."""
 URL_TIMEOUT_SECONDS = 30.0
 
-PILImage.MAX_IMAGE_PIXELS = None  # ours is MediaPolicy.max_image_pixels, an error instead of a warning
+PILImage.MAX_IMAGE_PIXELS = None  # replaced by MediaPolicy.max_image_pixels, which raises instead of warning
 
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """What may be opened."""
+    """Limits on opening media."""
 
     allow_urls: bool = False
-    """Fetch http(s) images while training."""
+    """Fetch images from http(s) URLs."""
     max_image_pixels: int = 200_000_000
     """Largest stored image, in pixels; protects against decompression bombs."""
     image_timeout: float = 60.0
-    """Seconds that decoding the images of one sample may take."""
+    """Time limit for decoding the images of one sample, in seconds."""
     video_timeout: float = 60.0
-    """Seconds that opening or decoding one video file may take."""
+    """Time limit for opening or decoding one video file, in seconds."""
 
     @classmethod
-    def of(cls, data: Any) -> "MediaPolicy":
-        """The rules of a recipe's ``data`` section."""
+    def of(cls, data: DataConfig) -> "MediaPolicy":
+        """Take the limits from a recipe's ``data`` section."""
         return cls(data.allow_urls, data.max_image_pixels, data.image_timeout, data.video_timeout)
 
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
-    """A relative path against the media root; anything else as it is."""
+    """Join a relative path to the media root; return any other value unchanged."""
     if not isinstance(value, str) or file_of(value) is None:
         return value
     path = value.removeprefix("file://")
@@ -61,7 +62,7 @@ def resolve_path(value: Any, media_root: str | Path | None) -> Any:
 
 
 def file_of(value: Any) -> str | None:
-    """The path that a medium's value is, or is made from; None of bytes, URLs and base64."""
+    """Return the path of a medium's file; None for bytes, URLs and base64."""
     if callable(getattr(value, "open", None)):
         value = getattr(value, "value", None)
     if not isinstance(value, (str, Path)):
@@ -70,30 +71,37 @@ def file_of(value: Any) -> str | None:
     return None if text.startswith(("http://", "https://", "data:")) or _is_base64(text) else text
 
 
+def unpack_arrow(value: Any) -> Any:
+    """Return the bytes or path of ``{"bytes": ..., "path": ...}``, as Arrow stores an image; keep any other value."""
+    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+        return value.get("bytes") or value.get("path")
+    return value
+
+
 def open_image(value: Any, policy: MediaPolicy) -> PILImage.Image:
-    """Decode an image: EXIF orientation applied, converted to RGB, as ``transformers.image_utils.load_image``.
+    """Decode an image, apply its EXIF orientation and convert it to RGB, as ``transformers.image_utils.load_image``.
 
     Raises:
-        DataError: missing, damaged, not an image, too large, or a URL that the recipe does not allow.
+        DataError: the image is missing, damaged, not an image, too large, or a URL that the recipe does not allow.
     """
     if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
         return value.open()
     with _opened(value, policy) as image:
-        if image is value:  # the caller's own stays as it is
+        if image is value:  # the caller's image must not change
             return ImageOps.exif_transpose(image).convert("RGB")
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # each spared copy is a tenth of a decode
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy costs a tenth of a decode
 
 
 def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
-    """(height, width) of what `open_image` would return; reads the header, decodes no pixel.
+    """Return the (height, width) that `open_image` would give, from the header, without decoding pixels.
 
-    A PNG may carry its orientation behind the pixels. Its chunk headers are walked, and only if there is such a chunk
-    is the file decoded.
+    A PNG may store its orientation after the pixels. Its chunk headers are scanned, and the file is decoded only if
+    there is such a chunk.
 
     Raises:
-        DataError: as `open_image`, as far as the header shows it.
+        DataError: as in `open_image`, for errors that the header reveals.
     """
     if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
         return value.size()
@@ -106,7 +114,7 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
             image.load()
         width, height = image.size
         tags: Any = getattr(image, "tag_v2", {})
-        if image.format == "TIFF" and ORIENTATION in tags:  # PIL's size of such a TIFF is the upright one already
+        if image.format == "TIFF" and ORIENTATION in tags:  # PIL reports the upright size of such a TIFF
             return height, width
         # PngImageFile.getexif would decode the pixels first
         orientation = PILImage.Image.getexif(image).get(ORIENTATION, 1)
@@ -115,7 +123,7 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
 
 @contextmanager
 def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
-    """The image, its header read; all that can go wrong becomes a DataError with the value's name."""
+    """Open the image and read its header; every failure, also in the body, becomes a DataError that names the image."""
     name = medium_name(value)
     source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
     try:
@@ -123,7 +131,7 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
             _check_area(value, name, policy)
             yield value
         else:
-            if isinstance(source, str) and _waits(source):
+            if isinstance(source, str) and _may_block(source):
                 raise DataError(f"image {name} is a pipe or a device. Give a file.")
             with PILImage.open(source) as image:
                 _check_area(image, name, policy)
@@ -136,15 +144,14 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
         raise DataError(f"image {name} is a folder.") from None
     except UnidentifiedImageError:
         raise DataError(f"image {name} is not an image that can be read ({_size_on_disk(source)}).") from None
-    except Exception as error:  # of any type: decoders let struct.error, TypeError and others through
+    except Exception as error:  # decoders raise struct.error, TypeError and others
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"image {name} cannot be opened: {error.strerror}.") from None
-        told = one_line(error)
-        raise DataError(f"image {name} is damaged: {told}. Replace the file or drop the record.") from None
+        raise DataError(f"image {name} is damaged: {one_line(error)}. Replace the file or drop the record.") from None
 
 
 def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
-    """What PIL opens: a path or a buffer."""
+    """Return the path or buffer that PIL opens."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return io.BytesIO(value)
     if not isinstance(value, (str, Path)):
@@ -160,9 +167,9 @@ def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
     return text
 
 
-def _waits(path: str) -> bool:
-    """Whether opening it could wait for somebody who writes."""
-    mode = os.stat(path).st_mode  # noqa: PTH116 - for each image
+def _may_block(path: str) -> bool:
+    """Return True for pipes and devices, where opening may wait for a writer."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - runs for every image
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
@@ -193,7 +200,7 @@ def _check_area(image: PILImage.Image, name: str, policy: MediaPolicy) -> None:
 
 
 def _has_late_text(image: PILImage.Image) -> bool:
-    """Whether a PNG has a chunk behind its pixels that could hold an orientation."""
+    """Return True if a PNG has a chunk after its pixels that could hold an orientation."""
     file: Any = getattr(image, "fp", None)
     if file is None:
         return False
@@ -213,7 +220,7 @@ def _has_late_text(image: PILImage.Image) -> bool:
 
 
 def medium_name(value: Any) -> str:
-    """How messages call a value."""
+    """Return the name of a medium for messages: its path, or a description of its value."""
     if isinstance(value, PILImage.Image):
         return getattr(value, "filename", "") or "given as a PIL image"
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -1,9 +1,9 @@
-"""Images as the bytes they are: resized as the processor resizes, neither normalised nor repeated in time.
+"""Raw patches: images as uint8, resized like the processor does, but neither normalised nor repeated in time.
 
-A patch of the processor is float32 and holds the same picture ``temporal_patch_size`` times: eight times these bytes.
-What is left out here, `qwenvl_ft.model.patch_embed` does on the device.
+The processor's patches are float32 and repeat each picture ``temporal_patch_size`` times: eight times as many bytes.
+`qwenvl_ft.model.patch_embed` does the remaining steps on the device.
 
-Letters: P patches, C channels, p patch side, T temporal patch size.
+Letters: P patches, C channels, p patch side.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ from torchvision.transforms.v2 import functional as tvF
 from qwenvl_ft.upstream.processors import interpolation, is_torchvision
 
 STANDARD = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
-"""Settings of an image processor of which raw patches are the first half."""
+"""Settings of an image processor that raw patches support."""
 
 CHANNELS = 3
 
 
 def obstacle(image_processor: Any) -> str:
-    """Why an image processor's patches cannot be made from raw ones; empty if they can."""
+    """Return the reason why raw patches cannot replace an image processor's patches; empty if they can."""
     if not is_torchvision(image_processor):
         return f"the image processor is {type(image_processor).__name__}, not of torchvision"
     for name, value in STANDARD.items():
@@ -34,19 +34,19 @@ def obstacle(image_processor: Any) -> str:
 
 
 def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_processor: Any) -> Tensor:
-    """uint8[P, C * p * p] of an RGB image, in the processor's order of patches and of values within each.
+    """Return the patches uint8[P, C * p * p] of an RGB image, ordered as the processor orders patches and values.
 
     Args:
         grid: (1, height, width) in patches, of the resized image.
 
-    Source: ``Qwen2VLImageProcessor`` of transformers; the same resize on the same bytes.
+    Source: ``Qwen2VLImageProcessor`` of transformers.
     """
     side, merge = image_processor.patch_size, image_processor.merge_size
     _, high, wide = grid
     pixels = resized(stored(image).permute(2, 0, 1), high * side, wide * side, image_processor)  # [4, H, W]
-    whole = pixels.permute(1, 2, 0).contiguous().view(torch.int32)
-    blocks = whole.view(high // merge, merge, side, wide // merge, merge, side).permute(0, 3, 1, 4, 2, 5)
-    blocks = blocks.reshape(high * wide, side * side)  # a pixel moves as one number: half the time of four
+    packed = pixels.permute(1, 2, 0).contiguous().view(torch.int32)
+    blocks = packed.view(high // merge, merge, side, wide // merge, merge, side).permute(0, 3, 1, 4, 2, 5)
+    blocks = blocks.reshape(high * wide, side * side)  # moving a pixel as one int32 takes half the time of four bytes
     patches = torch.empty(high * wide, CHANNELS, side * side, dtype=torch.uint8)
     for channel in range(CHANNELS):
         patches[:, channel] = (blocks >> 8 * channel).to(torch.uint8)
@@ -54,20 +54,20 @@ def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_process
 
 
 def stored(image: PILImage.Image) -> Tensor:
-    """uint8[H, W, 4] of an RGB image: the bytes that PIL holds, with its fourth that means nothing.
+    """Return uint8[H, W, 4] of an RGB image: PIL's buffer, whose fourth byte per pixel is unused.
 
-    An image of more than 16 MB is held in several blocks and is copied; any other is shared.
+    PIL stores an image of more than 16 MB in several blocks, which are copied; any other image shares its memory.
     """
     try:
-        told: Any = pa.array(image)
-        pixels = torch.from_dlpack(told.values)
-    except (ValueError, TypeError):  # several blocks, or a Pillow that does not share its bytes
+        array: Any = pa.array(image)
+        pixels = torch.from_dlpack(array.values)
+    except (ValueError, TypeError):  # several blocks, or a Pillow without the Arrow interface
         pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 4)
 
 
 def resized(pixels: Tensor, height: int, width: int, processor: Any) -> Tensor:
-    """uint8[..., height, width] of uint8[..., H, W], as the torchvision processors of transformers resize."""
+    """Resize uint8[..., H, W] to uint8[..., height, width] as the torchvision processors of transformers do."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     return tvF.resize(pixels, [height, width], interpolation=interpolation(processor), antialias=True)

@@ -1,9 +1,9 @@
-"""Which frames of a video are shown, when, and their pixels; the plan needs the file's header alone.
+"""Choose the frames of a video from its header, and decode and resize them.
 
-Frames are chosen as transformers' ``Qwen3VLVideoProcessor`` chooses them: evenly from the first to the last, ``fps`` a
+Frames are sampled as transformers' ``Qwen3VLVideoProcessor`` does: evenly from the first to the last, ``fps`` per
 second, at least ``min_frames`` and at most ``max_frames``.
 
-Letters: F shown frames, H, W their size in pixels.
+Letters: F sampled frames, H, W their size in pixels.
 """
 
 import io
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,70 +20,82 @@ from torch import Tensor
 
 from qwenvl_ft.data.conversation import Sampling, Source, Video
 from qwenvl_ft.data.media.deadline import within
-from qwenvl_ft.data.media.grids import Grid, exact_size
+from qwenvl_ft.data.media.grids import Grid, MediaProcessor, exact_size
 from qwenvl_ft.data.media.images import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.media.patches import resized
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.upstream import processors
 
 DEFAULT_FPS = 2.0
-"""Frames a second of a list of frames that does not say; the rate at which the released models sample videos."""
+"""Frames per second of a list of frames without ``fps``; the rate at which the released models sample videos."""
 MOV = "mov"
-"""Part of the name of the containers (mp4, mov, 3gp) that may turn a video and hide frames of it."""
+"""Part of the format name of containers (mp4, mov, 3gp) that may rotate a video and hide frames of it."""
+
+
+class VideoProcessor(MediaProcessor, Protocol):
+    """The settings of transformers' video processor that decide the frames."""
+
+    temporal_patch_size: int
+    fps: float | None
+    min_frames: int
+    max_frames: int
 
 
 @dataclass(frozen=True)
 class Footage:
-    """What a video holds."""
+    """The properties of a video file, or of a list of frames."""
 
     frames: int
     rate: float
-    """Frames a second."""
+    """Frames per second."""
     height: int
     width: int
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What of a video is shown."""
+    """The frames of a video that the model sees."""
 
     indices: tuple[int, ...]
-    """[F] frames of the video."""
+    """[F] frame numbers in the video."""
     rate: float
-    """Frames of the video a second."""
+    """Frames per second of the video."""
     size: tuple[int, int]
-    """Height and width of the video, upright."""
+    """(height, width) of the video after rotation."""
     grid: Grid
-    """Patches along time, height, width."""
+    """Number of patches along time, height, width."""
 
     def times(self, step: int) -> list[float]:
-        """Seconds of each ``step`` frames: the mean of the first and the last; a short last one repeats its last."""
+        """Return the time in seconds of each group of ``step`` frames: the mean of its first and last frame.
+
+        A last group with too few frames repeats its last frame.
+        """
         padded = [*self.indices, *self.indices[-1:] * (-len(self.indices) % step)]
         seconds = [index / self.rate for index in padded]
         return [(seconds[k] + seconds[k + step - 1]) / 2 for k in range(0, len(padded), step)]
 
 
-def plan_clip(video: Video, processor: Any, policy: MediaPolicy, source: Source) -> Clip:
-    """The frames and the grid of a video, from its header.
+def plan_clip(video: Video, processor: VideoProcessor, policy: MediaPolicy, source: Source) -> Clip:
+    """Choose the frames and the grid of a video, from its header.
 
     Raises:
-        DataError: the video cannot be opened, has too few frames, or the processor knows no videos.
+        DataError: the video cannot be opened, has too few frames, or the processor is not Qwen3-VL's.
     """
     if not processors.shows_videos(processor):
         raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(processor).__name__}.")
     try:
-        footage = _listed(video, policy) if isinstance(video.value, (list, tuple)) else _filmed(video.value, policy)
-        indices = _chosen(video, footage, processor)
+        footage = _frame_list(video, policy) if isinstance(video.value, (list, tuple)) else _file(video.value, policy)
+        indices = _sampled(video, footage, processor)
         height, width = _size(video, footage, len(indices), processor)
-    except ValueError as error:  # DataError, or the resize rule's own limit on the aspect ratio
+    except ValueError as error:  # a DataError, or the resize rule's limit on the aspect ratio
         raise DataError(f"{source}: {error}") from None
     steps = -(-len(indices) // processor.temporal_patch_size)
     grid = (steps, height // processor.patch_size, width // processor.patch_size)
     return Clip(tuple(indices.tolist()), footage.rate, (footage.height, footage.width), grid)
 
 
-def clip_pixels(video: Video, clip: Clip, processor: Any, policy: MediaPolicy, source: Source) -> Tensor:
-    """uint8[F, 3, H, W]: the shown frames, each resized as soon as it is decoded.
+def clip_pixels(video: Video, clip: Clip, processor: VideoProcessor, policy: MediaPolicy, source: Source) -> Tensor:
+    """Return the clip's frames uint8[F, 3, H, W], each resized as soon as it is decoded.
 
     Raises:
         DataError: a frame cannot be decoded, or the file takes longer than ``policy.video_timeout``.
@@ -96,9 +108,9 @@ def clip_pixels(video: Video, clip: Clip, processor: Any, policy: MediaPolicy, s
         frames = within(
             lambda: _decoded(value, clip.indices, policy),
             policy.video_timeout,
-            lambda came: _late(value, policy, (came, count)),
+            lambda arrived: _late(value, policy, (arrived, count)),
         )
-    shown = []
+    resized_frames = []
     try:
         for frame in frames:
             if frame.shape[:2] != clip.size:
@@ -106,57 +118,64 @@ def clip_pixels(video: Video, clip: Clip, processor: Any, policy: MediaPolicy, s
                     f"video {medium_name(video.value)} has a frame of (height, width) {frame.shape[:2]}, but its "
                     f"header says {clip.size}. Was it changed?"
                 )
-            shown.append(resized(torch.from_numpy(frame).permute(2, 0, 1), height, width, processor))
+            resized_frames.append(resized(torch.from_numpy(frame).permute(2, 0, 1), height, width, processor))
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
-    return torch.stack(shown)
+    return torch.stack(resized_frames)
 
 
-def spread(total: int, rate: float, fps: float, least: int, most: int) -> NDArray[np.int64]:
-    """Frames of ``total`` at ``fps`` a second, evenly from the first to the last."""
-    count = min(max(int(total / rate * fps), least), most, total)
+def sample_frames(total: int, rate: float, fps: float, min_frames: int, max_frames: int) -> NDArray[np.int64]:
+    """Return frame numbers int64[F] of ``total`` frames at ``fps`` per second, evenly from the first to the last."""
+    count = min(max(int(total / rate * fps), min_frames), max_frames, total)
     return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
-def _listed(video: Video, policy: MediaPolicy) -> Footage:
+def _frame_list(video: Video, policy: MediaPolicy) -> Footage:
     if video.sampling != Sampling():
         raise DataError(
-            "frames are chosen from a video file; a list of frames is shown whole. Drop the frame settings."
+            "frames are sampled from video files only; a list of frames is used whole. Drop the frame settings."
         )
     sizes = {image_size(frame, policy) for frame in video.value}
     if len(sizes) != 1:
-        raise DataError(f"the frames of a video have several sizes (height, width): {sorted(sizes)[:3]}.")
+        raise DataError(f"the frames of a video have different sizes (height, width): {sorted(sizes)[:3]}.")
     return Footage(len(video.value), video.fps or DEFAULT_FPS, *sizes.pop())
 
 
-def _filmed(value: Any, policy: MediaPolicy) -> Footage:
-    """A file's header."""
+def _file(value: Any, policy: MediaPolicy) -> Footage:
+    """Read a file's header within the time limit."""
     (footage,) = within(lambda: _header(value, policy), policy.video_timeout, lambda _: _late(value, policy))
     return footage
 
 
 def _late(value: Any, policy: MediaPolicy, frames: tuple[int, int] | None = None) -> DataError:
-    """The error for a file that takes too long; (frames that came, frames that are shown)."""
-    shown = f": {frames[0]} of its {frames[1]} frames came" if frames else ""
+    """Return the error for a file that takes too long.
+
+    Args:
+        frames: (frames that arrived in time, frames of the clip).
+    """
+    progress = f": {frames[0]} of its {frames[1]} frames arrived" if frames else ""
     return DataError(
-        f"video {medium_name(value)} cannot be read within data.video_timeout={policy.video_timeout:g} s{shown}. Is "
+        f"video {medium_name(value)} cannot be read within data.video_timeout={policy.video_timeout:g} s{progress}. Is "
         "its disk or network slow? Re-encode it, drop the record, or raise the limit."
     )
 
 
 def _header(value: Any, policy: MediaPolicy) -> Iterator[Footage]:
-    """A file's header; of containers that may turn a video also its first frame, which alone says so."""
+    """Yield the content of a file's header.
+
+    Containers that may rotate a video record that with the frames, so there the first frame is decoded.
+    """
     with _opened(value, policy) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        turned = False
+        rotated = False
         height, width = stream.codec_context.height, stream.codec_context.width
-        shown = [entry for entry in stream.index_entries if not entry.is_discard]
-        frames = len(shown) if MOV in container.format.name else stream.frames
+        visible = [entry for entry in stream.index_entries if not entry.is_discard]
+        frames = len(visible) if MOV in container.format.name else stream.frames
         if MOV in container.format.name or not height or not width:
             first = next(container.decode(stream))
-            height, width, turned = first.height, first.width, first.rotation % 180 != 0
-        if not frames:  # mkv, webm: no header says; packets are counted, not decoded
+            height, width, rotated = first.height, first.width, first.rotation % 180 != 0
+        if not frames:  # the headers of mkv and webm have no count: count packets, without decoding
             container.seek(0)
             frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         if height * width > policy.max_image_pixels:
@@ -166,82 +185,84 @@ def _header(value: Any, policy: MediaPolicy) -> Iterator[Footage]:
             )
         if not rate or frames < 1:
             raise DataError(f"video {medium_name(value)} is damaged: it has {frames} frames at a rate of {rate}.")
-        yield Footage(frames, float(rate), *((width, height) if turned else (height, width)))
+        yield Footage(frames, float(rate), *((width, height) if rotated else (height, width)))
 
 
-def _chosen(video: Video, footage: Footage, processor: Any) -> NDArray[np.int64]:
-    told = video.sampling
+def _sampled(video: Video, footage: Footage, processor: VideoProcessor) -> NDArray[np.int64]:
+    """Return the frame numbers int64[F] of the clip."""
+    sampling = video.sampling
     first, last = 0, footage.frames - 1
-    if told.start is not None:
-        first = ceil(told.start * footage.rate)
-    if told.end is not None:
-        last = min(floor(told.end * footage.rate), last)
+    if sampling.start is not None:
+        first = ceil(sampling.start * footage.rate)
+    if sampling.end is not None:
+        last = min(floor(sampling.end * footage.rate), last)
     total = last - first + 1
     if isinstance(video.value, (list, tuple)):
         indices = np.arange(footage.frames)
-    elif told.num_frames is not None:
-        indices = np.linspace(0, total - 1, min(told.num_frames, max(total, 0))).round().astype(np.int64)
+    elif sampling.num_frames is not None:
+        indices = np.linspace(0, total - 1, min(sampling.num_frames, max(total, 0))).round().astype(np.int64)
     else:
-        least = processor.min_frames if told.min_frames is None else told.min_frames
-        most = processor.max_frames if told.max_frames is None else told.max_frames
-        indices = spread(max(total, 0), footage.rate, video.fps or processor.fps or footage.rate, least, most)
+        fewest = processor.min_frames if sampling.min_frames is None else sampling.min_frames
+        most = processor.max_frames if sampling.max_frames is None else sampling.max_frames
+        fps = video.fps or processor.fps or footage.rate
+        indices = sample_frames(max(total, 0), footage.rate, fps, fewest, most)
     if indices.size < processor.temporal_patch_size:
         raise DataError(
             f"video {medium_name(video.value)} shows {indices.size} of {footage.frames} frames "
-            f"({footage.frames / footage.rate:.2f} s), {processor.temporal_patch_size} are the least. Give a single "
-            "frame as an image; check start and end."
+            f"({footage.frames / footage.rate:.2f} s), but {processor.temporal_patch_size} are the least. Give a "
+            "single frame as an image; check start and end."
         )
     return indices + first
 
 
-def _size(video: Video, footage: Footage, frames: int, processor: Any) -> tuple[int, int]:
-    """(height, width) after resizing."""
+def _size(video: Video, footage: Footage, frames: int, processor: VideoProcessor) -> tuple[int, int]:
+    """Return (height, width) after resizing; the area limits are for all frames together."""
     limits, factor = video.limits, processor.patch_size * processor.merge_size
     if not processor.do_resize:
         return footage.height, footage.width
     if limits.resized_height is not None and limits.resized_width is not None:
         return exact_size(limits.resized_height, limits.resized_width, factor)
-    least, most = processor.size["shortest_edge"], processors.most_of_video(processor, frames)
+    min_pixels, max_pixels = processor.size["shortest_edge"], processors.most_of_video(processor, frames)
     if limits.total_pixels is not None:
-        most = min(most, limits.total_pixels)
+        max_pixels = min(max_pixels, limits.total_pixels)
     if limits.max_pixels is not None:
-        most = min(most, limits.max_pixels * frames)
-    least = min(least, most)
+        max_pixels = min(max_pixels, limits.max_pixels * frames)
+    min_pixels = min(min_pixels, max_pixels)
     if limits.min_pixels is not None:
-        least = limits.min_pixels * frames
-        most = max(least, most)
+        min_pixels = limits.min_pixels * frames
+        max_pixels = max(min_pixels, max_pixels)
     return processors.video_size(
         frames,
         footage.height,
         footage.width,
         temporal_factor=processor.temporal_patch_size,
         factor=factor,
-        min_pixels=least,
-        max_pixels=most,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
 
 
 def _decoded(value: Any, indices: tuple[int, ...], policy: MediaPolicy) -> Iterator[NDArray[np.uint8]]:
-    """uint8[H, W, 3] of each index, upright; indices ascend."""
-    wanted = iter(indices)
-    index, seen = next(wanted), 0
+    """Yield the frames at ``indices``, which ascend, as uint8[H, W, 3], rotated upright."""
+    remaining = iter(indices)
+    index, seen = next(remaining), 0
     with _opened(value, policy) as container:
         for frame in container.decode(container.streams.video[0]):
             if seen == index:
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-                index = next(wanted, -1)
+                index = next(remaining, -1)
                 if index < 0:
                     return
             seen += 1
     raise DataError(
-        f"video {medium_name(value)} is damaged: its header promises more frames than the {seen} that can be decoded, "
-        f"frame {index} is wanted. Re-encode it or drop the record."
+        f"video {medium_name(value)} is damaged: its header promises more frames than the {seen} that can be decoded; "
+        f"frame {index} is missing. Re-encode it or drop the record."
     )
 
 
 @contextmanager
 def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
-    """The file as a container with a video stream; whatever goes wrong with it is a `DataError`."""
+    """Open a container that has a video stream; every failure, also while reading it, becomes a `DataError`."""
     try:
         import av
     except ImportError:
@@ -253,7 +274,7 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
     try:
         with av.open(path or io.BytesIO(value), timeout=policy.video_timeout) as container:
             if not container.streams.video:
-                raise DataError(f"video {name} has no pictures, only {len(container.streams)} other streams.")
+                raise DataError(f"video {name} has no video stream, only {len(container.streams)} other streams.")
             yield container
     except FileNotFoundError:
         raise DataError(f"video {name} does not exist. Relative paths start at data.media_root.") from None
@@ -263,4 +284,6 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
         raise _late(value, policy) from None
     except (av.FFmpegError, StopIteration, OSError) as error:
         cause = one_line(error) if str(error) else "no frame can be decoded"
-        raise DataError(f"video {name} is damaged or no video: {cause}. Replace the file or drop the record.") from None
+        raise DataError(
+            f"video {name} is damaged or not a video: {cause}. Replace the file or drop the record."
+        ) from None

@@ -14,7 +14,7 @@ PUBLIC = {
     "load_processor": "qwenvl_ft.model.load",
     "register_dataset": "qwenvl_ft.data.sources.registry",
     "DATASETS": "qwenvl_ft.data.sources.registry",
-    "load_jsonl": "qwenvl_ft.data.readers.json_text",
+    "load_jsonl": "qwenvl_ft.data.sources.json_files",
     "AugmentationPreprocessor": "qwenvl_ft.data.dense.preprocessor",
     "Encoder": "qwenvl_ft.data.encode.encoder",
     "QwenVLCollator": "qwenvl_ft.data.collate",
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qwenvl_ft.data.dense.preprocessor import AugmentationPreprocessor as AugmentationPreprocessor
     from qwenvl_ft.data.encode.encoder import Encoder as Encoder
     from qwenvl_ft.data.plan.packing import pack_lengths as pack_lengths
-    from qwenvl_ft.data.readers.json_text import load_jsonl as load_jsonl
+    from qwenvl_ft.data.sources.json_files import load_jsonl as load_jsonl
     from qwenvl_ft.data.sources.registry import DATASETS as DATASETS
     from qwenvl_ft.data.sources.registry import register_dataset as register_dataset
     from qwenvl_ft.model.load import load_model as load_model

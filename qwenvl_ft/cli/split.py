@@ -20,7 +20,7 @@ def split(
     out: Annotated[Path | None, typer.Option(help="Folder of the files; beside FILE if not given.")] = None,
 ) -> None:
     """Write NAME.LEVEL.jsonl for each level, to train from the simple to the full."""
-    from qwenvl_ft.data.dense.split import LEVELS, REST, split_by_complexity
+    from qwenvl_ft.data.dense.complexity import LEVELS, REST, split_by_complexity
 
     told = [entry.partition("=") for entry in level or []]
     if wrong := [name for name, equals, _ in told if not equals]:

@@ -17,8 +17,8 @@ from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import MediaPolicy, resolve_path
 from qwenvl_ft.data.media.video import clip_pixels, plan_clip
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
-from qwenvl_ft.data.readers import Told, read_record
-from qwenvl_ft.data.readers.conversations import TagsError
+from qwenvl_ft.data.readers import RecordWithReader, read_record
+from qwenvl_ft.data.readers.media_pool import TagsError
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.look.media_faults import MediaInspector, MediumResult
@@ -96,7 +96,7 @@ class Inspector:
             yield "structure", f"summary: {fault}, and data.summary_ratio is above 0"
         if objects:  # so that the rest of the record can still be checked
             rest = {**record, "objects": []}
-            record = Told(rest, record.reader) if isinstance(record, Told) else rest
+            record = RecordWithReader(rest, record.reader) if isinstance(record, RecordWithReader) else rest
         try:
             conversation = read_record(record, source, root)
         except TagsError as error:

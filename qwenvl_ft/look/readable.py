@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.readers.json_text import BLANK, read_json
+from qwenvl_ft.data.sources.json_files import BLANK, read_json
 from qwenvl_ft.data.sources.mixture import load_mixture, val_selections
 from qwenvl_ft.data.sources.records import Selection, load_records
 from qwenvl_ft.data.sources.registry import find_dataset, is_pattern, matching_files, parse_selection

@@ -1,4 +1,4 @@
-"""Dense captions: answers against numbers worked out by hand, prompts, pictures as promised."""
+"""Dense captions: answers compared with numbers calculated by hand, prompts, and pictures of the planned size."""
 
 import json
 import pickle
@@ -10,11 +10,17 @@ from cases import picture
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Image, Source, Text
-from qwenvl_ft.data.dense.compose import DenseImage, dense_conversation, dense_messages, dense_target, emitted
+from qwenvl_ft.data.dense.compose import (
+    DenseImage,
+    dense_conversation,
+    dense_messages,
+    dense_target,
+    scaled_coordinates,
+)
 from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.dense.reader import read
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.readers.dense import read
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.evaluation.localization import parse_objects
 
@@ -44,8 +50,8 @@ def drawn_for(ops, size=(1200, 800), **settings):
     return Augmenter.from_config({"ops": ops, **settings}).draw(*size, np.random.default_rng(0))
 
 
-def in_reach(value):
-    """A picture at 64 pixels of what the record says is 1200 x 800."""
+def small_record(value):
+    """Return a record of an image of 96 x 64 pixels without objects."""
     return {**RACK, "images": [value], "width": 96, "height": 64, "objects": [], "summary": "s"}
 
 
@@ -103,21 +109,21 @@ def test_coordinates_are_written_in_the_unit_of_emit_norm(emit_norm, box, line):
 
 
 def test_halves_round_to_even_as_in_exact_arithmetic():
-    """Against fractions, for every pixel of some sides; dividing first would round some of them wrongly."""
+    """Compared with fractions for every pixel of some side lengths; dividing first would round some of them wrongly."""
     wrong_if_divided_first = 0
     for side in (48, 150, 800, 999, 1000, 1200, 4000):
         values = [value for x in range(side + 1) for value in (x, x)]
         for emit_norm, scale in (("norm100", 100), ("norm1000", 1000)):
             exact = [round(Fraction(value * scale, side)) for value in values]
-            assert emitted(values, (side, side), emit_norm) == exact
+            assert scaled_coordinates(values, (side, side), emit_norm) == exact
             wrong_if_divided_first += exact != [round(value / side * scale) for value in values]
     assert wrong_if_divided_first, "vacuous: any order of operations rounds alike"
-    assert emitted([0.5, 1.5, 2.5, 3.5], (10, 10), "none") == [0, 2, 2, 4]
+    assert scaled_coordinates([0.5, 1.5, 2.5, 3.5], (10, 10), "none") == [0, 2, 2, 4]
 
 
 def test_what_rounds_outwards_is_clamped_to_the_image():
-    assert emitted([-0.6, -1, 101, 50.9], (100, 50), "norm1000") == [0, 0, 1000, 1000]
-    assert emitted([-0.6, -1, 101, 50.9], (100, 50), "none") == [0, 0, 100, 50]
+    assert scaled_coordinates([-0.6, -1, 101, 50.9], (100, 50), "norm1000") == [0, 0, 1000, 1000]
+    assert scaled_coordinates([-0.6, -1, 101, 50.9], (100, 50), "none") == [0, 0, 100, 50]
 
 
 def test_numbers_of_an_answer_are_read_again_by_the_evaluation():
@@ -136,8 +142,8 @@ def test_a_line_states_its_points_before_them_whether_or_not_the_record_does():
 
 
 def test_scheme_b_puts_objects_in_reading_order_because_it_says_so():
-    def order(**told):
-        options = DenseOptions(**told)
+    def order(**settings):
+        options = DenseOptions(**settings)
         says = "top to bottom" in options.prompts["dense"].system
         target = dense_target([LINE, BOX, QUAD], (1200, 800), options)
         return [entry["desc"].split("/")[0] for entry in target.values()], says
@@ -197,7 +203,7 @@ def test_own_prompts_come_from_text_or_file_each_for_its_mode(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"scheme": "C"}, "unknown prompts.scheme 'C'. Known: A, B."),
         ({"emit_norm": "norm10"}, "unknown data.emit_norm 'norm10'. Did you mean 'norm100'?"),
@@ -205,16 +211,16 @@ def test_own_prompts_come_from_text_or_file_each_for_its_mode(tmp_path):
         ({"summary_ratio": -0.1}, "data.summary_ratio=-0.1 must be between 0"),
         ({"summary_ratio": float("nan")}, "data.summary_ratio=nan must be between 0"),
         ({"images_per_user_turn": 0}, "data.images_per_user_turn=0 must be 1 or more"),
-        ({"label_pattern": "图片"}, "data.label_pattern='图片' must hold {i} once"),
+        ({"label_pattern": "图片"}, "data.label_pattern='图片' must contain {i} once"),
         ({"object_order": "size"}, "unknown data.object_order 'size'"),
         ({"user": "gone.txt"}, "prompts.user='gone.txt' cannot be read: No such file"),
         ({"system": "  "}, "prompts.system is empty"),
     ],
 )
-def test_a_wrong_option_is_an_error_that_names_it(options, told):
+def test_a_wrong_option_is_an_error_that_names_it(options, message):
     with pytest.raises(RecipeError) as caught:
         DenseOptions(**options)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 
@@ -224,15 +230,15 @@ def test_a_wrong_option_is_an_error_that_names_it(options, told):
 def test_a_picture_that_is_not_of_the_stated_size_is_refused_before_training(tmp_path, encoder):
     path = tmp_path / "a.png"
     picture(96, 64).save(path)
-    good = dense_conversation([dense(in_reach(str(path)))], DenseOptions())
+    good = dense_conversation([dense(small_record(str(path)))], DenseOptions())
     assert encoder.length(good) > 0
-    bad = dense_conversation([dense(in_reach(str(path)) | {"width": 128})], DenseOptions())
+    bad = dense_conversation([dense(small_record(str(path)) | {"width": 128})], DenseOptions())
     for use in (encoder.length, encoder):
         with pytest.raises(DataError, match=r"racks\.jsonl:7: image .*a\.png is 96 x 64 pixels, but .* width=128"):
             use(bad)
     other = tmp_path / "b.png"
     picture(64, 64).save(other)
-    pair = dense_conversation([dense({**in_reach(str(path)), "images": [str(path), str(other)]})], DenseOptions())
+    pair = dense_conversation([dense({**small_record(str(path)), "images": [str(path), str(other)]})], DenseOptions())
     with pytest.raises(DataError, match="images that share objects must have one size"):
         encoder.length(pair)
 
@@ -250,7 +256,7 @@ def test_an_augmented_picture_is_of_the_promised_size_and_pickles_small(tmp_path
 
 
 def test_coordinates_follow_the_augmented_frame():
-    """Mirrored in 1200, then padded to 1500 x 1000: worked out by hand."""
+    """Mirrored at a width of 1200, then padded to 1500 x 1000; calculated by hand."""
     drawn = drawn_for([{"hflip": {"prob": 1}}, {"pad_to_multiple": {"multiple": 500}}])
     target = json.loads(answer_of(dense_conversation([dense(RACK)], DenseOptions(), drawn=[drawn])))["图片_1"]
     assert target["object_1"]["bbox_2d"] == [520, 120, 740, 360]  # x: (1200 - 420) / 1500, (1200 - 90) / 1500
@@ -290,7 +296,7 @@ def test_an_augmentation_that_leaves_no_object_is_not_applied(tmp_path):
 def test_the_whole_answer_is_supervised_and_nothing_else(tmp_path, encoder):
     path = tmp_path / "a.png"
     picture(96, 64).save(path)
-    record = in_reach(str(path)) | {"objects": [{"desc": "标签/清晰", "bbox_2d": [10, 5, 90, 60]}]}
+    record = small_record(str(path)) | {"objects": [{"desc": "标签/清晰", "bbox_2d": [10, 5, 90, 60]}]}
     drawn = drawn_for([{"resize_by_scale": {"scales": [2.0], "prob": 1}}], (96, 64))
     conversation = dense_conversation([dense(record)] * 2, DenseOptions(), drawn=[drawn, None])
     sample = encoder(conversation)
@@ -304,5 +310,5 @@ def test_messages_show_the_augmented_picture(tmp_path):
     path = tmp_path / "a.png"
     picture(96, 64).save(path)
     drawn = drawn_for([{"pad_to_multiple": {"multiple": 100}}], (96, 64))
-    shown = dense_messages(dense_conversation([dense(in_reach(str(path)))], DenseOptions(), drawn=[drawn]))
+    shown = dense_messages(dense_conversation([dense(small_record(str(path)))], DenseOptions(), drawn=[drawn]))
     assert shown["messages"][0]["content"][1]["image"].size == (100, 100)

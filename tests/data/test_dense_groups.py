@@ -1,4 +1,4 @@
-"""Groups and modes: every record once an epoch, the same whoever asks and in whatever order."""
+"""Groups and modes: every record once per epoch, independent of workers and order of access."""
 
 import json
 import pickle
@@ -34,14 +34,14 @@ def groups_of(count=9, *, training=True, augmenter=None, **options):
     )
 
 
-def told(conversation):
-    """All that a conversation says, with the drawn augmentation of each image."""
+def content_of(conversation):
+    """Return the texts of a conversation, its images with their augmentations, and its source."""
     texts = [part for message in conversation.messages for part in message.content if not isinstance(part, Image)]
     return texts, [(image.value.value, image.value.drawn) for image in conversation.media(Image)], conversation.source
 
 
-class Told(Dataset):
-    """What workers of a loader make of an epoch."""
+class ContentDataset(Dataset):
+    """The content of an epoch's conversations, for dataloader workers."""
 
     def __init__(self, epoch):
         self.epoch = epoch
@@ -50,7 +50,7 @@ class Told(Dataset):
         return len(self.epoch)
 
     def __getitem__(self, index):
-        return told(self.epoch[index])
+        return content_of(self.epoch[index])
 
 
 def test_groups_are_consecutive_chunks_of_the_epochs_permutation():
@@ -64,7 +64,7 @@ def test_groups_are_consecutive_chunks_of_the_epochs_permutation():
         assert first == epoch_groups(20, size, seed=3, epoch=0)
     assert epoch_groups(20, 2, seed=4) != epoch_groups(20, 2, seed=3)
     flat = [k for group in epoch_groups(20, 3, seed=3) for k in group]
-    assert flat == [k for group in epoch_groups(20, 1, seed=3) for k in group], "the order hangs on the group's size"
+    assert flat == [k for group in epoch_groups(20, 1, seed=3) for k in group], "the order depends on the group size"
 
 
 def test_a_group_of_one_is_one_record():
@@ -86,29 +86,29 @@ def test_an_epoch_shows_every_record_once_with_its_own_image():
         assert [f"/data/{name.removeprefix('thing')}.jpg" for name in names] == images
         shown += images
     assert sorted(shown) == [f"/data/{k}.jpg" for k in range(9)]
-    assert [told(c) for c in epoch[1:3]] == [told(epoch[1]), told(epoch[2])]
-    assert told(epoch[-1]) == told(epoch[4])
+    assert [content_of(c) for c in epoch[1:3]] == [content_of(epoch[1]), content_of(epoch[2])]
+    assert content_of(epoch[-1]) == content_of(epoch[4])
     with pytest.raises(IndexError):
         epoch[5]
 
 
 def test_everything_is_a_function_of_seed_epoch_and_group():
-    """Workers, pickling, the order of asking and what was asked before change nothing."""
+    """Workers, pickling, the order of access and earlier accesses change nothing."""
     make = lambda **more: groups_of(30, augmenter=AUGMENTER, summary_ratio=0.5, seed=7, **more)  # noqa: E731
     epoch = make().conversations(3)
-    expected = [told(conversation) for conversation in epoch]
+    expected = [content_of(conversation) for conversation in epoch]
     other = make()
     asked = {}
     for k in reversed(range(len(epoch))):
         other.conversation(k % 2, k)
-        asked[k] = told(other.conversation(3, k))
+        asked[k] = content_of(other.conversation(3, k))
     assert [asked[k] for k in range(len(epoch))] == expected
     copy = pickle.loads(pickle.dumps(epoch))
-    assert [told(conversation) for conversation in copy] == expected
+    assert [content_of(conversation) for conversation in copy] == expected
     for workers in (1, 2):
-        loader = DataLoader(Told(epoch), batch_size=2, num_workers=workers, collate_fn=list)
+        loader = DataLoader(ContentDataset(epoch), batch_size=2, num_workers=workers, collate_fn=list)
         assert [row for batch in loader for row in batch] == expected
-    assert expected != [told(conversation) for conversation in make().conversations(4)]
+    assert expected != [content_of(conversation) for conversation in make().conversations(4)]
     drawn = [change for _, images, _ in expected for _, change in images]
     assert sum(bool(change.steps) for change in drawn) > 10, "vacuous: nothing is augmented"
     assert len({change.steps for change in drawn if change.steps}) > 10, "vacuous: one augmentation for all"
@@ -141,8 +141,8 @@ def test_a_whole_group_shares_prompts_and_the_shape_of_its_answer():
 
 def test_validation_is_the_same_in_every_epoch_in_file_order_and_never_augmented():
     groups = groups_of(7, training=False, augmenter=AUGMENTER, summary_ratio=0.5)
-    first = [told(conversation) for conversation in groups.conversations(0)]
-    assert first == [told(conversation) for conversation in groups.conversations(5)]
+    first = [content_of(conversation) for conversation in groups.conversations(0)]
+    assert first == [content_of(conversation) for conversation in groups.conversations(5)]
     assert [image for _, images, _ in first for image in images] == [(f"/data/{k}.jpg", None) for k in range(7)]
     assert groups.fingerprint(0) == groups.fingerprint(5)
 

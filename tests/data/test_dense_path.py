@@ -1,4 +1,4 @@
-"""From a recipe to a batch: what the answer says of a place is what the pixels of the batch show there."""
+"""From a recipe to a batch: the answers' boxes match the pixels of the batch."""
 
 import json
 import re
@@ -51,25 +51,25 @@ def dataset_of(tiny_dir, data, tmp_path):
 
 
 def answer_of(sample, tokenizer):
-    learned = sample["input_ids"][sample["labels"] >= 0]
-    return json.loads(tokenizer.decode(learned, skip_special_tokens=True))
+    supervised = sample["input_ids"][sample["labels"] >= 0]
+    return json.loads(tokenizer.decode(supervised, skip_special_tokens=True))
 
 
 def shown(sample, processor):
-    """The pictures of a sample as the model gets them, RGB."""
-    told = pictures(sample["pixel_values"], sample["image_grid_thw"], processor.image_processor)
-    return [np.asarray(image).astype(int) for image, *_ in told]
+    """Return the pictures of a sample as the model sees them, in RGB."""
+    images = pictures(sample["pixel_values"], sample["image_grid_thw"], processor.image_processor)
+    return [np.asarray(image).astype(int) for image, *_ in images]
 
 
 def extent(pixels, colour):
-    """[x1, y1, x2, y2] of what has a colour, in pixels; None where too little has it."""
+    """Return [x1, y1, x2, y2] in pixels of the area with a colour; None if it is too small."""
     mask = np.abs(pixels - COLOURS[colour]).sum(axis=2) < 90
     ys, xs = np.nonzero(mask)
     return None if len(xs) < 30 else (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
 
 
 def errors_of(dataset, epochs, shift=0.0):
-    """Pixels from each side of each box of the answers to where its object is seen."""
+    """Return the largest distance, in pixels, of each box in the answers from the visible extent of its object."""
     tokenizer = dataset.encoder.processor.tokenizer
     found = []
     for epoch in epochs:
@@ -84,23 +84,23 @@ def errors_of(dataset, epochs, shift=0.0):
                 for entry in objects.values():
                     seen = extent(pixels, entry["desc"].split("/")[0])
                     if seen is not None:
-                        told = np.array(entry["bbox_2d"]) / 1000 * [width, height, width, height] + shift
-                        found.append(np.abs(told - seen).max())
+                        box = np.array(entry["bbox_2d"]) / 1000 * [width, height, width, height] + shift
+                        found.append(np.abs(box - seen).max())
     return np.array(found)
 
 
 def test_boxes_of_the_answers_are_where_the_pixels_of_the_batch_show_them(dataset_of):
-    """Half a thousandth and the blur of an edge are 2 pixels; 5 more would be seen."""
+    """Rounding to thousandths and blurred edges account for 2 pixels; a shift of 5 more is detected."""
     dataset = dataset_of(f"data.augmentation={json.dumps({'ops': GEOMETRY})}")
     found = errors_of(dataset, range(3))
     assert len(found) > 100
     assert np.quantile(found, 0.99) < 2.5
     assert found.mean() < 1.2
-    assert errors_of(dataset, [0], shift=5).min() > 2.5, "vacuous: places are not looked at"
+    assert errors_of(dataset, [0], shift=5).min() > 2.5, "vacuous: positions are not compared"
 
 
-def test_every_object_that_is_seen_is_told_and_no_other(dataset_of):
-    """Also in summaries, which are made anew where an object left the picture."""
+def test_every_visible_object_is_in_the_answer_and_no_other(dataset_of):
+    """Also in summaries, which are rebuilt where an object left the picture."""
     ops = [{"random_crop": {"lo": 0.5, "hi": 0.6, "prob": 1}}]
     for mode, ratio in (("dense", 0), ("summary", 1)):
         dataset = dataset_of(f"data.augmentation={json.dumps({'ops': ops})}", f"data.summary_ratio={ratio}")
@@ -108,13 +108,13 @@ def test_every_object_that_is_seen_is_told_and_no_other(dataset_of):
         for k in range(len(dataset)):
             sample = dataset[k]
             answer = answer_of(sample, dataset.encoder.processor.tokenizer)
-            for pixels, told in zip(shown(sample, dataset.encoder.processor), answer.values(), strict=True):
-                text = told if mode == "summary" else " ".join(entry["desc"] for entry in told.values())
+            for pixels, entry in zip(shown(sample, dataset.encoder.processor), answer.values(), strict=True):
+                text = entry if mode == "summary" else " ".join(found["desc"] for found in entry.values())
                 area = pixels.shape[0] * pixels.shape[1]
                 for colour in COLOURS:
                     seen = (np.abs(pixels - COLOURS[colour]).sum(axis=2) < 90).sum() / area
-                    assert colour in text or seen < 0.05, "seen, and not told"
-                    assert colour not in text or seen > 0.001, "told, and not seen"
+                    assert colour in text or seen < 0.05, "visible, but not in the answer"
+                    assert colour not in text or seen > 0.001, "in the answer, but not visible"
                 dropped += len(re.findall("red|green|blue", text)) < 3
         assert dropped > 5, "vacuous: nothing left the picture"
 
@@ -149,14 +149,14 @@ def test_emit_norm_and_patterns_reach_the_answer(dataset_of, data, norm):
     sample = dataset[0]
     answer = answer_of(sample, dataset.encoder.processor.tokenizer)
     assert list(answer) == ["Picture 1", "Picture 2", "Picture 3"]
-    told = {entry["desc"]: entry["bbox_2d"] for objects in answer.values() for entry in objects.values()}
+    boxes = {entry["desc"]: entry["bbox_2d"] for objects in answer.values() for entry in objects.values()}
     scale = {"none": (1, 1), "norm100": (100 / 160, 100 / 128), "norm1000": (1000 / 160, 1000 / 128)}[norm]
     for line in data.read_text().splitlines():
         for entry in json.loads(line)["objects"]:
-            if entry["desc"] in told:
+            if entry["desc"] in boxes:
                 expected = [value * scale[k % 2] for k, value in enumerate(entry["bbox_2d"])]
-                assert np.abs(np.array(told.pop(entry["desc"])) - expected).max() <= 0.5
-    assert not told
+                assert np.abs(np.array(boxes.pop(entry["desc"])) - expected).max() <= 0.5
+    assert not boxes
     text = dataset.encoder.processor.tokenizer.decode(sample["input_ids"])
     assert "Which parts?" in text
     assert "Order the objects from top to bottom" in text, "scheme B"
@@ -169,7 +169,7 @@ def turn(number):
     }
 
 
-def test_what_moves_pixels_is_refused_for_records_without_objects_and_colours_are_not(encoder):
+def test_only_colour_operations_are_allowed_for_records_without_objects(encoder):
     from qwenvl_ft.data.augment.pipeline import Augmenter
 
     records = ListRecords([turn(k) for k in range(3)])
@@ -195,37 +195,39 @@ def test_files_of_several_formats_stand_side_by_side(tiny_dir, data, tmp_path, w
     assert len(dataset[4]["image_grid_thw"]) == 1
     assert len(dataset[5]["image_grid_thw"]) == 2
     mixed = write_jsonl([turn(0) | {"image": "0.png"}, dense_record(1, tmp_path)], name="mixed.jsonl")
-    told = load_recipe(None, dense_settings(tiny_dir, mixed, tmp_path, "data.emit_norm=none"))
-    alone, _ = build_datasets(told, build_processor(recipe), 42)
+    mixed_recipe = load_recipe(None, dense_settings(tiny_dir, mixed, tmp_path, "data.emit_norm=none"))
+    alone, _ = build_datasets(mixed_recipe, build_processor(recipe), 42)
     assert max(answer_of(alone[1], alone.encoder.processor.tokenizer)["图片_1"]["object_2"]["bbox_2d"]) < 128
-    told.data.summary_ratio = 0.5
+    mixed_recipe.data.summary_ratio = 0.5
     with pytest.raises(DataError, match=r"mixed.jsonl:2: a dense-caption record in a file that begins with another"):
-        build_datasets(told, build_processor(recipe), 42)
+        build_datasets(mixed_recipe, build_processor(recipe), 42)
     mixed = write_jsonl([dense_record(1, tmp_path), turn(0) | {"image": "0.png"}], name="other_way.jsonl")
-    with pytest.raises(DataError, match=r"other_way.jsonl:2: no dense-caption record \(keys image, conversations\)"):
+    with pytest.raises(DataError, match=r"other_way.jsonl:2: not a dense-caption record \(keys image, conversations\)"):
         build_datasets(load_recipe(None, dense_settings(tiny_dir, mixed, tmp_path)), build_processor(recipe), 42)
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ('data.augmentation={"ops": [{"rotat": {}}]}', r"data.augmentation.ops\[0\]: unknown operation 'rotat'"),
         ("prompts.system=nowhere.txt", "prompts.system='nowhere.txt' cannot be read"),
-        ("data.label_pattern=picture", r"data.label_pattern='picture' must hold \{i\} once"),
+        ("data.label_pattern=picture", r"data.label_pattern='picture' must contain \{i\} once"),
     ],
 )
-def test_what_the_schema_leaves_open_is_refused_before_data_are_measured(tiny_dir, data, tmp_path, setting, told):
+def test_settings_that_the_schema_does_not_check_are_refused_before_data_are_measured(
+    tiny_dir, data, tmp_path, setting, message
+):
     from qwenvl_ft.training.arguments import build_arguments
 
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         build_arguments(load_recipe(None, dense_settings(tiny_dir, data, tmp_path, setting)))
 
 
-def test_a_system_prompt_that_no_dense_caption_would_be_told_is_refused(dataset_of, data, tmp_path, write_jsonl):
+def test_a_system_prompt_that_no_dense_caption_would_use_is_refused(dataset_of, data, tmp_path, write_jsonl):
     with pytest.raises(RecipeError, match=r"template.system_prompt is of no use in data.train: .* Give prompts.system"):
         dataset_of("template.system_prompt=Be brief.")
-    told = dataset_of("prompts.system=Be brief.")
-    assert "Be brief." in told.encoder.processor.tokenizer.decode(told[0]["input_ids"])
+    dataset = dataset_of("prompts.system=Be brief.")
+    assert "Be brief." in dataset.encoder.processor.tokenizer.decode(dataset[0]["input_ids"])
     other = write_jsonl([turn(0) | {"image": str(data.parent / "0.png")}], name="other.jsonl")
     joined = dataset_of("template.system_prompt=Be brief.", data=f"{other},{data}")
     texts = [joined.encoder.processor.tokenizer.decode(joined[k]["input_ids"]) for k in (0, 1)]
@@ -233,6 +235,6 @@ def test_a_system_prompt_that_no_dense_caption_would_be_told_is_refused(dataset_
 
 
 @pytest.mark.parametrize("setting", ["data.summary_ratio=1.5", "prompts.scheme=C", "data.emit_norm=norm10"])
-def test_what_the_schema_knows_is_refused_when_it_is_read(setting):
+def test_settings_that_the_schema_checks_are_refused_when_the_recipe_is_read(setting):
     with pytest.raises(RecipeError, match=setting.partition("=")[0]):
         load_recipe(None, [setting])

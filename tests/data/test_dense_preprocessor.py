@@ -1,4 +1,4 @@
-"""A record by itself is augmented as training would: images, objects, size and summary as one."""
+"""A single record is augmented as in training: images, objects, size and summary together."""
 
 import json
 
@@ -22,7 +22,7 @@ def preprocessor(folder, ops=OPS, seed=0, **settings):
     return AugmentationPreprocessor(augmenter, np.random.default_rng(seed), media_root=folder)
 
 
-def test_objects_are_where_the_new_image_shows_them_and_the_record_stays(tmp_path):
+def test_boxes_match_the_new_image_and_the_original_record_is_unchanged(tmp_path):
     augment, sizes = preprocessor(tmp_path), set()
     for number in range(12):
         record = dense_record(number, tmp_path) | {"note": number}

@@ -1,10 +1,10 @@
-"""Dense-caption records: every fault is one line that names the record, the object, the key and the value."""
+"""Dense-caption records: every error is one line that names the record, the object, the key and the value."""
 
 import pytest
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.dense.dense_record import read_dense_record
-from qwenvl_ft.data.dense.reader import matches
+from qwenvl_ft.data.readers.dense import matches
 from qwenvl_ft.errors import DataError
 
 BOX = {"bbox_2d": [90, 120, 420, 360], "desc": "switch/vendorA,fully visible"}
@@ -24,7 +24,7 @@ def test_a_record_is_known_by_its_keys():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"images": None}, "racks.jsonl:7: no 'images'."),
         ({"objects": None}, "racks.jsonl:7: no 'objects'."),
@@ -37,7 +37,7 @@ def test_a_record_is_known_by_its_keys():
         ({"height": 1.5}, "height=1.5 must be"),
         ({"images": "a.jpg"}, "images='a.jpg' must be a list"),
         ({"images": []}, "images=[] must be a list with at least one"),
-        ({"images": ["a.jpg", 3]}, "images[1]=3 is no image"),
+        ({"images": ["a.jpg", 3]}, "images[1]=3 is not an image"),
         ({"objects": {}}, "objects={} must be a list"),
         ({"objects": [BOX, "x"]}, "objects[1]='x' must be an object"),
         ({"objects": [BOX, {"bbox_2d": [1, 2, 3, 4]}]}, "objects[1].desc=None must be a text"),
@@ -69,15 +69,15 @@ def test_a_record_is_known_by_its_keys():
         ({"objects": [{**BOX, "line_points": 2}]}, "line_points=2 stands beside bbox_2d"),
     ],
 )
-def test_a_malformed_record_is_refused_by_record_object_key_and_value(change, told):
+def test_a_malformed_record_is_refused_by_record_object_key_and_value(change, message):
     with pytest.raises(DataError) as caught:
         dense({**RACK, **change})
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("racks.jsonl:7: ")
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_that_is_right_passes_and_columns_that_are_none_are_absent():
+def test_a_valid_record_passes_and_none_counts_as_absent():
     record = dense({**RACK, "objects": [{**BOX, "quad": None, "line": None, "line_points": None}]})
     assert record.objects == ({"desc": BOX["desc"], "bbox_2d": BOX["bbox_2d"]},)
     assert (record.size, record.images) == ((1200, 800), ("/data/img/rack_07.jpg",))

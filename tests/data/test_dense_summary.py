@@ -1,4 +1,4 @@
-"""Summaries: the string rules on descriptions written by hand, and what is refused in a file's own."""
+"""Summaries: the rules that build one from descriptions, and the checks of summaries given by a file."""
 # ruff: noqa: RUF001 - Chinese punctuation
 
 import pytest

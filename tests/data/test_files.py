@@ -1,4 +1,4 @@
-"""Every kind of file gives the records that were put in, memory-mapped, each with its place."""
+"""Every file type gives back the records written to it, memory-mapped, each with its place."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def write_tar(path, members):
     return str(path)
 
 
-def test_the_endings_that_may_be_named_are_those_that_are_read():
+def test_the_registry_allows_exactly_the_file_types_that_can_be_read():
     assert tuple(KINDS) == FILES
 
 
@@ -106,20 +106,20 @@ def test_folders_of_datasets_are_read_in_place(load, tmp_path, processor, png):
         assert tokens(processor, records[2]) == expected
         assert records[1][1].record == f"{tmp_path / name.partition(':')[0]}[1]"
         assert pickle.loads(pickle.dumps(records))[2] == records[2]
-        assert len(pickle.dumps(records)) < 5_000, "the records themselves travel"
+        assert len(pickle.dumps(records)) < 5_000, "the records themselves are pickled"
     assert not list((tmp_path / "cache").glob("*.arrow")), "copied"
     assert len(load(f"{tmp_path / 'hub'}:train%200")) == 6
     assert load(str(tmp_path / "hub:train")).fingerprint != load(str(tmp_path / "hub:test")).fingerprint
 
 
-def test_a_folder_that_says_too_little_is_one_clear_line(load, tmp_path, png):
+def test_an_ambiguous_or_foreign_folder_is_one_clear_line(load, tmp_path, png):
     saved(tmp_path, png)
     (tmp_path / "plain").mkdir()
     cases = [
         ("hub", r"hub has the splits train, test\. Choose one: .*hub:train"),
         ("hub:tran", r"hub has no split 'tran'\. Did you mean 'train'\?"),
         ("one:train", r"one has no splits\. Give a file"),
-        ("plain", r"plain is no folder that Dataset\.save_to_disk wrote"),
+        ("plain", r"plain was not written by Dataset\.save_to_disk"),
         ("nowhere:train", "do not find .*nowhere:train"),
     ]
     for name, message in cases:
@@ -128,13 +128,13 @@ def test_a_folder_that_says_too_little_is_one_clear_line(load, tmp_path, png):
         assert "\n" not in str(caught.value)
 
 
-def test_turns_that_datasets_turned_into_columns_are_turned_back(load, tmp_path):
+def test_turns_that_datasets_stored_as_columns_become_a_list_again(load, tmp_path):
     columns = {"from": ["human", "gpt"], "value": ["<image>\nwhat", "that"]}
     pq.write_table(pa.Table.from_pylist([{"conversations": columns}]), tmp_path / "d.parquet")
     assert all_of(load(str(tmp_path / "d.parquet"))) == [{"conversations": TURNS}]
     objects = {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}
     pq.write_table(pa.Table.from_pylist([{"objects": objects}]), tmp_path / "o.parquet")
-    assert all_of(load(str(tmp_path / "o.parquet"))) == [{"objects": objects}], "those are columns by nature"
+    assert all_of(load(str(tmp_path / "o.parquet"))) == [{"objects": objects}], "these are columns already in the file"
 
 
 # -- tables of text ------------------------------------------------------------------------------------------------
@@ -161,9 +161,9 @@ def test_a_broken_table_is_one_clear_line(load, tmp_path):
     cases = [
         ("a,b\n1,2\n1,2,3\n", r"t\.csv:3: 3 cells for 2 columns \(a, b\)"),
         ('a\n"open\n', r"t\.csv:\d: not a table: unexpected end of data"),
-        ("images,q\n[1 2],x\n", r"t\.csv:2: column 'images' is not valid JSON"),
-        ("a,b\n", "has no record"),
-        ("", "has no record"),
+        ("images,q\n[1 2],x\n", r"t\.csv:2: column 'images': not valid JSON"),
+        ("a,b\n", "has no records"),
+        ("", "has no records"),
     ]
     for content, message in cases:
         (tmp_path / "t.csv").write_text(content)
@@ -177,7 +177,7 @@ def test_a_broken_table_is_one_clear_line(load, tmp_path):
 # -- webdataset ----------------------------------------------------------------------------------------------------
 
 
-def test_a_shards_samples_are_what_was_put_in(load, tmp_path, processor, png):
+def test_a_shard_gives_back_the_samples_written_to_it(load, tmp_path, processor, png):
     record = {"conversations": TURNS}
     named = {"image": ["b.right.png", "b.left.png"], "conversations": [TURNS[0], TURNS[1]]}
     path = write_tar(
@@ -224,9 +224,9 @@ def test_a_broken_shard_is_one_clear_line(load, tmp_path):
     cases = [
         (str(tmp_path / "z.tar"), r"z\.tar cannot be read as \.tar"),
         (write_tar(tmp_path / "j.tar", [("a.json", b"{")]), r"j\.tar\[a\.json\]: not valid JSON"),
-        (write_tar(tmp_path / "l.tar", [("a.json", b"[1]")]), r"l\.tar\[a\.json\]: a record is a JSON object"),
+        (write_tar(tmp_path / "l.tar", [("a.json", b"[1]")]), r"l\.tar\[a\.json\]: a record must be a JSON object"),
         (write_tar(tmp_path / "t.tar", [("a.txt", b"\xfc")]), r"t\.tar\[a\.txt\]: not UTF-8"),
-        (write_tar(tmp_path / "e.tar", []), "has no record"),
+        (write_tar(tmp_path / "e.tar", []), "has no records"),
     ]
     for path, message in cases:
         with pytest.raises(DataError, match=message) as caught:
@@ -256,9 +256,9 @@ def test_a_coco_file_is_one_record_per_image(load, tmp_path, caplog):
     (tmp_path / "coco.json").write_text(json.dumps(COCO))
     with caplog.at_level(logging.WARNING):
         records = load(str(tmp_path / "coco.json"))
-    told = "\n".join(caplog.messages)
-    assert "left out 1 regions of crowds" in told
-    assert "left out 1 boxes without area in the image" in told
+    logged = "\n".join(caplog.messages)
+    assert "left out 1 regions of crowds" in logged
+    assert "left out 1 boxes without area in the image" in logged
     assert [records[i][1].record for i in range(2)] == [f"{tmp_path}/coco.json:images[{i}]" for i in range(2)]
     assert [records[i][1].id for i in range(2)] == ["7", "9"]
     conversation = read_record(*records[0])

@@ -1,4 +1,4 @@
-"""Records as other libraries write them -> the conversation that was meant."""
+"""Records in the formats of other libraries become the intended conversation."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def read(record):
 
 
 def same(record, messages, **more):
-    """Whether a record reads as these messages do."""
+    """Return True if a record gives the same conversation as these messages."""
     return read(record) == read({"messages": messages} | more)
 
 
@@ -91,7 +91,7 @@ TOOLS = [{"type": "function", "function": {"name": "measure", "parameters": {}}}
     ],
 )
 @pytest.mark.parametrize("call", [CALL, [CALL], json.dumps(CALL), json.dumps([CALL])])
-def test_calls_and_what_they_gave_back(key, who, what, roles, call):
+def test_tool_calls_and_their_results(key, who, what, roles, call):
     values = ("<image>\nHow long?", call, "12", "12 mm.")
     turns = [{who: role, what: value} for role, value in zip(roles, values, strict=True)]
     conversation = read({key: turns, "images": ["a.png"], "tools": TOOLS})
@@ -102,8 +102,8 @@ def test_calls_and_what_they_gave_back(key, who, what, roles, call):
     assert conversation.tools == tuple(TOOLS)
 
 
-def test_what_they_gave_back_is_read_and_never_learned(encoder):
-    """The official loader makes every role but human an assistant turn."""
+def test_tool_results_are_in_the_input_and_never_supervised(encoder):
+    """The official loader treats every role but human as the assistant."""
     turns = [("human", "Q"), ("function_call", json.dumps(CALL)), ("observation", "SEEN"), ("gpt", "A")]
     record = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": TOOLS}
     sample = encoder(record)
@@ -153,8 +153,8 @@ def grounded(objects, images, answer="<bbox><bbox>", question="Find the <ref-obj
 
 
 def test_pixels_become_thousandths_for_every_box(pictures):
-    """ms-swift scales as many boxes as there are names, so that the second one would stay in pixels; and it cuts
-    fractions off, which moves a box by up to one."""
+    """ms-swift scales only as many boxes as there are names, which would leave the second one in pixels. It also
+    truncates fractions, which moves a box by up to one."""
     objects = {"ref": ["sheep"], "bbox": [[20, 10, 99.9, 50], [150.2, 60, 200, 100]]}
     question, answer = grounded(objects, pictures[:1])
     assert question == "Find the sheep."
@@ -167,11 +167,11 @@ def test_every_type_of_box_gives_the_same_answer(pictures):
         "norm1": [[0.1, 0.1, 0.5, 0.5]],
         "norm1000": [[100, 100, 500, 500]],
     }
-    told = {
+    answers = {
         kind: grounded({"bbox": box, "bbox_type": kind}, pictures[:1], "<bbox>", "Where?")
         for kind, box in kinds.items()
     }
-    assert set(told.values()) == {("Where?", "[100, 100, 500, 500]")}
+    assert set(answers.values()) == {("Where?", "[100, 100, 500, 500]")}
 
 
 def test_a_box_belongs_to_its_image_and_a_point_is_two_numbers(pictures):
@@ -211,10 +211,13 @@ WRONG_BOXES = [
         "outside: y goes from 0 to 1. Check objects.bbox_type",
     ),
     ({"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2, "bbox_type": "norm"}, "bbox_type='norm'. Did you mean 'norm1"),
-    ({"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2, "image_id": [0]}, r"image_id=\[0\] must name an image for each of 2"),
+    (
+        {"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2, "image_id": [0]},
+        r"image_id=\[0\] must hold one image index for each of the 2",
+    ),
     (
         {"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2, "image_id": [0, 1]},
-        r"bbox\[1\] belongs to image_id=1, but there are 1",
+        r"bbox\[1\] has image_id=1, but there are 1",
     ),
     ({"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2, "width": [9, 9]}, "must be lists of 1, one per image"),
     ({"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2, "boxes": 1}, "objects has the unknown key 'boxes'"),
@@ -233,13 +236,13 @@ def test_a_wrong_box_is_one_line_that_names_it(objects, message, pictures):
 
 
 def test_which_image_a_box_belongs_to_is_never_guessed(pictures):
-    with pytest.raises(DataError, match=r"2 images, and no objects\.image_id says which one"):
+    with pytest.raises(DataError, match=r"there are 2 images\. Give objects\.image_id"):
         grounded({"ref": ["a"], "bbox": [[1, 2, 3, 4]] * 2}, pictures)
     with pytest.raises(DataError, match=r"bbox\[0\]: image .* is a URL.* Or give objects\.width"):
         grounded({"bbox": [[1, 2, 3, 4]]}, ["http://localhost/a.png"], "<bbox>", "?")
 
 
-# -- what is said of the others ------------------------------------------------------------------------------------
+# -- errors for other records ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,7 @@ def test_which_image_a_box_belongs_to_is_never_guessed(pictures):
         ({"x": 1, "messages": None}, r"keys x\. Known: conversations, messages, instruction \+ output"),
     ],
 )
-def test_a_record_that_no_format_knows_is_told_what_it_nearly_is(record, message):
+def test_the_error_for_a_record_of_no_known_format_names_the_nearest_one(record, message):
     with pytest.raises(DataError, match=message):
         read(record)
 
@@ -260,11 +263,14 @@ def test_a_record_that_no_format_knows_is_told_what_it_nearly_is(record, message
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"query": ["q"], "response": "r"}, r"'query' must be a text, it is \['q'\]"),
+        ({"query": ["q"], "response": "r"}, r"'query' must be a text, not \['q'\]"),
         ({"query": "q", "response": True}, "'response' must be a text"),
         ({"query": "q", "response": "r", "history": [["q"]]}, r"'history' must be a list of \[question, answer\]"),
         ({"texts": [{"user": "q"}]}, r"texts\[0\] must be {'user': text, 'assistant': text}"),
-        ({"conversations": [{"from": "tool_call", "value": "{"}]}, r"conversations\[0\] is a call, which must be JSON"),
+        (
+            {"conversations": [{"from": "tool_call", "value": "{"}]},
+            r"conversations\[0\] is a tool call, which must be JSON",
+        ),
         ({"conversations": [{"from": "tool_call", "value": "{}"}]}, r"must be {'name': ..., 'arguments': ...}"),
         (
             {"conversations": [{"role": "usr", "content": "x"}]},
@@ -279,7 +285,7 @@ def test_a_malformed_record_is_one_line_that_names_it(record, message):
     assert str(caught.value).startswith("d.jsonl:7: ")
 
 
-# -- readers of one's own ------------------------------------------------------------------------------------------
+# -- custom readers ------------------------------------------------------------------------------------------
 
 OWN = """
 from qwenvl_ft.data.conversation import Conversation, Message, Text
@@ -302,7 +308,7 @@ def wrong(record, source, media_root):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A module of one's own, and the registries as they were afterwards."""
+    """A module with custom readers; restores the registries afterwards."""
     (tmp_path / "my_formats.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("my_formats", None)
@@ -314,16 +320,16 @@ def own(tmp_path, monkeypatch):
         table.update(kept)
 
 
-def test_a_function_may_give_a_record_of_a_known_format(own):
+def test_a_function_may_return_a_record_of_a_known_format(own):
     assert read_record({"face": "III", "hour": 3}, SOURCE, reader="my_formats:clock") == read(
         {"messages": chat("III?", "3")}
     )
     assert read_record({"tide": "high"}, SOURCE, reader="my_formats:tides").messages[0].content == (Text("high"),)
     declined = read_record({"messages": chat("q", "r")}, SOURCE, "/r", reader="my_formats:clock")
-    assert declined == read({"messages": chat("q", "r")}), "None passes the record on"
+    assert declined == read({"messages": chat("q", "r")}), "None leaves the record to the other readers"
 
 
-def test_a_registered_function_is_asked_first_and_for_all(own):
+def test_a_registered_function_is_tried_first_and_on_every_record(own):
     from my_formats import clock
 
     register_reader("clock", None, clock)
@@ -340,7 +346,7 @@ def test_a_registered_function_is_asked_first_and_for_all(own):
         ),
         ("nowhere:clock", "No module named 'nowhere'"),
         ("my_formats:number", "is a int. It must be a function of a record, or a Reader"),
-        ("my_formats:wrong", "d.jsonl:7: the reader 'my_formats:wrong' gave a int"),
+        ("my_formats:wrong", "d.jsonl:7: the reader 'my_formats:wrong' returned a int"),
     ],
 )
 def test_a_reader_that_cannot_be_used_is_one_clear_line(own, path, message):
@@ -350,7 +356,7 @@ def test_a_reader_that_cannot_be_used_is_one_clear_line(own, path, message):
 
 
 class Read:
-    """Reads records in a loader's worker."""
+    """Reads records in a dataloader worker."""
 
     def __init__(self, records):
         self.records = records
@@ -364,7 +370,7 @@ class Read:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_have_the_readers_however_they_are_started(own, write_jsonl, start):
+def test_dataloader_workers_have_the_readers_under_every_start_method(own, write_jsonl, start):
     from my_formats import clock
 
     path = str(write_jsonl([{"face": "III", "hour": 3}, {"face": "IV", "hour": 4}]))
@@ -377,7 +383,7 @@ def test_workers_have_the_readers_however_they_are_started(own, write_jsonl, sta
         assert list(loader) == [["3", "4"]]
 
 
-def test_a_changed_reader_is_other_data_to_caches(own, write_jsonl):
+def test_changing_a_readers_code_changes_the_fingerprint(own, write_jsonl):
     path = str(write_jsonl([{"face": "III", "hour": 3}]))
     plain = load_records(path, cache_dir=own / "cache").fingerprint
     DATASETS["clocks"] = {"annotation_path": path, "reader": "my_formats:clock"}

@@ -1,4 +1,4 @@
-"""What docs/dense.md and docs/augmentation.md show is what happens."""
+"""The examples in docs/dense.md and docs/augmentation.md give the output that is shown there."""
 
 import json
 import re
@@ -29,13 +29,13 @@ def blocks(text, language):
 
 
 def records(text):
-    """JSON values that follow each other."""
-    decoder, place, told = json.JSONDecoder(), 0, []
+    """Parse consecutive JSON values."""
+    decoder, place, values = json.JSONDecoder(), 0, []
     while text[place:].strip():
         place += len(text[place:]) - len(text[place:].lstrip())
         value, place = decoder.raw_decode(text, place)
-        told.append(value)
-    return told
+        values.append(value)
+    return values
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def test_the_shown_records_give_the_shown_question_and_answers(folder):
 
 
 @pytest.mark.parametrize("text", [DENSE, AUGMENTATION], ids=["dense", "augmentation"])
-def test_the_recipes_are_some(text, tmp_path):
-    told = blocks(text, "yaml")
-    assert told
-    for block in told:
+def test_the_recipes_can_be_loaded(text, tmp_path):
+    recipes = blocks(text, "yaml")
+    assert recipes
+    for block in recipes:
         path = tmp_path / "mine.yaml"
         path.write_text(block.replace("extends: ", f"extends: {ROOT}/recipes/"))
         recipe = load_recipe(path)
@@ -79,15 +79,15 @@ def test_the_recipes_are_some(text, tmp_path):
         DenseOptions.of(recipe, 1)
 
 
-def test_every_operation_stands_there_with_its_parameters():
+def test_every_operation_is_documented_with_its_parameters():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", AUGMENTATION, re.M))
     assert list(rows) == list(OPERATIONS)
-    for name, told in rows.items():
+    for name, parameters in rows.items():
         defaults = {}
         for f in fields(OPERATIONS[name]):
             assert f.default is not MISSING
             defaults[f.name] = list(f.default) if isinstance(f.default, tuple) else f.default
-        assert yaml.safe_load(f"{{{told}}}") == defaults, name
+        assert yaml.safe_load(f"{{{parameters}}}") == defaults, name
 
 
 def test_keys_that_are_named_exist():
@@ -98,16 +98,16 @@ def test_keys_that_are_named_exist():
 
 
 def test_the_code_runs_and_gives_what_it_says(folder):
-    told = {}
+    variables = {}
     for block in blocks(DENSE, "python") + blocks(AUGMENTATION, "python"):
-        exec(block, told)
-    assert list(json.loads(told["answer"])) == ["图片_1", "图片_2"]
-    assert told["changed"].size == (640, 480)
-    assert not np.array_equal(np.asarray(told["changed"]), np.asarray(told["image"]))
-    assert told["objects"][0]["bbox_2d"] != [96, 120, 416, 360]
-    assert told["left"] == []
-    assert told["record"]["images"][0].size == (640, 480)
-    assert told["record"]["objects"][0]["bbox_2d"] != [96, 120, 416, 360]
+        exec(block, variables)
+    assert list(json.loads(variables["answer"])) == ["图片_1", "图片_2"]
+    assert variables["changed"].size == (640, 480)
+    assert not np.array_equal(np.asarray(variables["changed"]), np.asarray(variables["image"]))
+    assert variables["objects"][0]["bbox_2d"] != [96, 120, 416, 360]
+    assert variables["left"] == []
+    assert variables["record"]["images"][0].size == (640, 480)
+    assert variables["record"]["objects"][0]["bbox_2d"] != [96, 120, 416, 360]
 
 
 def test_split_parts_a_file_by_its_objects(folder, capsys):

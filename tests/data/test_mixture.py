@@ -1,4 +1,4 @@
-"""What a mixture takes: seeded, disjoint where it must be, the same in every process."""
+"""Mixtures: seeded, disjoint where they must be, and the same in every process."""
 
 import json
 import subprocess
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from qwenvl_ft.data.readers import READERS
-from qwenvl_ft.data.sources.draws import drawn, held_out, shared
 from qwenvl_ft.data.sources.mixture import joined, load_mixture
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.data.sources.registry import DATASETS
+from qwenvl_ft.data.sources.sampling import draw_rows, rates_of_weights, validation_mask
 from qwenvl_ft.errors import DataError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 
@@ -45,50 +45,50 @@ def mixture(*overrides, seed=0):
 
 
 def counts(records):
-    told = [name[0] for name in ids(records)]
-    return {name: told.count(name) for name in sorted(set(told))}
+    names = [name[0] for name in ids(records)]
+    return {name: names.count(name) for name in sorted(set(names))}
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------
 
 
 def test_rates_above_and_below_one():
-    assert drawn(range(4), 1.0, "k") == range(4)
-    half = drawn(range(1000), 0.5, "k")
+    assert draw_rows(range(4), 1.0, "k") == range(4)
+    half = draw_rows(range(1000), 0.5, "k")
     assert len(set(half.tolist())) == 500
     assert (np.diff(half) > 0).all()
-    more = drawn(range(4), 2.5, "k").tolist()
+    more = draw_rows(range(4), 2.5, "k").tolist()
     assert more[:8] == [0, 1, 2, 3] * 2
     assert len(set(more[8:])) == 2
-    assert drawn(np.array([7, 9], dtype=np.int32), 2.0, "k").tolist() == [7, 9, 7, 9]
+    assert draw_rows(np.array([7, 9], dtype=np.int32), 2.0, "k").tolist() == [7, 9, 7, 9]
 
 
 def test_weights_become_rates_of_which_the_largest_is_one():
-    assert shared([100, 1000], [1, 3]) == pytest.approx([1.0, 0.3])
-    assert shared([100, 1000], [0.01, 0.99]) == pytest.approx([1000 / 99 / 100, 1.0])
+    assert rates_of_weights([100, 1000], [1, 3]) == pytest.approx([1.0, 0.3])
+    assert rates_of_weights([100, 1000], [0.01, 0.99]) == pytest.approx([1000 / 99 / 100, 1.0])
 
 
-def test_what_is_held_out_is_a_share_but_never_all_or_none():
-    assert held_out(1000, 0.01, 0).sum() == 10
-    assert held_out(3, 0.01, 0).sum() == 1
-    assert held_out(2, 0.99, 0).sum() == 1
-    assert held_out(1, 0.5, 0).sum() == 0
-    assert (held_out(1000, 0.1, 0) != held_out(1000, 0.1, 1)).any()
+def test_a_share_is_held_out_but_never_all_or_none():
+    assert validation_mask(1000, 0.01, 0).sum() == 10
+    assert validation_mask(3, 0.01, 0).sum() == 1
+    assert validation_mask(2, 0.99, 0).sum() == 1
+    assert validation_mask(1, 0.5, 0).sum() == 0
+    assert (validation_mask(1000, 0.1, 0) != validation_mask(1000, 0.1, 1)).any()
 
 
 # -- samples and splits --------------------------------------------------------------------------------------------
 
 
-def test_a_sample_is_drawn_from_all_and_not_the_first_of_them(files):
-    """Older ms-swift took the first val_dataset_sample records."""
+def test_a_sample_is_drawn_from_all_records_and_not_from_the_first(files):
+    """Older versions of ms-swift took the first val_dataset_sample records."""
     val = mixture(f"data.train={files['a']}", f"data.val={files['b']},{files['a']}", "data.val_dataset_sample=30")[1][
         ""
     ]
-    told = ids(val)
-    assert len(set(told)) == 30
-    assert told == sorted(told, key=(ids(load_records([files["b"], files["a"]]))).index), "not in the files' order"
-    assert {name[0] for name in told} == {"a", "b"}
-    assert max(int(name[1:]) for name in told if name[0] == "a") > 50
+    drawn = ids(val)
+    assert len(set(drawn)) == 30
+    assert drawn == sorted(drawn, key=(ids(load_records([files["b"], files["a"]]))).index), "not in the files' order"
+    assert {name[0] for name in drawn} == {"a", "b"}
+    assert max(int(name[1:]) for name in drawn if name[0] == "a") > 50
     train = mixture(f"data.train={files['b']}", "data.train_dataset_sample=25")[0]
     assert len(set(ids(train))) == 25
     assert ids(mixture(f"data.train={files['b']}", "data.train_dataset_sample=999")[0]) == ids(load_records(files["b"]))
@@ -97,29 +97,29 @@ def test_a_sample_is_drawn_from_all_and_not_the_first_of_them(files):
 @pytest.mark.parametrize("selection", ["{a},{b}", "{a}%200,{b}%50", "{a}%50,{a}%150", "{a},again,{b}"])
 def test_a_split_shares_no_record_however_they_are_taken(files, selection):
     DATASETS["again"] = {"annotation_path": files["a"]}
-    told = selection.format(**files)
-    train, val = mixture(f"data.train={told}", "data.split_dataset_ratio=0.1")
+    chosen = selection.format(**files)
+    train, val = mixture(f"data.train={chosen}", "data.split_dataset_ratio=0.1")
     held = ids(val[""])
     assert set(held).isdisjoint(ids(train))
-    assert set(ids(train)) | set(held) == set(ids(load_records(told)))
-    assert 0.05 < len(set(held)) / len(set(ids(load_records(told)))) < 0.15
+    assert set(ids(train)) | set(held) == set(ids(load_records(chosen)))
+    assert 0.05 < len(set(held)) / len(set(ids(load_records(chosen)))) < 0.15
     for part in val[""].parts:
         assert len(part.rows) == len(set(part.rows.tolist())), "a held out record is repeated"
 
 
 def test_a_split_depends_on_the_seed_alone(files, tmp_path):
-    told = [f"data.train={files['a']}", "data.split_dataset_ratio=0.1"]
-    held = ids(mixture(*told)[1][""])
-    assert held == ids(mixture(*told)[1][""])
-    assert held != ids(mixture(*told, seed=1)[1][""])
+    overrides = [f"data.train={files['a']}", "data.split_dataset_ratio=0.1"]
+    held = ids(mixture(*overrides)[1][""])
+    assert held == ids(mixture(*overrides)[1][""])
+    assert held != ids(mixture(*overrides, seed=1)[1][""])
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_text(Path(files["a"]).read_text())
     assert held == ids(mixture(f"data.train={moved}", "data.split_dataset_ratio=0.1")[1][""])
 
 
 def test_a_split_is_only_for_runs_without_a_validation_set(files):
-    told = [f"data.train={files['a']}", f"data.val={files['c']}", "data.split_dataset_ratio=0.1"]
-    train, val = mixture(*told)
+    overrides = [f"data.train={files['a']}", f"data.val={files['c']}", "data.split_dataset_ratio=0.1"]
+    train, val = mixture(*overrides)
     assert (len(train), counts(val[""])) == (100, {"c": 10})
 
 
@@ -134,15 +134,15 @@ print(json.dumps([ids(train), ids(val[""]), train.fingerprint]))
 
 
 def test_another_process_draws_the_same(files):
-    told = [
+    overrides = [
         f"data.train={files['a']}%50,{files['b']}",
         "data.split_dataset_ratio=0.1",
         "data.train_dataset_sample=60",
         f"data.train_dataset_mix_ds={files['c']}",
         "data.train_dataset_mix_ratio=0.5",
     ]
-    train, val = mixture(*told, seed=3)
-    other = subprocess.run([sys.executable, "-c", RANK, *told], check=True, capture_output=True, text=True)
+    train, val = mixture(*overrides, seed=3)
+    other = subprocess.run([sys.executable, "-c", RANK, *overrides], check=True, capture_output=True, text=True)
     assert json.loads(other.stdout) == [ids(train), ids(val[""]), train.fingerprint]
     assert counts(train)["c"] == 30
 
@@ -168,14 +168,14 @@ def test_other_data_are_mixed_in_by_a_ratio(files):
     }
     repeated = mixture(f"data.train={files['a']}", mix, "data.train_dataset_mix_ratio=1.5")[0]
     assert counts(repeated) == {"a": 100, "b": 150}
-    told = ids(repeated)
-    assert {told.count(f"b{i}") for i in range(40)} == {3, 4}
+    names = ids(repeated)
+    assert {names.count(f"b{i}") for i in range(40)} == {3, 4}
     first = mixture(f"data.train={files['a']},{files['b']},{files['c']}", "data.train_dataset_mix_ratio=0.1")[0]
     assert sum(counts(first).values()) == 110
     assert counts(first)["a"] == 100
 
 
-def test_a_mixture_that_cannot_be_is_one_clear_line(files):
+def test_an_impossible_mixture_is_one_clear_line(files):
     a, c = files["a"], files["c"]
     one = Path(a).with_name("one.jsonl")
     one.write_text('{"id": 1}\n')
@@ -190,29 +190,31 @@ def test_a_mixture_that_cannot_be_is_one_clear_line(files):
         ([f"data.train={a}", f'data.val={{"two words": "{c}"}}'], RecipeError, "data.val names a set 'two words'"),
         ([f"data.train={a}", 'data.readers={"r": "nowhere:f"}'], DataError, "reader 'nowhere:f' cannot be imported"),
     ]  # fmt: skip
-    for told, kind, message in cases:
+    for overrides, kind, message in cases:
         with pytest.raises(QwenVLError, match=message) as caught:
-            mixture(*told)
+            mixture(*overrides)
         assert isinstance(caught.value, kind)
         assert "\n" not in str(caught.value)
 
 
-# -- several validation sets, readers of the recipe's own ----------------------------------------------------------
+# -- several validation sets, custom readers in a recipe ----------------------------------------------------------
 
 
 def test_validation_sets_by_name(files):
-    told = [
+    overrides = [
         f"data.train={files['a']}",
         f'data.val={{"small": "{files["c"]}", "both": ["{files["b"]}%50", "{files["c"]}"]}}',
     ]
-    val = mixture(*told, "data.val_dataset_sample=25")[1]
+    val = mixture(*overrides, "data.val_dataset_sample=25")[1]
     assert {name: len(records) for name, records in val.items()} == {"small": 10, "both": 25}
     assert len(joined(val)) == 35
-    recipe = load_recipe(None, told)
+    recipe = load_recipe(None, overrides)
     assert recipe.data.evaluates
     assert recipe.training.arguments["eval_strategy"] == "steps"
-    assert load_recipe(None, [told[0], "data.split_dataset_ratio=0.1"]).training.arguments["eval_strategy"] == "steps"
-    assert not load_recipe(None, told[:1]).data.evaluates
+    assert (
+        load_recipe(None, [overrides[0], "data.split_dataset_ratio=0.1"]).training.arguments["eval_strategy"] == "steps"
+    )
+    assert not load_recipe(None, overrides[:1]).data.evaluates
 
 
 def test_a_recipe_brings_its_own_readers(files, tmp_path, monkeypatch):
@@ -221,4 +223,4 @@ def test_a_recipe_brings_its_own_readers(files, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     mixture(f"data.train={files['c']}", 'data.readers={"first": "recipe_formats:read", "next": "recipe_formats:read"}')
-    assert list(READERS)[:2] == ["first", "next"], "they are not asked in the order given"
+    assert list(READERS)[:2] == ["first", "next"], "they are not tried in the order given"

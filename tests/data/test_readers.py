@@ -1,4 +1,4 @@
-"""Records in each format -> the same conversations; what is malformed is one clear line."""
+"""Records of every format give the same conversations; a malformed record is a one-line error."""
 
 import json
 
@@ -108,11 +108,11 @@ def test_tools_calls_and_loss_flags_survive():
     assert conversation.tools == ({"type": "function", "function": {"name": "f"}},)
 
 
-def test_what_a_record_says_for_all_of_it_is_kept():
+def test_keys_of_a_record_and_of_its_turns_are_kept():
     """``system`` and ``tools`` of the record, ``loss`` or ``weight`` of a turn, the older ``function_call``."""
     tools = [{"type": "function", "function": {"name": "f"}}]
-    told = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
-    read = read_record({"system": "s", "tools": tools, "conversations": told}, SOURCE)
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
+    read = read_record({"system": "s", "tools": tools, "conversations": turns}, SOURCE)
     assert read.messages[0] == Message("system", (Text("s"),))
     assert [message.loss for message in read.messages] == [None, None, False, None]
     assert read.tools == tuple(tools)
@@ -130,7 +130,7 @@ def test_tags_in_a_list_of_texts_take_the_records_media():
     assert read_record(record, SOURCE, "/r").messages[0].content == (Text("look"), Image("/r/a.png"), Text("here"))
 
 
-def test_a_part_says_how_it_is_shown():
+def test_a_part_sets_its_own_limits_and_frame_sampling():
     image = {"image": "/a.png", "min_pixels": 1024, "max_pixels": 4096.0}
     video = {"video": "/a.mp4", "fps": 1, "max_frames": 8, "video_start": 1, "video_end": 2.5, "total_pixels": 9999}
     content = read_record({"messages": [user(image, video, {"video": "/a.mp4", "nframes": 6})]}, SOURCE)
@@ -142,7 +142,7 @@ def test_a_part_says_how_it_is_shown():
 
 
 WRONG = [
-    ("text", "a record is a JSON object, this is a str"),
+    ("text", "a record must be a JSON object, not a str"),
     ({"prompt": 1}, "no format has the keys prompt"),
     ({"conversations": []}, "at least one turn"),
     ({"conversations": [{"from": "human"}]}, r"conversations\[0\] must be"),
@@ -161,13 +161,13 @@ WRONG = [
     ({"video": [[]], "conversations": turns(("human", "<video>"))}, "an empty list of frames"),
     ({"messages": "hello"}, "'messages' must be a list"),
     ({"messages": [{"role": "usr", "content": "x"}]}, r"messages\[0\] has role='usr'\. Did you mean 'user'\?"),
-    ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\]: content must be a text or a list of parts, not None"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content\[0\] has type 'image' and no 'image'"),
     ({"messages": [{"role": "user", "content": [{"type": "imgae", "image": "a"}]}]}, "Did you mean 'image'"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "has type 'text' and no text"),
     (
         {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "a"}]}]},
-        "is one of role assistant with a medium",
+        "has role 'assistant' and a medium",
     ),
     ({"messages": [{"role": "user", "content": "x"}], "tools": "f"}, "'tools' must be a list"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": "f"}]}, "'tool_calls' must be a list of calls"),
@@ -182,7 +182,7 @@ WRONG = [
         r"\[0\] has 'tool_calls'. Write .* 'messages'",
     ),
     ({"conversations": [{"from": "gpt", "value": "x", "loss": 1, "weight": 0}]}, "contradict each other"),
-    ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "Only assistant turns are learned"),
+    ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "Only assistant turns are supervised"),
     ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "has 'reasoning_content'"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"arguments": {}}]}]}, "without a 'name'"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "'f' without 'arguments'"),
@@ -214,7 +214,7 @@ WRONG = [
     ({"messages": [user({"video": "a", "video_start": -1})]}, "video_start=-1. Give seconds"),
     ({"image": 5, "conversations": turns(("human", "<image>"))}, "the image 5 is a int"),
     ({"image": {"file": "a"}, "conversations": turns(("human", "<image>"))}, "is a dict. Give a path"),
-    ({"data_path": 5, "conversations": turns(("human", "x"))}, "data_path=5 must be a folder"),
+    ({"data_path": 5, "conversations": turns(("human", "x"))}, "data_path=5 must be the path of a folder"),
     ({"video": "a", "fps": 0, "conversations": turns(("human", "<video>"))}, "fps=0 must be a positive number"),
 ]
 
@@ -227,7 +227,7 @@ def test_a_malformed_record_is_one_line_that_names_it(record, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_reader_of_ones_own(monkeypatch):
+def test_a_custom_reader(monkeypatch):
     monkeypatch.setattr("qwenvl_ft.data.readers.READERS", dict(READERS))
     from qwenvl_ft.data import readers
 

@@ -12,7 +12,8 @@ import pytest
 from cases import picture
 
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.readers import json_text, read_record
+from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.data.sources import json_files
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.data.sources.registry import DATASETS, register_dataset
 from qwenvl_ft.errors import DataError
@@ -43,7 +44,7 @@ def test_records_of_mixed_shapes_come_back_exactly(load, write_jsonl, tmp_path):
         assert records[1][2] == str(tmp_path)
 
 
-def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_keep_their_numbers(load, tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numbers(load, tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": 1}\r\n\n   \n{"id": 2}')
     records = load(str(path))
@@ -52,7 +53,7 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_keep_their_
 
 
 def test_a_list_is_streamed_as_json_reads_it(load, tmp_path, monkeypatch):
-    """Chunks of every size cut records, words, numbers and escapes at every place."""
+    """Chunks of every size split records, words, numbers and escapes at every position."""
     listed = [
         {"t": 'ü\n"]}', "n": [-1.5e-3, 12345, True, None]},
         {"t": "\U0001f600 \u2028"},
@@ -61,14 +62,14 @@ def test_a_list_is_streamed_as_json_reads_it(load, tmp_path, monkeypatch):
     text = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
     escaped = json.dumps(listed)
     for chunk in (*range(1, 40), 2**20):
-        monkeypatch.setattr(json_text, "CHUNK", chunk)
+        monkeypatch.setattr(json_files, "CHUNK", chunk)
         for number, content in enumerate((text, escaped)):
             path = tmp_path / f"{chunk}-{number}.json"
             path.write_text(content, encoding="utf-8")
-            read = list(json_text.read_json(path))
+            read = list(json_files.read_json(path))
             assert [json.loads(record) for _, record in read] == listed
             assert [place for place, _ in read] == ["[0]", "[1]", "[2]"]
-    assert [record for _, record in read] == [json.dumps(record) for record in listed], "not as it was written"
+    assert [record for _, record in read] == [json.dumps(record) for record in listed], "the text was changed"
 
 
 def test_packed_samples_become_records_that_know_their_place(load, tmp_path):
@@ -82,22 +83,22 @@ def test_packed_samples_become_records_that_know_their_place(load, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a%50.jsonl", "a b,c.jsonl"])
-def test_a_files_name_is_no_pattern(load, tmp_path, name):
+def test_a_file_name_is_not_read_as_a_pattern(load, tmp_path, name):
     (tmp_path / name).write_text('{"id": 1}')
     (tmp_path / "ab.jsonl").write_text('{"id": 2}')
     assert ids(load([str(tmp_path / name)])) == [1]
     assert ids(load([f"{tmp_path / name}%200"])) == [1, 1]
 
 
-def test_loading_asks_no_host(load, write_jsonl, monkeypatch):
-    """A cluster's nodes may have no way out, and nobody is told what is trained."""
+def test_loading_contacts_no_host(load, write_jsonl, monkeypatch):
+    """Cluster nodes may have no internet access, and no host learns which data are used."""
     for module in ("datasets.config", "huggingface_hub.constants"):  # offline as these tests are, nothing could ask
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *told, **more: pytest.fail(f"asked for {told[0]}"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **more: pytest.fail(f"asked for {host}"))
     assert len(load(str(write_jsonl(numbered(2))))) == 2
 
 
-def test_a_null_of_json_stays_and_a_null_of_parquet_is_no_field(load, write_jsonl, tmp_path):
+def test_a_null_in_json_is_kept_and_a_null_in_parquet_is_an_absent_field(load, write_jsonl, tmp_path):
     rows = [{"id": 1, "call": {"x": None}}, {"id": 2, "call": {"x": 3}}]
     assert load(str(write_jsonl(rows)))[0][0] == rows[0]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
@@ -172,13 +173,13 @@ def test_a_changed_file_is_read_again(load, write_jsonl):
     stat = path.stat()
     write_jsonl(numbered(6))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert len(load(str(path))) == 6, "the time alone does not tell"
+    assert len(load(str(path))) == 6, "the modification time alone is not enough"
 
 
-def test_the_fingerprint_is_that_of_what_is_taken(load, write_jsonl):
+def test_the_fingerprint_depends_on_the_selected_rows_only(load, write_jsonl):
     path = write_jsonl(numbered(20))
     key = {rate: [load(f"{path}%{rate}", seed=seed).fingerprint for seed in (1, 2)] for rate in (50, 100, 200)}
-    assert key[100][0] == key[100][1], "nothing is drawn, so the seed changes nothing"
+    assert key[100][0] == key[100][1], "nothing is drawn, so the seed must not matter"
     assert key[50][0] != key[50][1]
     assert len({*key[50], *key[100], *key[200]}) == 4
 
@@ -193,8 +194,8 @@ def test_new_files_are_copied_by_several_processes(load, write_jsonl, tmp_path):
 
 
 def test_a_registered_reader_reads_in_a_worker_too(load, write_jsonl, monkeypatch):
-    monkeypatch.setitem(DATASETS, "told", {"annotation_path": str(write_jsonl(numbered(1))), "reader": "mesages"})
-    record, source, root = pickle.loads(pickle.dumps(load("told")[0]))
+    monkeypatch.setitem(DATASETS, "typo", {"annotation_path": str(write_jsonl(numbered(1))), "reader": "mesages"})
+    record, source, root = pickle.loads(pickle.dumps(load("typo")[0]))
     with pytest.raises(DataError, match=r"unknown format 'mesages'\. Did you mean 'messages'"):
         read_record(record, source, root)
 
@@ -237,7 +238,7 @@ def test_wrong_files_are_one_clear_line(load, tmp_path):
     (tmp_path / "bad.parquet").write_text("no parquet")
     cases = [
         ("bad.jsonl", r"bad\.jsonl:2: not valid JSON: Expecting value"),
-        ("bad.json", r"bad\.json: a \.json file holds a list of records, .* One record a line is \.jsonl"),
+        ("bad.json", r"bad\.json: a \.json file holds a list of records, .* one record per line must be named \.jsonl"),
         ("dict.json", r"holds a list of records, or COCO.s images, .* this holds a dict of id, without images"),
         ("typo.json", r"typo\.json:3: not valid JSON: Expecting value"),
         ("comma.json", r"comma\.json:2: not valid JSON: Expecting ',' or '\]' behind a record"),
@@ -246,8 +247,8 @@ def test_wrong_files_are_one_clear_line(load, tmp_path):
         ("latin.json", r"latin\.json: not UTF-8: .*b'\\xfc'"),
         ("latin.jsonl", r"latin\.jsonl:2: not UTF-8: invalid start byte at byte 9"),
         ("list.jsonl", r"list\.jsonl:1: not valid JSON"),
-        ("few.jsonl%10", r"data set .*few\.jsonl: 10% of 2 records is none\. Raise the rate"),
-        ("empty.jsonl", "has no record"),
+        ("few.jsonl%10", r"data set .*few\.jsonl: 10% of 2 records is 0 records\. Raise the rate"),
+        ("empty.jsonl", "has no records"),
         ("bad.parquet", r"bad\.parquet cannot be read as \.parquet"),
         ("nowhere.json", "do not find .*nowhere"),
     ]
@@ -258,7 +259,7 @@ def test_wrong_files_are_one_clear_line(load, tmp_path):
 
 
 def numbered_files(folder, sizes):
-    """Files 0.jsonl, 1.jsonl, ... whose records are numbered through."""
+    """Write files 0.jsonl, 1.jsonl, ... with consecutively numbered records."""
     count = 0
     for name, size in enumerate(sizes):
         lines = [json.dumps({"id": count + k, "query": "a", "response": "b"}) for k in range(size)]
@@ -281,7 +282,7 @@ def test_a_pattern_is_one_data_set_of_its_files(tmp_path):
     with pytest.raises(DataError, match=r"do not find .*nowhere-\*\.tar: no file matches"):
         load_records(str(tmp_path / "nowhere-*.tar"))
     (tmp_path / "3.txt").write_text("x")
-    with pytest.raises(DataError, match=r"matches .*3\.txt, but a data set is a file ending in"):
+    with pytest.raises(DataError, match=r"matches .*3\.txt, but a data set must be a file ending in"):
         load_records(str(tmp_path / "*"))
 
 
@@ -289,8 +290,8 @@ def test_a_number_of_records_is_drawn_without_repeats_as_long_as_there_are_enoug
     numbered_files(tmp_path, (30,))
     path = str(tmp_path / "0.jsonl")
     for count in (1, 7, 29, 30):
-        told = ids(load_records(f"{path}#{count}"))
-        assert len(told) == len(set(told)) == count
-    told = ids(load_records(f"{path}#70"))
-    assert len(told) == 70
-    assert {told.count(number) for number in range(30)} == {2, 3}
+        drawn = ids(load_records(f"{path}#{count}"))
+        assert len(drawn) == len(set(drawn)) == count
+    drawn = ids(load_records(f"{path}#70"))
+    assert len(drawn) == 70
+    assert {drawn.count(number) for number in range(30)} == {2, 3}

@@ -1,4 +1,4 @@
-"""Names, rates, and what is said of unknown ones."""
+"""Names of data sets, rates in selections, and the errors for unknown names."""
 
 import pytest
 
@@ -27,27 +27,27 @@ def test_rates_are_percent_and_default_to_all():
     assert parse_selection(["a%12.5", "x/y.jsonl"]) == [("a", 0.125), ("x/y.jsonl", 1.0)]
 
 
-def test_a_number_of_records_is_told_from_a_rate():
+def test_a_number_of_records_is_distinguished_from_a_rate():
     chosen = parse_selection("a#1000,b%1,x/y.jsonl#3,x/y#3.jsonl")
     assert chosen == [("a", 1000), ("b", 0.01), ("x/y.jsonl", 3), ("x/y#3.jsonl", 1.0)]
     assert [type(amount) for _, amount in chosen] == [int, float, int, float]
     for wrong in ("a#", "a#0", "a#x", "a#-3", "#3"):
-        with pytest.raises(DataError, match=r"behind # stands the number of records"):
+        with pytest.raises(DataError, match=r"after # write the number of records"):
             parse_selection(wrong)
 
 
 @pytest.mark.parametrize("selection", ["a%", "a%x", "a%0", "a%-5", "%50", "a%inf", "a%nan"])
 def test_a_wrong_rate_is_an_error(selection):
-    with pytest.raises(DataError, match="must be a positive number of percent"):
+    with pytest.raises(DataError, match="must be a positive percentage"):
         parse_selection(selection)
 
 
 def test_nothing_chosen_is_an_error():
-    with pytest.raises(DataError, match="no data set is chosen"):
+    with pytest.raises(DataError, match="no data set is selected"):
         parse_selection(" , ")
 
 
-def test_an_unknown_name_says_what_there_is():
+def test_the_error_for_an_unknown_name_lists_the_known_ones():
     register_dataset("flare_retino", "x.json")
     with pytest.raises(
         ValueError, match=r"do not find flare_retina\. Did you mean 'flare_retino'\? Known: flare_retino\."
@@ -57,7 +57,7 @@ def test_an_unknown_name_says_what_there_is():
         find_dataset("nowhere.jsonl")
 
 
-def test_entries_put_in_by_hand_are_checked():
+def test_entries_added_to_the_dict_directly_are_checked():
     data_dict["flare_path"] = {"annotation_path": "x.json"}
     assert find_dataset("flare_path") == {"annotation_path": "x.json", "data_path": ""}
     data_dict["flare_path"] = {"anotation_path": "x.json"}
@@ -68,7 +68,7 @@ def test_entries_put_in_by_hand_are_checked():
         find_dataset("flare_path")
 
 
-def test_names_that_a_selection_cannot_hold_are_refused():
+def test_names_that_are_not_allowed_in_a_selection_are_refused():
     for name in ("a,b", "a%5", "a#5", "", "a b", "a/b"):
         with pytest.raises(DataError, match="data set name"):
             register_dataset(name, "x.json")

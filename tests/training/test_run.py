@@ -301,7 +301,7 @@ WRONG = {
         ["deepspeed.enabled=true", "deepspeed.config=zero9"],
         "Did you mean 'zero",
     ),
-    "a rate that is no rate": (["data.train=a%x"], "must be a positive number of percent"),
+    "a rate that is no rate": (["data.train=a%x"], "must be a positive percentage"),
     "a wrong revision of the rules": (["training.remove_unused_columns=true"], "cannot be honoured"),
 }
 

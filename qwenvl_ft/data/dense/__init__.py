@@ -1,1 +1,4 @@
-"""Dense captioning: records with objects become grouped JSON answers, a function of (seed, epoch, group) alone."""
+"""Dense captioning: groups of records with objects become questions with JSON answers.
+
+A group's conversation is a function of (seed, epoch, group) alone.
+"""

@@ -1,4 +1,4 @@
-"""Records -> one conversation: their images, one question, one JSON object as the answer.
+"""Join the records of a group into one conversation: their images, one question, and one JSON object as the answer.
 
 ```
 system  ...                                      (per mode)
@@ -29,26 +29,27 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class DenseImage:
-    """An image of a record, augmented when it is opened; its final size is known from its header.
+    """An image of a record. It is augmented when it is opened; its final size follows from its header.
 
-    Both refuse an image whose real size is not the record's: every coordinate of the answer would be wrong.
+    `size` and `open` raise DataError if the file's size differs from the record's: every coordinate would be wrong.
     """
 
     value: Any
     """Path, URL, bytes or PIL image."""
     stated: Size
-    """Width and height that the record states."""
+    """Size according to the record."""
     drawn: Drawn | None = None
     policy: MediaPolicy = field(default_factory=MediaPolicy)
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of what `open` returns; decodes no pixel."""
+        """Return the (height, width) of the image that `open` returns, without decoding pixels."""
         height, width = image_size(self.value, self.policy)
         self._check((width, height))
         width, height = self.stated if self.drawn is None else self.drawn.size
         return height, width
 
     def open(self) -> PILImage.Image:
+        """Decode and augment the image."""
         image = open_image(self.value, self.policy)
         self._check(image.size)
         return image if self.drawn is None else self.drawn.image(image)
@@ -63,14 +64,15 @@ class DenseImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A record as the model gets it."""
+class AugmentedRecord:
+    """A record's objects, size and summary after augmentation."""
 
     objects: Sequence[Mapping[str, Any]]
     size: Size
     summary: str | None
-    """Made anew because objects left the frame; None if the record's own still holds."""
+    """Rebuilt because objects left the frame; None if the record's own summary still holds."""
     drawn: Drawn | None
+    """None if the record stays unchanged."""
 
 
 def dense_conversation(
@@ -81,91 +83,97 @@ def dense_conversation(
     drawn: Sequence[Drawn | None] | None = None,
     policy: MediaPolicy | None = None,
 ) -> Conversation:
-    """Join the records of a group.
+    """Join the records of a group into one conversation.
 
-    Every image stands behind the label of its record, so that the labels shown are the keys of the answer, whatever
-    number of images a record has.
+    Every image follows the label of its record, so that the labels in the question are the keys of the answer, also if
+    a record has several images.
 
     Args:
-        mode: ``dense`` asks for objects, ``summary`` for a line about each picture.
-        drawn: the augmentation of each record; None leaves all as they are. One that leaves no object of a record in
-            the frame is not applied to it; where some leave it, the summary is made anew from those that stay.
+        mode: ``dense`` asks for objects, ``summary`` for one line about each picture.
+        drawn: the augmentation of each record; None leaves all unchanged. An augmentation that would move all objects
+            of a record out of the frame is not applied to it. If some objects leave the frame, the summary is rebuilt
+            from the remaining ones.
 
     Raises:
-        DataError: a summary is asked for and missing or malformed.
+        DataError: the mode is ``summary`` and a summary is missing or malformed.
+        RecipeError: the mode is unknown.
     """
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
     content: list[Part] = []
     answer: dict[str, Any] = {}
-    for number, (record, change) in enumerate(zip(records, drawn or [None] * len(records), strict=True), 1):
-        told, label = seen(record, change), options.label(number)
+    augmentations = drawn or [None] * len(records)
+    for number, (record, augmentation) in enumerate(zip(records, augmentations, strict=True), 1):
+        augmented, label = augment_record(record, augmentation), options.label(number)
         for image in record.images:
-            content += [Text(f"{label}: "), Image(DenseImage(image, record.size, told.drawn, policy or MediaPolicy()))]
+            dense_image = DenseImage(image, record.size, augmented.drawn, policy or MediaPolicy())
+            content += [Text(f"{label}: "), Image(dense_image)]
         if mode == SUMMARY:
-            own = require_summary(record.summary, record.source)
-            answer[label] = told.summary or own
+            summary = require_summary(record.summary, record.source)
+            answer[label] = augmented.summary or summary
         else:
-            answer[label] = dense_target(told.objects, told.size, options)
+            answer[label] = dense_target(augmented.objects, augmented.size, options)
     prompt = options.prompts[mode]
     messages = (
         Message("system", (Text(prompt.system),)),
         Message("user", (*content, Text(prompt.user))),
         Message("assistant", (Text(json.dumps(answer, ensure_ascii=False)),)),
     )
-    return Conversation(messages, _joined([record.source for record in records]))
+    return Conversation(messages, _joined_source([record.source for record in records]))
 
 
 def dense_target(objects: Sequence[Mapping[str, Any]], size: Size, options: DenseOptions) -> dict[str, Any]:
-    """The answer about one picture: its objects, each ``desc``, ``line_points`` (of a line), geometry.
+    """Return the answer about one picture: its objects, each with ``desc``, ``line_points`` (lines only) and geometry.
 
     Args:
-        size: (width, height) of the picture that the geometry lies in.
+        size: (width, height) in pixels of the picture, to which the coordinates refer.
     """
     if options.reading_order:
-        objects = sorted(objects, key=_reading_place)
+        objects = sorted(objects, key=_reading_position)
     target = {}
     for number, entry in enumerate(objects, 1):
         key = geometry_of(entry)
-        values = emitted(entry[key], size, options.emit_norm)
+        values = scaled_coordinates(entry[key], size, options.emit_norm)
         points = {"line_points": len(values) // 2} if key == "line" else {}
         target[options.object_key(number)] = {"desc": entry["desc"], **points, key: values}
     return target
 
 
-def emitted(values: Sequence[float], size: Size, emit_norm: str) -> list[int]:
-    """Pixel coordinates x, y, x, y, ... as the answer writes them: integers, halves to even, never outside.
+def scaled_coordinates(values: Sequence[float], size: Size, emit_norm: str) -> list[int]:
+    """Convert pixel coordinates x, y, x, y, ... to the integers of the answer.
+
+    Halves are rounded to even, and values outside the image are clamped to its border.
 
     Example:
         ``[90, 120, 420, 360]`` of a 1200 x 800 image is ``[75, 150, 350, 450]`` in norm1000.
     """
     scale = SCALES[emit_norm]
-    written = []
+    scaled = []
     for place, value in enumerate(values):
         side = size[place % 2]
-        number = value if scale is None else value * scale / side  # multiplied first: exact for whole pixels
-        written.append(min(max(round(number), 0), side if scale is None else scale))
-    return written
+        number = value if scale is None else value * scale / side  # multiplying first is exact for whole pixels
+        scaled.append(min(max(round(number), 0), side if scale is None else scale))
+    return scaled
 
 
 def dense_messages(conversation: Conversation) -> dict[str, Any]:
-    """A conversation to look at: ``{"system": text, "messages": [user, assistant]}``.
+    """Return a conversation as plain dicts for inspection: ``{"system": text, "messages": [user, assistant]}``.
 
-    ``["messages"][1]["content"][0]["text"]`` is the answer's JSON: the system prompt stands apart. An image is what its
-    record has, or the augmented picture.
+    The system prompt is kept separate, so that ``["messages"][1]["content"][0]["text"]`` is the answer's JSON. Images
+    are given as in the record, or as augmented PIL images.
     """
     system = [part for message in conversation.messages if message.role == "system" for part in message.content]
     return {
         "system": "".join(part.text for part in system if isinstance(part, Text)),
         "messages": [
-            {"role": message.role, "content": [_shown(part) for part in message.content]}
+            {"role": message.role, "content": [_plain_part(part) for part in message.content]}
             for message in conversation.messages
             if message.role != "system"
         ],
     }
 
 
-def _shown(part: Part) -> dict[str, Any]:
+def _plain_part(part: Part) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
     kind, value = type(part).__name__.lower(), part.value
@@ -174,25 +182,25 @@ def _shown(part: Part) -> dict[str, Any]:
     return {"type": kind, kind: value}
 
 
-def seen(record: DenseRecord, drawn: Drawn | None) -> Seen:
-    """A record after its augmentation, unless that leaves none of its objects in the frame."""
-    plain = Seen(record.objects, record.size, None, None)
+def augment_record(record: DenseRecord, drawn: Drawn | None) -> AugmentedRecord:
+    """Apply an augmentation to a record, unless that would move all its objects out of the frame."""
+    unchanged = AugmentedRecord(record.objects, record.size, None, None)
     if drawn is None:
-        return plain
+        return unchanged
     objects, dropped = drawn.objects(record.objects)
     if record.objects and not objects:
-        return plain
-    return Seen(objects, drawn.size, build_summary(objects) if dropped else None, drawn)
+        return unchanged
+    return AugmentedRecord(objects, drawn.size, build_summary(objects) if dropped else None, drawn)
 
 
-def _reading_place(entry: Mapping[str, Any]) -> tuple[float, float]:
-    """Upper, then left edge of an object."""
+def _reading_position(entry: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the upper and the left edge of an object."""
     values = entry[geometry_of(entry)]
     return min(values[1::2]), min(values[::2])
 
 
-def _joined(sources: Sequence[Source]) -> Source:
-    """Where the records of a group came from; ``+`` between them, equal data sets once."""
+def _joined_source(sources: Sequence[Source]) -> Source:
+    """Join the sources of a group with ``+``; each data set is named once."""
     ids = [source.id for source in sources]
     return Source(
         "+".join(dict.fromkeys(source.dataset for source in sources)),

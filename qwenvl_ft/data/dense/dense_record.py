@@ -1,4 +1,4 @@
-"""A dense-caption record: what its file holds, checked once, every fault named down to the number.
+"""Dense-caption records: the format, and its checks, whose errors name the record, the object and the number.
 
 ```json
 {"images": ["rack.jpg"], "width": 1200, "height": 800, "summary": "switch/vendorA×1",
@@ -19,14 +19,14 @@ from PIL import Image as PILImage
 
 from qwenvl_ft.data.augment.geometry import SHAPES, area
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.media.images import resolve_path
+from qwenvl_ft.data.media.images import resolve_path, unpack_arrow
 from qwenvl_ft.errors import DataError
 
 REQUIRED = ("images", "objects", "width", "height")
 HUGE = 1e9
-"""Pixels; whatever is not below is no coordinate, infinity and NaN included."""
+"""Pixels; coordinates must be smaller, which rejects infinity and NaN too."""
 TOLERANCE_PIXELS = 1.0
-"""How far a coordinate may lie outside the image; annotation tools round outwards. What is written is clamped."""
+"""Largest distance of a coordinate from the image; annotation tools round outwards. Answers are clamped."""
 
 
 class GeometryError(DataError):
@@ -35,16 +35,16 @@ class GeometryError(DataError):
 
 @dataclass(frozen=True)
 class DenseRecord:
-    """One checked record; relative images are resolved."""
+    """One checked record; relative image paths are resolved."""
 
     images: tuple[Any, ...]
-    """Path, URL, bytes or PIL image of each; all of them have the record's size and share its objects."""
+    """Path, URL, bytes or PIL image of each; all images have the record's size and share its objects."""
     objects: tuple[dict[str, Any], ...]
     """``desc`` and one geometry each."""
     width: int
     height: int
     summary: Any
-    """As the file has it; checked where it is used (`require_summary`)."""
+    """Unchecked value of the file; `require_summary` checks it where it is used."""
     source: Source
 
     @property
@@ -54,7 +54,7 @@ class DenseRecord:
 
 
 def matches(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of this format, going by its keys."""
+    """Return True if a record has this format, judging by its keys."""
     others = ("conversations", "messages")
     return isinstance(record.get("objects"), list) and all(record.get(key) is None for key in others)
 
@@ -63,25 +63,25 @@ def read_dense_record(record: Any, source: Source, media_root: str | Path | None
     """Check a record.
 
     Raises:
-        DataError: a key is missing, or a value is none that can be trained on. It names the record, the object, the
-            key and the value.
+        DataError: a key is missing, or a value is invalid. The message names the record, the object, the key and the
+            value.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{source}: a record is a JSON object, this is a {type(record).__name__}.")
+        raise DataError(f"{source}: a record must be a JSON object, not a {type(record).__name__}.")
     for key in REQUIRED:
         if record.get(key) is None:
             raise DataError(f"{source}: no {key!r}. A dense-caption record needs {', '.join(REQUIRED)}.")
     width, height = (_side(record[key], key, source) for key in ("width", "height"))
-    told = record["objects"]
-    if not isinstance(told, (list, tuple)):
-        raise DataError(f"{source}: objects={told!r:.80} must be a list; an empty one for an image without objects.")
-    objects = tuple(read_object(entry, f"{source}: objects[{k}]", width, height) for k, entry in enumerate(told))
+    entries = record["objects"]
+    if not isinstance(entries, (list, tuple)):
+        raise DataError(f"{source}: objects={entries!r:.80} must be a list; an empty one for an image without objects.")
+    objects = tuple(read_object(entry, f"{source}: objects[{k}]", width, height) for k, entry in enumerate(entries))
     images = _images(record["images"], source, media_root)
     return DenseRecord(images, objects, width, height, record.get("summary"), source)
 
 
 def geometry_of(entry: Mapping[str, Any]) -> str:
-    """The key of a checked object's geometry."""
+    """Return the key of a checked object's geometry."""
     return next(key for key in SHAPES if key in entry)
 
 
@@ -98,19 +98,22 @@ def _images(value: Any, source: Source, media_root: str | Path | None) -> tuple[
 
 
 def _image(value: Any, where: str, media_root: str | Path | None) -> Any:
-    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():  # how Arrow stores an image
-        value = value.get("bytes") or value.get("path")
+    value = unpack_arrow(value)
     if not isinstance(value, (str, bytes, PILImage.Image)) or value in ("", b""):
-        raise DataError(f"{where}={value!r:.80} is no image. Give a path, a data: URI, bytes or a PIL image.")
+        raise DataError(f"{where}={value!r:.80} is not an image. Give a path, a data: URI, bytes or a PIL image.")
     return resolve_path(value, media_root)
 
 
 def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, Any]:
-    """One object of a record of this size: its ``desc`` and its geometry.
+    """Check an object and return its ``desc`` and its geometry.
+
+    Args:
+        where: record and object, for messages.
+        width, height: size of the image in pixels.
 
     Raises:
-        GeometryError: its coordinates cannot be trained on.
-        DataError: anything else is wrong.
+        GeometryError: the coordinates are missing, malformed or outside the image.
+        DataError: anything else is malformed.
     """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}={entry!r:.80} must be an object with a desc and a geometry.")
@@ -119,8 +122,8 @@ def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, An
         raise DataError(f"{where}.desc={desc!r:.80} must be a text. Write what the object is: 'type/attribute'.")
     keys = [key for key in SHAPES if entry.get(key) is not None]
     if len(keys) != 1:
-        told = " and ".join(keys) or f"no geometry among {', '.join(map(str, entry))}"
-        raise GeometryError(f"{where} has {told}; it needs exactly one of {', '.join(SHAPES)}.")
+        found = " and ".join(keys) or f"no geometry among {', '.join(map(str, entry))}"
+        raise GeometryError(f"{where} has {found}; it needs exactly one of {', '.join(SHAPES)}.")
     values = _numbers(entry[keys[0]], f"{where}.{keys[0]}", keys[0])
     if fault := FAULTS[keys[0]](values):
         raise GeometryError(f"{where}.{keys[0]}={values}: {fault}")
@@ -152,16 +155,16 @@ def _check_inside(values: Sequence[float], where: str, width: int, height: int) 
 
 
 def _check_points(entry: Mapping[str, Any], where: str, key: str, values: Sequence[float]) -> None:
-    told = entry.get("line_points")
-    if told is None:
+    line_points = entry.get("line_points")
+    if line_points is None:
         return
     if key != "line":
         raise GeometryError(
-            f"{where}.line_points={told!r:.80} stands beside {key}; it belongs to line alone. Remove it."
+            f"{where}.line_points={line_points!r:.80} stands beside {key}; it belongs to line alone. Remove it."
         )
-    if told != len(values) // 2:
+    if line_points != len(values) // 2:
         raise GeometryError(
-            f"{where}.line_points={told!r:.80}, but line has {len(values)} numbers, {len(values) // 2} points. "
+            f"{where}.line_points={line_points!r:.80}, but line has {len(values)} numbers, {len(values) // 2} points. "
             "Correct or remove it."
         )
 
@@ -193,4 +196,4 @@ FAULTS: dict[str, Callable[[Sequence[float]], str]] = {
     "quad": _quad_fault,
     "line": _line_fault,
 }
-"""Key of a geometry -> what is wrong with its numbers, with the fix; empty if nothing is."""
+"""Key of a geometry -> function that returns what is wrong with its numbers and how to fix it, or ""."""

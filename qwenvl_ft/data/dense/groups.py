@@ -1,12 +1,12 @@
-"""Which records are asked about together, and in which mode: a function of (seed, epoch, group) alone.
+"""Group dense-caption records for each epoch; members, mode and augmentation depend on (seed, epoch, group) alone.
 
-Neither the number of workers nor the order in which groups are asked for changes anything; a resumed run gets the same
-groups as one that never stopped.
+Neither the number of dataloader workers nor the order of access changes a group; a resumed run gets the same groups as
+an uninterrupted one.
 """
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.random import Generator
@@ -24,9 +24,20 @@ from qwenvl_ft.data.readers import read_to_dense
 from qwenvl_ft.errors import DataError
 
 LAYOUT = 2
-"""Raised whenever the same options, seed and epoch begin to give other conversations."""
+"""Version for cache keys; raise it when the same options, seed and epoch give different conversations."""
 ORDER, MODE, AUGMENTATION = range(1, 4)
-"""Streams of random numbers. First in the seed, because numpy takes [s, e] and [s, e, 0] for the same."""
+"""Streams of random numbers. They come first in the seed, because numpy treats [s, e] and [s, e, 0] as equal."""
+
+
+class RecordList(Protocol):
+    """The part of `qwenvl_ft.data.sources.records.Records` that groups need."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Source, str | None]: ...
 
 
 def _rng(stream: int, *key: int) -> Generator:
@@ -34,14 +45,14 @@ def _rng(stream: int, *key: int) -> Generator:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
-    """int64[count], the records in the epoch's order."""
+    """Return int64[count]: the indices of the records in the epoch's order."""
     return _rng(ORDER, seed, epoch).permutation(count) if shuffle else np.arange(count)
 
 
 def epoch_groups(
     count: int, group_size: int, *, seed: int = 0, epoch: int = 0, shuffle: bool = True
 ) -> list[list[int]]:
-    """All records of an epoch in consecutive groups; the last may be smaller.
+    """Divide the records of an epoch into consecutive groups; the last may be smaller.
 
     Example:
         Without ``shuffle``, 5 records in groups of 2 are ``[[0, 1], [2, 3], [4]]``.
@@ -51,7 +62,7 @@ def epoch_groups(
 
 
 def draw_mode(options: DenseOptions, epoch: int, group: int) -> str:
-    """``dense`` or ``summary`` for a whole group."""
+    """Draw the mode of a group: ``dense`` or ``summary``."""
     ratio = options.summary_ratio or 0.0
     return SUMMARY if _rng(MODE, options.seed, epoch, group).random() < ratio else DENSE
 
@@ -61,18 +72,18 @@ class DenseGroups:
 
     Args:
         records: a list whose ``[i]`` is (record, `Source`, folder of relative media), as `load_records` gives it.
-        training: False is validation: the records in their order, always as in epoch 0, without augmentation, so that
-            losses of different epochs can be compared.
-        augmenter: what changes images and coordinates; None for nothing.
-        policy: what media may be opened.
+        training: False is validation: records in file order, always as in epoch 0 and without augmentation, so that
+            the losses of different epochs can be compared.
+        augmenter: changes images and coordinates; None changes nothing.
+        policy: limits on opening media.
 
     Raises:
-        DataError: there is no record, or summaries are drawn and some records have no valid one.
+        DataError: there are no records, or groups may ask for summaries and some records have no valid one.
     """
 
     def __init__(
         self,
-        records: Any,
+        records: RecordList,
         options: DenseOptions,
         *,
         training: bool = True,
@@ -80,7 +91,7 @@ class DenseGroups:
         policy: MediaPolicy | None = None,
     ) -> None:
         if not len(records):
-            raise DataError("there is no dense-caption record.")
+            raise DataError("there are no dense-caption records.")
         self.records = records
         self.options = options
         self.training = training
@@ -91,94 +102,100 @@ class DenseGroups:
             require_summaries(records)
 
     def __len__(self) -> int:
-        """Groups of an epoch: the same in all of them."""
+        """Return the number of groups, which is the same in every epoch."""
         size = self.options.images_per_user_turn
         return (len(self.records) + size - 1) // size
 
     @property
     def varies(self) -> bool:
-        """Whether epochs differ in which records meet, what they are asked, or where their objects are."""
-        drawn = self.options.draws_summaries and self.options.summary_ratio != 1
-        moved = self.augmenter is not None and bool(self.augmenter.moving)
-        return self.training and (self.options.images_per_user_turn > 1 or drawn or moved)
+        """Return True if epochs differ in the members of groups, in their modes, or in the objects' coordinates."""
+        mixed_modes = self.options.draws_summaries and self.options.summary_ratio != 1
+        moves_objects = self.augmenter is not None and bool(self.augmenter.moving)
+        return self.training and (self.options.images_per_user_turn > 1 or mixed_modes or moves_objects)
 
     def measured_as(self, epoch: int) -> int:
-        """The first epoch whose samples have the same lengths; colours change no length."""
+        """Return the first epoch with the same sample lengths; colour operations change no length."""
         return epoch if self.varies else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_order": None}  # made again where it is needed; a pickle stays small
+        return self.__dict__ | {"_order": None}  # recomputed on demand, which keeps the pickle small
 
     def indices(self, epoch: int, group: int) -> list[int]:
-        """Which records a group has, in its order."""
+        """Return the indices of a group's records, in order."""
         if not 0 <= group < len(self):
             raise IndexError(f"group {group} of {len(self)}")
-        epoch = self._counted(epoch)
+        epoch = self._effective_epoch(epoch)
         if self._order is None or self._order[0] != epoch:
-            shuffle = self.training and self.options.images_per_user_turn > 1  # the plan shuffles single records
+            shuffle = (
+                self.training and self.options.images_per_user_turn > 1
+            )  # groups of one record are shuffled by the plan
             order = epoch_order(len(self.records), seed=self.options.seed, epoch=epoch, shuffle=shuffle)
             self._order = epoch, order
         size = self.options.images_per_user_turn
         return self._order[1][group * size : (group + 1) * size].tolist()
 
     def mode(self, epoch: int, group: int) -> str:
-        """``dense`` or ``summary``."""
-        return draw_mode(self.options, self._counted(epoch), group)
+        """Return the mode of a group: ``dense`` or ``summary``."""
+        return draw_mode(self.options, self._effective_epoch(epoch), group)
 
     def group_records(self, epoch: int, group: int) -> list[DenseRecord]:
-        """The records of a group, checked.
+        """Return the records of a group, checked.
 
         Raises:
             DataError: a record is malformed.
         """
-        return [self._record(*told) for told in self.raw(epoch, group)]
+        return [self._record(*entry) for entry in self.raw(epoch, group)]
 
     def raw(self, epoch: int, group: int) -> list[tuple[Any, Source, str | None]]:
-        """The records of a group as they are stored, each with its source and the folder of its media."""
+        """Return the unchecked records of a group, each with its source and the folder of its media."""
         return [self.records[index] for index in self.indices(epoch, group)]
 
     def conversation(self, epoch: int, group: int) -> Conversation:
-        """What a group is asked and answers.
+        """Return the conversation of a group.
 
         Raises:
             DataError: a record is malformed.
         """
         records = self.group_records(epoch, group)
-        chosen = self.indices(epoch, group)
-        drawn = [self._drawn(record, index, epoch) for record, index in zip(records, chosen, strict=True)]
+        indices = self.indices(epoch, group)
+        drawn = [self._augmentation(record, index, epoch) for record, index in zip(records, indices, strict=True)]
         return dense_conversation(records, self.options, self.mode(epoch, group), drawn=drawn, policy=self.policy)
 
     def conversations(self, epoch: int) -> "EpochConversations":
-        """All groups of an epoch."""
+        """Return the conversations of all groups of an epoch."""
         return EpochConversations(self, epoch)
 
     def fingerprint(self, epoch: int) -> str:
-        """Key of all that the lengths of an epoch's conversations follow from, for caches."""
-        key = self.measured_as(epoch)
-        told = (LAYOUT, self.records.fingerprint, self.options, self.training, self.augmenter, key)
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        """Return the cache key of an epoch's sample lengths: a hash of everything that they depend on."""
+        same_epoch = self.measured_as(epoch)
+        state = (LAYOUT, self.records.fingerprint, self.options, self.training, self.augmenter, same_epoch)
+        return hashlib.sha256(repr(state).encode()).hexdigest()
 
-    def _counted(self, epoch: int) -> int:
+    def _effective_epoch(self, epoch: int) -> int:
         return epoch if self.training else 0
 
     @staticmethod
     def _record(record: Any, source: Source, root: str | None) -> DenseRecord:
-        told = read_to_dense(record, source, root)
-        if isinstance(told, Conversation):
+        dense = read_to_dense(record, source, root)
+        if isinstance(dense, Conversation):
             raise DataError(
-                f"{source}: no dense-caption record (keys {', '.join(map(str, record))}), though its file begins with "
-                "one. Keep the formats in files of their own."
+                f"{source}: not a dense-caption record (keys {', '.join(map(str, record))}), although its file begins "
+                "with one. Use one file per format."
             )
-        return read_dense_record(told, source, root)
+        return read_dense_record(dense, source, root)
 
-    def _drawn(self, record: DenseRecord, index: int, epoch: int) -> Drawn | None:
+    def _augmentation(self, record: DenseRecord, index: int, epoch: int) -> Drawn | None:
         if self.augmenter is None:
             return None
         return self.augmenter.draw(*record.size, _rng(AUGMENTATION, self.options.seed, epoch, index), epoch)
 
 
 class EpochConversations(Sequence[Conversation]):
-    """The conversations of an epoch of groups, or of any `Epochs`, each made when it is asked for."""
+    """The conversations of one epoch, built on access.
+
+    Args:
+        groups: `DenseGroups`, or any `Epochs` (data/plan/epochs.py).
+    """
 
     def __init__(self, groups: Any, epoch: int) -> None:
         self.groups = groups
@@ -194,24 +211,24 @@ class EpochConversations(Sequence[Conversation]):
 
     @property
     def fingerprint(self) -> str:
-        """Key of the conversations, for caches."""
+        """Cache key of the conversations."""
         return self.groups.fingerprint(self.epoch)
 
 
-def require_summaries(records: Any) -> None:
-    """Look through all records before the first step.
+def require_summaries(records: RecordList) -> None:
+    """Check the summaries of all records before the first step.
 
     Raises:
-        DataError: some have no valid summary; it says how many, which is the first, and why.
+        DataError: some records have no valid summary; the message gives their number, the first one and its fault.
     """
-    wrong, first = 0, ""
+    invalid, first = 0, ""
     for index in range(len(records)):
         record, source, _ = records[index]
         if fault := summary_fault(record.get("summary") if isinstance(record, dict) else None):
-            wrong += 1
+            invalid += 1
             first = first or f"{source}: {fault}"
-    if wrong:
+    if invalid:
         raise DataError(
-            f"{wrong} of {len(records)} records have no valid 'summary', which data.summary_ratio above 0 needs; the "
+            f"{invalid} of {len(records)} records have no valid 'summary', which data.summary_ratio above 0 needs; the "
             f"first is {first}. Write one line of words about each image, or set data.summary_ratio=0."
         )

@@ -1,6 +1,6 @@
-"""One record at a time: its images and its objects augmented together, for those who write augmented data themselves.
+"""Augment single dense-caption records, images and objects together, to write an augmented data set yourself.
 
-Training augments on its own, from the recipe; this is the same without a recipe.
+Training needs none of this: it augments as the recipe says.
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,19 @@ from numpy.random import Generator
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.dense.compose import DenseImage, seen
+from qwenvl_ft.data.dense.compose import DenseImage, augment_record
 from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.media.images import MediaPolicy
 
 
 class AugmentationPreprocessor:
-    """Dense-caption record -> the same record augmented, as one: images, objects, width, height, summary.
+    """Callable that augments a dense-caption record: its images, objects, width, height and summary.
 
     Args:
-        augmenter: what happens, as `Augmenter.from_config` reads it.
-        rng: where the random numbers come from.
-        media_root: folder that relative images start at.
+        augmenter: from `Augmenter.from_config`.
+        rng: source of random numbers.
+        media_root: folder that relative image paths start at.
+        policy: limits on opening images.
 
     Example:
         ::
@@ -46,22 +47,22 @@ class AugmentationPreprocessor:
         self.policy = policy or MediaPolicy()
 
     def __call__(self, record: Mapping[str, Any], *, epoch: int = 0) -> dict[str, Any]:
-        """A new record with PIL images; the given one stays as it is. Keys of no meaning here are kept.
+        """Return a new record with PIL images; all other keys are kept, and the argument is not changed.
 
         Args:
-            epoch: chooses the augmentation's phase.
+            epoch: selects the phase of the augmentation.
 
         Raises:
-            DataError: the record is malformed, or an image is not there or of another size than stated.
+            DataError: the record is malformed, or an image is missing or has another size than stated.
         """
         checked = read_dense_record(record, Source("record", str(record.get("id", "record"))), self.media_root)
-        told = seen(checked, self.augmenter.draw(*checked.size, self.rng, epoch))
-        width, height = told.size
-        images = [DenseImage(image, checked.size, told.drawn, self.policy).open() for image in checked.images]
+        augmented = augment_record(checked, self.augmenter.draw(*checked.size, self.rng, epoch))
+        width, height = augmented.size
+        images = [DenseImage(image, checked.size, augmented.drawn, self.policy).open() for image in checked.images]
         changed = {
             "images": images,
-            "objects": [dict(entry) for entry in told.objects],
+            "objects": [dict(entry) for entry in augmented.objects],
             "width": width,
             "height": height,
         }
-        return {**record, **changed} | ({"summary": told.summary} if told.summary else {})
+        return {**record, **changed} | ({"summary": augmented.summary} if augmented.summary else {})

@@ -1,6 +1,6 @@
-"""What the model is asked: built-in prompts of two schemes for two modes, and one's own from text or a file.
+"""Prompts of dense captions: built-in ones of two schemes for two modes, and custom ones from a text or a file.
 
-Scheme A says the format and nothing else. Scheme B adds how to order, word and outline.
+Scheme A explains the format only. Scheme B adds how to order, describe and outline objects.
 """
 
 # ruff: noqa: RUF001 - Chinese punctuation
@@ -17,7 +17,7 @@ SCHEMES = ("A", "B")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What every group of a mode is told."""
+    """The prompts of all groups of a mode."""
 
     system: str
     user: str
@@ -28,7 +28,7 @@ COORDINATES = {
     "norm100": "Coordinates are integers from 0 to 100: x relative to the width of the picture, y to its height.",
     "norm1000": "Coordinates are integers from 0 to 1000: x relative to the width of the picture, y to its height.",
 }
-"""emit_norm -> what the numbers mean."""
+"""emit_norm -> explanation of the coordinates."""
 
 READING_ORDER = "Order the objects from top to bottom, and from left to right where their tops are level."
 
@@ -72,13 +72,13 @@ BUILT_IN = {
         "Sum up each picture in one line: the kinds of objects, their condition, and how many there are.",
     ),
 }
-"""(scheme, mode) -> templates; `built_in` fills in labels, the order and what coordinates mean."""
+"""(scheme, mode) -> templates; `built_in_prompt` fills in labels, order and the explanation of coordinates."""
 
 
-def built_in(
+def built_in_prompt(
     scheme: str, mode: str, *, emit_norm: str, label_pattern: str, object_pattern: str, reading_order: bool
 ) -> Prompt:
-    """The product's own prompt."""
+    """Return the built-in prompt of a scheme and mode."""
     names = {
         f"{kind}_{number}": pattern.replace("{i}", str(number))
         for kind, pattern in (("label", label_pattern), ("object", object_pattern))
@@ -90,14 +90,14 @@ def built_in(
     return Prompt("\n".join(line for line in lines if line), prompt.user)
 
 
-def own_prompt(text: str | None, key: str) -> str | None:
-    """A prompt of the recipe: the text itself, or that of the file which a path ending in .txt names.
+def read_prompt(text: str | None, key: str) -> str | None:
+    """Return a prompt of the recipe; a single line that ends in .txt is the path of a file with the prompt.
 
     Args:
-        key: where the recipe has it, for messages.
+        key: key in the recipe, for messages.
 
     Raises:
-        RecipeError: the file cannot be read, or there is no text.
+        RecipeError: the file cannot be read, or the prompt is empty.
     """
     if text is None:
         return None
@@ -106,8 +106,10 @@ def own_prompt(text: str | None, key: str) -> str | None:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            told = getattr(error, "strerror", None) or error
-            raise RecipeError(f"{key}={str(path)!r} cannot be read: {told}. Give a UTF-8 file, or the text.") from None
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(
+                f"{key}={str(path)!r} cannot be read: {reason}. Give a UTF-8 file, or the text."
+            ) from None
     if not text.strip():
         raise RecipeError(f"{key} is empty. Write a prompt, or null for the built-in one.")
     return text.strip()

@@ -1,7 +1,7 @@
-"""One line that says what an image shows: made from its objects, and checked where a file brings its own.
+"""Summaries: one line about an image, built from its objects, or given by the file and checked.
 
 ``switch/vendorA/fully visible×2，label/readable×1，备注:dust on the lens``: each kind of object with its number, in the
-order of their first appearance, then all remarks.
+order of first appearance, then all remarks.
 """
 
 # ruff: noqa: RUF001, RUF002 - Chinese punctuation
@@ -19,9 +19,9 @@ _REMARK = re.compile(r"(?:^|/)\s*备注\s*[:：](.*)", re.DOTALL)
 _LEVELS = re.compile(r"[,，/]")
 
 LABELS = {"label": ("readable", "unreadable"), "标签": ("可识别", "无法识别")}
-"""Class of objects that bear a text -> what a summary says instead of the text: it can be read, it cannot."""
+"""Class of objects with a text -> words that replace the text in a summary: (it can be read, it cannot)."""
 UNREADABLE = ("unreadable", "not readable", "illegible", "不可读", "无法识别", "不可识别", "无法辨认")
-"""Attributes that say that a label's text cannot be read."""
+"""Attributes of a label whose text cannot be read."""
 
 FORBIDDEN = {
     "a line break": re.compile(r"[\r\n]"),
@@ -33,14 +33,14 @@ FORBIDDEN = {
         r"\bverdict\b\s*[:：]|(?:结论|判定|审核结果)\s*[:：]|审核(?:不|未)?通过", re.I
     ),
 }
-"""What a summary must not hold: it is one line about one image, in words."""
+"""Name -> pattern of content that a summary must not have: it is one line of words about one image."""
 
 
 def build_summary(objects: Iterable[Mapping[str, Any]]) -> str:
-    """The summary of some objects, from their ``desc``; empty if there is none.
+    """Build the summary of objects from their ``desc``; empty if there are no objects.
 
-    Commas become slashes, labels only say whether they can be read, equal texts are counted, remarks stand once each at
-    the end.
+    Commas become slashes, a label's text is replaced by whether it can be read, equal texts are counted, and each
+    remark is written once, at the end.
 
     Example:
         ``a/b,c``, ``label/X7``, ``a/b,c/备注:bent`` give ``a/b/c×2，label/readable×1，备注:bent``.
@@ -58,14 +58,14 @@ def build_summary(objects: Iterable[Mapping[str, Any]]) -> str:
 
 
 def split_remark(desc: str) -> tuple[str, str]:
-    """What stands before the remark, and the remark; on one line each."""
+    """Split a ``desc`` into the text before the remark, and the remark; line breaks become spaces."""
     found = _REMARK.search(desc)
     text, remark = (desc, "") if found is None else (desc[: found.start()], found[1])
     return " ".join(text.split()), " ".join(remark.split())
 
 
 def _kind(text: str) -> str:
-    """The text by which equal objects are counted."""
+    """Return the text by which equal objects are counted."""
     levels = [level.strip() for level in _LEVELS.split(text) if level.strip()]
     if levels and levels[0] in LABELS and len(levels) > 1:
         readable, unreadable = LABELS[levels[0]]
@@ -74,18 +74,18 @@ def _kind(text: str) -> str:
 
 
 def summary_fault(summary: Any) -> str:
-    """What is wrong with a record's summary; empty if nothing is."""
+    """Return what is wrong with a record's summary, or "" if it is valid."""
     if summary is None:
         return "there is none"
     if not isinstance(summary, str):
         return f"it is a {type(summary).__name__}, not a text"
     if not summary.strip():
         return "it is empty"
-    return next((f"it holds {what}" for what, pattern in FORBIDDEN.items() if pattern.search(summary)), "")
+    return next((f"it holds {name}" for name, pattern in FORBIDDEN.items() if pattern.search(summary)), "")
 
 
 def require_summary(summary: Any, where: object) -> str:
-    """The summary, stripped.
+    """Check a summary and return it without surrounding whitespace.
 
     Raises:
         DataError: it is missing or malformed.

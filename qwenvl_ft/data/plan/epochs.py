@@ -20,9 +20,9 @@ from qwenvl_ft.data.dense.compose import dense_conversation
 from qwenvl_ft.data.dense.dense_record import read_dense_record
 from qwenvl_ft.data.dense.groups import AUGMENTATION, DenseGroups
 from qwenvl_ft.data.dense.options import DenseOptions
-from qwenvl_ft.data.dense.reader import ALONE
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
 from qwenvl_ft.data.readers import read_to_dense
+from qwenvl_ft.data.readers.dense import SINGLE_RECORD
 from qwenvl_ft.data.sources.records import Records
 from qwenvl_ft.errors import DataError
 
@@ -75,7 +75,7 @@ class RecordEpochs:
         augmenter: Augmenter | None = None,
         policy: MediaPolicy | None = None,
         seed: int = 0,
-        options: DenseOptions = ALONE,
+        options: DenseOptions = SINGLE_RECORD,
     ) -> None:
         if augmenter is not None and augmenter.moving:
             raise MovedTextError(

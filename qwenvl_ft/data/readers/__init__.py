@@ -1,7 +1,8 @@
-"""Which format a record has, and the one door through which it becomes a conversation.
+"""The record formats, and `read_record`, which turns a record of any of them into a `Conversation`.
 
-A reader is a pair of functions: does it know this record, and what is it. The first in `READERS` that knows a record
-reads it, either to a conversation or to a record of another format, which is then read in turn.
+A reader is a pair of functions: ``matches`` recognises its records, ``read`` converts one. The first reader in
+`READERS` that matches a record converts it, either to a conversation or to a record of another format, which is then
+read in turn.
 """
 
 import importlib
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Source
-from qwenvl_ft.data.dense import reader as dense
-from qwenvl_ft.data.readers import coco, conversations, grounding, llava, messages, pairs, sharegpt
+from qwenvl_ft.data.readers import coco, conversations, dense, grounding, llava, messages, pairs, sharegpt
 from qwenvl_ft.errors import DataError, hint, one_line
 
 Record = dict[str, Any]
@@ -25,15 +25,15 @@ Read = Callable[[Record, Source, str | None], Conversation | Record | None]
 
 @dataclass(frozen=True)
 class Reader:
-    """One format."""
+    """One record format."""
 
     matches: Callable[[Record], bool]
-    """Whether a record has this format, from its keys and the shape of their values."""
+    """Returns True if a record has this format, judging by its keys and the types of their values."""
     read: Read
-    """(record, where it came from, folder of relative media) -> conversation, or a record of another format; None
-    passes the record on."""
+    """(record, its source, folder of relative media paths) -> conversation, or a record of another format; None
+    leaves the record to the remaining readers."""
     needs: tuple[tuple[str, ...], ...] = ()
-    """Keys that a record of it has, in one or several forms; said of a record that no format knows."""
+    """Keys that every record of this format has, one tuple per variant; listed in the error for an unknown record."""
 
 
 READERS: dict[str, Reader] = {
@@ -50,43 +50,45 @@ READERS: dict[str, Reader] = {
     "coco": Reader(coco.matches, coco.read, (("images", "objects", "categories"),)),
     "dense": Reader(dense.matches, dense.read, (("images", "objects", "width", "height"),)),
 }
-"""Name -> reader, in the order in which they are asked."""
+"""Name -> reader, in the order in which they are tried."""
 BUILT_IN = frozenset(READERS)
 
 
-class Told(Record):
-    """A record whose data set names its format, so that it is not recognised by its keys."""
+class RecordWithReader(Record):
+    """A record whose data set names its reader, so that the format is not guessed from its keys."""
 
     def __init__(self, record: Record, reader: str) -> None:
         super().__init__(record)
         self.reader = reader
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Told, (dict(self), self.reader)
+        return RecordWithReader, (dict(self), self.reader)
 
 
 def register_reader(name: str, matches: Callable[[Record], bool] | None, read: Read) -> None:
-    """Add a format of one's own. It is asked before the built-in ones.
+    """Add a custom format. It is tried before the built-in ones.
 
     Args:
-        matches: None asks ``read`` for every record; it returns None for those that are not its own.
-        read: (record, where it came from, folder of relative media) -> a `Conversation`, or a record in a format that
-            is known, which is the short way: ``{"messages": [...], "images": [...]}``. Define it in a module, so that
-            the workers of a loader find it however they are started.
+        matches: None calls ``read`` on every record; ``read`` then returns None for records that are not its own.
+        read: (record, its source, folder of relative media paths) -> a `Conversation`, or, which is shorter, a record
+            in a known format: ``{"messages": [...], "images": [...]}``. Define it in a module, so that dataloader
+            workers can import it under every start method.
     """
     known = dict(READERS)
     READERS.clear()
-    READERS.update({name: Reader(matches or _always, read)} | {k: value for k, value in known.items() if k != name})
+    READERS.update(
+        {name: Reader(matches or _match_all, read)} | {key: reader for key, reader in known.items() if key != name}
+    )
 
 
-def own_readers(named: Iterable[str | None] = ()) -> dict[str, Reader]:
-    """Registered readers that are not built in, and those that data sets name by import path."""
+def own_readers(import_paths: Iterable[str | None] = ()) -> dict[str, Reader]:
+    """Return the registered readers that are not built in, and those that data sets name by import path."""
     registered = {name: reader for name, reader in READERS.items() if name not in BUILT_IN}
-    return registered | {name: import_reader(name) for name in named if name and ":" in name}
+    return registered | {path: import_reader(path) for path in import_paths if path and ":" in path}
 
 
 def code_state(reader: Reader) -> str:
-    """Changes when the file of a reader's function does: its size and time of change."""
+    """Return size and modification time of the file that defines a reader's function; a cache key for its code."""
     try:
         stat = Path(inspect.getsourcefile(inspect.unwrap(reader.read)) or "").stat()
     except (OSError, TypeError):
@@ -96,7 +98,7 @@ def code_state(reader: Reader) -> str:
 
 @cache
 def import_reader(path: str) -> Reader:
-    """The reader at ``module:name``: a `Reader`, or a function as `register_reader` takes it.
+    """Import the reader at ``module:name``: a `Reader`, or a function as `register_reader` takes it.
 
     Modules in the working directory are found too.
 
@@ -117,96 +119,98 @@ def import_reader(path: str) -> Reader:
         return found
     if not callable(found):
         raise DataError(f"reader {path!r} is a {type(found).__name__}. It must be a function of a record, or a Reader.")
-    return Reader(_always, found)
+    return Reader(_match_all, found)
 
 
 def read_record(
     record: Any, source: Source, media_root: str | None = None, *, reader: str | None = None
 ) -> Conversation:
-    """Read a record in whatever format it has.
+    """Read a record of any known format.
 
     Args:
         media_root: folder that relative media paths start at.
-        reader: name of the format, or the import path of one's own; None is the one that the record was told
-            (`Told`), else recognises it.
+        reader: name of the format, or the import path of a custom reader. None takes the reader that the record's
+            data set names (`RecordWithReader`), and otherwise recognises the format.
 
     Raises:
-        DataError: no reader knows the record, or its content is malformed.
+        DataError: no reader matches the record, or its content is malformed.
     """
-    told = _resolved(record, source, media_root, reader, until=None)
-    assert isinstance(told, Conversation)
-    return told
+    conversation = _convert(record, source, media_root, reader, until=None)
+    assert isinstance(conversation, Conversation)
+    return conversation
 
 
 def read_to_dense(record: Any, source: Source, media_root: str | None = None) -> Conversation | Record:
-    """As `read_record`, but a dense-caption record, or one that a reader makes of a record, stays a record.
+    """Read a record as `read_record` does, but return dense-caption records as records, converted ones included.
 
     Dense captions are read in groups (data/dense), not one by one.
     """
-    return _resolved(record, source, media_root, None, until="dense")
+    return _convert(record, source, media_root, None, until="dense")
 
 
-def _resolved(
+def _convert(
     record: Any, source: Source, media_root: str | None, reader: str | None, until: str | None
 ) -> Conversation | Record:
-    """A record read by one format after the other, up to a conversation or to the format ``until``."""
+    """Apply one reader after the other until the result is a conversation or has the format ``until``."""
     if not isinstance(record, dict):
-        raise DataError(f"{source}: a record is a JSON object, this is a {type(record).__name__}.")
-    name = reader or (record.reader if isinstance(record, Told) else None)
-    told: Conversation | Record = record
-    asked: list[str] = []
-    while isinstance(told, dict):
+        raise DataError(f"{source}: a record must be a JSON object, not a {type(record).__name__}.")
+    name = reader or (record.reader if isinstance(record, RecordWithReader) else None)
+    current: Conversation | Record = record
+    tried: list[str] = []
+    while isinstance(current, dict):
         if name is None:
-            name = next((key for key, known in READERS.items() if key not in asked and known.matches(told)), None)
+            name = next((key for key, known in READERS.items() if key not in tried and known.matches(current)), None)
         if name is None:
-            raise DataError(f"{source}: {_unknown(told)}")
+            raise DataError(f"{source}: {_describe_unknown(current)}")
         if name == until:
-            return told
-        reader_of = READERS[name] if name in READERS else _named(name, source)
-        told = _checked(reader_of.read(told, source, media_root), told, name, source)
-        asked.append(name)
+            return current
+        chosen = READERS[name] if name in READERS else _reader_by_path(name, source)
+        current = _checked(chosen.read(current, source, media_root), current, name, source)
+        tried.append(name)
         name = None
-    return told
+    return current
 
 
-def _named(name: str, source: Source) -> Reader:
+def _reader_by_path(name: str, source: Source) -> Reader:
     if ":" in name:
         return import_reader(name)
     raise DataError(f"{source}: unknown format {name!r}.{hint(name, READERS)}")
 
 
-def _checked(told: Any, record: Record, name: str, source: Source) -> Conversation | Record:
-    """What a reader gave; the record itself where it passed it on."""
-    if told is None:
+def _checked(result: Any, record: Record, name: str, source: Source) -> Conversation | Record:
+    """Return a reader's result, or the record itself if the reader declined it with None."""
+    if result is None:
         return record
-    if not isinstance(told, (Conversation, dict)):
-        raise DataError(f"{source}: the reader {name!r} gave a {type(told).__name__}, not a Conversation or a record.")
-    return told
+    if not isinstance(result, (Conversation, dict)):
+        raise DataError(
+            f"{source}: the reader {name!r} returned a {type(result).__name__}, not a Conversation or a record."
+        )
+    return result
 
 
-def _always(record: Record) -> bool:
+def _match_all(record: Record) -> bool:
     return True
 
 
-def _unknown(record: Record) -> str:
-    """What is said of a record that no format knows: its keys, and the formats that it nearly has."""
-    there = [str(key) for key, value in record.items() if value is not None]
+def _describe_unknown(record: Record) -> str:
+    """Return the error text for a record of no known format: its keys, and the formats that it nearly matches."""
+    present = [str(key) for key, value in record.items() if value is not None]
     needs = [keys for reader in READERS.values() for keys in reader.needs]
-    near = [told for keys in needs if (told := _near_miss(keys, there))]
-    meant = f"Nearly: {'; '.join(dict.fromkeys(near))}. " if near else ""
+    near = [text for keys in needs if (text := _near_miss(keys, present))]
+    nearly = f"Nearly: {'; '.join(dict.fromkeys(near))}. " if near else ""
     known = ", ".join(" + ".join(keys) for keys in dict.fromkeys(needs))
-    return f"no format has the keys {', '.join(sorted(there)) or '(none)'}. {meant}Known: {known}."
+    return f"no format has the keys {', '.join(sorted(present)) or '(none)'}. {nearly}Known: {known}."
 
 
-def _near_miss(keys: tuple[str, ...], there: list[str]) -> str:
-    """``'query' without 'response'``, or ``'mesages' instead of 'messages'``; empty where nothing is near."""
-    have = [key for key in keys if key in there]
-    close = {key: get_close_matches(key, there, n=1, cutoff=0.8) for key in keys if key not in have}
+def _near_miss(keys: tuple[str, ...], present: list[str]) -> str:
+    """Return ``'query' without 'response'``, or ``'mesages' instead of 'messages'``; empty if nothing is close."""
+    have = [key for key in keys if key in present]
+    close = {key: get_close_matches(key, present, n=1, cutoff=0.8) for key in keys if key not in have}
     if not have and not any(close.values()):
         return ""
-    if missing := [key for key, other in close.items() if not other]:
+    if missing := [key for key, matches in close.items() if not matches]:
         return f"{_quoted(have)} without {_quoted(missing)}" if have else ""
-    return ", ".join(f"{other[0]!r} instead of {key!r}" for key, other in close.items())
+    return ", ".join(f"{matches[0]!r} instead of {key!r}" for key, matches in close.items())
 
 
 def _quoted(keys: list[str]) -> str:

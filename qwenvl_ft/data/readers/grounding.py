@@ -1,29 +1,31 @@
-"""Turns that name objects and boxes by tags, as ms-swift's grounding sets do.
+"""ms-swift's grounding data sets, whose texts refer to objects and boxes by tags.
 
 ```json
 {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>Find the <ref-object>."},
                                    {"role": "assistant", "content": "<bbox><bbox>"}],
  "objects": {"ref": ["sheep"], "bbox": [[90, 160, 135, 212], [360, 480, 495, 532]]}}
 ```
-``<ref-object>`` and ``<bbox>`` take the entries of ``ref`` and ``bbox`` in order. A box (4 numbers) or point (2) is in
-pixels of the stored image unless ``bbox_type`` says ``norm1`` or ``norm1000``; it is written as Qwen3-VL writes it,
-``[x1, y1, x2, y2]`` in 0..1000. ``image_id`` says to which image each box belongs; ``width`` and ``height`` (a list
-each, per image) spare a look at the files.
+Each ``<ref-object>`` and ``<bbox>`` tag takes the next entry of ``ref`` or ``bbox``. A box (4 numbers) or point (2) is
+in pixels of the stored image unless ``bbox_type`` is ``norm1`` or ``norm1000``; the text gets it as Qwen3-VL writes it,
+``[x1, y1, x2, y2]`` in 0..1000. ``image_id`` gives the image of each box. With ``width`` and ``height`` (lists with one
+entry per image) the image files are not opened.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.dense.compose import emitted
+from qwenvl_ft.data.dense.compose import scaled_coordinates
 from qwenvl_ft.data.dense.dense_record import TOLERANCE_PIXELS, GeometryError
-from qwenvl_ft.data.media.images import MediaPolicy, image_size, resolve_path
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, resolve_path, unpack_arrow
 from qwenvl_ft.errors import DataError, hint
 
 TAGS = re.compile(r"<ref-object>|<bbox>")
 SIZES: dict[str, tuple[float, float] | None] = {"real": None, "norm1": (1.0, 1.0), "norm1000": (1000.0, 1000.0)}
-"""Type of a box -> (width, height) that its numbers are relative to; None is the image's own, in pixels."""
+"""``bbox_type`` -> (width, height) that coordinates are relative to; None is the image's size in pixels."""
 LISTS = {"messages": "content", "conversations": "value"}
+"""Key of the list of turns -> key of a turn's text."""
 KEYS = ("ref", "bbox", "bbox_type", "image_id", "width", "height")
 
 
@@ -35,7 +37,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 
 def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> dict[str, Any]:
-    """The record with its tags written out and without ``objects``.
+    """Return the record with its tags replaced by text, without ``objects``.
 
     Raises:
         DataError: tags and entries differ in number, or a box is malformed or outside its image.
@@ -43,39 +45,39 @@ def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> d
     objects = record["objects"]
     for key in objects.keys() - set(KEYS):
         raise DataError(f"{source}: objects has the unknown key {key!r}.{hint(key, KEYS)}")
-    written = {"<ref-object>": _refs(objects, source), "<bbox>": _boxes(record, objects, source, media_root)}
-    left = {tag: iter(entries) for tag, entries in written.items()}
+    texts = {"<ref-object>": _refs(objects, source), "<bbox>": _boxes(record, objects, source, media_root)}
+    remaining = {tag: iter(entries) for tag, entries in texts.items()}
 
-    def entry(found: re.Match[str]) -> str:
-        told = next(left[found[0]], None)
-        if told is None:
-            raise DataError(f"{source}: more {found[0]} tags than entries ({len(written[found[0]])}) in objects.")
-        return told
+    def replacement(tag: re.Match[str]) -> str:
+        text = next(remaining[tag[0]], None)
+        if text is None:
+            raise DataError(f"{source}: more {tag[0]} tags than entries ({len(texts[tag[0]])}) in objects.")
+        return text
 
     key = next(key for key in LISTS if isinstance(record.get(key), list))
-    turns = [_filled(turn, LISTS[key], entry) for turn in record[key]]
-    for tag, entries in left.items():
+    turns = [_with_tags_replaced(turn, LISTS[key], replacement) for turn in record[key]]
+    for tag, entries in remaining.items():
         if unused := len(list(entries)):
-            raise DataError(f"{source}: {unused} of {len(written[tag])} entries in objects have no {tag} tag.")
+            raise DataError(f"{source}: {unused} of {len(texts[tag])} entries in objects have no {tag} tag.")
     return {name: value for name, value in record.items() if name != "objects"} | {key: turns}
 
 
-def _filled(turn: Any, key: str, entry: Any) -> Any:
-    """A turn with its tags replaced, in a text or in the texts of its parts."""
+def _with_tags_replaced(turn: Any, key: str, replacement: Callable[[re.Match[str]], str]) -> Any:
+    """Return a turn with the tags replaced in its text, or in the texts of its parts."""
     if not isinstance(turn, dict):
         return turn
     content = turn.get(key)
     if isinstance(content, str):
-        return turn | {key: TAGS.sub(entry, content)}
+        return turn | {key: TAGS.sub(replacement, content)}
     if isinstance(content, list):
-        return turn | {key: [_filled(part, "text", entry) for part in content]}
+        return turn | {key: [_with_tags_replaced(part, "text", replacement) for part in content]}
     return turn
 
 
 def _refs(objects: dict[str, Any], source: Source) -> list[str]:
     refs = objects.get("ref") or []
     if not isinstance(refs, list) or not all(isinstance(ref, str) for ref in refs):
-        raise DataError(f"{source}: objects.ref must be a list of texts, it is {refs!r:.80}.")
+        raise DataError(f"{source}: objects.ref must be a list of texts, not {refs!r:.80}.")
     return refs
 
 
@@ -85,20 +87,24 @@ def _boxes(record: dict[str, Any], objects: dict[str, Any], source: Source, medi
         raise DataError(f"{source}: objects.bbox_type={kind!r}.{hint(str(kind), SIZES)}")
     boxes = objects.get("bbox") or []
     if not isinstance(boxes, list):
-        raise DataError(f"{source}: objects.bbox must be a list of boxes, it is {boxes!r:.80}.")
+        raise DataError(f"{source}: objects.bbox must be a list of boxes, not {boxes!r:.80}.")
     images = _images(record)
     owners = objects.get("image_id") or [0] * len(boxes)
     if not isinstance(owners, list) or len(owners) != len(boxes):
-        raise DataError(f"{source}: objects.image_id={owners!r:.80} must name an image for each of {len(boxes)} boxes.")
+        raise DataError(
+            f"{source}: objects.image_id={owners!r:.80} must hold one image index for each of the {len(boxes)} boxes."
+        )
     if kind == "real" and boxes and len(images) > 1 and not objects.get("image_id"):
-        raise DataError(f"{source}: {len(images)} images, and no objects.image_id says which one each box belongs to.")
-    written = []
+        raise DataError(
+            f"{source}: there are {len(images)} images. Give objects.image_id: which image each box belongs to."
+        )
+    texts = []
     for number, (box, owner) in enumerate(zip(boxes, owners, strict=True)):
         where = f"{source}: objects.bbox[{number}]={box!r:.80}"
         size = SIZES[kind] or _size(images, objects, owner, f"{source}: objects.bbox[{number}]", media_root)
         _check(box, size, TOLERANCE_PIXELS if kind == "real" else 0.0, where)
-        written.append(str(emitted(box, size, "norm1000")))  # type: ignore[arg-type]
-    return written
+        texts.append(str(scaled_coordinates(box, size, "norm1000")))  # type: ignore[arg-type]
+    return texts
 
 
 def _check(box: Any, size: tuple[float, float], tolerance: float, where: str) -> None:
@@ -115,10 +121,10 @@ def _check(box: Any, size: tuple[float, float], tolerance: float, where: str) ->
 
 
 def _images(record: dict[str, Any]) -> list[Any]:
-    """The record's images, under its own key or as parts of its messages."""
-    told = record.get("images") or record.get("image")
-    if told:
-        return list(told) if isinstance(told, (list, tuple)) else [told]
+    """Return the record's images: its ``images`` or ``image``, or else the image parts of its messages."""
+    images = record.get("images") or record.get("image")
+    if images:
+        return list(images) if isinstance(images, (list, tuple)) else [images]
     contents = [turn.get("content") for turn in record.get("messages") or [] if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     return [part["image"] for part in parts if part.get("image") is not None]
@@ -127,19 +133,16 @@ def _images(record: dict[str, Any]) -> list[Any]:
 def _size(
     images: list[Any], objects: dict[str, Any], owner: Any, where: str, media_root: str | None
 ) -> tuple[float, float]:
-    """(width, height) of the image that a box belongs to."""
+    """Return the (width, height) in pixels of the image that a box belongs to."""
     if type(owner) is not int or not 0 <= owner < len(images):
-        raise DataError(f"{where} belongs to image_id={owner!r}, but there are {len(images)} images, from 0.")
+        raise DataError(f"{where} has image_id={owner!r}, but there are {len(images)} images, counted from 0.")
     widths, heights = objects.get("width"), objects.get("height")
     if isinstance(widths, list) and isinstance(heights, list) and len(widths) == len(heights) == len(images):
         return float(widths[owner]), float(heights[owner])
     if widths or heights:
         raise DataError(f"{where}: objects.width and objects.height must be lists of {len(images)}, one per image.")
-    value = images[owner]
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
     try:
-        height, width = image_size(resolve_path(value, media_root), MediaPolicy())
+        height, width = image_size(resolve_path(unpack_arrow(images[owner]), media_root), MediaPolicy())
     except DataError as error:
         raise DataError(f"{where}: {error} Or give objects.width and objects.height.") from None
     return float(width), float(height)

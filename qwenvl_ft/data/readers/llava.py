@@ -1,10 +1,10 @@
-"""LLaVA's video sets, which write ``<image>`` where the record's ``video`` stands.
+"""LLaVA's video data sets, which write ``<image>`` in the text where the record's ``video`` belongs.
 
 ```json
 {"id": 1, "video": "a.mp4", "conversations": [{"from": "human", "value": "<image>\nWhat falls?"},
                                               {"from": "gpt", "value": "A cup."}]}
 ```
-Its image sets are ``conversations`` as they are.
+LLaVA's image data sets are plain ``conversations``.
 """
 
 from typing import Any
@@ -16,13 +16,14 @@ def matches(record: dict[str, Any]) -> bool:
     turns = record.get("conversations")
     if not (record.get("video") or record.get("videos")) or record.get("image") or record.get("images"):
         return False
-    told = turns if isinstance(turns, list) else []
-    text = "".join(str(turn.get("value")) for turn in told if isinstance(turn, dict))
+    if not isinstance(turns, list):
+        return False
+    text = "".join(str(turn.get("value")) for turn in turns if isinstance(turn, dict))
     return "<image>" in text and "<video>" not in text
 
 
 def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> dict[str, Any]:
-    """The record with ``<video>`` for its tags."""
+    """Return the record with each ``<image>`` tag replaced by ``<video>``."""
     turns = [
         turn | {"value": turn["value"].replace("<image>", "<video>")}
         if isinstance(turn, dict) and isinstance(turn.get("value"), str)

@@ -1,27 +1,18 @@
 """``{"messages": [{"role": "user", "content": ...}, ...]}``: OpenAI style, with content lists, tools and tool calls.
 
-Text stays as it is written. Content is a string or a list of parts: ``{"type": "text", "text": ...}``,
-``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``. ``url``, ``path`` and ``image_url`` are
-understood too. The record's own ``images`` and ``videos`` are shown where a text has ``<image>`` or ``<video>`` tags,
-or where a part is nothing but ``{"type": "image"}``; one message cannot do both. A part may say how it is shown
-(readers/shown.py).
+Texts are kept verbatim. Content is a string or a list of parts: ``{"type": "text", "text": ...}``,
+``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``; ``url``, ``path`` and ``image_url`` are
+accepted too. The record's ``images`` and ``videos`` go where a text has ``<image>`` or ``<video>`` tags, or where a
+part is just ``{"type": "image"}``; one message cannot use both. A part may set its own size limits and frame sampling
+(readers/media_settings.py).
 """
 
 from typing import Any
 
 from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Part, Source, Text, Video
-from qwenvl_ft.data.readers.conversations import (
-    TAGS,
-    MediaPool,
-    TagsError,
-    _checked,
-    checked_fps,
-    checked_loss,
-    checked_objects,
-    split_tags,
-    with_record_keys,
-)
-from qwenvl_ft.data.readers.shown import limits_of, sampling_of
+from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, medium_value, split_tags
+from qwenvl_ft.data.readers.media_settings import checked_fps, limits_of, sampling_of
+from qwenvl_ft.data.readers.record_keys import checked_loss, checked_objects, with_record_keys
 from qwenvl_ft.errors import DataError, hint
 
 KEYS = {
@@ -30,7 +21,7 @@ KEYS = {
     "video": ("video", "url", "path", "video_url", "frames"),
     "video_url": ("video_url", "url"),
 }
-"""Type of a medium's part -> the keys its value may stand under, the proper one first."""
+"""Type of a media part -> keys that may hold its value, the canonical one first."""
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -38,12 +29,16 @@ def matches(record: dict[str, Any]) -> bool:
 
 
 def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conversation:
-    """Raises DataError: a message is malformed, or tags and media do not match."""
-    told = record.get("messages")
-    if not isinstance(told, list) or not told:
-        raise DataError(f"{source}: 'messages' must be a list with at least one message, it is {told!r:.80}.")
+    """Convert a record.
+
+    Raises:
+        DataError: a message is malformed, or tags and media do not match.
+    """
+    entries = record.get("messages")
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{source}: 'messages' must be a list with at least one message, not {entries!r:.80}.")
     pool = MediaPool(record, source, media_root)
-    messages = tuple(_message(message, number, pool, media_root) for number, message in enumerate(told))
+    messages = tuple(_message(entry, number, pool, media_root) for number, entry in enumerate(entries))
     pool.finish()
     return with_record_keys(Conversation(messages, source), record)
 
@@ -51,33 +46,33 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
 def _message(message: Any, number: int, pool: MediaPool, media_root: str | None) -> Message:
     where = f"{pool.source}: messages[{number}]"
     if not isinstance(message, dict) or "role" not in message:
-        raise DataError(f"{where} must be {{'role': ..., 'content': ...}}, it is {message!r:.80}.")
+        raise DataError(f"{where} must be {{'role': ..., 'content': ...}}, not {message!r:.80}.")
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"{where} has role={role!r}.{hint(str(role), ROLES)}")
-    calls = _calls(message, where)
+    calls = _tool_calls(message, where)
     if message.get("reasoning_content"):
         raise DataError(
             f"{where} has 'reasoning_content'. Write it into the content: <think>...</think> and the answer."
         )
     if calls and role != "assistant":
-        raise DataError(f"{where} is one of role {role} with tool_calls. Only an assistant calls tools.")
+        raise DataError(f"{where} has tool_calls and role {role!r}. Only an assistant calls tools.")
     content = message.get("content")
     if content is None and calls:
         content = ""
     if isinstance(content, str):
-        parts = _text(content, role, pool, where)
+        parts = _text_parts(content, role, pool, where)
     elif isinstance(content, (list, tuple)):
         parts = _parts(content, role, pool, where, media_root)
     else:
-        raise DataError(f"{where} has no content: a text or a list of parts is needed, it is {content!r:.80}.")
+        raise DataError(f"{where}: content must be a text or a list of parts, not {content!r:.80}.")
     if role in ("assistant", "system") and any(not isinstance(part, Text) for part in parts):
-        raise TagsError(f"{where} is one of role {role} with a medium. Media belong to user and tool messages.")
+        raise TagsError(f"{where} has role {role!r} and a medium. Media belong to user and tool messages.")
     return Message(role, parts, calls, checked_loss(message, role, where))
 
 
-def _calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    """A message's tool calls; the older ``function_call`` is one."""
+def _tool_calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    """Return a message's tool calls; the older ``function_call`` is a single call."""
     calls = checked_objects(message.get("tool_calls"), f"{where}: 'tool_calls'", "calls")
     older = message.get("function_call")
     if older and calls:
@@ -85,37 +80,35 @@ def _calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     if older:
         calls = ({"type": "function", "function": older},)
     for call in calls:
-        told = call.get("function") or call
-        if not isinstance(told, dict) or not isinstance(told.get("name"), str) or not told["name"]:
+        function = call.get("function") or call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise DataError(f"{where} calls a tool without a 'name': {call!r:.80}.")
-        if not isinstance(told.get("arguments"), (dict, str)):
-            raise DataError(
-                f"{where} calls {told['name']!r} without 'arguments': an object or its JSON text is needed."
-            )
+        if not isinstance(function.get("arguments"), (dict, str)):
+            raise DataError(f"{where} calls {function['name']!r} without 'arguments'. Give an object or its JSON text.")
     return calls
 
 
-def _text(content: str, role: str, pool: MediaPool, where: str) -> tuple[Part, ...]:
+def _text_parts(content: str, role: str, pool: MediaPool, where: str) -> tuple[Part, ...]:
     if not TAGS.search(content):
         return (Text(content),)
     if role in ("assistant", "system"):
-        raise TagsError(f"{where} is one of role {role} with a media tag. Media belong to user and tool messages.")
+        raise TagsError(f"{where} has role {role!r} and a media tag. Media belong to user and tool messages.")
     return split_tags(content, pool)
 
 
 def _parts(content: Any, role: str, pool: MediaPool, where: str, media_root: str | None) -> tuple[Part, ...]:
     texts = [_text_of(part) for part in content]
     if None in texts and any(TAGS.search(text) for text in texts if text):
-        raise DataError(f"{where} shows media both as parts and as tags in a text. Drop the tags, or the parts.")
+        raise DataError(f"{where} has media both as parts and as tags in a text. Drop the tags, or the parts.")
     parts: list[Part] = []
     for k, (part, text) in enumerate(zip(content, texts, strict=True)):
         place = f"{where}.content[{k}]"
-        parts += _text(text, role, pool, place) if text is not None else [_medium(part, place, pool, media_root)]
+        parts += _text_parts(text, role, pool, place) if text is not None else [_medium(part, place, pool, media_root)]
     return tuple(parts)
 
 
 def _text_of(part: Any) -> str | None:
-    """What a part of text says; None of any other."""
+    """Return the text of a text part; None for any other part."""
     if isinstance(part, dict) and (part.get("type") or "text") == "text":
         part = part.get("text")
     return part if isinstance(part, str) else None
@@ -123,28 +116,30 @@ def _text_of(part: Any) -> str | None:
 
 def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> Part:
     if not isinstance(part, dict):
-        raise DataError(f"{where} must be an object with a 'type', it is {part!r:.80}.")
+        raise DataError(f"{where} must be an object with a 'type', not {part!r:.80}.")
     kind = part.get("type") or next((key for key in ("text", *KEYS) if part.get(key) is not None), None)
     if kind == "text":
         raise DataError(f"{where} has type 'text' and no text.")
     if not isinstance(kind, str) or kind not in KEYS:
         raise DataError(f"{where} has type={kind!r}.{hint(str(kind), ('text', *KEYS))}")
-    told = {key for key, entry in part.items() if entry is not None}
+    keys = {key for key, entry in part.items() if entry is not None}
     tag = f"<{kind.removesuffix('_url')}>"
-    if told == {"type"} and pool.has(tag):
+    if keys == {"type"} and pool.has(tag):
         return pool.take(tag)
     value = next((part[key] for key in KEYS[kind] if part.get(key) is not None), None)
     if isinstance(value, dict) and "url" in value:
         value = value["url"]
     if value is None:
-        proper = KEYS[kind][0]
-        raise DataError(f"{where} has type {kind!r} and no {proper!r}. Write {{'type': '{kind}', '{proper}': path}}.")
+        canonical = KEYS[kind][0]
+        raise DataError(
+            f"{where} has type {kind!r} and no {canonical!r}. Write {{'type': '{kind}', '{canonical}': path}}."
+        )
     if kind.startswith("image"):
-        return Image(_checked(value, "image", pool.source, media_root), limits_of(part, "image", where))
+        return Image(medium_value(value, "image", pool.source, media_root), limits_of(part, "image", where))
     fps = checked_fps(part.get("fps"), where) or checked_fps(part.get("sample_fps"), where) or pool.fps
-    shown = (fps, limits_of(part, "video", where), sampling_of(part, where))
+    settings = (fps, limits_of(part, "video", where), sampling_of(part, where))
     if isinstance(value, (list, tuple)):
         if not value:
             raise DataError(f"{where} is a video with an empty list of frames.")
-        return Video(tuple(_checked(frame, "frame", pool.source, media_root) for frame in value), *shown)
-    return Video(_checked(value, "video", pool.source, media_root), *shown)
+        return Video(tuple(medium_value(frame, "frame", pool.source, media_root) for frame in value), *settings)
+    return Video(medium_value(value, "video", pool.source, media_root), *settings)

@@ -1,1 +1,1 @@
-"""Records on disk: what a selection names, the files behind it, and which of their records a run takes."""
+"""Records on disk: parse a selection of data sets, open their files, and choose which records a run uses."""

@@ -1,10 +1,10 @@
-"""Everything that may hold records on disk, as memory-mapped Arrow tables: one entry of `KINDS` for each kind of file.
+"""Open files of records as memory-mapped Arrow tables; `KINDS` has one entry per file type.
 
-Text (``.json``, ``.jsonl``, ``.csv``, ``.tsv``) becomes a column of raw JSON and is parsed on access: records of any
-mixture of shapes come back exactly as they were written. Parquet and folders of `datasets` stay in their own columns.
-Of a ``.tar`` the table holds the places of its members; their bytes are read on access and never copied. The Arrow
-files are made once, in the cache of `datasets`, and are made anew when a file's path, size or time of change differs;
-a key of the content would have to read the whole file at every start.
+Text files (``.json``, ``.jsonl``, ``.csv``, ``.tsv``) become a column of raw JSON that is parsed on access, so that
+records of different shapes in one file come back exactly as they were written. Parquet files and folders of `datasets`
+keep their columns. For a ``.tar`` the table holds the offsets of its members; their bytes are read on access and never
+copied. The Arrow files are written once, to the cache of `datasets`, and again when a file's path, size or modification
+time changes; a hash of the content would have to read the whole file at every start.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ import pyarrow.parquet as pq
 from datasets.table import MemoryMappedTable, Table
 from filelock import FileLock
 
-from qwenvl_ft.data.readers.coco import read_coco
-from qwenvl_ft.data.readers.json_text import opens_object, read_json, read_jsonl
-from qwenvl_ft.data.readers.table_text import read_table
-from qwenvl_ft.data.readers.tar import MEMBERS, read_tar, tar_record
+from qwenvl_ft.data.sources.coco_files import read_coco
+from qwenvl_ft.data.sources.csv_files import read_table
+from qwenvl_ft.data.sources.json_files import opens_object, parse_json, read_json, read_jsonl
+from qwenvl_ft.data.sources.tar_files import MEMBERS, read_tar, tar_record
 from qwenvl_ft.errors import DataError, hint, one_line
 
 LAYOUT = 2
-"""Raised whenever what an Arrow file holds changes its meaning."""
+"""Version of the Arrow files' content; raise it when that changes, so that old files are not used."""
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 64 * 2**20
-"""What is written to the Arrow file at a time; whichever comes first."""
+"""Size of a record batch written to the Arrow file; whichever limit is reached first."""
 PARQUET_RECORDS = 100
-"""Parquet rows held at a time; they may carry images."""
+"""Parquet rows held in memory at a time; they may contain images."""
 TURNS = ("conversations", "messages", "texts")
-"""Lists of turns; `datasets` keeps a Sequence of them as one struct of lists."""
+"""Keys of lists of turns, which `datasets` stores as one struct of lists."""
 
 Row = dict[str, Any]
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
@@ -44,12 +44,12 @@ Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file."""
+    """One file type."""
 
     batches: Callable[[Path], Batches]
-    """What its Arrow file holds."""
+    """Returns the schema and the record batches of a file's Arrow copy."""
     record: Callable[[Row, Path, int], tuple[str, Any]]
-    """(row of the table, file, number of the row) -> where the record stands, and the record."""
+    """(row of the table, file, row number) -> place of the record for messages, and the record."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DataFile:
 
     @property
     def state(self) -> str:
-        """Changes when the content does: path, size, time of change."""
+        """Path, size and modification time: a cache key that changes when the content does."""
         files = _folder_files(self.path, self.split) if self.is_folder else [self.path]
         stats = [(str(file.resolve()), file.stat()) for file in files]
         return "|".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
@@ -76,7 +76,7 @@ class DataFile:
 
 
 def find_file(text: str) -> DataFile | None:
-    """The file or folder that a path names, ``folder:split`` included; None if there is none.
+    """Return the file or folder at a path or ``folder:split``; None if there is none.
 
     Raises:
         DataError: the folder was not saved by `datasets`, or has no such split.
@@ -93,7 +93,11 @@ def find_file(text: str) -> DataFile | None:
 
 
 def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Table]:
-    """Each file as a memory-mapped table; what is new is copied first, by ``num_proc`` processes.
+    """Open each file as a memory-mapped table.
+
+    Args:
+        folder: cache folder of the Arrow files.
+        num_proc: processes that copy new files to Arrow.
 
     Raises:
         DataError: a file cannot be read, is empty, or the cache cannot be written.
@@ -101,7 +105,7 @@ def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Tabl
     new = [file for file in dict.fromkeys(files) if not file.is_folder and not _target(file, folder).exists()]
     if min(num_proc, len(new)) > 1:
         with ProcessPoolExecutor(min(num_proc, len(new))) as pool:
-            list(pool.map(_copied, new, [folder] * len(new)))
+            list(pool.map(_arrow_copy, new, [folder] * len(new)))
     return [_open(file, folder) for file in files]
 
 
@@ -111,13 +115,13 @@ def default_cache() -> Path:
 
 def _open(file: DataFile, folder: Path) -> Table:
     if not file.is_folder:
-        return MemoryMappedTable.from_file(str(_copied(file, folder)))
+        return MemoryMappedTable.from_file(str(_arrow_copy(file, folder)))
     try:
         saved: Any = datasets.load_from_disk(str(file.path / file.split), keep_in_memory=False)
     except Exception as error:  # of any type: json, Arrow and datasets errors come through
         raise DataError(f"{file} cannot be opened: {one_line(error, 200)}.") from None
     if not len(saved):
-        raise DataError(f"{file} has no record.")
+        raise DataError(f"{file} has no records.")
     return saved.data
 
 
@@ -125,8 +129,8 @@ def _target(file: DataFile, folder: Path) -> Path:
     return folder / f"records-{hashlib.sha256(f'{LAYOUT}:{file.state}'.encode()).hexdigest()[:32]}.arrow"
 
 
-def _copied(file: DataFile, folder: Path) -> Path:
-    """The file's Arrow copy; of several processes one makes it, the others wait."""
+def _arrow_copy(file: DataFile, folder: Path) -> Path:
+    """Return the file's Arrow copy; if several processes need it, one writes it while the others wait."""
     target = _target(file, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,7 @@ def _copied(file: DataFile, folder: Path) -> Path:
     except OSError as error:
         raise DataError(
             f"{file} cannot be copied to {folder}: {error.strerror or error}. Set HF_DATASETS_CACHE to a folder with "
-            "room."
+            "enough space."
         ) from None
     return target
 
@@ -151,7 +155,7 @@ def _write(file: DataFile, target: Path) -> None:
                 writer.write_batch(batch)
                 count += batch.num_rows
         if not count:
-            raise DataError(f"{file} has no record.")
+            raise DataError(f"{file} has no records.")
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -161,36 +165,33 @@ def _write(file: DataFile, target: Path) -> None:
 
 
 def _text(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> Batches:
-    """Where each record stands in its file, and its JSON."""
+    """Return batches with the place and the JSON text of each record."""
     schema = pa.schema({"place": pa.string(), "text": pa.large_string()})
     return schema, _batches(read(path), schema)
 
 
 def _list_or_coco(path: Path) -> Iterator[tuple[str, str]]:
-    """A .json file is a list of records, or one object: a detection set in COCO's form."""
+    """Read a .json file: a list of records, or a single object, which is a COCO detection file."""
     return read_coco(path) if opens_object(path) else read_json(path)
 
 
 def _text_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
     where = f"{path}{row['place']}"
-    try:
-        return where, json.loads(row["text"])
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}.") from None
+    return where, parse_json(row["text"], where)
 
 
 def _batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Rows as (place, text, ...) in record batches."""
-    held: list[tuple[Any, ...]] = []
+    """Group (place, text, ...) rows into record batches."""
+    pending: list[tuple[Any, ...]] = []
     size = 0
     for row in rows:
-        held.append(row)
+        pending.append(row)
         size += len(row[1])
-        if len(held) >= BATCH_RECORDS or size >= BATCH_CHARACTERS:
-            yield _batch(held, schema)
-            held, size = [], 0
-    if held:
-        yield _batch(held, schema)
+        if len(pending) >= BATCH_RECORDS or size >= BATCH_CHARACTERS:
+            yield _batch(pending, schema)
+            pending, size = [], 0
+    if pending:
+        yield _batch(pending, schema)
 
 
 def _batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
@@ -221,14 +222,14 @@ def _column_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
 
 
 def _without_none(value: Any) -> Any:
-    """Without the None fields that a column's type adds where records differ."""
+    """Remove the None fields that a column's type adds where records have different keys."""
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _turns(value: Any) -> Any:
-    """``{"from": ["human", "gpt"], "value": [...]}`` as a list of turns; anything else as it is."""
+    """Convert ``{"from": ["human", "gpt"], "value": [...]}`` to a list of turns; return anything else unchanged."""
     if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
         return value
     if len({len(column) for column in value.values()}) != 1:
@@ -250,8 +251,8 @@ def _checked_split(folder: Path, split: str) -> str:
         raise DataError(f"{folder} has the splits {', '.join(splits)}. Choose one: {folder}:{splits[0]}.")
     if splits:
         raise DataError(f"{folder} has no split {split!r}.{hint(split, splits)}")
-    told = "has no splits" if split else "is no folder that Dataset.save_to_disk wrote"
-    raise DataError(f"{folder} {told}. Give a file, or such a folder with its split: {folder.name}:train.")
+    problem = "has no splits" if split else "was not written by Dataset.save_to_disk"
+    raise DataError(f"{folder} {problem}. Give a file, or such a folder with its split: {folder.name}:train.")
 
 
 def _splits(folder: Path) -> list[str]:
@@ -266,7 +267,7 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
 
 
 def _no_copy(path: Path) -> Batches:
-    raise AssertionError(f"{path} is Arrow already")
+    raise AssertionError(f"{path} is already in Arrow format")
 
 
 # -- tar -----------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def _no_copy(path: Path) -> Batches:
 
 def _tar(path: Path) -> Batches:
     schema = pa.schema({"place": pa.string(), "text": pa.large_string(), "members": MEMBERS})
-    return schema, _batches(((sample.place, sample.text, sample.members) for sample in read_tar(path)), schema)
+    return schema, _batches(((record.place, record.text, record.members) for record in read_tar(path)), schema)
 
 
 def _tar_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
@@ -291,4 +292,4 @@ KINDS: dict[str, Kind] = {
     ".tsv": Kind(partial(_text, read=read_table), _text_record),
     ".tar": Kind(_tar, _tar_record),
 }
-"""Ending of a file's name -> how it is read."""
+"""File extension -> file type."""

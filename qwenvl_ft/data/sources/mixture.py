@@ -1,6 +1,6 @@
-"""What a recipe's ``data`` section trains and evaluates on: which records, how many of each, and what is held out.
+"""Load the training and validation records of a recipe's ``data`` section.
 
-Everything is a function of the section and the seed, so that all processes see the same.
+The result is a function of the section and the seed, so that all ranks see the same records.
 """
 
 from typing import Any
@@ -9,45 +9,46 @@ from qwenvl_ft.data.readers import import_reader, register_reader
 from qwenvl_ft.data.sources.records import Records, Selection, load_records
 from qwenvl_ft.data.sources.registry import register_dataset
 from qwenvl_ft.errors import DataError, RecipeError
+from qwenvl_ft.recipe.schema import DataConfig
 
 ALL = -1
-"""As a number of records."""
+"""Value of ``train_dataset_sample`` and ``val_dataset_sample`` that takes all records."""
 
 
-def register(data: Any) -> None:
-    """Add the section's own data sets and readers to those that have names.
+def register(data: DataConfig) -> None:
+    """Register the data sets and readers that the section defines.
 
     Raises:
-        DataError: a name cannot stand in a selection, or a reader cannot be imported.
+        DataError: a name is not allowed in a selection, or a reader cannot be imported.
     """
-    for name, path in reversed(data.readers.items()):  # the last one registered is asked first
+    for name, path in reversed(data.readers.items()):  # the last one registered is tried first
         reader = import_reader(path)
         register_reader(name, reader.matches, reader.read)
     for name, entry in data.datasets.items():
         register_dataset(name, **entry)
 
 
-def val_selections(data: Any) -> dict[str, Selection]:
-    """Name -> selection of each validation set; the name of a single one is empty."""
+def val_selections(data: DataConfig) -> dict[str, Selection]:
+    """Return name -> selection of each validation set; a single set has the empty name."""
     if not data.val:
         return {}
     return dict(data.val) if isinstance(data.val, dict) else {"": data.val}
 
 
-def load_mixture(data: Any, seed: int) -> tuple[Records, dict[str, Records]]:
-    """The training records, and the validation records by name (empty for a single set).
+def load_mixture(data: DataConfig, seed: int) -> tuple[Records, dict[str, Records]]:
+    """Return the training records, and the validation records by name (empty for a single set).
 
-    In this order: ``split_dataset_ratio`` holds out a part if ``data.val`` is not given, ``train_dataset_sample`` and
-    ``val_dataset_sample`` draw, ``train_dataset_mix_ratio`` mixes in.
+    The steps, in order: ``split_dataset_ratio`` holds out a part if ``data.val`` is not given, ``train_dataset_sample``
+    and ``val_dataset_sample`` draw records, ``train_dataset_mix_ratio`` mixes in others.
 
     Raises:
-        RecipeError: ``data.train`` is not set, or there is nothing to mix in.
-        DataError: a data set does not exist or cannot be read, or a split leaves nothing.
+        RecipeError: ``data.train`` is not set.
+        DataError: a data set does not exist or cannot be read, there is nothing to mix in, or a split is empty.
     """
     if not data.train:
         raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
     register(data)
-    options = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
+    options: Any = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
     train = load_records(data.train, **options)
     others = load_records(data.train_dataset_mix_ds, **options) if data.train_dataset_mix_ds else None
     if data.train_dataset_mix_ratio and others is None:
@@ -65,14 +66,14 @@ def load_mixture(data: Any, seed: int) -> tuple[Records, dict[str, Records]]:
 
 
 def joined(sets: dict[str, Records]) -> Records:
-    """All sets as one."""
+    """Concatenate all sets."""
     return Records([part for records in sets.values() for part in records.parts])
 
 
 def _first_and_others(train: Records) -> tuple[Records, Records]:
     if len(train.parts) < 2:
         raise DataError(
-            "data.train_dataset_mix_ratio mixes in other data sets, but data.train names one. Name the others in "
+            "data.train_dataset_mix_ratio mixes in other data sets, but data.train names only one. Name the others in "
             "data.train_dataset_mix_ds."
         )
     return Records(train.parts[:1]), Records(train.parts[1:])

@@ -1,4 +1,4 @@
-"""The records of a selection as one list on disk: memory-mapped, so that a million cost no memory per process."""
+"""The records of a selection as one memory-mapped list on disk: a million records cost no memory per process."""
 
 import bisect
 import hashlib
@@ -14,10 +14,10 @@ import numpy as np
 from datasets.table import Table
 
 from qwenvl_ft.data.conversation import Source
-from qwenvl_ft.data.readers import Told, code_state, own_readers, register_reader
-from qwenvl_ft.data.sources.draws import Rows, drawn, held_out, shared, split_places
+from qwenvl_ft.data.readers import RecordWithReader, code_state, own_readers, register_reader
 from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables
 from qwenvl_ft.data.sources.registry import find_dataset, matching_files, parse_selection
+from qwenvl_ft.data.sources.sampling import Rows, draw_rows, rates_of_weights, split_places, validation_mask
 from qwenvl_ft.errors import DataError
 
 Selection = str | list[str] | Mapping[str, float]
@@ -25,17 +25,18 @@ Selection = str | list[str] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Part:
-    """What is taken of one file."""
+    """The selected rows of one file."""
 
     name: str
+    """Name of the data set."""
     file: DataFile
     media_root: str
     reader: str | None
-    """Format of its records, if the registry names one."""
+    """Format of the records, if the registry names one."""
     table: Table
-    """As `open_tables` gives it. Pickles as its path."""
+    """The opened file, which pickles as its path."""
     key: str
-    """Key of the file's content, for caches."""
+    """Cache key of the file's content."""
     rows: Rows
 
     def record(self, place: int) -> tuple[Any, Source]:
@@ -44,13 +45,13 @@ class Part:
         if not isinstance(record, dict):
             return record, Source(self.name, where)
         record_id = "" if record.get("id") is None else str(record["id"])
-        return (Told(record, self.reader) if self.reader else record), Source(self.name, where, record_id)
+        return (RecordWithReader(record, self.reader) if self.reader else record), Source(self.name, where, record_id)
 
 
 class Records:
-    """``records[i]`` -> (record, where it came from, folder of its relative media).
+    """``records[i]`` is (record, its `Source`, folder of its relative media paths).
 
-    Pickles as paths and drawn rows, so that a worker costs next to nothing; readers of one's own go along.
+    Pickles as paths and row numbers, so that a dataloader worker is cheap to start; custom readers are pickled too.
     """
 
     def __init__(self, parts: list[Part]) -> None:
@@ -62,14 +63,14 @@ class Records:
             key.update(f"{part.key}|{part.media_root}|{part.reader}|".encode())
             key.update(str(part.rows).encode() if isinstance(part.rows, range) else part.rows.tobytes())
         self.fingerprint = key.hexdigest()
-        """Key of the records' content and order, for caches."""
+        """Cache key of the records' content and order."""
         self._ends: list[int] = np.cumsum([len(part.rows) for part in parts]).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"readers": own_readers()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a worker that was not forked, registered readers come with the records."""
+        """Restore the records and register their custom readers, which a worker that was not forked does not have."""
         for name, reader in reversed(state.pop("readers").items()):
             register_reader(name, reader.matches, reader.read)
         self.__dict__.update(state)
@@ -88,35 +89,35 @@ class Records:
         return record, source, part.media_root
 
     def summary(self) -> dict[str, int]:
-        """Name -> number of records, repeats counted."""
+        """Return data set -> number of records, including repeats."""
         counts: Counter[str] = Counter()
         for part in self.parts:
             counts[part.name] += len(part.rows)
         return dict(counts)
 
     def sampled(self, count: int, seed: int = 0, *, repeat: bool = False) -> "Records":
-        """``count`` records drawn from all of them, in their order.
+        """Draw ``count`` records at random and keep their order.
 
         Args:
-            repeat: take records more than once where there are fewer; otherwise all are kept then.
+            repeat: if there are fewer than ``count``, take records more than once; False returns all of them.
         """
         if not repeat and count >= len(self):
             return self
-        places = drawn(range(len(self)), count / len(self), f"{seed}:sample")
-        return self._taken(split_places([part.rows for part in self.parts], places))
+        places = draw_rows(range(len(self)), count / len(self), f"{seed}:sample")
+        return self._with_rows(split_places([part.rows for part in self.parts], places))
 
     def split(self, ratio: float, seed: int = 0) -> tuple["Records", "Records"]:
-        """(training, validation): about ``ratio`` of the rows of each file, once each, for validation.
+        """Split into (training, validation); about ``ratio`` of each file's rows, once each, are for validation.
 
-        Both are disjoint by row, also where a file is taken twice, repeated, or stands under two names.
+        The two share no row of a file, even if the file is selected twice, repeated, or has two names.
 
         Raises:
             DataError: one of the two would be empty.
         """
-        chosen = [held_out(part.table.num_rows, ratio, seed)[np.asarray(part.rows)] for part in self.parts]
+        masks = [validation_mask(part.table.num_rows, ratio, seed)[np.asarray(part.rows)] for part in self.parts]
         rows = [np.asarray(part.rows, dtype=np.int32) for part in self.parts]
-        train = self._taken([told[~out] for told, out in zip(rows, chosen, strict=True)])
-        val = self._taken([np.unique(told[out]) for told, out in zip(rows, chosen, strict=True)])
+        train = self._with_rows([numbers[~mask] for numbers, mask in zip(rows, masks, strict=True)])
+        val = self._with_rows([np.unique(numbers[mask]) for numbers, mask in zip(rows, masks, strict=True)])
         if not len(train) or not len(val):
             raise DataError(
                 f"data.split_dataset_ratio={ratio:g} of {len(self)} records leaves {len(train)} for training and "
@@ -125,11 +126,11 @@ class Records:
         return train, val
 
     def mixed(self, others: "Records", ratio: float, seed: int = 0) -> "Records":
-        """These records and ``ratio`` times as many of the others; they repeat if they are fewer."""
+        """Add ``ratio`` times as many of the other records, repeating them if there are too few."""
         return Records(self.parts + others.sampled(round(len(self) * ratio), seed, repeat=True).parts)
 
-    def _taken(self, rows: list[Rows]) -> "Records":
-        parts = [replace(part, rows=taken) for part, taken in zip(self.parts, rows, strict=True)]
+    def _with_rows(self, rows: list[Rows]) -> "Records":
+        parts = [replace(part, rows=numbers) for part, numbers in zip(self.parts, rows, strict=True)]
         return Records([part for part in parts if len(part.rows)])
 
 
@@ -143,18 +144,18 @@ def load_records(
 ) -> Records:
     """Open the data sets of a selection.
 
-    ``a%50`` is half of a, drawn without replacement; ``a%200`` is a twice, ``a%150`` once and a drawn half; ``a#1000``
-    is a thousand records of it. A pattern (``shards/*.tar``) is one data set of several files.
-    ``{"a": 3, "b": 1}`` takes three records of a for each of b, as many as there are without repeats. What is drawn
-    depends on the seed and the data set's name only, so all processes draw alike. Media start at the registered
-    ``data_path``, else at ``media_root``, else beside the file.
+    ``a%50`` is half of a, drawn without replacement; ``a%200`` is a twice, ``a%150`` once plus a random half;
+    ``a#1000`` is a thousand records of a. A pattern (``shards/*.tar``) is one data set of several files.
+    ``{"a": 3, "b": 1}`` takes three records of a for each one of b, as many as possible without repeats. The draw
+    depends on the seed and the data set's name only, so all ranks draw the same. Relative media paths start at the
+    registered ``data_path``, else at ``media_root``, else at the folder of the file.
 
     Args:
-        num_proc: files that are copied to Arrow at once, where several are new.
+        num_proc: number of new files copied to Arrow in parallel.
         cache_dir: folder of the Arrow files; None is ``qwenvl_ft`` in the folder of `datasets` (HF_DATASETS_CACHE).
 
     Raises:
-        DataError: a name or file does not exist, a file cannot be parsed, it is empty, or its rate takes no record.
+        DataError: a name or file does not exist, a file cannot be parsed or is empty, or a rate selects no record.
     """
     chosen = [(name, amount, find_dataset(name)) for name, amount in parse_selection(selection)]
     files = [[_file(name, path) for path in matching_files(entry["annotation_path"])] for name, _, entry in chosen]
@@ -166,17 +167,17 @@ def load_records(
         amount / size if isinstance(amount, int) else amount for (_, amount, _), size in zip(chosen, sizes, strict=True)
     ]
     if isinstance(selection, Mapping):
-        rates = shared(sizes, rates)
+        rates = rates_of_weights(sizes, rates)
     parts: list[Part] = []
     for (name, _, entry), rate, size, several, opened_files in zip(chosen, rates, sizes, files, tables, strict=True):
-        places = drawn(range(size), rate, f"{seed}:{name}")
+        places = draw_rows(range(size), rate, f"{seed}:{name}")
         if not len(places):
-            raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is none. Raise the rate.")
+            raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is 0 records. Raise the rate.")
         spans = [range(table.num_rows) for table in opened_files]
         taken = spans if rate == 1 else split_places(spans, places)
         for file, table, rows in zip(several, opened_files, taken, strict=True):
-            beside = file.path if file.is_folder else file.path.parent
-            root = os.path.abspath(entry["data_path"] or media_root or beside)  # noqa: PTH100 - keeps symbolic links
+            folder_of_file = file.path if file.is_folder else file.path.parent
+            root = os.path.abspath(entry["data_path"] or media_root or folder_of_file)  # noqa: PTH100 - keeps symbolic links
             if len(rows):
                 parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows))
     return Records(parts)

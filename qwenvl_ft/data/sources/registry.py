@@ -1,4 +1,4 @@
-"""Names of data sets, and what a selection like ``a%50,b#1000,my.jsonl%200,shards/*.tar`` means."""
+"""Registry of data sets by name, and the parser of selections such as ``a%50,b#1000,my.jsonl%200,shards/*.tar``."""
 
 import glob
 import re
@@ -12,29 +12,30 @@ DATASETS: dict[str, dict[str, str]] = {}
 empty ``data_path`` means that media paths are absolute or relative to ``data.media_root`` or the annotation file."""
 
 data_dict = DATASETS
-"""The name that qwen-vl-finetune has for it."""
+"""qwen-vl-finetune's name for `DATASETS`."""
 
 ENTRY = ("annotation_path", "data_path", "reader")
+"""Keys of an entry of `DATASETS`."""
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".tar")
-"""How the name of a data set's file may end; a folder that `datasets` saved is one too."""
+"""Extensions of data set files; a folder saved by `datasets` is a data set too."""
 
 Amount = float | int
-"""How much of a data set is taken: a float is a share, 1.0 for all; an int is so many records."""
+"""Amount of a data set to take: a float is a share (1.0 is everything), an int a number of records."""
 
 
 def register_dataset(name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None) -> None:
-    """Give a data set a name for recipes; a second registration replaces the first.
+    """Register a data set under a name for recipes; registering a name again replaces it.
 
     Args:
-        annotation_path: a file ending in one of `FILES`, or a folder that ``Dataset.save_to_disk`` wrote
-            (``folder:split`` for one of several), or a pattern of such files (``shards/*.tar``); they may be created
-            later, but before training.
+        annotation_path: a file with an extension of `FILES`, a folder written by ``Dataset.save_to_disk``
+            (``folder:split`` for one of its splits), or a pattern of such files (``shards/*.tar``). The files need not
+            exist before training starts.
         data_path: folder that relative media paths start at.
-        reader: name of the format, or the import path ``module:name`` of one's own; None recognises the format record
-            by record.
+        reader: name of the format, or the import path ``module:name`` of a custom reader; None recognises the format
+            of each record.
 
     Raises:
-        DataError: the name is empty or would be read as part of a selection.
+        DataError: the name is empty or has characters that a selection gives a meaning.
     """
     if not name or re.search(r"[,%#\s/]", name):
         raise DataError(f"data set name {name!r}: use letters, digits, '_', '-' and '.' only.")
@@ -44,14 +45,16 @@ def register_dataset(name: str, annotation_path: str, data_path: str = "", *, re
 
 
 def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tuple[str, Amount]]:
-    """``"a%50,b,c#9"`` or ``["a%50", "b", "c#9"]`` -> ``[("a", 0.5), ("b", 1.0), ("c", 9)]``; ``{"a": 3}`` is weights
-    -> ``[("a", 3.0)]``.
+    """Parse a selection into (name, amount) pairs; a mapping gives (name, weight) pairs.
 
-    A string is split at its commas; the path of a file that has one stands in a list.
+    A string is split at its commas; use a list for a path that contains one.
+
+    Example:
+        ``"a%50,b,c#9"`` and ``["a%50", "b", "c#9"]`` give ``[("a", 0.5), ("b", 1.0), ("c", 9)]``; ``{"a": 3}`` gives
+        ``[("a", 3.0)]``.
 
     Raises:
-        DataError: an empty selection, a rate that is not a positive number of percent, a number that is no count of
-            records, or a weight that is none.
+        DataError: the selection is empty, or a rate, a number of records or a weight is not a positive number.
     """
     chosen: list[tuple[str, Amount]]
     if isinstance(selection, Mapping):
@@ -60,7 +63,7 @@ def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tu
         parts = selection.split(",") if isinstance(selection, str) else list(selection)
         chosen = [_parse(part.strip()) for part in parts if part.strip()]
     if not chosen:
-        raise DataError("no data set is chosen. Example: data.train=my.jsonl or data.train=a%50,b.")
+        raise DataError("no data set is selected. Example: data.train=my.jsonl or data.train=a%50,b.")
     return chosen
 
 
@@ -71,13 +74,13 @@ def _weight(name: str, weight: float) -> float:
 
 
 def _parse(part: str) -> tuple[str, Amount]:
-    if part.endswith(FILES):  # no rate ends so: a % or # belongs to the file's name
+    if part.endswith(FILES):  # no rate ends like this: any % or # belongs to the file's name
         return part, 1.0
     name, mark, count = part.rpartition("#")
     if mark and name and count.isdecimal() and int(count):
         return name, int(count)
     if mark and not set(count) & {"%", "/", "."}:
-        raise DataError(f"data set {part!r}: behind # stands the number of records to draw, 1 or more, as in a#1000.")
+        raise DataError(f"data set {part!r}: after # write the number of records to draw, 1 or more, as in a#1000.")
     name, percent, rate = part.rpartition("%")
     if not percent:
         return part, 1.0
@@ -86,16 +89,16 @@ def _parse(part: str) -> tuple[str, Amount]:
     except ValueError:
         share = -1.0
     if not name or not 0 < share < float("inf"):
-        raise DataError(f"data set {part!r}: the rate behind % must be a positive number of percent, as in a%50.")
+        raise DataError(f"data set {part!r}: the rate after % must be a positive percentage, as in a%50.")
     return name, share
 
 
 def find_dataset(name: str) -> dict[str, str]:
-    """The entry of a registered name, or one made for the path of a file.
+    """Return the entry of a registered name, or a new entry for the path of a file.
 
     Raises:
-        DataError: neither is there; the message begins as qwen-vl-finetune's (``do not find NAME``). Or the entry,
-            which may have been put into `DATASETS` by hand, is not one.
+        DataError: there is no such name or file; the message begins like qwen-vl-finetune's (``do not find NAME``).
+            Or the entry, which may have been added to `DATASETS` directly, is malformed.
     """
     if name in DATASETS:
         entry = DATASETS[name]
@@ -115,22 +118,22 @@ def find_dataset(name: str) -> dict[str, str]:
             return {"annotation_path": name, "data_path": ""}
         raise DataError(f"do not find {name}: there is no such file.")
     if path.exists():
-        raise DataError(f"do not find {name}: a data set is a file ending in {', '.join(FILES)}, this is not.")
+        raise DataError(f"do not find {name}: a data set must be a file ending in {', '.join(FILES)}.")
     raise DataError(
         f"do not find {name}.{hint(name, DATASETS)} Or give the path of a file ending in {', '.join(FILES)}."
     )
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several files, as ``shards/*.tar``."""
+    """Return True if a path is a pattern such as ``shards/*.tar``, and not a file."""
     return glob.has_magic(path) and not Path(path).exists()
 
 
 def matching_files(path: str) -> list[str]:
-    """The files of a pattern in the order of their names; a path that is none is itself.
+    """Return the files that match a pattern, sorted by name; a path that is not a pattern is returned as it is.
 
     Raises:
-        DataError: no file matches, or one is no data set.
+        DataError: no file matches, or a match is not a data set file.
     """
     if not is_pattern(path):
         return [path]
@@ -138,5 +141,5 @@ def matching_files(path: str) -> list[str]:
     if not files:
         raise DataError(f"do not find {path}: no file matches.")
     if wrong := [file for file in files if not file.endswith(FILES)]:
-        raise DataError(f"{path} matches {wrong[0]}, but a data set is a file ending in {', '.join(FILES)}.")
+        raise DataError(f"{path} matches {wrong[0]}, but a data set must be a file ending in {', '.join(FILES)}.")
     return files

@@ -1,10 +1,10 @@
-"""Splitting by complexity: counted by hand, lines kept to the byte, images still found from another folder."""
+"""Splitting by complexity: counts by hand, byte-identical lines, image paths that work from another folder."""
 
 import json
 
 import pytest
 
-from qwenvl_ft.data.dense.split import split_by_complexity
+from qwenvl_ft.data.dense.complexity import split_by_complexity
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError, RecipeError
 
@@ -58,7 +58,7 @@ def test_images_are_found_from_another_folder(write_jsonl, tmp_path):
     assert not path.with_name("train.simple.jsonl").exists()
 
 
-def test_what_cannot_be_split_is_an_error_and_leaves_no_file(write_jsonl, tmp_path):
+def test_an_error_leaves_no_file_behind(write_jsonl, tmp_path):
     path = write_jsonl([*RECORDS, {"images": ["a"], "width": 1, "height": 1}], "bad.jsonl")
     with pytest.raises(DataError, match=r"bad\.jsonl:8: no 'objects'"):
         split_by_complexity(path)

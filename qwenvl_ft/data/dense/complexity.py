@@ -1,6 +1,6 @@
-"""Split a dense-caption file by how much its records hold, to train from the simple to the full.
+"""Split a dense-caption file by the complexity of its records, for training on simple records first.
 
-Levels may overlap: with the defaults ``full`` is the whole file, the last phase of a curriculum.
+Levels may overlap: by default ``full`` is the whole file, for the last phase of a curriculum.
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.dense.dense_record import DenseRecord, geometry_of, read_dense_record
 from qwenvl_ft.data.media.images import resolve_path
-from qwenvl_ft.data.readers.json_text import read_jsonl
+from qwenvl_ft.data.sources.json_files import parse_json, read_jsonl
 from qwenvl_ft.errors import DataError, unknown_name
 
 LEVELS = {"simple": "1-3", "medium": "4-10", "full": "0-"}
-"""Name -> least and most of what is counted; nothing behind the dash is no limit."""
+"""Level -> range of the measure; without a number after the dash there is no upper limit."""
 REST = "rest"
-"""What the count calls records of no level."""
+"""Key of the records without a level in the result of `split_by_complexity`."""
 
 
 def _points(record: DenseRecord) -> int:
@@ -35,7 +35,7 @@ MEASURES: dict[str, Callable[[DenseRecord], int]] = {
     "points": _points,
     "classes": _classes,
 }
-"""What may be counted: objects, the points that outline them, or different classes (first level of ``desc``)."""
+"""Name -> measure: the number of objects, of the points that outline them, or of classes (first level of ``desc``)."""
 
 
 def split_by_complexity(
@@ -45,24 +45,26 @@ def split_by_complexity(
     levels: Mapping[str, str] = LEVELS,
     measure: str = "objects",
 ) -> dict[str, int]:
-    """Write ``NAME.LEVEL.jsonl`` for each level, records in their order.
+    """Write ``NAME.LEVEL.jsonl`` for each level; the records keep their order.
 
     Args:
-        path: a .jsonl of dense-caption records.
-        folder: where the files go; None is beside ``path``. Elsewhere, relative images are rewritten to be found.
-        levels: name -> range of the measure, both ends included.
+        path: a .jsonl file of dense-caption records.
+        folder: folder of the new files; None is the folder of ``path``. For another folder, relative image paths are
+            rewritten.
+        levels: level -> range of the measure, both ends included.
         measure: a name of `MEASURES`.
 
     Returns:
-        Level -> number of records; ``rest`` counts those of no level.
+        Level -> number of records; ``rest`` counts those without a level.
 
     Raises:
-        DataError: a record is malformed, or a range cannot be read.
+        DataError: the file does not exist, a record is malformed, or a range cannot be parsed.
+        RecipeError: the measure is unknown.
     """
     if measure not in MEASURES:
         raise unknown_name("measure", measure, MEASURES)
     if REST in levels:
-        raise DataError(f"{REST!r} cannot name a level: it counts the records of none.")
+        raise DataError(f"{REST!r} cannot be the name of a level: it counts the records without one.")
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist.")
@@ -77,12 +79,12 @@ def split_by_complexity(
             for place, text in read_jsonl(path):
                 record, line = _read(path, place, text, target)
                 count = MEASURES[measure](record)
-                chosen = [
+                matching = [
                     name for name, (low, high) in ranges.items() if low <= count and (high is None or count <= high)
                 ]
-                for name in chosen:
+                for name in matching:
                     files[name].write(line + "\n")
-                for name in chosen or [REST]:
+                for name in matching or [REST]:
                     counts[name] += 1
         finally:
             for file in files.values():
@@ -96,11 +98,8 @@ def split_by_complexity(
 
 
 def _read(path: Path, place: str, text: str, target: Path) -> tuple[DenseRecord, str]:
-    """A record, and the line that stands for it in the folder ``target``."""
-    try:
-        raw: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}{place}: not valid JSON: {error}.") from None
+    """Return a record, and its line for a file in the folder ``target``."""
+    raw = parse_json(text, f"{path}{place}")
     record = read_dense_record(raw, Source(path.name, f"{path}{place}"))
     if target.resolve() == path.parent.resolve():
         return record, text
@@ -110,7 +109,7 @@ def _read(path: Path, place: str, text: str, target: Path) -> tuple[DenseRecord,
 
 
 def _moved(image: Any, before: Path, after: Path) -> Any:
-    """A relative path as it is seen from another folder."""
+    """Rewrite a path relative to the folder ``before`` as relative to ``after``."""
     found = resolve_path(image, before.resolve())
     return image if found == image else os.path.relpath(found, after.resolve())
 
@@ -122,5 +121,5 @@ def _range(name: str, text: str) -> tuple[int, int | None]:
     low = int(found[1])
     high = low if not found[2] else int(found[3]) if found[3] else None
     if high is not None and high < low:
-        raise DataError(f"level {name}={text!r} is upside down. Write the least first.")
+        raise DataError(f"level {name}={text!r} has its limits in the wrong order. Write the smaller one first.")
     return low, high

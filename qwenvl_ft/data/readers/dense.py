@@ -1,4 +1,4 @@
-"""A dense-caption record by itself, for whoever reads records of any format one by one."""
+"""Dense-caption records, read one by one; in training they are read in groups instead (data/dense)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,16 +8,16 @@ from qwenvl_ft.data.dense.compose import dense_conversation
 from qwenvl_ft.data.dense.dense_record import matches, read_dense_record
 from qwenvl_ft.data.dense.options import DenseOptions
 
-ALONE = DenseOptions(images_per_user_turn=1)
+SINGLE_RECORD = DenseOptions(images_per_user_turn=1)
 
 
 def read(record: Mapping[str, Any], source: Source, media_root: str | None) -> Conversation:
-    """Ask for the objects of one record, with the default options.
+    """Return a conversation that asks for the objects of one record, with the default options.
 
     Raises:
         DataError: the record is malformed.
     """
-    return dense_conversation([read_dense_record(record, source, media_root)], ALONE)
+    return dense_conversation([read_dense_record(record, source, media_root)], SINGLE_RECORD)
 
 
 __all__ = ["matches", "read"]

@@ -1,34 +1,51 @@
-"""The records of a .json or .jsonl file as raw JSON text, each with its place; the file is read as a stream.
+"""Records of a .json or .jsonl file as raw JSON text, each with its place; the file is read as a stream.
 
-A place is what is written behind the file's name: ``:12`` for line 12 of a .jsonl, ``[3]`` for entry 3 of a .json list.
-An entry that is itself a list (a packed sample of qwen-vl-finetune) is several records, ``[3][0]``, ``[3][1]``, ...;
-which of them share a row is the plan's to say.
+A place is the suffix that messages append to the file's name: ``:12`` for line 12 of a .jsonl, ``[3]`` for entry 3 of a
+.json list. An entry that is itself a list (a packed sample of qwen-vl-finetune) holds several records, ``[3][0]``,
+``[3][1]``, ...; they are packed anew with all other records.
 """
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from qwenvl_ft.errors import DataError
 
 CHUNK = 2**20
-"""Characters of a .json file that are read at a time; doubled while one record needs more."""
+"""Characters of a .json file to read at a time; doubled while one record needs more."""
 LONGEST_WORD = 16
-"""An error this close to the end of what was read may be the end's own: ``-Infinity`` or an escape is cut in two."""
+"""Characters. A syntax error this close to the end of a chunk may come from a token (``-Infinity``, an escape) that the
+chunk cuts in two."""
 DECODER = json.JSONDecoder()
-ONE_A_LINE = "One record a line is .jsonl."
+USE_JSONL = "A file with one record per line must be named .jsonl."
 BLANK = " \t\r\n"
-"""What JSON allows between values."""
+"""Whitespace that JSON allows between values."""
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse a JSON text.
+
+    Args:
+        where: file and place, for the message.
+
+    Raises:
+        DataError: the text is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}.") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of every line that is not blank.
+    """Yield (place, text) of every line that is not blank.
 
     Raises:
-        DataError: a line is not UTF-8. Bad JSON is left to the one who parses the text, except within a list.
+        DataError: a line is not UTF-8, or is a list that is not valid JSON. Other lines are not parsed.
     """
-    with path.open("rb") as file:  # as bytes: only a newline ends a line, and an error can name its line
+    with path.open("rb") as file:  # as bytes: lines end at newlines only, and a decoding error can name its line
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(BLANK)
@@ -41,74 +58,68 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def load_jsonl(path: str | Path) -> list[Any]:
-    """All records of a .jsonl file, to look at or to change; blank lines are skipped.
+    """Load all records of a .jsonl file, to inspect or edit them; blank lines are skipped.
 
     Raises:
-        DataError: there is no such file, or a line is not UTF-8 or not JSON; it names the line.
+        DataError: the file does not exist, or a line is not UTF-8 or not JSON; the message names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist.")
-    records = []
-    for place, text in read_jsonl(path):
-        try:
-            records.append(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}{place}: not valid JSON: {error}.") from None
-    return records
+    return [parse_json(text, f"{path}{place}") for place, text in read_jsonl(path)]
 
 
 def read_json(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of every entry of a list, without holding the list.
+    """Yield (place, text) of every entry of a list, without holding the list in memory.
 
     Raises:
         DataError: the file is not UTF-8, not JSON, or not a list.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, text in enumerate(JsonStream(file, path).entries()):
-                yield from _unpacked(text, path, f"[{number}]")
-        except UnicodeDecodeError as error:
-            wrong = error.object[error.start : error.end]
-            raise DataError(f"{path}: not UTF-8: {error.reason}, {wrong!r}. Save the file as UTF-8.") from None
+    with _open_utf8(path) as file:
+        for number, text in enumerate(JsonStream(file, path).entries()):
+            yield from _unpacked(text, path, f"[{number}]")
 
 
 def opens_object(path: Path) -> bool:
-    """Whether the file's first character that is not blank is ``{``."""
+    """Return True if the first non-blank character of the file is ``{``."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         return JsonStream(file, path).peek() == "{"
 
 
 def read_members(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
-    """(key, texts) of every member of the file's one object: a list's entries one by one, any other value whole.
+    """Yield (key, texts) of every member of the file's one object: the texts of a list's entries, or of another value.
 
-    The texts have to be used up before the next member is asked for.
+    The texts must be consumed before the next member is requested.
 
     Raises:
         DataError: the file is not UTF-8, not JSON, or not an object.
     """
+    with _open_utf8(path) as file:
+        yield from JsonStream(file, path).members()
+
+
+@contextmanager
+def _open_utf8(path: Path) -> Iterator[TextIO]:
+    """Open a text file; reading what is not UTF-8 raises DataError."""
     with path.open(encoding="utf-8-sig") as file:
         try:
-            yield from JsonStream(file, path).members()
+            yield file
         except UnicodeDecodeError as error:
             wrong = error.object[error.start : error.end]
             raise DataError(f"{path}: not UTF-8: {error.reason}, {wrong!r}. Save the file as UTF-8.") from None
 
 
 def _unpacked(text: str, path: Path, place: str) -> Iterator[tuple[str, str]]:
+    """Yield the record, or each record of a packed sample."""
     if not text.startswith("["):
         yield place, text
         return
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}{place}: not valid JSON: {error}.") from None
-    for number, record in enumerate(records):
+    for number, record in enumerate(parse_json(text, f"{path}{place}")):
         yield f"{place}[{number}]", json.dumps(record)
 
 
 class JsonStream:
-    """Walks over the texts of a file's values; holds one chunk of the file, or one value if that is longer."""
+    """Iterates over the values of a JSON file as texts; holds one chunk of the file, or one value if that is longer."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self.file = file
@@ -116,20 +127,20 @@ class JsonStream:
         self.text = ""
         self.start = 0
         self.lines = 0
-        """Newlines in what was dropped from the front of ``text``."""
+        """Newlines in the text that was dropped from the front of ``text``."""
 
     def entries(self) -> Iterator[str]:
-        """The texts of the entries of the file's one list."""
+        """Yield the text of each entry of the file's one list."""
         mark = self.peek()
         if mark != "[":
-            told = {"{": "this holds a dict", "": "this is empty"}.get(mark, f"this begins with {mark!r}")
-            raise DataError(f"{self.path}: a .json file holds a list of records, {told}. {ONE_A_LINE}")
+            found = {"{": "this one holds a dict", "": "this one is empty"}.get(mark, f"this one begins with {mark!r}")
+            raise DataError(f"{self.path}: a .json file holds a list of records, but {found}. {USE_JSONL}")
         yield from self._list()
         if self.peek():
             raise self._error("more text behind the list", self.start)
 
     def members(self) -> Iterator[tuple[str, Iterator[str]]]:
-        """The keys of the file's one object, each with the texts of its list or the text of its value."""
+        """Yield each key of the file's one object with the texts of its list, or the text of its value."""
         self._take("{", "Expecting an object")
         mark = self._take("}", "") if self.peek() == "}" else ","
         while mark == ",":
@@ -141,11 +152,11 @@ class JsonStream:
             mark = self._take(",}", "Expecting ',' or '}' behind a member")
         if self.peek():
             raise DataError(
-                f"{self.path}: a .json file holds a list of records, this goes on behind a dict. {ONE_A_LINE}"
+                f"{self.path}: a .json file holds a list of records, but this one goes on after a dict. {USE_JSONL}"
             )
 
     def peek(self) -> str:
-        """The next character that is not blank, which ``start`` then points at; empty at the end of the file."""
+        """Move ``start`` to the next non-blank character and return it; return "" at the end of the file."""
         while True:
             while self.start < len(self.text) and self.text[self.start] in BLANK:
                 self.start += 1
@@ -169,7 +180,7 @@ class JsonStream:
         return mark
 
     def _value(self) -> str:
-        """The text of the value that begins here; ``start`` then stands behind it."""
+        """Return the text of the value that begins here, and move ``start`` past it."""
         self.peek()
         size = CHUNK
         while True:
@@ -182,14 +193,14 @@ class JsonStream:
             except RecursionError:
                 raise self._error("nested too deeply", self.start) from None
             else:
-                if end < len(self.text) or not self._more(size):  # a number may go on in the next chunk
+                if end < len(self.text) or not self._more(size):  # a number may continue in the next chunk
                     entry = self.text[self.start : end]
                     self.start = end
                     return entry
             size *= 2
 
     def _more(self, size: int) -> bool:
-        """Read on, dropping what is done with; False at the end of the file."""
+        """Read ``size`` more characters and drop the consumed ones; return False at the end of the file."""
         chunk = self.file.read(size)
         if chunk:
             self.lines += self.text.count("\n", 0, self.start)

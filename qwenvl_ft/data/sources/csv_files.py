@@ -1,4 +1,4 @@
-"""The rows of a .csv or .tsv file as JSON text; the first line names the columns."""
+"""Rows of a .csv or .tsv file as JSON text; the first line holds the column names."""
 
 import csv
 import json
@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.sources.json_files import parse_json
 from qwenvl_ft.errors import DataError
 
 LONGEST_CELL = 2**30
-"""Characters; Python's own limit of 2**17 is below an image in base64."""
+"""Characters; Python's default limit of 2**17 is too low for an image in base64."""
 NESTED = ("conversations", "messages", "texts", "history", "objects", "tools", "image", "images", "video", "videos")
-"""Columns whose cells may be JSON lists or objects; text columns are never parsed."""
+"""Columns whose cells may hold JSON lists or objects; other columns are never parsed."""
 
 
 def read_table(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, JSON) of every row; an empty cell is an absent field.
+    """Yield (place, JSON) of every row; an empty cell is an absent field.
 
     Raises:
         DataError: the file is not UTF-8, a row has more or fewer cells than there are columns, or a list is not JSON.
@@ -42,14 +43,11 @@ def _record(columns: list[str], cells: list[str], where: str) -> dict[str, Any]:
             f"{where}: {len(cells)} cells for {len(columns)} columns ({', '.join(columns)[:80]}). Quote cells that "
             "hold the separator or a line break."
         )
-    told = {column: cell for column, cell in zip(columns, cells, strict=True) if cell != ""}
-    return {column: _cell(column, cell, where) for column, cell in told.items()}
+    filled = {column: cell for column, cell in zip(columns, cells, strict=True) if cell != ""}
+    return {column: _cell(column, cell, where) for column, cell in filled.items()}
 
 
 def _cell(column: str, cell: str, where: str) -> Any:
     if column not in NESTED or not cell.lstrip().startswith(("[", "{")):
         return cell
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: column {column!r} is not valid JSON: {error}.") from None
+    return parse_json(cell, f"{where}: column {column!r}")

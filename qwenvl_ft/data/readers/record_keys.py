@@ -1,0 +1,68 @@
+"""Keys that ``conversations`` and ``messages`` records share: ``system``, ``tools``, ``loss`` and ``weight``."""
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from qwenvl_ft.data.conversation import Conversation, Message, Text
+from qwenvl_ft.errors import DataError
+
+
+def with_record_keys(conversation: Conversation, record: dict[str, Any]) -> Conversation:
+    """Add the record's ``system`` and ``tools``, which apply to the whole conversation.
+
+    Raises:
+        DataError: they are malformed, or ``system`` and a system message differ.
+    """
+    source, messages, system = conversation.source, conversation.messages, record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{source}: 'system' must be a text, not {system!r:.80}.")
+    if system:
+        existing = messages[0].content if messages[0].role == "system" else None
+        if existing is None:
+            messages = (Message("system", (Text(system),)), *messages)
+        elif existing != (Text(system),):
+            raise DataError(f"{source}: both a 'system' and a system message are given, and they differ. Keep one.")
+    if record.get("functions"):
+        raise DataError(f"{source}: 'functions' is the old spelling. Write tools: [{{type: function, function: ...}}].")
+    tools = checked_objects(record.get("tools"), f"{source}: 'tools'", "function schemas")
+    return replace(conversation, messages=messages, tools=tools)
+
+
+def checked_objects(value: Any, where: str, plural: str) -> tuple[dict[str, Any], ...]:
+    """Return a list of objects, given as such or as JSON text; None and an empty text give an empty tuple.
+
+    Args:
+        plural: name of the objects in the error message.
+
+    Raises:
+        DataError: it is not a list of objects.
+    """
+    objects = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            objects = json.loads(value) if value.strip() else None
+    if objects is None:
+        return ()
+    if not isinstance(objects, (list, tuple)) or not all(isinstance(entry, dict) for entry in objects):
+        raise DataError(f"{where} must be a list of {plural}, not {value!r:.80}.")
+    return tuple(objects)
+
+
+def checked_loss(turn: dict[str, Any], role: str, where: str) -> bool | None:
+    """Return a turn's ``loss`` or ``weight``, which sets whether it is supervised; None if neither is given.
+
+    Raises:
+        DataError: the value is not true, false, 1 or 0, both keys disagree, or a turn of another role than the
+            assistant's is to be supervised.
+    """
+    flags = {key: turn[key] for key in ("loss", "weight") if turn.get(key) is not None}
+    for key, loss in flags.items():
+        if not isinstance(loss, (bool, int, float)) or loss not in (0, 1):
+            raise DataError(f"{where} has {key}={loss!r}. Write true or false.")
+        if loss and role != "assistant":
+            raise DataError(f"{where} has {key}={loss!r} and role {role!r}. Only assistant turns are supervised.")
+    if len(set(map(bool, flags.values()))) > 1:
+        raise DataError(f"{where} has {flags}, which contradict each other. Keep one.")
+    return bool(next(iter(flags.values()))) if flags else None

@@ -1,7 +1,7 @@
 """Open images as the official processing does, and read their size from the header alone.
 
-An image's value is an absolute path, a ``data:`` URI or plain base64, an allowed URL, bytes, a PIL image, or any object
-with ``size()`` -> (height, width) and ``open()`` -> PIL image.
+An image's value is an absolute path, a ``data:`` URI or plain base64, an allowed URL, bytes, a PIL image, or a
+`LazyImage`.
 """
 
 import base64
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
@@ -32,6 +32,16 @@ BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 URL_TIMEOUT_SECONDS = 30.0
 
 PILImage.MAX_IMAGE_PIXELS = None  # replaced by MediaPolicy.max_image_pixels, which raises instead of warning
+
+
+class LazyImage(Protocol):
+    """An image that is made when it is opened, such as an augmented one."""
+
+    def size(self) -> tuple[int, int]:
+        """Return the (height, width) of the image that `open` returns."""
+
+    def open(self) -> PILImage.Image:
+        """Return the RGB image."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def open_image(value: Any, policy: MediaPolicy) -> PILImage.Image:
     Raises:
         DataError: the image is missing, damaged, not an image, too large, or a URL that the recipe does not allow.
     """
-    if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
+    if _is_lazy(value):
         return value.open()
     with _opened(value, policy) as image:
         if image is value:  # the caller's image must not change
@@ -103,7 +113,7 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
     Raises:
         DataError: as in `open_image`, for errors that the header reveals.
     """
-    if hasattr(value, "open") and hasattr(value, "size") and callable(value.size):
+    if _is_lazy(value):
         return value.size()
     if isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg")):
         size = jpeg_size(value)
@@ -119,6 +129,10 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
         # PngImageFile.getexif would decode the pixels first
         orientation = PILImage.Image.getexif(image).get(ORIENTATION, 1)
         return (width, height) if orientation in TURNED else (height, width)
+
+
+def _is_lazy(value: Any) -> TypeGuard[LazyImage]:
+    return hasattr(value, "open") and hasattr(value, "size") and callable(value.size)
 
 
 @contextmanager

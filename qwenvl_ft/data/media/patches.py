@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
+from qwenvl_ft.data.media.grids import MediaProcessor
 from qwenvl_ft.upstream.processors import interpolation, is_torchvision
 
 STANDARD = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
@@ -22,7 +23,7 @@ STANDARD = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescal
 CHANNELS = 3
 
 
-def obstacle(image_processor: Any) -> str:
+def obstacle(image_processor: object) -> str:
     """Return the reason why raw patches cannot replace an image processor's patches; empty if they can."""
     if not is_torchvision(image_processor):
         return f"the image processor is {type(image_processor).__name__}, not of torchvision"
@@ -33,7 +34,7 @@ def obstacle(image_processor: Any) -> str:
     return ""
 
 
-def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_processor: Any) -> Tensor:
+def raw_patches(image: PILImage.Image, grid: tuple[int, int, int], image_processor: MediaProcessor) -> Tensor:
     """Return the patches uint8[P, C * p * p] of an RGB image, ordered as the processor orders patches and values.
 
     Args:
@@ -66,7 +67,7 @@ def stored(image: PILImage.Image) -> Tensor:
     return pixels.view(image.height, image.width, 4)
 
 
-def resized(pixels: Tensor, height: int, width: int, processor: Any) -> Tensor:
+def resized(pixels: Tensor, height: int, width: int, processor: MediaProcessor) -> Tensor:
     """Resize uint8[..., H, W] to uint8[..., height, width] as the torchvision processors of transformers do."""
     if pixels.shape[-2:] == (height, width):
         return pixels

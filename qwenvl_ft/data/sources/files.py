@@ -106,14 +106,14 @@ def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Tabl
     if min(num_proc, len(new)) > 1:
         with ProcessPoolExecutor(min(num_proc, len(new))) as pool:
             list(pool.map(_arrow_copy, new, [folder] * len(new)))
-    return [_open(file, folder) for file in files]
+    return [_open_table(file, folder) for file in files]
 
 
 def default_cache() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "qwenvl_ft"
 
 
-def _open(file: DataFile, folder: Path) -> Table:
+def _open_table(file: DataFile, folder: Path) -> Table:
     if not file.is_folder:
         return MemoryMappedTable.from_file(str(_arrow_copy(file, folder)))
     try:
@@ -164,10 +164,10 @@ def _write(file: DataFile, target: Path) -> None:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def _text(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> Batches:
+def _open_text(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> Batches:
     """Return batches with the place and the JSON text of each record."""
     schema = pa.schema({"place": pa.string(), "text": pa.large_string()})
-    return schema, _batches(read(path), schema)
+    return schema, _record_batches(read(path), schema)
 
 
 def _list_or_coco(path: Path) -> Iterator[tuple[str, str]]:
@@ -180,7 +180,7 @@ def _text_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
     return where, parse_json(row["text"], where)
 
 
-def _batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _record_batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Group (place, text, ...) rows into record batches."""
     pending: list[tuple[Any, ...]] = []
     size = 0
@@ -188,20 +188,20 @@ def _batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.
         pending.append(row)
         size += len(row[1])
         if len(pending) >= BATCH_RECORDS or size >= BATCH_CHARACTERS:
-            yield _batch(pending, schema)
+            yield _record_batch(pending, schema)
             pending, size = [], 0
     if pending:
-        yield _batch(pending, schema)
+        yield _record_batch(pending, schema)
 
 
-def _batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
+def _record_batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
     return pa.record_batch([list(column) for column in zip(*rows, strict=True)], schema=schema)
 
 
 # -- columns -------------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> Batches:
+def _open_parquet(path: Path) -> Batches:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -273,9 +273,9 @@ def _no_copy(path: Path) -> Batches:
 # -- tar -----------------------------------------------------------------------------------------------------------
 
 
-def _tar(path: Path) -> Batches:
+def _open_tar(path: Path) -> Batches:
     schema = pa.schema({"place": pa.string(), "text": pa.large_string(), "members": MEMBERS})
-    return schema, _batches(((record.place, record.text, record.members) for record in read_tar(path)), schema)
+    return schema, _record_batches(((record.place, record.text, record.members) for record in read_tar(path)), schema)
 
 
 def _tar_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
@@ -285,11 +285,11 @@ def _tar_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
 
 FOLDER = Kind(_no_copy, _column_record)
 KINDS: dict[str, Kind] = {
-    ".json": Kind(partial(_text, read=_list_or_coco), _text_record),
-    ".jsonl": Kind(partial(_text, read=read_jsonl), _text_record),
-    ".parquet": Kind(_parquet, _column_record),
-    ".csv": Kind(partial(_text, read=read_table), _text_record),
-    ".tsv": Kind(partial(_text, read=read_table), _text_record),
-    ".tar": Kind(_tar, _tar_record),
+    ".json": Kind(partial(_open_text, read=_list_or_coco), _text_record),
+    ".jsonl": Kind(partial(_open_text, read=read_jsonl), _text_record),
+    ".parquet": Kind(_open_parquet, _column_record),
+    ".csv": Kind(partial(_open_text, read=read_table), _text_record),
+    ".tsv": Kind(partial(_open_text, read=read_table), _text_record),
+    ".tar": Kind(_open_tar, _tar_record),
 }
 """File extension -> file type."""

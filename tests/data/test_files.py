@@ -294,7 +294,7 @@ def test_a_wrong_coco_file_is_one_clear_line(load, tmp_path):
         (without("annotations", "bbox"), r"annotations\[0\] has bbox=None; it must be \[x, y, width, height\]"),
         (without("annotations", "image_id"), r"annotations\[0\] has image_id=None, which no image has"),
         (COCO | {"categories": [{"id": 1, "name": "person"}]}, r"annotations\[0\] has category_id=18, which no"),
-        (COCO | {"images": COCO["images"] * 2}, "2 images have the id of another one"),
+        (COCO | {"images": COCO["images"] * 2}, "2 images have the same id as another image"),
         (COCO | {"categories": [{"id": 1}]}, r"categories\[0\] must be"),
         (COCO | {"images": [5]}, r"images\[0\] must be an object"),
     ]

@@ -61,7 +61,9 @@ def test_entries_added_to_the_dict_directly_are_checked():
     data_dict["flare_path"] = {"annotation_path": "x.json"}
     assert find_dataset("flare_path") == {"annotation_path": "x.json", "data_path": ""}
     data_dict["flare_path"] = {"anotation_path": "x.json"}
-    with pytest.raises(DataError, match=r"data set flare_path: anotation_path .* Did you mean 'annotation_path'\?"):
+    with pytest.raises(
+        DataError, match=r"data set flare_path: unknown key .anotation_path. .* Did you mean 'annotation_path'\?"
+    ):
         find_dataset("flare_path")
     data_dict["flare_path"] = {"data_path": "x"}
     with pytest.raises(DataError, match=r"data set flare_path: no annotation_path"):

@@ -54,7 +54,7 @@ def invert(matrix: Matrix) -> Matrix:
 
 
 def transform(points: Points, matrix: Matrix) -> Points:
-    """Map every point. In plain Python, which is faster than numpy for the few points of an object."""
+    """Map every point. Plain Python: shapes have few points, and planning an epoch maps those of every record."""
     a, b, c, d, e, f = matrix
     return [(a * x + b * y + c, d * x + e * y + f) for x, y in points]
 
@@ -76,7 +76,7 @@ def length(line: Points) -> float:
 
 
 def without_repeats(points: Points) -> Points:
-    """Consecutive equal points as one."""
+    """Remove points that are equal to the one before."""
     return points[:1] + [q for p, q in pairwise(points) if q != p]
 
 

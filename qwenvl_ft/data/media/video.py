@@ -163,7 +163,7 @@ def _late(value: Any, policy: MediaPolicy, frames: tuple[int, int] | None = None
 def _header(value: Any, policy: MediaPolicy) -> Iterator[Footage]:
     """Yield the content of a file's header.
 
-    Containers that may rotate a video record that with the frames, so there the first frame is decoded.
+    Containers that may rotate a video store the rotation with its frames, so the first frame is decoded there.
     """
     with _opened(value, policy) as container:
         stream = container.streams.video[0]
@@ -209,7 +209,7 @@ def _sampled(video: Video, footage: Footage, processor: VideoProcessor) -> NDArr
     if indices.size < processor.temporal_patch_size:
         raise DataError(
             f"video {medium_name(video.value)} shows {indices.size} of {footage.frames} frames "
-            f"({footage.frames / footage.rate:.2f} s), but {processor.temporal_patch_size} are the least. Give a "
+            f"({footage.frames / footage.rate:.2f} s), but needs at least {processor.temporal_patch_size}. Give a "
             "single frame as an image; check start and end."
         )
     return indices + first

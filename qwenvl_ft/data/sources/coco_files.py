@@ -79,7 +79,7 @@ class _Detections:
     def _check(self) -> None:
         known = {image["id"] for image in self.images}
         if len(known) < len(self.images):
-            raise DataError(f"{self.path}: {len(self.images) - len(known)} images have the id of another one.")
+            raise DataError(f"{self.path}: {len(self.images) - len(known)} images have the same id as another image.")
         for image, boxes in self.boxes.items():
             for category, _, where in boxes:
                 if image not in known:

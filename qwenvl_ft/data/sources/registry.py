@@ -102,9 +102,11 @@ def find_dataset(name: str) -> dict[str, str]:
     """
     if name in DATASETS:
         entry = DATASETS[name]
-        wrong = sorted(set(entry) - set(ENTRY)) or ([] if entry.get("annotation_path") else ["no annotation_path"])
-        if wrong:
-            raise DataError(f"data set {name}: {', '.join(wrong)} in its entry.{hint(wrong[0], ENTRY)}")
+        if unknown := sorted(set(entry) - set(ENTRY)):
+            keys = ", ".join(map(repr, unknown))
+            raise DataError(f"data set {name}: unknown key {keys} in its entry.{hint(unknown[0], ENTRY)}")
+        if not entry.get("annotation_path"):
+            raise DataError(f"data set {name}: no annotation_path in its entry. Known: {', '.join(ENTRY)}.")
         return {"data_path": ""} | entry
     path = Path(name)
     folder, _, split = name.rpartition(":")

@@ -1,16 +1,12 @@
 """Records in the formats of other libraries become the intended conversation."""
 
 import json
-import sys
 
 import pytest
 from cases import picture
-from torch.utils.data import DataLoader
 
 from qwenvl_ft.data.conversation import Image, Source, Text, Video
-from qwenvl_ft.data.readers import READERS, Reader, import_reader, read_record, register_reader
-from qwenvl_ft.data.sources.records import load_records
-from qwenvl_ft.data.sources.registry import DATASETS
+from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 
 SOURCE = Source("d", "d.jsonl:7")
@@ -283,116 +279,3 @@ def test_a_malformed_record_is_one_line_that_names_it(record, message):
     with pytest.raises(DataError, match=message) as caught:
         read(record)
     assert str(caught.value).startswith("d.jsonl:7: ")
-
-
-# -- custom readers ------------------------------------------------------------------------------------------
-
-OWN = """
-from qwenvl_ft.data.conversation import Conversation, Message, Text
-from qwenvl_ft.data.readers import Reader
-
-def clock(record, source, media_root):
-    if "hour" not in record:
-        return None
-    return {"query": f"{record['face']}?", "response": record["hour"]}
-
-def _tides(record):
-    return "tide" in record
-
-tides = Reader(_tides, lambda record, source, root: Conversation((Message("user", (Text(record["tide"]),)),), source))
-number = 5
-def wrong(record, source, media_root):
-    return 5
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A module with custom readers; restores the registries afterwards."""
-    (tmp_path / "my_formats.py").write_text(OWN)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("my_formats", None)
-    import_reader.cache_clear()
-    before, sets = dict(READERS), dict(DATASETS)
-    yield tmp_path
-    for table, kept in ((READERS, before), (DATASETS, sets)):
-        table.clear()
-        table.update(kept)
-
-
-def test_a_function_may_return_a_record_of_a_known_format(own):
-    assert read_record({"face": "III", "hour": 3}, SOURCE, reader="my_formats:clock") == read(
-        {"messages": chat("III?", "3")}
-    )
-    assert read_record({"tide": "high"}, SOURCE, reader="my_formats:tides").messages[0].content == (Text("high"),)
-    declined = read_record({"messages": chat("q", "r")}, SOURCE, "/r", reader="my_formats:clock")
-    assert declined == read({"messages": chat("q", "r")}), "None leaves the record to the other readers"
-
-
-def test_a_registered_function_is_tried_first_and_on_every_record(own):
-    from my_formats import clock
-
-    register_reader("clock", None, clock)
-    assert read({"face": "IX", "hour": 9, "messages": chat("no", "no")}).messages[1].content == (Text("9"),)
-    assert read({"messages": chat("q", "r")}).messages[1].content == (Text("r"),)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        (
-            "my_formats:clok",
-            "reader 'my_formats:clok' cannot be imported: .*no attribute 'clok'.* Write module:function",
-        ),
-        ("nowhere:clock", "No module named 'nowhere'"),
-        ("my_formats:number", "is a int. It must be a function of a record, or a Reader"),
-        ("my_formats:wrong", "d.jsonl:7: the reader 'my_formats:wrong' returned a int"),
-    ],
-)
-def test_a_reader_that_cannot_be_used_is_one_clear_line(own, path, message):
-    with pytest.raises(DataError, match=message) as caught:
-        read_record({"x": 1}, SOURCE, reader=path)
-    assert "\n" not in str(caught.value)
-
-
-class Read:
-    """Reads records in a dataloader worker."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        record, source, root = self.records[index]
-        return read_record(record, source, root).messages[-1].content[0].text
-
-
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_dataloader_workers_have_the_readers_under_every_start_method(own, write_jsonl, start):
-    from my_formats import clock
-
-    path = str(write_jsonl([{"face": "III", "hour": 3}, {"face": "IV", "hour": 4}]))
-    DATASETS["clocks"] = {"annotation_path": path, "reader": "my_formats:clock"}
-    by_path = load_records("clocks", cache_dir=own / "cache")
-    register_reader("clock", None, clock)
-    registered = load_records(path, cache_dir=own / "cache")
-    for records in (by_path, registered):
-        loader = DataLoader(Read(records), batch_size=2, num_workers=1, multiprocessing_context=start)
-        assert list(loader) == [["3", "4"]]
-
-
-def test_changing_a_readers_code_changes_the_fingerprint(own, write_jsonl):
-    path = str(write_jsonl([{"face": "III", "hour": 3}]))
-    plain = load_records(path, cache_dir=own / "cache").fingerprint
-    DATASETS["clocks"] = {"annotation_path": path, "reader": "my_formats:clock"}
-    before = load_records("clocks", cache_dir=own / "cache").fingerprint
-    (own / "my_formats.py").write_text(OWN + "\n# changed\n")
-    after = load_records("clocks", cache_dir=own / "cache").fingerprint
-    assert len({plain, before, after}) == 3
-
-
-def test_every_reader_is_a_reader():
-    assert len(READERS) >= 7
-    assert all(isinstance(reader, Reader) for reader in READERS.values())

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Sampling, Source, Text, Video
-from qwenvl_ft.data.readers import READERS, read_record
+from qwenvl_ft.data.conversation import Image, Limits, Message, Sampling, Source, Text, Video
+from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 
 SOURCE = Source("d", "d.jsonl:7")
@@ -225,17 +225,3 @@ def test_a_malformed_record_is_one_line_that_names_it(record, message):
         read_record(record, SOURCE)
     assert str(caught.value).startswith("d.jsonl:7: ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_custom_reader(monkeypatch):
-    monkeypatch.setattr("qwenvl_ft.data.readers.READERS", dict(READERS))
-    from qwenvl_ft.data import readers
-
-    def read(record, source, media_root):
-        return Conversation((Message("user", (Text(record["q"]),)), Message("assistant", (Text(record["a"]),))), source)
-
-    readers.register_reader("pairs", lambda record: {"q", "a"} <= record.keys(), read)
-    assert readers.read_record({"q": "1", "a": "2"}, SOURCE).messages[1].content == (Text("2"),)
-    assert next(iter(readers.READERS)) == "pairs"
-    with pytest.raises(DataError, match=r"unknown format 'pair'\. Did you mean 'pairs'\?"):
-        readers.read_record({"q": "1", "a": "2"}, SOURCE, reader="pair")

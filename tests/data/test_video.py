@@ -1,14 +1,6 @@
-"""Video files: frames, times and tokens compared with transformers; undecodable files are one-line errors."""
+"""Video files: frames, times and tokens compared with transformers."""
 
-import io
-import os
 import re
-import socket
-import threading
-import time
-from contextlib import suppress
-from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -16,8 +8,9 @@ import pytest
 import torch
 from cases import SHARED, ListRecords, picture
 from transformers.video_utils import VideoMetadata, load_video
+from video_cases import SOURCE, asked, film
 
-from qwenvl_ft.data.conversation import Limits, Sampling, Source, Video
+from qwenvl_ft.data.conversation import Limits, Sampling, Video
 from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media import video as video_module
@@ -27,48 +20,6 @@ from qwenvl_ft.data.plan.lengths import measure
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.upstream.processors import CAP
-
-SOURCE = Source("d", "d.jsonl:7")
-
-
-def film(path, frames=30, size=(96, 64), rate=10, *, turned=0, gop=12, codec="libx264"):
-    """Write a video in which each frame is brighter than the one before, with a white upper left corner."""
-    width, height = size
-    with av.open(path, "w", format=None if isinstance(path, str) else "mp4") as container:
-        stream = container.add_stream(codec, rate=Fraction(rate))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.gop_size = gop
-        if turned:
-            stream.set_display_rotation(turned)
-        for number in range(frames):
-            pixels = np.asarray(picture(width, height)) // 4 + np.uint8(4 * number % 160)
-            pixels[: height // 4, : width // 4] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("films")
-    return {
-        "plain": film(str(folder / "plain.mp4")),
-        "odd": film(str(folder / "odd.mp4"), frames=55, rate=11, size=(70, 130)),
-        "slow": film(str(folder / "slow.mp4"), frames=7, rate=1),
-        "ntsc": film(str(folder / "ntsc.mp4"), frames=100, rate=Fraction(30000, 1001), size=(64, 64)),
-        "mkv": film(str(folder / "a.mkv"), frames=31),
-        "webm": film(str(folder / "a.webm"), codec="libvpx-vp9"),
-        "avi": film(str(folder / "a.avi"), codec="mpeg4"),
-    }
-
-
-def asked(*videos, question="What moves?", images=()):
-    text = "".join("<video>" for _ in videos) + "".join("<image>" for _ in images) + question
-    return {
-        "video": list(videos),
-        "image": list(images),
-        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "It."}],
-    }
 
 
 def loaded(processor, path):
@@ -281,91 +232,6 @@ def test_a_changed_video_is_measured_again(processor, tmp_path):
     assert second == Encoder(processor).length(records[0][0]) > first
 
 
-def test_an_unusable_video_is_one_line_with_file_and_record(processor, films, tmp_path):
-    (tmp_path / "text.mp4").write_text("no video")
-    with open(films["plain"], "rb") as file:  # noqa: PTH123
-        whole = file.read()
-    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
-    sound = io.BytesIO()
-    with av.open(sound, "w", format="wav") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-    cases = {
-        str(tmp_path / "no.mp4"): r"no\.mp4 does not exist",
-        str(tmp_path / "text.mp4"): r"text\.mp4 is damaged or not a video",
-        str(tmp_path / "half.mp4"): r"half\.mp4 is damaged or not a video",
-        str(tmp_path): "is a folder",
-        "https://x.org/a.mp4": "download URLs",
-        sound.getvalue(): "has no video stream",
-        film(str(tmp_path / "one.mp4"), frames=1): r"one\.mp4 shows 1 of 1 frames .* Give a single frame as an image",
-    }
-    for value, message in cases.items():
-        with pytest.raises(DataError, match=message) as caught:
-            Encoder(processor)(asked(value))
-        assert str(caught.value).startswith("record")
-        assert "\n" not in str(caught.value)
-    record = {"messages": [{"role": "user", "content": [{"video": films["plain"], "video_start": 9}]}]}
-    with pytest.raises(DataError, match=r"shows 0 of 30 frames \(3\.00 s\).* check start and end"):
-        Encoder(processor)(record)
-    with pytest.raises(DataError, match=r"96 x 64 = 6144 pixels, above data\.max_image_pixels=100"):
-        Encoder(processor, policy=MediaPolicy(max_image_pixels=100))(asked(films["plain"]))
-
-
-def stall(path, share):
-    """Replace a file by a pipe that delivers a share of its bytes and then hangs, like a disk that stalls."""
-    data = path.read_bytes()
-    path.unlink()
-    os.mkfifo(path)
-
-    def write():
-        with path.open("wb", buffering=0) as pipe:
-            with suppress(BrokenPipeError):
-                pipe.write(data[: int(share * len(data))])
-            time.sleep(30)
-
-    threading.Thread(target=write, daemon=True).start()
-
-
-@pytest.fixture
-def long_film(tmp_path):
-    return Path(film(str(tmp_path / "long.mkv"), frames=300, size=(320, 240)))
-
-
-def test_a_decoder_that_hangs_is_abandoned_after_the_timeout(processor, films, long_film):
-    part, video = processor.video_processor, Video(str(long_film))
-    clip = plan_clip(video, part, MediaPolicy(), SOURCE)
-    stall(long_film, 0.6)
-    begin = time.monotonic()
-    with pytest.raises(
-        DataError,
-        match=r"d\.jsonl:7: video .*long\.mkv cannot be read within .*=1 s: ([5-9]|\d\d) of its 60 frames arrived",
-    ):
-        clip_pixels(video, clip, part, MediaPolicy(video_timeout=1), SOURCE)
-    assert time.monotonic() - begin < 3
-    assert Encoder(processor, policy=MediaPolicy(video_timeout=20))(asked(films["plain"])), "the next one is read"
-
-
-def test_a_header_that_never_arrives_times_out(processor, long_film):
-    stall(long_film, 0)
-    begin = time.monotonic()
-    with pytest.raises(DataError, match=r"long\.mkv cannot be read within data\.video_timeout=0\.5 s\. Is its disk"):
-        plan_clip(Video(str(long_film)), processor.video_processor, MediaPolicy(video_timeout=0.5), SOURCE)
-    assert time.monotonic() - begin < 2
-
-
-def test_a_video_shorter_than_its_header_says_is_an_error(processor, films, monkeypatch):
-    part = processor.video_processor
-    video = Video(films["plain"])
-    clip = plan_clip(video, part, MediaPolicy(), SOURCE)
-    longer = video_module.Clip((*clip.indices[:-1], 40), clip.rate, clip.size, clip.grid)
-    with pytest.raises(
-        DataError, match=r"d\.jsonl:7: .*plain\.mp4 is damaged: its header promises more frames than the 30"
-    ):
-        clip_pixels(video, longer, part, MediaPolicy(), SOURCE)
-
-
 def test_videos_and_images_of_one_sample_are_the_same_as_in_transformers(processor, films):
     """Two files, a list of frames and two images, numbered by the template; outer vision start and end are removed."""
     frames = [picture(64, 64, seed) for seed in range(4)]
@@ -459,14 +325,3 @@ def test_areas_below_one_patch_do_not_crash(tiny_dir, films):
     sample = Encoder(processor)(asked(films["plain"]))
     assert sample["video_grid_thw"][:, 1:].tolist() == [[2, 2]]
     assert Encoder(processor).length(asked(films["plain"])) == len(sample["input_ids"])
-
-
-def test_a_video_that_cannot_be_read_in_time_is_an_error(processor, monkeypatch):
-    """A server that accepts the connection and stays silent, like a disk that hangs."""
-    monkeypatch.setattr(video_module, "file_of", lambda value: value)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"
-        with pytest.raises(
-            DataError, match=r"record: video http.*a\.mp4 cannot be read within data\.video_timeout=0\.3 s"
-        ):
-            Encoder(processor, policy=MediaPolicy(video_timeout=0.3))(asked(url))

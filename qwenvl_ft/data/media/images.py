@@ -83,7 +83,8 @@ def file_of(value: Any) -> str | None:
 
 def unpack_arrow(value: Any) -> Any:
     """Return the bytes or path of ``{"bytes": ..., "path": ...}``, as Arrow stores an image; keep any other value."""
-    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+    # str first: it is the usual type, and the check for Mapping is slow
+    if not isinstance(value, str) and isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
         return value.get("bytes") or value.get("path")
     return value
 

@@ -1,9 +1,9 @@
-"""What each training method keeps, tried on tiny models: the table of docs/tuning.md, cell by cell.
+"""Tests each training method on tiny models and writes the table in docs/tuning.md.
 
-    make methods                                    # all of it, written into the document (minutes on 2 cores)
-    python tests/methods_table.py [NAME ...]        # those rows, printed
+    make methods                                    # run all rows and write them into the guide (minutes on 2 cores)
+    python tests/methods_table.py [NAME ...]        # run some rows and print them
 
-`tried` runs one method on one architecture and returns a word for each column; no cell is written by hand.
+`tried` runs one method on one architecture and returns the text of each column; no cell is written by hand.
 """
 
 import copy
@@ -40,37 +40,37 @@ from qwenvl_ft.tuning.prepare import prepare_model
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs" / "tuning.md"
 BEGIN, END = "<!-- by make methods -->", "<!-- end -->"
-"""Around the table in the document."""
+"""Markers around the table in the guide."""
 KINDS = ("dense", "moe")
 COLUMNS = {
-    "start": "the untrained model computes what the base model does",
-    "own": "training moves every weight it names and no other bit",
+    "start": "before training, the model computes the same as the base model",
+    "own": "training changes every trainable weight and no bit of any other",
     "learns": "the loss on handwritten digits falls in 8 steps",
     "loads": "a checkpoint opened by plain peft (or transformers) on the base model gives the same logits",
-    "resumes": "a resumed run ends at the bits of the uninterrupted one",
+    "resumes": "a resumed run ends with the same bits as the uninterrupted one",
     "merges": "merged into the base model, plain transformers gives the same logits",
-    "packs": "packed samples have the logits and gradients that they have alone",
-    "recomputes": "activation checkpointing changes no gradient",
-    "experts": "what it does with the experts of MoE models by default",
+    "packs": "packed samples have the same logits and gradients as each alone",
+    "recomputes": "activation checkpointing does not change any gradient",
+    "experts": "whether the experts of a MoE model are trained by default",
 }
-"""Column -> what a yes there says."""
+"""Column -> meaning of a yes in it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: settings at toy size, and what the method cannot do, with the reason."""
+    """A row of the table: settings at toy size, and the columns in which the method must fail, with reasons."""
 
     tuner: dict = field(default_factory=dict)
     cannot: dict = field(default_factory=dict)
-    """Column -> why not; the run checks that it is so."""
+    """Column -> reason for a no; the run asserts that the check fails."""
     rate: float = 3e-3
     """Learning rate of the run on digits."""
     arguments: dict = field(default_factory=dict)
-    """Of TrainingArguments, for the columns that run it."""
+    """TrainingArguments for the columns that run the trainer."""
     lisa: int = 0
-    """Layers that LISA trains at a time, anew each second step."""
+    """Number of layers that LISA trains at a time; new ones are drawn every second step."""
     bits: str = "whole"
-    """How the base model is held, a key of BASES."""
+    """Precision of the base model, a key of BASES."""
 
 
 LLM_ONLY = {"freeze_vit": True, "freeze_aligner": True}
@@ -79,7 +79,7 @@ BASES = {
     "nf4": {"quantization_bit": 4, "bnb_4bit_comp_dtype": "float32"},
     "int8": {"quantization_bit": 8},
 }
-"""Name -> the recipe's section quantization, computing in float32 so that values can be compared."""
+"""Name -> the recipe's quantization section; computes in float32 so that values can be compared."""
 NO_FIXED_START = {"start": "random by design"}
 CASES = {
     "full": Case({"train_type": "full"}),
@@ -95,9 +95,9 @@ CASES = {
     "full, LISA": Case({"train_type": "full"}, lisa=2),
     "lora, LoRA+": Case(arguments={"lorap_lr_ratio": 16.0}, rate=1e-3),
     "lora, lora_dtype": Case(
-        {"lora_dtype": "bfloat16"}, dict.fromkeys(("loads", "packs", "merges"), "but for the rounding of 16 bits")
+        {"lora_dtype": "bfloat16"}, dict.fromkeys(("loads", "packs", "merges"), "16-bit rounding")
     ),
-    "lora, dropout": Case({"lora_dropout": 0.2}, {"packs": "other draws"}),
+    "lora, dropout": Case({"lora_dropout": 0.2}, {"packs": "other dropout masks"}),
     "lora, all biases": Case({"lora_bias": "all"}),
     "lora, aligner in full": Case({"modules_to_save": ["model.visual.merger", "model.visual.deepstack_merger_list"]}),
     "lora, router too": Case(
@@ -114,7 +114,9 @@ CASES = {
     "init_weights: eva": Case({"init_weights": "eva"}),
     "lora over 4 bits": Case(bits="nf4"),
     "lora over 8 bits": Case(bits="int8"),
-    "loftq over 4 bits": Case({"init_weights": "loftq"}, {"start": "nearer to the 16 bits than the 4 are"}, bits="nf4"),
+    "loftq over 4 bits": Case(
+        {"init_weights": "loftq"}, {"start": "closer to the 16-bit weights than 4 bits are"}, bits="nf4"
+    ),
     "pissa and use_dora": Case({"init_weights": "pissa", "use_dora": True}),
     "longlora": Case({"train_type": "longlora", "longlora_group_size": 16, **LLM_ONLY}),
     "adalora": Case(
@@ -129,14 +131,14 @@ CASES = {
         rate=3e-2,
     ),
     "llamapro": Case({"train_type": "llamapro", "llamapro_num_new_blocks": 2, **LLM_ONLY}),
-    "adapter": Case({"train_type": "adapter", "adapter_length": 8}, {"merges": "no change of a weight"}, rate=1e-2),
+    "adapter": Case({"train_type": "adapter", "adapter_length": 8}, {"merges": "changes no weight"}, rate=1e-2),
     "vera": Case({"train_type": "vera", "vera_rank": 16}, rate=0.1),
     "boft": Case({"train_type": "boft"}, rate=1e-2),
     "boft, blocks": Case({"train_type": "boft", "boft_block_num": 8}),
     "fourierft": Case({"train_type": "fourierft", "fourier_n_frequency": 200}, NO_FIXED_START, rate=3e-2),
     "reft": Case(
         {"train_type": "reft", "reft_positions": "f7+l7", "reft_rank": 8, **LLM_ONLY},
-        {"merges": "it depends on the position"},
+        {"merges": "depends on the position"},
         rate=3e-2,
     ),
     "bone": Case({"train_type": "bone", "bone_rank": 16}),
@@ -162,17 +164,17 @@ CASES = {
     ),
     "waveft": Case({"train_type": "waveft", "peft_options": {"n_frequency": 100}}),
 }
-DENSE_ONLY_KEYS = ("target_parameters",)
-"""Settings that have no meaning without experts."""
+MOE_ONLY_KEYS = ("target_parameters",)
+"""Settings that only apply to models with experts."""
 
 
 def tuner_of(case: Case, kind: str) -> TunerConfig:
     unfrozen = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
-    told = {k: v for k, v in case.tuner.items() if kind == "moe" or k not in DENSE_ONLY_KEYS}
-    return TunerConfig(**(unfrozen | told))
+    settings = {k: v for k, v in case.tuner.items() if kind == "moe" or k not in MOE_ONLY_KEYS}
+    return TunerConfig(**(unfrozen | settings))
 
 
-# -- what is tried on --------------------------------------------------------------------------------------------------
+# -- models and data ---------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -183,8 +185,8 @@ def checkpoint(kind: str) -> Path:
 
 @cache
 def base_model(kind: str, bits: str = "whole"):
-    told = QuantizationConfig(**BASES[bits]) if BASES[bits] else None
-    return load_model(str(checkpoint(kind)), torch_dtype="float32", attn_impl="sdpa", quantization=told).eval()
+    quantization = QuantizationConfig(**BASES[bits]) if BASES[bits] else None
+    return load_model(str(checkpoint(kind)), torch_dtype="float32", attn_impl="sdpa", quantization=quantization).eval()
 
 
 @cache
@@ -198,7 +200,7 @@ def digits() -> SampleDataset:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    told = load_digits()
+    data = load_digits()
     records = [
         {
             "image": [Image.fromarray((ink * 15.9).astype("uint8")).resize((64, 64)).convert("RGB")],
@@ -207,13 +209,13 @@ def digits() -> SampleDataset:
                 {"from": "gpt", "value": str(digit)},
             ],
         }
-        for ink, digit in zip(told.images[:48], told.target[:48], strict=True)
+        for ink, digit in zip(data.images[:48], data.target[:48], strict=True)
     ]
     return Encoded(ListRecords(records, "digits"), encoder(), cache_dir=checkpoint("dense") / "cache")
 
 
 class Encoded(SampleDataset):
-    """Samples that are encoded once: what is tried here is not the encoder."""
+    """Encodes each sample once, because the encoder is not tested here."""
 
     def __getitem__(self, index: int):
         known = self.__dict__.setdefault("known", {})
@@ -224,9 +226,9 @@ class Encoded(SampleDataset):
 
 @cache
 def samples() -> list:
-    """Neighbours of a row that differ in every respect."""
-    turn = lambda who, text: {"from": who, "value": text}  # noqa: E731
-    told = [
+    """Samples for one row that differ in images, lengths and number of turns."""
+    turn = lambda role, text: {"from": role, "value": text}  # noqa: E731
+    records = [
         {
             "image": [picture(96, 64)],
             "conversations": [turn("human", "<image>\nWhat is it?"), turn("gpt", "A blur.")],
@@ -242,7 +244,7 @@ def samples() -> list:
             ],
         },
     ]
-    return [encoder()(record) for record in told]
+    return [encoder()(record) for record in records]
 
 
 def rows(together: bool) -> list[dict]:
@@ -264,12 +266,12 @@ def prepared(case: Case, kind: str):
 def logits(model, training: bool = False) -> torch.Tensor:
     model.train(training)
     with torch.no_grad():
-        told = [{k: v for k, v in row.items() if k not in ("labels", "sources")} for row in rows(together=False)]
-        return torch.cat([model(**row).logits for row in told], dim=1)
+        inputs = [{k: v for k, v in row.items() if k not in ("labels", "sources")} for row in rows(together=False)]
+        return torch.cat([model(**row).logits for row in inputs], dim=1)
 
 
 def run(model, together: bool):
-    """Logits in training mode, and the gradients of the summed loss, of all samples."""
+    """Return logits in training mode and the gradients of the summed loss, for all samples."""
     model.train()
     model.zero_grad(set_to_none=True)
     batches = rows(together)
@@ -292,7 +294,7 @@ def check_start(case, kind):
 
 
 def trained(case, kind):
-    """A model after three steps, and the state before and after."""
+    """Return a model after three optimizer steps, and its parameters before them."""
     model = prepared(case, kind)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     model.train()
@@ -361,8 +363,8 @@ def check_recomputes(model):
 
 
 def training(case, kind, folder, resume=None):
-    """Eight steps of 16 digits, saved at the fourth; the weights that trained, and the model."""
-    told = {
+    """Train eight steps of 16 digits, saving at the fourth. Returns the trainable weights and the model."""
+    arguments = {
         "max_steps": 8,
         "save_steps": 4,
         "learning_rate": case.rate,
@@ -379,10 +381,12 @@ def training(case, kind, folder, resume=None):
         "logging_steps": 1,
         "seed": 3,
     } | case.arguments
-    own = {"lorap_lr_ratio": told.pop("lorap_lr_ratio", None)}
-    args = TrainingArguments(output_dir=str(folder), **told)
+    options = {"lorap_lr_ratio": arguments.pop("lorap_lr_ratio", None)}
+    args = TrainingArguments(output_dir=str(folder), **arguments)
     model = prepared(case, kind)
-    trainer = QwenVLTrainer(model, args, processor=encoder().processor, train_dataset=digits(), max_length=256, **own)
+    trainer = QwenVLTrainer(
+        model, args, processor=encoder().processor, train_dataset=digits(), max_length=256, **options
+    )
     if case.lisa:
         trainer.add_callback(LisaCallback(case.lisa, 2, 0))
     trainer.remove_callback(PrinterCallback)
@@ -391,7 +395,7 @@ def training(case, kind, folder, resume=None):
 
 
 def digit_loss(model) -> float:
-    """The summed loss of an answer to each digit, without dropout."""
+    """Return the summed loss over the answers to 16 digits, without dropout."""
     model.eval()
     with torch.no_grad():
         row = QwenVLCollator()([digits()[index] for index in range(16)])
@@ -405,16 +409,16 @@ def experts_of(model):
 
 
 def tried(name: str, kind: str) -> dict[str, str]:
-    """One method on one architecture: column -> yes, or no with the reason."""
+    """Run one method on one architecture. Returns column -> ``yes``, or ``no`` with the reason."""
     case, found = CASES[name], {}
     found["start"] = check_start(case, kind)
     model, before = trained(case, kind)
     found["own"] = check_own(model, before)
-    with tempfile.TemporaryDirectory() as told:
-        folder = Path(told)
-        exact = logits(model, training=case.bits != "whole")  # an evaluation of 4 bits on a CPU rounds to bfloat16
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        exact = logits(model, training=case.bits != "whole")  # on a CPU, evaluation in 4 bits rounds to bfloat16
         expected = logits(model)
-        assert not close(expected, logits(fresh(kind, case.bits)), 1e-3), "vacuous: nothing was learnt"
+        assert not close(expected, logits(fresh(kind, case.bits)), 1e-3), "vacuous: nothing was learned"
         found["loads"] = check_loads(model, kind, expected, folder / "saved", case.bits)
         found["merges"] = check_merges(kind, exact, folder / "saved", case.bits)
         experts = experts_of(model) if kind == "moe" else "none"
@@ -429,7 +433,7 @@ def tried(name: str, kind: str) -> dict[str, str]:
         if column == "experts":
             cells[column] = experts
         elif column in case.cannot:
-            assert not found[column], f"{name}: {column} is said to be impossible, and works"
+            assert not found[column], f"{name}: {column} is listed as impossible but works"
             cells[column] = f"no: {case.cannot[column]}"
         else:
             cells[column] = "yes" if found[column] else "no"
@@ -437,7 +441,7 @@ def tried(name: str, kind: str) -> dict[str, str]:
 
 
 def row(name: str) -> str:
-    """A row of the table in Markdown; a cell that differs between the architectures says both, dense first."""
+    """Return a Markdown row of the table. A cell that differs between the architectures shows both, dense first."""
     torch.set_num_threads(1)
     both = {kind: tried(name, kind) for kind in KINDS}
     return f"| {name} | " + " | ".join(joined(both, column) for column in COLUMNS) + " |"
@@ -452,10 +456,10 @@ def joined(both: dict[str, dict[str, str]], column: str) -> str:
     return moe if dense in (moe, "none") else f"{dense} / {moe}"
 
 
-def written(document: str, told: str) -> str:
-    """The document with another table between its marks."""
+def written(document: str, rows: str) -> str:
+    """Return the document with a new table between its markers."""
     before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{told}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{rows}\n{END}{rest.split(END)[1]}"
 
 
 def main(names: list[str]) -> None:

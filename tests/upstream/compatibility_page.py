@@ -1,4 +1,4 @@
-"""How docs/compatibility.md is written from the runs of `make upstream`."""
+"""Writes docs/compatibility.md from the results of `make upstream`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ HEAD = """\
 
 <!-- by make upstream -->
 
-`setup.cfg` asks for the oldest versions that pass the contract of `tests/upstream`, and for nothing newer. The contract
-trains tiny models and tests, with the versions at hand, everything that is taken from other libraries and every promise
-of the README. These environments were run:
+This page lists the versions of other libraries that were tested together. `qwenvl-ft doctor` shows which of the
+versions on your machine are among them.
+
+The lower bounds in `setup.cfg` are the oldest versions that pass the contract of `tests/upstream`. The contract trains
+tiny models and tests, with the installed versions, everything that this package takes from other libraries and every
+promise of the README. These environments were tested:
 
 """
 TAIL = """
 `make upstream` builds the environments and writes this page; `make upstream ENVS="oldest newest"` runs some of them
-again. `qwenvl-ft doctor` says which of the versions on a machine were run, and a training run with other versions says
-so in one line. `qwenvl-ft prove` checks the promises on your own model and versions.
+again. A training run with other versions prints one line about them, and `qwenvl-ft prove` checks the promises on your
+own model and versions.
 """
 
 
@@ -27,15 +30,15 @@ def write_page(path: Path, record: dict[str, dict[str, Any]], reasons: dict[str,
 
     Args:
         record: name of an environment -> its last run, in the order of the page.
-        reasons: name -> what it stands for.
+        reasons: name of an environment -> what it represents.
     """
     path.write_text(HEAD + table(record, reasons) + gaps(record) + TAIL, encoding="utf-8")
 
 
 def table(record: dict[str, dict[str, Any]], reasons: dict[str, str]) -> str:
-    """A row for each environment."""
+    """Return the Markdown table, one row per environment."""
     packages = list(dict.fromkeys(package for run in record.values() for package in run["versions"]))
-    heads = ["environment", "Python", *packages, "run on", "contract"]
+    heads = ["environment", "Python", *packages, "date", "contract"]
     rows = [heads, ["---"] * len(heads)]
     for name, run in record.items():
         versions = [run["versions"].get(package, "") for package in packages]
@@ -44,7 +47,7 @@ def table(record: dict[str, dict[str, Any]], reasons: dict[str, str]) -> str:
 
 
 def result(run: dict[str, Any]) -> str:
-    """What came of a run, short."""
+    """Return a run's counts of passed, failed and skipped tests, or the reason why it did not run."""
     if run["fault"]:
         return f"not run: {run['fault']}".replace("|", "\\|")
     failed = f"**{run['failed']} failed**, " if run["failed"] else ""
@@ -53,10 +56,10 @@ def result(run: dict[str, Any]) -> str:
 
 
 def gaps(record: dict[str, dict[str, Any]]) -> str:
-    """What failed, and what is slower or missing, by environment."""
+    """Return the section that lists failures and slower fallbacks by environment."""
     lines = []
     for name, run in record.items():
         lines += [f"- {name}: `{failure}` fails" for failure in run["failures"]]
         lines += [f"- {name}: {fallback}" for fallback in run["fallbacks"]]
     body = "\n".join(lines) if lines else "Nothing."
-    return f"\n## What is slower or missing where\n\n{body}\n"
+    return f"\n## What is slower or missing, by environment\n\n{body}\n"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Five steps on a tenth of one data set: do model, data and memory fit? Nothing is kept.
+# Train five steps on a tenth of one data set to test model, data and memory. Nothing is kept.
 #
 #   recipes/dry_run.sh [section.key=value ...] [--flag value ...]
 #
-# Variables: recipe (flare25), datasets, batch_size, grad_accum_steps, NPROC_PER_NODE.
+# Environment variables: recipe (flare25), datasets, batch_size, grad_accum_steps, NPROC_PER_NODE.
 set -uo pipefail
 output_dir=$(mktemp -d "${TMPDIR:-/tmp}/dry_run.XXXXXX")
 trap 'rm -rf "$output_dir"' EXIT
@@ -24,9 +24,9 @@ if [ "$code" -eq 0 ]; then
 fi
 cat <<HINTS
 DRY RUN FAILED after ${steps:-0} of 5 steps and $(($(date +%s) - begin)) s (exit code $code)
-  do not find ...      the data is not converted, or not here: qwenvl-ft convert flare
+  do not find ...      the data is not converted, or not in this folder: qwenvl-ft convert flare
   out of memory        --max_pixels 25088, batch_size=1, or deepspeed.config=zero3_offload
   loss not finite      --learning_rate 5e-6, --bf16, --max_grad_norm 0.5
-  no such model        model.model=DIRECTORY, or a hub id and a network
+  no such model        model.model=DIRECTORY, or a hub id with network access
 HINTS
 exit 1

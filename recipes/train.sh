@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A recipe on chosen GPUs: one by python, several by torchrun.   recipes/train.sh config=mine.yaml gpus=0,1
+# Run a recipe on chosen GPUs, with python on one and torchrun on several.   recipes/train.sh config=mine.yaml gpus=0,1
 #
-# `config` (or `recipe`: a file or a name) and `gpus` can be variables of the environment too; `gpus=` is the CPU.
+# `config` (or `recipe`; a file or a name) and `gpus` may also be environment variables; `gpus=` selects the CPU.
 # Everything else: section.key=value or --flag value.
 set -euo pipefail
 gpus=${gpus-0}

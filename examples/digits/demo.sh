@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained model that reads digits: data, a tiny random checkpoint, training, evaluation.
+# Demo: write the digits data set and a tiny random checkpoint, train, and evaluate.
 #
 #   examples/digits/demo.sh [PYTHON] [FOLDER] [section.key=value ...]      (make demo)
 set -euo pipefail
@@ -10,7 +10,7 @@ shift $(($# < 2 ? $# : 2))
 "$python" examples/digits/make_digits.py "$folder/digits"
 [ -e "$folder/tiny/processor_config.json" ] || "$python" -m qwenvl_ft.cli.main tiny "$folder/tiny"
 
-# One thread for the model, the other cores for the loader: layers this small lose by sharing.
+# One thread for the model and the other cores for the dataloader: layers this small are slower on several threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 rm -rf "$folder/run"
 begin=$(date +%s)

@@ -1,11 +1,11 @@
-"""Which digit is this? 1,797 handwritten ones as a fine-tuning data set, from scikit-learn, without a download.
+"""Write scikit-learn's 1,797 handwritten digits as a fine-tuning data set, without a download.
 
     python examples/digits/make_digits.py [DIR] [--size 64] [--variants 9]
 
-DIR (.demo/digits) gets images/0000.png ..., train.jsonl (the first 1,500) and val.jsonl (the last 297). The data set
-goes writer by writer, 13 in all, so most held-out digits are by hands that training never saw. Against learning the
-other hands by heart, each training digit is there ``variants`` times more, a little turned, scaled and moved; the
-held-out digits are as they are. The same call writes the same bytes.
+Writes images/0000.png ..., train.jsonl (the first 1,500) and val.jsonl (the last 297) to DIR (.demo/digits). The digits
+are ordered by writer, 13 in all, so most held-out digits are from writers who are not in the training set. To reduce
+overfitting, each training digit has ``variants`` further copies, slightly rotated, scaled and shifted; held-out digits
+are unchanged. The same call always writes the same bytes.
 """
 
 import argparse
@@ -20,21 +20,21 @@ from sklearn.datasets import load_digits
 QUESTION = "<image>\nWhich digit is this?"
 NUM_TRAIN = 1500
 BRIGHTEST = 16
-"""The data set counts inked pixels in 4 x 4 blocks, so values go from 0 to 16."""
+"""Largest value in the data set, which counts inked pixels in 4 x 4 blocks."""
 
 
 def draw(ink, size: int) -> Image.Image:
-    """An 8 x 8 count of ink -> a ``size`` x ``size`` picture, white on black."""
+    """Turn 8 x 8 ink counts into a ``size`` x ``size`` image, white on black."""
     pixels = (ink * (255 / BRIGHTEST)).round().astype("uint8")
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def vary(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture turned by up to 10 degrees, scaled by up to a tenth and moved by up to a tenth of its side."""
+    """Rotate by up to 10 degrees, scale by up to a tenth and shift by up to a tenth of the side."""
     angle, scale = math.radians(rng.uniform(-10, 10)), rng.uniform(0.9, 1.1)
     dx, dy = rng.uniform(-0.1, 0.1, 2) * image.width
     cos, sin, half = math.cos(angle) / scale, math.sin(angle) / scale, image.width / 2
-    x, y = half + dx, half + dy  # where the centre goes
+    x, y = half + dx, half + dy  # new position of the centre
     coefficients = (cos, sin, half - cos * x - sin * y, -sin, cos, half + sin * x - cos * y)
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
@@ -48,7 +48,7 @@ def record(name: str, digit: int) -> dict:
 
 
 def make_digits(folder: Path, size: int = 64, variants: int = 9) -> dict[str, Path]:
-    """Write the images and both files.
+    """Write the images and both record files.
 
     Returns:
         ``{"train": path, "val": path}``
@@ -74,8 +74,8 @@ def make_digits(folder: Path, size: int = 64, variants: int = 9) -> dict[str, Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("dir", nargs="?", type=Path, default=Path(".demo/digits"), help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side; default: %(default)s")
-    parser.add_argument("--variants", type=int, default=9, help="of each training digit; default: %(default)s")
+    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels; default: %(default)s")
+    parser.add_argument("--variants", type=int, default=9, help="copies of each training digit; default: %(default)s")
     args = parser.parse_args()
     for name, path in make_digits(args.dir, args.size, args.variants).items():
         print(f"{name}: {path}")

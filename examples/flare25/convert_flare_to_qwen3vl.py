@@ -1,4 +1,4 @@
-"""Convert FLARE25 to training records: the five starter sets unless told otherwise. See --help."""
+"""Convert FLARE25 to training records; by default the five starter sets. See --help."""
 
 import sys
 from pathlib import Path

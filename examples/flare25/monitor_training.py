@@ -1,4 +1,4 @@
-"""Watch a run. See --help."""
+"""Monitor a training run. See --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Is the converted data fit to train on? The same as ``qwenvl-ft check flare25``; see --help."""
+"""Check whether converted FLARE25 data can be trained on, like ``qwenvl-ft check flare25``. See --help."""
 
 import sys
 

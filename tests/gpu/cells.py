@@ -1,10 +1,11 @@
-"""Measure one model, way of training and row length: packed beside padded beside a plain Trainer.
+"""Measure one model size, method and row length: packed rows, padded batches and a plain Trainer.
 
     python tests/gpu/cells.py --size 4b --train-type lora --row-length 8192
 
-One process for all of them, so that they share a card and its state; a line ``ROW {json}`` after each, so that what was
-measured is kept if the process ends. A step takes about as many tokens in each layout: a packed row, or as many samples
-as fill it on average. A padded batch that runs out of memory is halved and accumulated, until it fits.
+All layouts run in one process, so that they share a GPU in the same state. After each the process prints a line
+``ROW {json}``, so that earlier results survive a crash. One step of each layout has about the same number of tokens:
+one packed row, or as many samples as fill it on average. A padded batch that runs out of memory is halved and
+accumulated until it fits.
 """
 
 import argparse
@@ -30,12 +31,12 @@ MORE = {
     "liger": ("training.use_liger_kernel=true",),
     "unchecked": ("training.gradient_checkpointing=false",),
 }
-"""Packed rows with something changed."""
+"""Variants of packed rows -> the settings that they change."""
 LAYOUTS = ("packed", "padded", "plain", *MORE)
 
 
 def measure(layout: str, options: StepOptions, batch: int, accumulation: int) -> dict:
-    """Figures of one layout."""
+    """Run one layout and return its figures."""
     if layout == "plain":
         return plain_step(options, batch, accumulation)
     settings = LORA if options.train_type == "lora" else ()
@@ -48,10 +49,10 @@ def measure(layout: str, options: StepOptions, batch: int, accumulation: int) ->
 
 
 def cell(layout: str, options: StepOptions) -> dict:
-    """A row of the table: figures, or why there are none."""
+    """Return a row of the table: the figures, or the reason why there are none."""
     samples = max(1, options.row_length // mean_of(options)) if layout in ("padded", "plain") else 1
     batch, reason = samples, "out of memory"
-    told = {"layout": layout, "size": options.size, "train_type": options.train_type, "row_length": options.row_length}
+    row = {"layout": layout, "size": options.size, "train_type": options.train_type, "row_length": options.row_length}
     while batch:
         free_memory()
         try:
@@ -64,13 +65,13 @@ def cell(layout: str, options: StepOptions) -> dict:
             break
         peak = peak_memory_gib(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         rates = {f"{name}_per_second": round(found[name] / found["seconds"], 2) for name in ("tokens", "samples")}
-        told |= {"status": "ok", "batch": batch, "accumulation": samples // batch, "peak_gib": peak}
-        return told | found | rates
-    return told | {"status": "failed", "reason": reason}
+        row |= {"status": "ok", "batch": batch, "accumulation": samples // batch, "peak_gib": peak}
+        return row | found | rates
+    return row | {"status": "failed", "reason": reason}
 
 
 def free_memory() -> None:
-    """Drop what the last cell left, and count the peak anew."""
+    """Free memory left by the last cell, and reset the peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -78,17 +79,17 @@ def free_memory() -> None:
 
 
 def computed_gib(options: StepOptions) -> float:
-    """What `qwenvl-ft bench memory` says of the packed row."""
-    told = memory(options.size, options.train_type, options.row_length, image_share=options.image_share)
-    return round(told.total, 1)
+    """Return the GiB that `qwenvl-ft bench memory` computes for the packed row."""
+    estimate = memory(options.size, options.train_type, options.row_length, image_share=options.image_share)
+    return round(estimate.total, 1)
 
 
 def no_room(computed: float) -> str:
-    """Why a cell is not tried; empty where it may fit. The context takes about half a GiB."""
+    """Return why a cell is skipped, or an empty string if it may fit. The CUDA context takes about half a GiB."""
     if not torch.cuda.is_available():
         return ""
-    there = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return f"needs {computed:.0f} GiB by computation, the GPU has {there:.0f}" if computed + 0.5 > there else ""
+    available = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"needs {computed:.0f} GiB by computation, the GPU has {available:.0f}" if computed + 0.5 > available else ""
 
 
 def main() -> None:
@@ -99,19 +100,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--layouts", default="packed,padded,plain")
-    words = parser.parse_args()
+    args = parser.parse_args()
     options = StepOptions(
-        size=words.size,
-        train_type=words.train_type,
-        row_length=words.row_length,
-        steps=words.steps,
-        warmup=words.warmup,
+        size=args.size,
+        train_type=args.train_type,
+        row_length=args.row_length,
+        steps=args.steps,
+        warmup=args.warmup,
     )
     computed = computed_gib(options)
-    for layout in words.layouts.split(","):
+    for layout in args.layouts.split(","):
         reason = no_room(computed)
-        told = {"layout": layout, "size": words.size, "train_type": words.train_type, "row_length": words.row_length}
-        row = told | {"status": "skipped", "reason": reason} if reason else cell(layout, options)
+        key = {"layout": layout, "size": args.size, "train_type": args.train_type, "row_length": args.row_length}
+        row = key | {"status": "skipped", "reason": reason} if reason else cell(layout, options)
         print("ROW", json.dumps(row | {"computed_gib": computed}), flush=True)
 
 

@@ -1,14 +1,14 @@
-"""GPU day: run all that a GPU has to show within a budget of minutes, and write it down after every step.
+"""GPU day: run everything that needs a GPU within a budget of minutes, and save results after every step.
 
-    make gpu-wheels                                  where there is a network
-    make gpu                                         where there is a GPU
-    make gpu GPU_ARGS="--budget 9m --out DIR"        a slice: goes on with what DIR/gpu.json does not have yet
+    make gpu-wheels                                  on a machine with a network
+    make gpu                                         on a machine with a GPU
+    make gpu GPU_ARGS="--budget 9m --out DIR"        a slice: runs what DIR/gpu.json lacks
     make gpu GPU_ARGS="--rehearse --out DIR"         tiny sizes, on a CPU
-    make gpu-report FILE=DIR/gpu.json                its tables into the documents
+    make gpu-report FILE=DIR/gpu.json                write the tables into the documents
 
-A step is a process of its own with a time limit. One that fails, hangs or runs out of memory is a row with its reason;
-one that would not fit into the rest of the budget is a row too, and is tried by the next slice. Only the standard
-library is needed here, and no setting of the GPU is touched.
+Each step is a process of its own with a time limit. A step that fails, hangs or runs out of memory becomes a row with
+the reason. So does a step that does not fit into the remaining budget; the next slice runs it. This module only needs
+the standard library and changes no setting of the GPU.
 """
 
 import argparse
@@ -30,29 +30,32 @@ from wheels import FOLDER, unpack_missing  # noqa: E402
 
 SCHEMA = 1
 RESERVE = 5
-"""Seconds of the budget that are kept for writing."""
+"""Seconds of the budget reserved for writing results."""
 TAIL = 40
-"""Lines of the output of a step that is not ok, kept with it."""
+"""Last lines of output that are saved with a failed step."""
 
 
 def seconds(text: str) -> float:
-    """``90``, ``90s``, ``9m``: seconds."""
+    """Parse ``90``, ``90s`` or ``9m`` into seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([sm]?)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 9m, 90s or 90")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write 9m, 90s or 90")
     return float(found.group(1)) * (60 if found.group(2) == "m" else 1)
 
 
-def run_day(todo: list[Step], told: dict, file: Path, env: dict[str, str], budget: float, again: bool = False) -> dict:
-    """Run the steps that have no result yet, in order, while the budget lasts.
+def run_day(
+    todo: list[Step], results: dict, file: Path, env: dict[str, str], budget: float, again: bool = False
+) -> dict:
+    """Run the steps without a result, in order, within the budget.
 
     Args:
-        told: results so far; a step that was left out for want of time is tried again, others if ``again``.
-        file: written after every step.
-        env: of the steps.
+        results: results so far. A step that was skipped for lack of time runs again; failed ones only if ``again``.
+        file: rewritten after every step.
+        env: environment variables of the steps.
+        budget: seconds.
     """
     end = time.monotonic() + budget
-    entries = {entry["step"]: entry for entry in told["steps"]}
+    entries = {entry["step"]: entry for entry in results["steps"]}
     for step in todo:
         before = entries.get(step.name)
         if before and not before.get("no_time") and not (again and before["status"] != "ok") and step.name != "machine":
@@ -64,22 +67,22 @@ def run_day(todo: list[Step], told: dict, file: Path, env: dict[str, str], budge
         else:
             entry = run_step(step, env, min(step.limit, left))
         if step.name == "machine" and entry["status"] == "ok":
-            told["machines"] = [*told["machines"], entry["figures"]]
-        entry["machine"] = len(told["machines"]) - 1
+            results["machines"] = [*results["machines"], entry["figures"]]
+        entry["machine"] = len(results["machines"]) - 1
         entries[step.name] = entry
-        told["steps"] = list(entries.values())
-        write(told, file)
+        results["steps"] = list(entries.values())
+        write(results, file)
         print(
             f"{entry['status']:>8}  {entry.get('seconds', 0):6.1f} s  {step.name}  {entry['reason']}"[:300], flush=True
         )
-    return told
+    return results
 
 
 def run_step(step: Step, env: dict[str, str], limit: float) -> dict:
-    """Run one command; whatever happens is a row."""
+    """Run one command and return its row, whatever happens."""
     begin = time.monotonic()
-    own = env | {"CUDA_VISIBLE_DEVICES": ""} if step.hide_gpu else env
-    code, output = run(step.command, own, limit)
+    variables = env | {"CUDA_VISIBLE_DEVICES": ""} if step.hide_gpu else env
+    code, output = run(step.command, variables, limit)
     try:
         status, reason, figures = step.read(code, output)
     except Exception as error:
@@ -100,7 +103,11 @@ def run_step(step: Step, env: dict[str, str], limit: float) -> dict:
 
 
 def run(command: list[str], env: dict[str, str], limit: float) -> tuple[int | None, str]:
-    """A command in a session of its own, ended with all its children at the limit: exit code or None, and output."""
+    """Run a command in its own session and kill it with all children at the limit.
+
+    Returns:
+        exit code (None if it was killed at the limit), and output
+    """
     with TemporaryDirectory() as folder:
         kept = Path(folder) / "output"
         with kept.open("wb") as stream:
@@ -121,7 +128,7 @@ def run(command: list[str], env: dict[str, str], limit: float) -> tuple[int | No
 
 
 def end_all(process: subprocess.Popen) -> None:
-    """End a command and what it left running."""
+    """Kill a command and every process that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -129,25 +136,27 @@ def end_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def write(told: dict, file: Path) -> None:
-    """Replace the file in one go, so that a cut does not leave half of it."""
+def write(results: dict, file: Path) -> None:
+    """Replace the file atomically, so that an interruption does not leave half of it."""
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(file)
 
 
 def read(file: Path | None, rehearse: bool) -> dict:
-    """Results of earlier slices, or none yet."""
+    """Read the results of earlier slices, or return empty ones."""
     if file is None or not file.exists():
         return {"schema": SCHEMA, "rehearsal": rehearse, "commit": commit(), "machines": [], "steps": []}
-    told = json.loads(file.read_text(encoding="utf-8"))
-    if told["schema"] != SCHEMA or told["rehearsal"] != rehearse:
-        raise SystemExit(f"error: {file} is of another kind (schema {told['schema']}, rehearsal {told['rehearsal']})")
-    return told
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if results["schema"] != SCHEMA or results["rehearsal"] != rehearse:
+        raise SystemExit(
+            f"error: {file} does not match this run (schema {results['schema']}, rehearsal {results['rehearsal']})"
+        )
+    return results
 
 
 def commit() -> str:
-    """What is run; empty outside of a clone."""
+    """Return the git commit, or an empty string outside a clone."""
     words = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -156,7 +165,7 @@ def commit() -> str:
 
 
 def environment(wheels: Path, site: Path) -> dict[str, str]:
-    """The variables of the steps: this clone and the missing packages on the path, nothing from a network."""
+    """Return the environment of the steps: this clone and the unpacked wheels on PYTHONPATH, no network."""
     missing = unpack_missing(wheels, site)
     print(f"taken from {wheels}: {', '.join(missing) or 'nothing'}", flush=True)
     path = os.pathsep.join([str(ROOT), str(site)])
@@ -170,32 +179,34 @@ def environment(wheels: Path, site: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run all that a GPU has to show.")
-    parser.add_argument("--budget", type=seconds, default=seconds("25m"), help="as 9m; 25m")
-    parser.add_argument("--out", type=Path, default=ROOT / ".gpu", help="folder of gpu.json; .gpu")
-    parser.add_argument("--resume", type=Path, help="results of an earlier slice, if they are not in --out")
-    parser.add_argument("--wheels", type=Path, default=FOLDER, help=".gpu/wheels")
-    parser.add_argument("--site", type=Path, default=ROOT / ".gpu" / "site", help="where they are unpacked")
-    parser.add_argument("--only", default="", help="steps whose name matches this pattern")
+    parser = argparse.ArgumentParser(description="Run everything that needs a GPU.")
+    parser.add_argument("--budget", type=seconds, default=seconds("25m"), help="time limit, such as 9m; default: 25m")
+    parser.add_argument("--out", type=Path, default=ROOT / ".gpu", help="folder of gpu.json; default: .gpu")
+    parser.add_argument("--resume", type=Path, help="results of an earlier slice, if not in --out")
+    parser.add_argument("--wheels", type=Path, default=FOLDER, help="folder of wheels; default: .gpu/wheels")
+    parser.add_argument(
+        "--site", type=Path, default=ROOT / ".gpu" / "site", help="folder that wheels are unpacked into"
+    )
+    parser.add_argument("--only", default="", help="run only steps whose name matches this pattern")
     parser.add_argument("--again", action="store_true", help="run failed steps again")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes")
-    parser.add_argument("--list", action="store_true", help="name the steps and leave")
-    words = parser.parse_args()
-    words.out.mkdir(parents=True, exist_ok=True)
-    file = words.out / "gpu.json"
+    parser.add_argument("--rehearse", action="store_true", help="use tiny sizes, on a CPU")
+    parser.add_argument("--list", action="store_true", help="list the steps and exit")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "gpu.json"
     with TemporaryDirectory() as work:
-        todo = [step for step in steps(Path(work), rehearse=words.rehearse) if re.search(words.only, step.name)]
-        if words.list:
+        todo = [step for step in steps(Path(work), rehearse=args.rehearse) if re.search(args.only, step.name)]
+        if args.list:
             print("\n".join(f"{step.limit:5.0f} s  {step.name}" for step in todo))
             return 0
-        told = read(file if file.exists() else words.resume, words.rehearse)
-        env = environment(words.wheels, words.site)
-        told = run_day(todo, told, file, env, words.budget, words.again)
+        results = read(file if file.exists() else args.resume, args.rehearse)
+        env = environment(args.wheels, args.site)
+        results = run_day(todo, results, file, env, args.budget, args.again)
     counts = {
-        status: sum(entry["status"] == status for entry in told["steps"]) for status in ("ok", "failed", "skipped")
+        status: sum(entry["status"] == status for entry in results["steps"]) for status in ("ok", "failed", "skipped")
     }
     print(", ".join(f"{count} {status}" for status, count in counts.items()), "in", file)
-    return 0  # a failed row is a result too: a plain Trainer that runs out of memory, say
+    return 0  # a failed row is a result too, such as a plain Trainer that runs out of memory
 
 
 if __name__ == "__main__":

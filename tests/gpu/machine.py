@@ -1,4 +1,4 @@
-"""What the machine is, as one JSON line: GPU, versions, its fastest matrix product and copy."""
+"""Print GPU, versions, and the speed of matrix products and copies as one JSON line."""
 
 import json
 import platform
@@ -21,30 +21,30 @@ PACKAGES = (
 
 
 def machine() -> dict:
-    """Name, memory and versions; the rates are those of random numbers."""
+    """Return name, memory, versions and measured rates (on random numbers)."""
     import torch
 
-    told = {"python": platform.python_version(), "device": "cpu", "versions": {}}
+    facts = {"python": platform.python_version(), "device": "cpu", "versions": {}}
     for name in PACKAGES:
         try:
-            told["versions"][name] = version(name)
+            facts["versions"][name] = version(name)
         except PackageNotFoundError:
-            told["versions"][name] = None
-    told["versions"]["cuda"] = torch.version.cuda if torch.cuda.is_available() else None
+            facts["versions"][name] = None
+    facts["versions"]["cuda"] = torch.version.cuda if torch.cuda.is_available() else None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        told |= {
+        facts |= {
             "device": properties.name,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "capability": f"{properties.major}.{properties.minor}",
-            "bf16_tflops": round(2 * 8192**3 / _fastest(product) / 1e12, 1),
-            "copy_tb_per_second": round(2 * 2**32 / _fastest(copy) / 1e12, 2),
+            "bf16_tflops": round(2 * 8192**3 / _seconds_of(product) / 1e12, 1),
+            "copy_tb_per_second": round(2 * 2**32 / _seconds_of(copy) / 1e12, 2),
         }
-    return told
+    return facts
 
 
 def product():
-    """A function that multiplies two square matrices of 8,192 in bfloat16."""
+    """Return a function that multiplies two 8,192 x 8,192 matrices in bfloat16."""
     import torch
 
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -52,7 +52,7 @@ def product():
 
 
 def copy():
-    """A function that copies 4 GiB within the GPU: read once, written once."""
+    """Return a function that copies 4 GiB within the GPU, which reads and writes each byte once."""
     import torch
 
     source = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
@@ -60,8 +60,8 @@ def copy():
     return lambda: target.copy_(source)
 
 
-def _fastest(make) -> float:
-    """Seconds of one of ten calls after three, the device waited for before and after."""
+def _seconds_of(make) -> float:
+    """Return the seconds per call over ten calls after three warm-up calls, synchronised before and after."""
     import torch
 
     call = make()

@@ -1,8 +1,8 @@
-"""Training steps of a plain transformers Trainer, as its documentation shows them, to compare ours with.
+"""Training steps of a plain transformers Trainer, as in its documentation, for comparison with ours.
 
-Made-up records of the same make, the same model of random weights, the same precision, optimizer and
-gradient checkpointing. Its own: the processor called on a padded batch by the collator, the model's own loss over the
-logits of all tokens, and SDPA with a mask. Not part of the package.
+Both use the same kind of synthetic records, the same model with random weights, and the same precision, optimizer and
+gradient checkpointing. The plain Trainer differs in three ways: its collator calls the processor on a padded batch, the
+model computes its own loss over the logits of all tokens, and attention is SDPA with a mask. Not part of the package.
 """
 
 import io
@@ -24,7 +24,7 @@ RANK, ALPHA, DROPOUT = 16, 32, 0.05
 
 
 class Collator:
-    """Raw records -> a right-padded batch; labels are the answer, its end and the newline behind it."""
+    """Turn records into a right-padded batch. Labels cover the answer, its end token and the newline after it."""
 
     def __init__(self, processor) -> None:
         self.processor = processor
@@ -44,7 +44,7 @@ class Collator:
 
 
 def messages(record: dict) -> list[dict]:
-    """A record as the chat template takes it."""
+    """Return a record as messages for the chat template."""
     question, answer = (turn["value"] for turn in record["conversations"])
     content = [{"type": "image"} for _ in record.get("image", [])]
     content.append({"type": "text", "text": question.removeprefix("<image>\n")})
@@ -55,20 +55,20 @@ def messages(record: dict) -> list[dict]:
 
 
 class PaddedClock(Clock):
-    """Counts what is no padding; the numbers stay on the device until the end."""
+    """Counts tokens without padding; the counts stay on the device until the end."""
 
-    def _see(self, module, positional, told) -> None:
-        text = pad(told["attention_mask"].sum(dim=1).cumsum(0), (1, 0))
-        grid = told.get("image_grid_thw")
+    def _see(self, module, positional, kwargs) -> None:
+        text = pad(kwargs["attention_mask"].sum(dim=1).cumsum(0), (1, 0))
+        grid = kwargs.get("image_grid_thw")
         vision = None if grid is None else pad(grid.prod(dim=1).cumsum(0), (1, 0))
-        self.seen.append((self.step, text, vision, (told["labels"][:, 1:] != -100).sum()))
+        self.seen.append((self.step, text, vision, (kwargs["labels"][:, 1:] != -100).sum()))
 
     def rows(self) -> list[Row]:
         return [Row(row.samples, row.frames, int(row.supervised)) for row in super().rows()]
 
 
 def plain_model(size: str, train_type: str, device: torch.device):
-    """Random weights: in float32 where they train, in 16 bits where they are frozen (on a GPU)."""
+    """Build a model with random weights: trainable ones in float32, frozen ones in 16 bits on a GPU."""
     full = train_type == "full"
     dtype = torch.float32 if full or device.type == "cpu" else torch.bfloat16
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def plain_model(size: str, train_type: str, device: torch.device):
 
 
 def plain_step(options: StepOptions, batch: int, accumulation: int) -> dict:
-    """Train for a few steps of ``batch * accumulation`` samples; figures by the names of `StepResult`."""
+    """Train a few steps of ``batch * accumulation`` samples. Returns figures named as in `StepResult`."""
     on_gpu = torch.cuda.is_available()
     steps = options.warmup + options.steps
     with TemporaryDirectory() as folder:
@@ -116,8 +116,8 @@ def plain_step(options: StepOptions, batch: int, accumulation: int) -> dict:
 
 
 def plain_records(tokenizer, options: StepOptions, samples: int) -> list[dict]:
-    """The first so many of the records that the bench makes, with the image in memory."""
-    told = filled_records(
+    """Return the first ``samples`` records of the benchmark's workload, with images in memory."""
+    workload = filled_records(
         tokenizer,
         tokens=2 * samples * mean_of(options),
         mean_sample=mean_of(options),
@@ -126,16 +126,16 @@ def plain_records(tokenizer, options: StepOptions, samples: int) -> list[dict]:
         supervised_share=options.supervised_share,
         seed=42,
     )
-    return told.records[:samples]
+    return workload.records[:samples]
 
 
 def mean_of(options: StepOptions) -> int:
-    """Tokens of a sample, on average."""
+    """Return the mean number of tokens per sample."""
     return options.mean_sample or min(512, options.row_length // 8)
 
 
 def figures(clock: Clock, work, device: torch.device) -> dict:
-    """What a clock saw."""
+    """Return the figures that a clock recorded."""
     rows, seconds = clock.rows(), sum(clock.seconds())
     flops = work.flops(rows)["total"]
     peak, source = device_peak(device, "bfloat16" if device.type == "cuda" else "float32")

@@ -1,9 +1,9 @@
-"""Write the results of a GPU day into the documents: between markers, so that writing again replaces.
+"""Write the results of a GPU day into the documents.
 
     make gpu-report FILE=.gpu/gpu.json
 
-Tables go between ``<!-- gpu:begin -->`` and ``<!-- gpu:end -->`` of docs/performance.md and recipes/README.md. Results
-of a rehearsal are refused, because they say nothing about a GPU.
+Tables replace the text between ``<!-- gpu:begin -->`` and ``<!-- gpu:end -->`` in docs/performance.md and
+recipes/README.md. Results of a rehearsal are refused, because they were not measured on a GPU.
 """
 
 import argparse
@@ -24,19 +24,19 @@ NAMES = {
 SHOWN_REASON = 160
 
 
-def update(told: dict, root: Path) -> list[Path]:
-    """Write the blocks of both documents below a root; the files that were written.
+def update(results: dict, root: Path) -> list[Path]:
+    """Write the blocks of both documents below a root, and return the written files.
 
     Raises:
-        SystemExit: it was a rehearsal, or a document has no markers.
+        SystemExit: the results are those of a rehearsal or name no machine, or a document has no markers.
     """
-    if told["rehearsal"]:
+    if results["rehearsal"]:
         raise SystemExit("error: these are results of a rehearsal. Run make gpu on a machine with a GPU.")
-    if not told["machines"]:
-        raise SystemExit("error: no step of these results knows its machine. See the step 'machine' in the file.")
+    if not results["machines"]:
+        raise SystemExit("error: the results do not name a machine. See why the step 'machine' failed in the file.")
     blocks = {
-        root / "docs" / "performance.md": performance_block(told),
-        root / "recipes" / "README.md": recipes_block(told),
+        root / "docs" / "performance.md": performance_block(results),
+        root / "recipes" / "README.md": recipes_block(results),
     }
     texts = {path: replaced(path, block) for path, block in blocks.items()}
     for path, text in texts.items():
@@ -45,7 +45,7 @@ def update(told: dict, root: Path) -> list[Path]:
 
 
 def replaced(path: Path, block: str) -> str:
-    """The text of a document with another block."""
+    """Return the text of a document with a new block."""
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise SystemExit(f"error: {path} needs one line {BEGIN} and one line {END}")
@@ -53,42 +53,42 @@ def replaced(path: Path, block: str) -> str:
     return f"{before}{BEGIN}\n\n{block.strip()}\n\n{END}{rest.split(END)[1]}"
 
 
-def performance_block(told: dict) -> str:
-    """Where it ran, the bench table, and every step with what became of it."""
-    parts = [ran_on(told), bench_table(cells(told)), "What else was run:", steps_table(told["steps"])]
+def performance_block(results: dict) -> str:
+    """Return the block of docs/performance.md: machine, bench table, and every step with its outcome."""
+    parts = [ran_on(results), bench_table(cells(results)), "All steps:", steps_table(results["steps"])]
     return "\n\n".join(part for part in parts if part)
 
 
-def recipes_block(told: dict) -> str:
-    """Memory and speed of packed rows by model and method, to choose a recipe by."""
+def recipes_block(results: dict) -> str:
+    """Return the block of recipes/README.md: memory and speed of packed rows by model and method."""
     rows = [
         (f"{row['size']} {row['train_type']}", f"{row['row_length']:,}", *figures(row)[:2], figures(row)[3])
-        for row in cells(told)
+        for row in cells(results)
         if row["layout"] == "packed" and row["status"] == "ok"
     ]
     heads = ("model", "row", "peak GiB", "tokens/s", "MFU")
-    note = "Packed rows of made-up records over random weights; LoRA has rank 16 on the language model."
-    return "\n\n".join([ran_on(told), note, table(heads, rows) if rows else "No row was measured."])
+    note = "Packed rows of synthetic records, models with random weights; LoRA has rank 16 on the language model."
+    return "\n\n".join([ran_on(results), note, table(heads, rows) if rows else "No row was measured."])
 
 
-def ran_on(told: dict) -> str:
-    """Date, GPU and versions; of several slices each machine."""
-    dates = sorted(entry["date"][:10] for entry in told["steps"] if "date" in entry)
+def ran_on(results: dict) -> str:
+    """Return date, GPU and versions, for each machine if there are several."""
+    dates = sorted(entry["date"][:10] for entry in results["steps"] if "date" in entry)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lines: dict[str, None] = {}
-    for machine in told["machines"]:
+    for machine in results["machines"]:
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
         lines[f"{machine['device']} ({machine.get('memory_gib', '?')} GiB), Python {machine['python']}, {versions}"] = (
             None
         )
-    return f"{when}, commit {told['commit'] or 'unknown'}: {'; '.join(lines)}."
+    return f"{when}, commit {results['commit'] or 'unknown'}: {'; '.join(lines)}."
 
 
-def cells(told: dict) -> list[dict]:
-    """All rows of the bench, by size, method, row length and layout, each with its machine."""
+def cells(results: dict) -> list[dict]:
+    """Return all bench rows, each with its machine, sorted by size, method, row length and layout."""
     found = [
-        row | {"machine": told["machines"][entry["machine"]]["device"]}
-        for entry in told["steps"]
+        row | {"machine": results["machines"][entry["machine"]]["device"]}
+        for entry in results["steps"]
         if entry["step"].startswith("bench")
         for row in entry.get("figures", {}).get("rows", [])
     ]
@@ -98,7 +98,7 @@ def cells(told: dict) -> list[dict]:
 
 
 def bench_table(rows: list[dict]) -> str:
-    """Every row that was tried, with its figures or its reason."""
+    """Return the table of all rows, with figures or the reason for their absence."""
     if not rows:
         return "No row of the bench was measured."
     several = len({row["machine"] for row in rows}) > 1
@@ -116,7 +116,7 @@ def bench_table(rows: list[dict]) -> str:
 
 
 def figures(row: dict) -> tuple[str, str, str, str]:
-    """Peak GiB, tokens/s, samples/s and MFU as they are shown; dashes where there are none."""
+    """Return peak GiB, tokens/s, samples/s and MFU as text, or dashes if the row failed."""
     if row["status"] != "ok":
         return ("-",) * 4
     rates = f"{row['tokens_per_second']:,.0f}", f"{row['samples_per_second']:,.1f}"
@@ -124,7 +124,7 @@ def figures(row: dict) -> tuple[str, str, str, str]:
 
 
 def ran_as(row: dict) -> str:
-    """What a step was made of."""
+    """Describe what one step consisted of."""
     samples = (
         f"batches of {row['batch']} x {row['accumulation']}" if row["layout"] in ("padded", "plain") else "one row"
     )
@@ -132,20 +132,20 @@ def ran_as(row: dict) -> str:
 
 
 def steps_table(entries: list[dict]) -> str:
-    """Every step: what became of it, how long it took, why."""
+    """Return the table of all steps with outcome, duration and reason."""
     rows = []
     for entry in entries:
-        told = entry.get("figures") or {}
-        counts = [f"{told[kind]} {kind}" for kind in ("passed", "failed", "skipped") if told.get(kind)]
+        numbers = entry.get("figures") or {}
+        counts = [f"{numbers[kind]} {kind}" for kind in ("passed", "failed", "skipped") if numbers.get(kind)]
         why = [entry["reason"][:SHOWN_REASON].replace("|", "/")] if entry["reason"] else []
         rows.append((entry["step"], entry["status"], f"{entry.get('seconds', 0):.0f}", "; ".join(counts + why)))
     return table(("step", "result", "seconds", ""), rows)
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown: the first column to the left, those of numbers to the right."""
-    to_the_right = [all(re.match(r"^[-\d.,%]*$", row[column]) for row in rows) for column in range(len(heads))]
-    rule = "|".join("---:" if right else "---" for right in to_the_right)
+    """Return a Markdown table in which columns of numbers are right-aligned."""
+    right_aligned = [all(re.match(r"^[-\d.,%]*$", row[column]) for row in rows) for column in range(len(heads))]
+    rule = "|".join("---:" if right else "---" for right in right_aligned)
     lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
@@ -154,10 +154,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the results of a GPU day into the documents.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--root", type=Path, default=ROOT)
-    words = parser.parse_args()
-    if not words.file.exists():
-        raise SystemExit(f"error: there is no {words.file}. Run make gpu first, or name the file: FILE=DIR/gpu.json")
-    for path in update(json.loads(words.file.read_text(encoding="utf-8")), words.root):
+    args = parser.parse_args()
+    if not args.file.exists():
+        raise SystemExit(f"error: there is no {args.file}. Run make gpu first, or name the file: FILE=DIR/gpu.json")
+    for path in update(json.loads(args.file.read_text(encoding="utf-8")), args.root):
         print("written:", path)
     return 0
 

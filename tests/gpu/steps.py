@@ -1,6 +1,6 @@
-"""What a GPU day does, most important first: each step a command of its own with its limit and how to read its answer.
+"""Lists the steps of a GPU day, most important first. Each is a command with a time limit and a parser of its output.
 
-Nothing here imports torch or the package, so that a broken environment is a row of the results and no crash.
+Nothing here imports torch or the package, so that a broken environment becomes a row of the results and not a crash.
 """
 
 import json
@@ -36,54 +36,54 @@ REHEARSED_CELLS = (("tiny", "lora", 512), ("tiny", "full", 256))
 UNKNOWN = "unknown command 'prove'"
 
 Answer = tuple[str, str, dict]
-"""Status (ok, failed, skipped), the reason where it is not ok, and figures."""
+"""Status (ok, failed, skipped), the reason if it is not ok, and figures."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command."""
+    """One command of a GPU day."""
 
     name: str
     command: list[str]
     limit: float
-    """Seconds after which it is stopped."""
+    """Seconds after which it is killed."""
     usual: float
-    """Seconds that it is guessed to take; with less left it is not begun."""
+    """Estimated seconds; with less time left it is not started."""
     read: Callable[[int | None, str], Answer]
-    """Exit code (None: stopped at its limit) and all output -> answer."""
+    """Parses exit code (None: killed at its limit) and full output into an answer."""
     hide_gpu: bool = False
 
 
 def steps(work: Path, *, rehearse: bool) -> list[Step]:
-    """All steps in their order.
+    """Return all steps in order.
 
     Args:
-        work: a folder for what steps write.
-        rehearse: tiny sizes, for a machine without a GPU.
+        work: folder for files that steps write.
+        rehearse: use tiny sizes, for a machine without a GPU.
     """
     python = sys.executable
     first, rest = (REHEARSED_CELLS[0], REHEARSED_CELLS[1:]) if rehearse else (FIRST_CELL, CELLS)
-    told = [Step("machine", [python, str(HERE / "machine.py")], 90, 10, read_json)]
-    told += [gpu_tests(file, work) for file in gpu_files()]
-    told.append(prove(work, "lora"))
-    told.append(cells(*first, rehearse=rehearse))
-    told.append(contract(work))
-    told.append(prove(work, "full"))
-    more = "liger,unchecked" if rehearse else "compiled,liger,unchecked"  # compiling for a CPU takes minutes
-    told.append(cells(*first, rehearse=rehearse, layouts=more))
-    told += [cells(*cell, rehearse=rehearse) for cell in rest]
-    return told
+    listed = [Step("machine", [python, str(HERE / "machine.py")], 90, 10, read_json)]
+    listed += [gpu_tests(file, work) for file in gpu_files()]
+    listed.append(prove(work, "lora"))
+    listed.append(cells(*first, rehearse=rehearse))
+    listed.append(contract(work))
+    listed.append(prove(work, "full"))
+    more = "liger,unchecked" if rehearse else "compiled,liger,unchecked"  # compiling on a CPU takes minutes
+    listed.append(cells(*first, rehearse=rehearse, layouts=more))
+    listed += [cells(*cell, rehearse=rehearse) for cell in rest]
+    return listed
 
 
 def gpu_files() -> list[str]:
-    """Test files with tests that are marked gpu, those of this folder first."""
+    """Return the test files that contain tests marked gpu, those of this folder first."""
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
     names = sorted(str(path.relative_to(ROOT)) for path in marked)
     return sorted(names, key=lambda name: not name.startswith("tests/gpu/"))
 
 
 def gpu_tests(file: str, work: Path) -> Step:
-    """The tests marked gpu of one file: in a process of their own, which a failed kernel may take with it."""
+    """Run the tests marked gpu of one file, in their own process because a failed kernel may crash it."""
     report = work / (file.replace("/", ".") + ".xml")
     return Step(
         f"gpu tests, {file}", pytest(report, "-m", "gpu", file), 180, 20, lambda code, _: read_xml(code, report)
@@ -91,20 +91,20 @@ def gpu_tests(file: str, work: Path) -> Step:
 
 
 def contract(work: Path) -> Step:
-    """The contract, on the CPU of the machine, because its references are computed there."""
+    """Run the compatibility contract on the CPU, because its references are computed there."""
     report = work / "contract.xml"
     words = pytest(report, "-m", "not gpu", "-n", "8", "tests/upstream")
     return Step("contract", words, 300, 60, lambda code, _: read_xml(code, report), hide_gpu=True)
 
 
 def pytest(report: Path, *words: str) -> list[str]:
-    """pytest with a report that is read even if single tests fail."""
+    """Return a pytest command that writes a report, even if tests fail."""
     options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", f"--junitxml={report}"]
     return [sys.executable, "-m", "pytest", *options, *words]
 
 
 def prove(work: Path, tuner: str) -> Step:
-    """`qwenvl-ft prove` on a tiny checkpoint, which is made first."""
+    """Create a tiny checkpoint and run `qwenvl-ft prove` on it."""
     folder = work / "tiny"
     main = f'"{sys.executable}" -m qwenvl_ft.cli.main'
     script = f'{main} tiny "{folder}" >/dev/null && {main} prove --model "{folder}" --tuner {tuner} --json'
@@ -112,7 +112,7 @@ def prove(work: Path, tuner: str) -> Step:
 
 
 def cells(size: str, train_type: str, row: int, *, rehearse: bool, layouts: str = "packed,padded,plain") -> Step:
-    """Bench one size, way of training and row length in several layouts."""
+    """Benchmark one size, method and row length in several layouts."""
     name = f"bench, {size} {train_type} {row}" + ("" if "packed" in layouts else f", {layouts}")
     words = ["--size", size, "--train-type", train_type, "--row-length", str(row), "--layouts", layouts]
     words += ["--steps", "1", "--warmup", "1"] if rehearse else []
@@ -120,7 +120,7 @@ def cells(size: str, train_type: str, row: int, *, rehearse: bool, layouts: str 
 
 
 def read_json(code: int | None, output: str) -> Answer:
-    """The last line of the output is the answer."""
+    """Parse the last JSON line of the output."""
     lines = [line for line in output.splitlines() if line.startswith("{")]
     if code == 0 and lines:
         return "ok", "", json.loads(lines[-1])
@@ -128,16 +128,16 @@ def read_json(code: int | None, output: str) -> Answer:
 
 
 def read_prove(code: int | None, output: str) -> Answer:
-    """An object of checks; exit code 1 says that one does not hold. Older commits have no such command."""
+    """Parse the object of checks; exit code 1 means that one failed. Older commits do not have the command."""
     if code == 2 and UNKNOWN in output:
         return "skipped", "not there", {}
     lines = [line for line in output.splitlines() if line.startswith("{")]
-    told = json.loads(lines[-1]) if lines else {}
-    return ("ok", "", told) if code == 0 and told else ("failed", ended(code, output), told)
+    checks = json.loads(lines[-1]) if lines else {}
+    return ("ok", "", checks) if code == 0 and checks else ("failed", ended(code, output), checks)
 
 
 def read_rows(code: int | None, output: str) -> Answer:
-    """Lines ``ROW {json}``; what was measured before the process ended counts."""
+    """Parse lines ``ROW {json}``; rows measured before a crash count."""
     rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW {")]
     bad = [f"{row['layout']}: {row['reason']}" for row in rows if row["status"] != "ok"]
     if code != 0:
@@ -148,7 +148,7 @@ def read_rows(code: int | None, output: str) -> Answer:
 
 
 def read_xml(code: int | None, report: Path) -> Answer:
-    """Tests by outcome, and those that failed or were skipped with their reason."""
+    """Count tests by outcome, and list failed and skipped ones with their reason."""
     if not report.exists():
         return "failed", f"no report of pytest; {ended(code, '')}", {}
     counts = {"passed": 0, "failed": 0, "skipped": 0}
@@ -168,7 +168,7 @@ def read_xml(code: int | None, report: Path) -> Answer:
 
 
 def ended(code: int | None, output: str) -> str:
-    """How a command ended, and its last line."""
+    """Describe how a command ended, with its last line of output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     last = f": {lines[-1][:300]}" if lines else ""
     if "OutOfMemoryError" in output:

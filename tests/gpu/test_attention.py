@@ -1,4 +1,4 @@
-"""Attention over a packed row equals SDPA on each sample, in both passes, with every kernel that a device has."""
+"""Packed attention equals SDPA on each sample, forward and backward, with every kernel of the device."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = [300, 3, 129, 1, 64, 129]
 SHAPES = {
     "text": (True, (8, 2), 128),
-    "text, a head of its own each": (True, (4, 4), 128),
+    "text, no grouped heads": (True, (4, 4), 128),
     "vision of 2b and 4b": (False, (16, 16), 64),
     "vision of 8b": (False, (16, 16), 72),
 }
 TOLERANCE = 0.02
-"""Of bfloat16 operands, as a share of the norm."""
+"""Relative error allowed for bfloat16 operands."""
 
 
 class Case:
-    """Random queries, keys and values ``[1, H, T, D]`` in float64 that bfloat16 can represent."""
+    """Random queries, keys and values float64[1, H, T, D] that bfloat16 represents exactly."""
 
     def __init__(self, shape, device):
         self.causal, heads, self.size = SHAPES[shape]
@@ -33,14 +33,14 @@ class Case:
         self.module.is_causal, self.module.num_key_value_groups = self.causal, heads[0] // heads[1]
 
     def passes(self, attend, dtype):
-        """Output ``[1, H, T, D]`` and the three gradients, in float64."""
+        """Return the output and the three gradients, float64[1, H, T, D] each."""
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in self.exact]
         out = attend(*leaves)
         (out.double() * self.weights).sum().backward()
         return [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
 
     def alone(self, query, key, value, lengths=LENGTHS):
-        """SDPA of torch on each sample, keys and values repeated for their queries."""
+        """Run torch's SDPA on each sample, with keys and values repeated for grouped heads."""
         key, value = (x.repeat_interleave(self.module.num_key_value_groups, dim=1) for x in (key, value))
         samples = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         return torch.cat([scaled_dot_product_attention(*each, is_causal=self.causal) for each in samples], dim=2)
@@ -63,7 +63,7 @@ def distances(found, expected):
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """How often torch's kernel for unequal lengths was called."""
+    """List that grows by one with every call of torch's variable-length kernel."""
     calls, plain = [], packed_attention._varlen
     monkeypatch.setattr(packed_attention, "_varlen", lambda *args: calls.append(1) or plain(*args))
     return calls
@@ -77,13 +77,13 @@ def test_a_packed_row_equals_its_samples_in_both_passes(shape, device, kernel_ca
     found = case.passes(case.packed, torch.bfloat16)
     assert max(distances(found, expected)) < TOLERANCE
     leaked = case.passes(lambda *each: case.alone(*each, lengths=[sum(LENGTHS)]), torch.float64)
-    assert min(distances(leaked, expected)) > 10 * TOLERANCE, "vacuous: samples that see each other agree too"
+    assert min(distances(leaked, expected)) > 10 * TOLERANCE, "vacuous: samples that attend to each other agree too"
     assert len(kernel_calls) == (device == "cuda" and not VARLEN.missing())
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_kernel_that_does_not_share_keys_gets_them_repeated(device, monkeypatch):
-    """torch 2.11's takes as many heads of keys as of queries; on the CPU, a stand-in of the same signature."""
+def test_keys_are_repeated_for_a_kernel_without_grouped_heads(device, monkeypatch):
+    """torch 2.11's kernel needs as many key heads as query heads; on a CPU a stand-in has the same signature."""
     case = Case("text", device)
     kernel, heads = (None if device == "cpu" else packed_attention._kernel()), []
 
@@ -93,8 +93,8 @@ def test_a_kernel_that_does_not_share_keys_gets_them_repeated(device, monkeypatc
         if kernel is not None:
             return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
         flat = [x.transpose(0, 1)[None].split(cu_seq_q.diff().tolist(), dim=2) for x in (query, key, value)]
-        told = {"is_causal": window_size == (-1, 0), "scale": scale}
-        outs = [scaled_dot_product_attention(*each, **told) for each in zip(*flat, strict=True)]
+        kwargs = {"is_causal": window_size == (-1, 0), "scale": scale}
+        outs = [scaled_dot_product_attention(*each, **kwargs) for each in zip(*flat, strict=True)]
         return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
     monkeypatch.setattr(packed_attention, "_kernel", lambda: old)

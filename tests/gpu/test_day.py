@@ -1,4 +1,4 @@
-"""A GPU day writes every step down whatever becomes of it, keeps to its budget, and is put into the documents."""
+"""A GPU day records every step, whatever its outcome, keeps its budget, and is written into the documents."""
 
 import json
 import os
@@ -41,11 +41,11 @@ def run(steps, folder, budget=60.0, again=False):
 
     file = folder / "gpu.json"
     run_day(steps, read(file, False), file, dict(os.environ), budget, again)
-    told = json.loads(file.read_text())
-    return told, {entry["step"]: entry for entry in told["steps"]}
+    saved = json.loads(file.read_text())
+    return saved, {entry["step"]: entry for entry in saved["steps"]}
 
 
-def test_each_step_is_a_row_whatever_becomes_of_it(tmp_path):
+def test_each_step_is_a_row_whatever_its_outcome(tmp_path):
     hangs = "import subprocess, time; subprocess.Popen(['sleep', '30']); print('began', flush=True); time.sleep(30)"
     steps = [
         step("machine", MACHINE),
@@ -57,9 +57,9 @@ def test_each_step_is_a_row_whatever_becomes_of_it(tmp_path):
         step("killed", "import os; os.kill(os.getpid(), 9)"),
     ]
     begin = time.monotonic()
-    told, rows = run(steps, tmp_path)
+    saved, rows = run(steps, tmp_path)
     assert time.monotonic() - begin < 15
-    assert told["machines"][0]["device"] == "NVIDIA Made Up"
+    assert saved["machines"][0]["device"] == "NVIDIA Made Up"
     assert [row["status"] for row in rows.values()] == ["ok", "ok", *["failed"] * 5]
     assert rows["works"]["figures"] == {"a": 1}
     assert rows["fails"]["reason"] == "exit code 1: no luck"
@@ -70,22 +70,22 @@ def test_each_step_is_a_row_whatever_becomes_of_it(tmp_path):
     assert rows["fails"]["tail"] == ["no luck"]
 
 
-def test_the_next_slice_goes_on_where_the_budget_ended(tmp_path):
+def test_the_next_slice_continues_where_the_budget_ended(tmp_path):
     count = tmp_path / "count"
     once = f"open({str(count)!r}, 'a').write('x'); print('{{}}')"
     steps = [step("machine", MACHINE), step("short", once), step("long", "print('{}')", limit=500, usual=400)]
     _, rows = run(steps, tmp_path, budget=60)
     assert rows["long"]["status"] == "skipped"
     assert "left of the budget, it takes about 400" in rows["long"]["reason"]
-    told, rows = run(steps, tmp_path, budget=1000)
+    saved, rows = run(steps, tmp_path, budget=1000)
     assert rows["long"]["status"] == "ok"
-    assert count.read_text() == "x", "what has a result is not run again"
-    assert len(told["machines"]) == 2
+    assert count.read_text() == "x", "a step with a result ran again"
+    assert len(saved["machines"]) == 2
     assert rows["short"]["machine"] == 0
     assert rows["long"]["machine"] == 1
 
 
-def test_what_was_measured_before_a_process_ended_is_kept():
+def test_rows_measured_before_a_crash_are_kept():
     from steps import read_prove, read_rows
 
     row = {"layout": "packed", "status": "ok"}
@@ -98,7 +98,7 @@ def test_what_was_measured_before_a_process_ended_is_kept():
     assert read_prove(1, '{"ok": false}')[0] == "failed"
 
 
-def test_tests_are_read_one_by_one(tmp_path):
+def test_outcomes_of_single_tests_are_read(tmp_path):
     from steps import pytest as command
     from steps import read_xml
 
@@ -116,7 +116,7 @@ def test_tests_are_read_one_by_one(tmp_path):
     assert read_xml(1, tmp_path / "none.xml")[0] == "failed"
 
 
-def test_the_files_with_gpu_tests_are_found_and_every_cell_comes_once():
+def test_files_with_gpu_tests_are_found_and_every_cell_appears_once():
     from steps import CELLS, FIRST_CELL, gpu_files, steps
 
     names = gpu_files()
@@ -126,12 +126,12 @@ def test_the_files_with_gpu_tests_are_found_and_every_cell_comes_once():
         (size, kind, row) for size in ("2b", "4b", "8b") for kind in ("full", "lora") for row in (4096, 8192, 16384)
     }
     assert {FIRST_CELL, *CELLS} == sizes
-    told = [step.name for step in steps(Path("work"), rehearse=False)]
-    assert len(told) == len(set(told))
-    assert told[0] == "machine"
+    planned = [step.name for step in steps(Path("work"), rehearse=False)]
+    assert len(planned) == len(set(planned))
+    assert planned[0] == "machine"
 
 
-def test_only_what_is_missing_is_unpacked(tmp_path):
+def test_only_missing_packages_are_unpacked(tmp_path):
     from wheels import check, unpack_missing
 
     for name in ("pytest", "made_up_package"):
@@ -175,7 +175,7 @@ def documents(tmp_path):
     return tmp_path
 
 
-def test_the_documents_get_what_was_measured_and_again_the_same(documents):
+def test_results_are_written_into_the_documents_and_again_without_change(documents):
     from report import update
 
     before = {path: path.read_text() for path in documents.rglob("*.md")}
@@ -206,12 +206,14 @@ def test_a_rehearsal_and_a_document_without_markers_are_refused(documents):
     (documents / "recipes" / "README.md").write_text("no markers")
     with pytest.raises(SystemExit, match="needs one line"):
         update(results(), documents)
-    assert (documents / "docs" / "performance.md").read_text() in before, "all or nothing"
+    assert (documents / "docs" / "performance.md").read_text() in before, (
+        "one document was written although the other failed"
+    )
 
 
-def test_the_options_of_the_guide_exist():
+def test_the_options_in_the_guide_exist():
     guide = (ROOT / "docs" / "performance.md").read_text().split("## On a GPU")[1].split("<!-- gpu:begin -->")[0]
     options = set(re.findall(r"--[a-z]+", guide))
     words = [sys.executable, str(HERE / "day.py"), "--help"]
-    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert {"--budget", "--out", "--rehearse"} <= options <= set(re.findall(r"--[a-z]+", told))
+    help_text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert {"--budget", "--out", "--rehearse"} <= options <= set(re.findall(r"--[a-z]+", help_text))

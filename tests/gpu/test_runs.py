@@ -1,4 +1,4 @@
-"""What is made for GPUs trains there, and its losses are those of the plain run in bfloat16."""
+"""Features for GPUs train there, with the same losses as the plain run in bfloat16."""
 
 import json
 from importlib.util import find_spec
@@ -23,11 +23,11 @@ RUNS = {
     "4 bits": (*LORA, "quantization.quantization_bit=4"),
     "8 bits": (*LORA, "quantization.quantization_bit=8"),
 }
-"""What differs from the plain run, which is in bfloat16, with packed rows."""
+"""Settings that differ from the plain run, which uses bfloat16 and packed rows."""
 NEEDS = {"liger": "liger_kernel", "4 bits": "bitsandbytes", "8 bits": "bitsandbytes"}
 ON_CPU = ("checkpointing", "sdpa")
 TOLERANCE = {"4 bits": 0.1, "8 bits": 0.05}
-"""Of a loss, as a share; 0.02 for all others."""
+"""Relative tolerance of the loss; 0.02 for all others."""
 GIB = 2**30
 
 
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def losses(data, tiny_dir, tmp_path):
-    """Train four steps and give their losses."""
+    """Return a function that trains four steps and returns their losses."""
 
     def run(name, *settings):
         options = {
@@ -64,8 +64,8 @@ def losses(data, tiny_dir, tmp_path):
             "training.save_steps": 4,
         }
         words = [f"{key}={value}" for key, value in options.items()]
-        told = train(load_recipe(None, [*words, *settings]))
-        state = next(told.output_dir.rglob("trainer_state.json"))
+        result = train(load_recipe(None, [*words, *settings]))
+        state = next(result.output_dir.rglob("trainer_state.json"))
         return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
 
     return run
@@ -82,17 +82,17 @@ def test_a_run_has_the_losses_of_the_plain_one(losses, device, name):
     expected, found = losses("plain", *kind), losses(name, *RUNS[name])
     assert len(found) == 4
     assert found == pytest.approx(expected, rel=TOLERANCE[name] if name in TOLERANCE else 0.02)
-    assert expected[-1] < expected[0] - 0.05 or kind is LORA, "vacuous: nothing is learned"
+    assert expected[-1] < expected[0] - 0.05 or kind is LORA, "vacuous: nothing was learned"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("size", "train_type", "row"), [("2b", "lora", 4096), ("2b", "full", 4096)])
 def test_computed_memory_is_what_a_step_takes(size, train_type, row):
-    """Within a fifth of torch's own peak; the table of docs/performance.md is made of it."""
+    """Within a fifth of torch's own peak; the table in docs/performance.md uses the computation."""
     computed = memory(size, train_type, row).total
-    there = torch.cuda.get_device_properties(0).total_memory / GIB
-    if computed > 0.9 * there:
-        pytest.skip(f"needs {computed:.0f} GiB, the GPU has {there:.0f}")
+    available = torch.cuda.get_device_properties(0).total_memory / GIB
+    if computed > 0.9 * available:
+        pytest.skip(f"needs {computed:.0f} GiB, the GPU has {available:.0f}")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     settings = ("tuner.lora_rank=16",) if train_type == "lora" else ()
@@ -103,9 +103,9 @@ def test_computed_memory_is_what_a_step_takes(size, train_type, row):
 
 @pytest.mark.gpu
 def test_the_loss_never_holds_all_logits():
-    """Peak memory of the head grows with its chunk, not with the row: 151,936 words, 8,192 supervised tokens."""
+    """Peak memory of the head depends on the chunk, not on the row: vocabulary 151,936, 8,192 supervised tokens."""
     from qwenvl_ft.bench.parts import bench_loss
 
-    told = bench_loss(tokens=16_384, supervised_share=0.5, vocabulary=151_936, width=256)
-    assert told["chunked"]["gib"] < 0.25 * told["plain"]["gib"]
-    assert told["chunked"]["loss"] == pytest.approx(told["plain"]["loss"], rel=1e-2)
+    measured = bench_loss(tokens=16_384, supervised_share=0.5, vocabulary=151_936, width=256)
+    assert measured["chunked"]["gib"] < 0.25 * measured["plain"]["gib"]
+    assert measured["chunked"]["loss"] == pytest.approx(measured["plain"]["loss"], rel=1e-2)

@@ -1,9 +1,9 @@
-"""What a machine without a network lacks: fetch the wheels here, take those that are missing there.
+"""Download wheels for a GPU machine without a network, and unpack the missing ones there.
 
-    make gpu-wheels        (where there is a network)
+    make gpu-wheels        (on a machine with a network)
 
-A wheel is a zip file of a site-packages folder, so that no pip, no virtual environment and no build is needed on the
-other machine: what is not installed there is unpacked into a folder that goes first on PYTHONPATH.
+A wheel is a zip file of a site-packages folder, so the other machine needs no pip, virtual environment or build.
+Packages that are not installed there are unpacked into a folder that comes first on PYTHONPATH.
 """
 
 import argparse
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".gpu" / "wheels"
 PYTHON = "3.12"
 PLATFORMS = (28, 27, 24, 17, 12, 5)
-"""manylinux_2_N that are accepted; pip takes each by its exact number."""
+"""Accepted values N of manylinux_2_N; pip needs each one listed."""
 LIMIT_MB = 60
 PACKAGES = (
     "datasets==5.2.0",
@@ -33,15 +33,15 @@ PACKAGES = (
     "liger-kernel==0.8.5",
     "bitsandbytes==0.50.2",
 )
-"""Without their dependencies, which come with torch 2.11 and transformers 5.17, or stand here too. deepspeed has no
-wheel; av is as large as all others but one, and only tests of video files need it."""
+"""Downloaded without dependencies, which torch 2.11 and transformers 5.17 bring along or which are listed here too.
+deepspeed has no wheel. av is as large as all but one of the others together, and only tests of video files need it."""
 
 
 def fetch(folder: Path, packages: tuple[str, ...] = PACKAGES) -> str:
-    """Download the wheels; what is there already is kept, what is not in the list goes.
+    """Download the wheels, keep existing ones, and delete those that are not listed.
 
     Raises:
-        SystemExit: one has no wheel for such a machine, or all together are too large to carry.
+        SystemExit: a package has no wheel for this platform, or the wheels together exceed `LIMIT_MB`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     platforms = [f"--platform=manylinux_2_{number}_x86_64" for number in PLATFORMS] + [
@@ -50,7 +50,7 @@ def fetch(folder: Path, packages: tuple[str, ...] = PACKAGES) -> str:
     words = ["-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     target = [f"--python-version={PYTHON}", "--implementation=cp", *platforms]
     if subprocess.run([sys.executable, *words, *target, "--dest", str(folder), *packages], check=False).returncode:
-        raise SystemExit("error: a wheel was not found, see above; needs pip and a network")
+        raise SystemExit("error: pip could not download a wheel, see above. This needs pip and a network.")
     wanted = {normal(package.partition("==")[0]): package.partition("==")[2] for package in packages}
     for wheel in wheels(folder):
         if wanted.get(name_of(wheel)) != wheel.name.split("-")[1]:
@@ -59,19 +59,19 @@ def fetch(folder: Path, packages: tuple[str, ...] = PACKAGES) -> str:
 
 
 def check(folder: Path) -> str:
-    """How many wheels there are and how large they are. Raises SystemExit where they are too large to carry."""
+    """Return the number and size of the wheels. Raises SystemExit above `LIMIT_MB`."""
     size = sum(wheel.stat().st_size for wheel in wheels(folder)) / 1e6
-    told = f"{len(wheels(folder))} wheels, {size:.1f} MB in {folder}"
+    summary = f"{len(wheels(folder))} wheels, {size:.1f} MB in {folder}"
     if size > LIMIT_MB:
-        raise SystemExit(f"error: {told}, more than {LIMIT_MB} MB. Remove the largest from PACKAGES.")
-    return told
+        raise SystemExit(f"error: {summary}, more than {LIMIT_MB} MB. Remove the largest from PACKAGES.")
+    return summary
 
 
 def unpack_missing(folder: Path, site: Path) -> list[str]:
-    """Unpack the wheels whose package is not installed into a folder for PYTHONPATH; the names of all that are there.
+    """Unpack the wheels of packages that are not installed into a folder for PYTHONPATH.
 
-    Raises:
-        ValueError: a wheel has files beside its packages that would be left out.
+    Returns:
+        name and version of every package in the folder
     """
     site.mkdir(parents=True, exist_ok=True)
     taken = []
@@ -90,22 +90,22 @@ def _unpacked(wheel: Path, site: Path) -> bool:
 
 
 def wheels(folder: Path) -> list[Path]:
-    """The wheels of a folder, by name."""
+    """Return the wheels of a folder, sorted by name."""
     return sorted(folder.glob("*.whl"))
 
 
 def name_of(wheel: Path) -> str:
-    """The package of a wheel."""
+    """Return the package name of a wheel."""
     return normal(wheel.name.split("-")[0])
 
 
 def normal(name: str) -> str:
-    """A package's name as it is compared."""
+    """Return a package name in normalised form."""
     return name.lower().replace("_", "-").replace(".", "-")
 
 
 def installed(name: str) -> bool:
-    """Whether this Python has a package, whatever its version."""
+    """Return True if a package is installed, in any version."""
     try:
         version(name)
     except PackageNotFoundError:
@@ -114,6 +114,6 @@ def installed(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Download the wheels that `make gpu` takes along.")
+    parser = argparse.ArgumentParser(description="Download the wheels that `make gpu` needs.")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     print(fetch(parser.parse_args().folder))

@@ -1,4 +1,4 @@
-"""What several tests need: pictures, records in memory, a trainer over them."""
+"""Helpers for several tests: pictures, records in memory, a trainer over them."""
 
 import os
 from pathlib import Path
@@ -10,23 +10,23 @@ from transformers import TrainerCallback, TrainingArguments
 from qwenvl_ft.data.conversation import Source
 
 SHARED = Path(os.environ.get("QWENVL_FT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-"""Folder of the official cases and the released processor; tests that need it skip without it."""
+"""Folder with the official cases and the released processor; tests that need it are skipped without it."""
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth noise, so that resizing keeps something to look at."""
+    """Return an image of smooth noise, which keeps structure when it is resized."""
     rng = np.random.default_rng([width, height, seed])
     small = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 class ListRecords:
-    """Records in memory, as `load_records` gives them from files."""
+    """Records in memory with the interface of `load_records`."""
 
     def __init__(self, records, name="list", datasets=None):
         self.records = records
         names = datasets or [name] * len(records)
-        self.sources = [Source(own, f"{own}[{i}]") for i, own in enumerate(names)]
+        self.sources = [Source(dataset, f"{dataset}[{i}]") for i, dataset in enumerate(names)]
         self.fingerprint = f"{name}-{len(records)}-{id(self)}"
 
     def __len__(self):
@@ -37,7 +37,7 @@ class ListRecords:
 
 
 def answers_of(*lengths):
-    """Records whose supervised lengths differ much: where a mean of means goes wrong."""
+    """Return records with very different supervised lengths, for which a mean of means is wrong."""
     return [
         {
             "image": [picture(64 + 32 * (i % 3), 64, i)],
@@ -75,7 +75,7 @@ def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, datasets=None,
 
 
 def one_step(trainer):
-    """Loss and gradients of one optimizer step over all eight samples."""
+    """Return loss and gradients of one optimizer step over all eight samples."""
     kept = {}
 
     class Keep(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Fixtures: the real Qwen3-VL classes at toy size, made once a session, and records that use every kind of input."""
+"""Fixtures: tiny checkpoints of the real Qwen3-VL classes, created once per session, and records of every kind."""
 
 import json
 import os
@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu skip where there is no CUDA device."""
+    """Skip tests marked gpu without a CUDA device."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_launcher():
-    """A run under DeepSpeed in this process says that it is alone; the next test and its processes are not."""
+    """Remove the launcher variables that DeepSpeed sets in this process, so that they do not affect later tests."""
     before = dict(os.environ)
     yield
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -43,7 +43,7 @@ def no_launcher():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Directories of the tiny checkpoints: ``checkpoints["dense"]``, ``checkpoints["moe"]``."""
+    """Map ``dense`` and ``moe`` to the directory of a tiny checkpoint."""
     from qwenvl_ft.model.tiny import make_tiny
 
     root = tmp_path_factory.getbasetemp()
@@ -78,7 +78,7 @@ def encoder(processor):
 
 @pytest.fixture(params=["dense", "moe"])
 def any_model(request, checkpoints):
-    """A fresh float32 model of each architecture, in eval mode."""
+    """A new float32 model of each architecture, in eval mode."""
     from qwenvl_ft.model.load import load_model
 
     return load_model(str(checkpoints[request.param]), torch_dtype="float32", attn_impl="sdpa").eval()
@@ -86,7 +86,7 @@ def any_model(request, checkpoints):
 
 @pytest.fixture
 def tiny_model(tiny_dir):
-    """A fresh float32 dense model, in eval mode."""
+    """A new float32 dense model, in eval mode."""
     from qwenvl_ft.model.load import load_model
 
     return load_model(str(tiny_dir), torch_dtype="float32", attn_impl="sdpa").eval()
@@ -94,7 +94,7 @@ def tiny_model(tiny_dir):
 
 @pytest.fixture(scope="session")
 def mixed_records():
-    """One image, several images, a video, text alone, several turns, a system prompt: every kind of row neighbour."""
+    """Records with one image, several images, a video, text only, several turns, and a system prompt."""
     a, b, c = picture(96, 64), picture(64, 128, 1), picture(50, 70, 2)
     frames = [picture(64, 64, seed) for seed in range(5)]
     turn = lambda role, text: {"from": role, "value": text}  # noqa: E731

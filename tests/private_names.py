@@ -1,6 +1,6 @@
-"""What a package borrows from other libraries by private names, as its syntax tree shows it.
+"""Finds private names of other libraries in a package, by its syntax tree.
 
-python tests/private_names.py [FOLDER]    # prints a line for each
+python tests/private_names.py [FOLDER]    # prints one line per use
 """
 
 import ast
@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qwenvl_ft"
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make"}
-"""Underscored names that Python documents for use: os._exit, and those of named tuples."""
+"""Underscored names that Python documents as public: os._exit, and those of named tuples."""
 INNARDS = {
     "__code__",
     "__globals__",
@@ -22,9 +22,9 @@ INNARDS = {
     "__func__",
     "__getstate__",
 }
-"""How Python makes functions, methods and pickles: to read it of another's object is to know how that is made."""
+"""Internals of functions, methods and pickles; reading them on foreign objects depends on their implementation."""
 MESSAGES = {f"str({name})" for name in ("error", "exception", "cause", "warning", "warning.message", "caught")}
-"""Texts of another library's errors and warnings, which change between versions."""
+"""Expressions for the text of foreign errors and warnings, which changes between versions."""
 REPLACED = {"forward", "__class__"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}
 
@@ -34,7 +34,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(tree: ast.Module) -> set[str]:
-    """Private names that a file itself defines. Those of our other files count as foreign too: they are not shared."""
+    """Return the private names that a file defines itself; those of our other files count as foreign."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -48,7 +48,7 @@ def own_names(tree: ast.Module) -> set[str]:
 
 
 def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and text of each private name of another library in one file."""
+    """Yield line and source text of each private name of another library in one file."""
     documented = {id(node) for node in ast.walk(tree) if _is_module_class(node)}
     for node in ast.walk(tree):
         text = ""
@@ -81,18 +81,18 @@ def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
 
 
 def _in_innards(node: ast.Subscript) -> bool:
-    """``vars(x)["forward"]`` or ``x.__dict__["forward"]``."""
+    """Return True for ``vars(x)["forward"]`` and ``x.__dict__["forward"]``."""
     holder, name = ast.unparse(node.value), ast.unparse(node.slice).strip("'")
     return name in REPLACED and (holder.startswith("vars(") or holder.endswith(".__dict__"))
 
 
 def _is_module_class(node: ast.AST) -> bool:
-    """``sys.modules[__name__].__class__``, which Python documents."""
+    """Return True for ``sys.modules[__name__].__class__``, which Python documents."""
     return isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules[__name__].__class__"
 
 
 def findings(package: Path = PACKAGE, *, without: tuple[str, ...] = ("upstream",)) -> list[str]:
-    """A line for each private name that the files of a package, but for some folders, take from elsewhere."""
+    """Return one line per private name of another library in a package, leaving out the folders in ``without``."""
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(package.rglob("*.py"))}
     return [
         f"{file.relative_to(package.parent)}:{line}: {text}"

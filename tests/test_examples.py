@@ -1,4 +1,4 @@
-"""What the README, the examples and the notebook show runs as it is written."""
+"""The code in the README, the examples and the notebook runs exactly as shown."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_digits_are_split_as_the_file_goes_and_drawn_as_they_are(digits):
+def test_digits_are_split_in_file_order_and_drawn_unchanged(digits):
     from sklearn.datasets import load_digits
 
     train, val = lines(digits / "train.jsonl"), lines(digits / "val.jsonl")
@@ -36,7 +36,7 @@ def test_digits_are_split_as_the_file_goes_and_drawn_as_they_are(digits):
     varied = [record for record in train if "-" in record["image"]]
     train = [record for record in train if "-" not in record["image"]]
     names = [{record["image"][7:11] for record in part} for part in (varied, train)]
-    assert names[0] == names[1], "a held-out digit was varied"
+    assert names[0] == names[1], "a held-out digit was augmented"
     answers = [int(record["conversations"][-1]["value"]) for record in train + val]
     assert answers == load_digits().target.tolist()
     for index in (0, 1499, 1500, 1796):
@@ -67,7 +67,7 @@ def test_a_notebook_runs_to_its_end_and_is_stored_without_outputs(path, tmp_path
 
 
 def test_the_tour_of_the_readme_runs(tiny_dir, tmp_path, monkeypatch):
-    """On a tiny checkpoint and two steps instead of Qwen3-VL-4B and an epoch."""
+    """Uses a tiny checkpoint and two steps instead of Qwen3-VL-4B and an epoch."""
     (tour,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     record = {
         "image": "cat.png",
@@ -115,16 +115,16 @@ def test_every_json_record_in_the_guides_is_read(tmp_path):
     ]
     assert len(records) >= 3
     for record in records:
-        if "annotations" in record:  # a file of COCO's, not a record
+        if "annotations" in record:  # a COCO file, not a record
             continue
         named = record["images"] if "images" in record else []
-        for name in filter(lambda image: isinstance(image, str), named):  # some formats ask how large they are
+        for name in filter(lambda image: isinstance(image, str), named):  # some formats read the image size
             Image.new("RGB", (640, 640)).save(tmp_path / Path(name).name)
         conversation = read_record(record, Source("guide", "guide"), str(tmp_path))
         assert conversation.messages[-1].role == "assistant"
 
 
-def test_the_makefile_says_what_it_can_do():
-    told = subprocess.run(["make", "-C", ROOT, "help"], check=True, capture_output=True, text=True).stdout
+def test_make_help_lists_the_targets():
+    help_text = subprocess.run(["make", "-C", ROOT, "help"], check=True, capture_output=True, text=True).stdout
     for target in ("setup", "demo", "test", "check", "help"):
-        assert re.search(rf"^{target}\s", told, flags=re.MULTILINE)
+        assert re.search(rf"^{target}\s", help_text, flags=re.MULTILINE)

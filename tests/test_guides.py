@@ -1,4 +1,4 @@
-"""What the guides name is there: settings, messages, commands, files."""
+"""Settings, messages, commands and files named in the guides exist."""
 
 import re
 import shlex
@@ -39,7 +39,7 @@ def test_links_lead_to_files_and_headings(page):
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=name)
-def test_settings_exist_and_take_the_values_that_are_shown(page):
+def test_settings_exist_and_accept_the_values_shown(page):
     found = SETTING.findall(page.read_text())
     assert found
     for key, value in found:
@@ -47,16 +47,16 @@ def test_settings_exist_and_take_the_values_that_are_shown(page):
         assert convert(value, type_of(key), key) is not None, (key, value)
 
 
-def test_messages_that_are_explained_are_said_somewhere():
+def test_messages_in_troubleshooting_exist_in_the_package():
     text = (ROOT / "docs/troubleshooting.md").read_text()
     first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     keys = set(re.findall(r"`([^`]+)`", " ".join(first)))
     source = "".join(path.read_text() for path in (ROOT / "qwenvl_ft").rglob("*.py"))
-    source = re.sub(r'"\s*\n\s*f?"', "", source)  # texts that are written over several lines
-    known = ("Too many open files", "No space left on device")  # the system's own
-    said = {key for key in keys if " " in key and not SETTING.search(key) and key not in known}
-    assert len(said) >= 7
-    for message in said:
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # join string literals that span lines
+    known = ("Too many open files", "No space left on device")  # messages of the operating system
+    messages = {key for key in keys if " " in key and not SETTING.search(key) and key not in known}
+    assert len(messages) >= 7
+    for message in messages:
         for part in re.split(r" ?\.\.\. ?| N ", message):
             assert part in source, message
 
@@ -73,5 +73,5 @@ def test_commands_of_the_pages_exist(page):
     for line in blocks.splitlines():
         words = shlex.split(line, comments=True)
         if "qwenvl_ft.train" in words and not any("$" in word or word.startswith("recipe=output") for word in words):
-            told = words[words.index("qwenvl_ft.train") + 1 :]
-            recipe_from_argv([word for word in told if word != "..."])
+            arguments = words[words.index("qwenvl_ft.train") + 1 :]
+            recipe_from_argv([word for word in arguments if word != "..."])

@@ -1,4 +1,4 @@
-"""Imports go one way: a module knows only what stands below it."""
+"""Imports go one way: a module only imports from its own layer and those below."""
 
 import ast
 from pathlib import Path
@@ -17,12 +17,12 @@ LAYERS = [
     {"prove"},
     {"bench", "cli", "flare", "train"},
 ]
-"""From the bottom up; what stands together may know each other."""
+"""Layers from the bottom up; modules of one layer may import each other."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imported(path):
-    """Parts of the package that a file imports, anywhere in it."""
+    """Yield the top-level parts of the package that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qwenvl_ft."):
             yield node.module.split(".")[1]
@@ -31,13 +31,14 @@ def imported(path):
 
 
 def wrong_imports(files):
-    told = []
+    violations = []
     for path in files:
         part = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if part == "__init__":
             continue
-        told += [f"{path.relative_to(ROOT)} imports {other}" for other in imported(path) if LEVEL[other] > LEVEL[part]]
-    return told
+        above = [other for other in imported(path) if LEVEL[other] > LEVEL[part]]
+        violations += [f"{path.relative_to(ROOT)} imports {other}" for other in above]
+    return violations
 
 
 def test_no_module_imports_from_above():
@@ -46,7 +47,7 @@ def test_no_module_imports_from_above():
     assert not wrong_imports(files)
 
 
-def test_the_check_would_see_one(tmp_path, monkeypatch):
+def test_the_check_finds_a_wrong_import(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "bad.py").write_text("def f():\n    from qwenvl_ft.training.trainer import QwenVLTrainer\n")

@@ -21,7 +21,7 @@ from qwenvl_ft.checkpoint.complete import NO_OPTIMIZER, missing
 from qwenvl_ft.errors import CheckpointError, one_line
 from qwenvl_ft.model.anatomy import canonical_name, part_of
 from qwenvl_ft.model.load import load_config
-from qwenvl_ft.recipe.checks import METHOD_KEYS
+from qwenvl_ft.recipe.methods import reads
 from qwenvl_ft.recipe.provenance import saved_recipe
 
 ROWS = ("vision", "merger", "llm", "head", "shared")
@@ -220,7 +220,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _is_read(name: str, train_type: Any) -> bool:
-    return name not in METHOD_KEYS or train_type in METHOD_KEYS[name]
+    return reads(train_type, name)
 
 
 def _sizes(folder: Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.anatomy import PARTS, family_of, part_of
-from qwenvl_ft.recipe.checks import LORAS, OVER_BITS
+from qwenvl_ft.recipe.methods import LORAS, over_quantized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,7 +123,7 @@ def require_adapter_over_quantized(model: nn.Module, tuner: TunerConfig, saved: 
     parts = ", ".join(sorted({part_of(name) for name in names}))
     first: Any = model.get_submodule(names[0])
     packed = hasattr(first, "qweight")
-    known = OVER_PACKED if packed else OVER_BITS
+    known = OVER_PACKED if packed else over_quantized()
     if tuner.train_type not in known:
         raise RecipeError(
             f"tuner.train_type={tuner.train_type} does not work over weights in few bits, and those of {parts} are "

@@ -1,4 +1,4 @@
-"""A command line -> a recipe: files, ``section.key=value``, and the flags of other tools, in any order."""
+"""Parses a command line into a recipe: files, ``section.key=value`` and flags of other tools, in any order."""
 
 import re
 import types
@@ -9,27 +9,27 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.dialects import ALIASES, FILES, UPSTREAM, flag_type, flag_values
 from qwenvl_ft.recipe.keys import bare_names
 from qwenvl_ft.recipe.layers import OVERRIDE, Layer, environment_layer, find_recipe, read_layers, set_override
-from qwenvl_ft.recipe.load import Recipe, build_recipe
-from qwenvl_ft.recipe.schema import TOP_LEVEL
+from qwenvl_ft.recipe.load import build_recipe
+from qwenvl_ft.recipe.schema import TOP_LEVEL, Recipe
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\.[^=\s]+)?=")
-USAGE = """Train what a recipe says.
+USAGE = """Train a model as a recipe describes.
 
 usage: qwenvl-ft train recipe=NAME|PATH [section.key=value ...] [--flag value ...]
-       accelerate launch -m qwenvl_ft.train (the same)
+       accelerate launch -m qwenvl_ft.train (same arguments)
 
-  recipe=NAME           a recipe in recipes/, or a file; also --config PATH. --base_config PATH names a weaker one
-  section.key=value     an override, as training.learning_rate=1e-5
-  --flag value          a flag of ms-swift or train_qwen.py, a key's bare name, or a field of TrainingArguments
+  recipe=NAME           a recipe in recipes/, or a file; also --config PATH. It overrides --base_config PATH
+  section.key=value     override a key, for example training.learning_rate=1e-5
+  --flag value          a flag of ms-swift or train_qwen.py, a key without its section, or a field of TrainingArguments
 
-What it resolves to, and all keys: qwenvl-ft recipe NAME, docs/reference.md"""
+To print the resolved recipe: qwenvl-ft recipe NAME. All keys: docs/reference.md"""
 
 
 def recipe_from_argv(argv: list[str]) -> Recipe:
-    """A recipe from a command line: files, ``section.key=value``, and both dialects' flags, mixed in any order.
+    """Build a recipe from command line arguments in any order.
 
-    ``recipe=NAME|PATH`` or ``--config PATH`` names the recipe, ``--base_config PATH`` one that it outweighs. A flag
-    takes one word, or as many as there are if its key is a list; a truth value may stand without.
+    ``recipe=NAME|PATH`` or ``--config PATH`` names the recipe, and ``--base_config PATH`` a weaker one beneath it. A
+    flag takes one word, or all following words if its key is a list. A boolean flag may stand alone.
 
     Raises:
         RecipeError: a flag or key is unknown, or a value is wrong.
@@ -43,24 +43,26 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
     for name, value, spelled in _arguments(list(argv)):
         if name in FILES:
             if FILES[name] in files:
-                raise RecipeError(f"{spelled}={value}: {files[FILES[name]]!r} is already given. Name one, and extend.")
+                raise RecipeError(
+                    f"{spelled}={value}: {files[FILES[name]]!r} is given already. Name one file; it may extend others."
+                )
             files[FILES[name]] = value
         elif "." in name or (name in TOP_LEVEL and name not in ALIASES):
             set_override(overrides, name, value)
         else:
-            for key, told in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
-                overrides.set(key, told, spelled)
+            for key, converted in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
+                overrides.set(key, converted, spelled)
         if name in UPSTREAM:
-            for key, told in UPSTREAM[name].items():
-                upstream.set(key, told, key)
-    named = [
+            for key, default in UPSTREAM[name].items():
+                upstream.set(key, default, key)
+    from_files = [
         layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))
     ]
-    return build_recipe([upstream, *named, environment_layer(), overrides])
+    return build_recipe([upstream, *from_files, environment_layer(), overrides])
 
 
 def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and spelling of each argument."""
+    """Yield name, value and spelling of each argument."""
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
@@ -76,7 +78,7 @@ def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _taken(flag: str, words: list[str]) -> Any:
-    """The words that belong to a flag: as many as its type takes."""
+    """Remove the words that are a flag's value from ``words`` and return them."""
     kinds = _members(flag_type(flag))
     taken: list[str] = []
     while words and not _begins(words[0]) and (not taken or list in kinds):
@@ -87,7 +89,7 @@ def _taken(flag: str, words: list[str]) -> Any:
 
 
 def _begins(word: str) -> bool:
-    """Whether a word is an argument of its own, not a value."""
+    """Return True if a word begins a new argument, so that it is not a value."""
     found = ASSIGNMENT.match(word)
     if word.startswith("--") or found is None:
         return word.startswith("--")
@@ -96,7 +98,7 @@ def _begins(word: str) -> bool:
 
 
 def _members(kind: Any) -> set[Any]:
-    """The plain types of an annotation."""
+    """Return the plain types in an annotation."""
     if get_origin(kind) is Annotated:
         return _members(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):

@@ -1,8 +1,8 @@
-"""Other names for our keys: the flags of ms-swift and train_qwen.py, and older spellings. One table.
+"""Other names for our keys, in one table: flags of ms-swift and train_qwen.py, and older spellings.
 
-An entry works as a flag (``--lora_r 8``), as an override (``tuner.lora_r=8``) and in a file, in the section of the key
-that it stands for. A name that is neither here, nor a key of ours, nor a field of TrainingArguments is an error with a
-suggestion.
+An entry of `ALIASES` works as a flag (``--lora_r 8``), as an override (``tuner.lora_r=8``) and in a file, in the
+section of the key that it sets. A name that is neither an alias, nor one of our keys, nor a field of TrainingArguments
+is an error with a suggestion.
 """
 
 from collections.abc import Callable
@@ -18,43 +18,44 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """What another name means in our keys."""
+    """Another name for one or more of our keys."""
 
     keys: tuple[str, ...]
-    """The keys that it sets."""
+    """Dotted keys that it sets."""
     kind: Any
-    """The type of its own value."""
+    """Type of its value; None if that is the type of its only key."""
     meaning: Callable[[Any, str], Values]
-    """(value, where it was given) -> dotted key -> value."""
-    told: str
-    """How its value becomes theirs, for the reference."""
+    """(value, where it was set, for error messages) -> dotted key -> value."""
+    effect: str
+    """How its value becomes theirs, for docs/reference.md; empty if it is passed on as it is."""
     also: tuple[str, ...] = ()
-    """Sections that it may stand in beside those of its keys."""
+    """Sections in which it may stand, besides those of its keys."""
 
     @property
     def sections(self) -> set[str]:
+        """The sections of a recipe in which the name may stand."""
         return {key.partition(".")[0] for key in self.keys} | set(self.also)
 
 
 def same(key: str, also: tuple[str, ...] = ()) -> Alias:
-    """Only the name differs."""
-    return Alias(keys=(key,), kind=None, meaning=lambda value, where: {key: value}, told="", also=also)
+    """Return an alias that only has another name."""
+    return Alias(keys=(key,), kind=None, meaning=lambda value, where: {key: value}, effect="", also=also)
 
 
 def negated(key: str) -> Alias:
-    """The name trains what our key freezes."""
+    """Return a boolean alias with the opposite value of its key: it trains what the key freezes."""
     return Alias(
-        keys=(key,), kind=bool, meaning=lambda value, where: {key: not convert(value, bool, where)}, told="negated"
+        keys=(key,), kind=bool, meaning=lambda value, where: {key: not convert(value, bool, where)}, effect="negated"
     )
 
 
 def chosen(key: str, yes: Any, no: Any) -> Alias:
-    """A truth value that stands for one of two values."""
+    """Return a boolean alias that sets a key to one of two values."""
     return Alias(
         keys=(key,),
         kind=bool,
         meaning=lambda value, where: {key: yes if convert(value, bool, where) else no},
-        told=f"true is {yes}, false is {no}",
+        effect=f"true is {yes}, false is {no}",
     )
 
 
@@ -88,19 +89,19 @@ def _debug(value: Any, where: str) -> Values:
 
 
 def tokens(key: str) -> Alias:
-    """The name gives an area in tokens."""
+    """Return an alias that gives an area in tokens of 32 x 32 pixels."""
     return Alias(
         keys=(key,),
         kind=int,
         meaning=lambda value, where: {key: convert(value, Annotated[int, ">0"], where) * TOKEN_PIXELS},
-        told=f"tokens of {TOKEN_PIXELS} pixels each",
+        effect=f"tokens of {TOKEN_PIXELS} pixels each",
     )
 
 
 TOKEN_PIXELS = 32 * 32
-"""Pixels that one token of Qwen3-VL covers: patches of 16 x 16, merged 2 x 2."""
+"""Number of pixels per token of Qwen3-VL: patches of 16 x 16, merged 2 x 2."""
 MERGERS = ("model.visual.merger", "model.visual.deepstack_merger_list")
-"""The aligner's modules in Qwen3-VL."""
+"""Modules of the aligner in Qwen3-VL."""
 
 ALIASES: dict[str, Alias] = {
     # ms-swift
@@ -126,13 +127,13 @@ ALIASES: dict[str, Alias] = {
         keys=("training.optimizer", "training.optim"),
         kind=str,
         meaning=_optimizer,
-        told="multimodal, lorap and galore are optimizer, any other name is optim",
+        effect="multimodal, lorap and galore set optimizer; any other name sets optim",
     ),
     "deepspeed": Alias(
         keys=("deepspeed.enabled", "deepspeed.config"),
         kind=str | dict[str, Any] | None,
         meaning=_deepspeed,
-        told="a preset, file or mapping enables it; null does not",
+        effect="a preset, file or mapping enables DeepSpeed; null disables it",
         also=("training",),
     ),
     "zero_hpz_partition_size": same("deepspeed.zero_hpz_partition_size", also=("training",)),
@@ -140,7 +141,7 @@ ALIASES: dict[str, Alias] = {
         keys=("training.log_level", "training.debug"),
         kind=bool | str,
         meaning=_debug,
-        told="bare, log_level is debug",
+        effect="without a value, log_level is debug",
     ),
     # train_qwen.py, qwen-vl-finetune
     "model_name_or_path": same("model.model"),
@@ -162,7 +163,7 @@ ALIASES: dict[str, Alias] = {
         keys=("tuner.freeze_aligner", "tuner.modules_to_save"),
         kind=bool,
         meaning=_train_mlp,
-        told="true trains all mergers in full, beside adapters too",
+        effect="true trains all mergers in full, also beside adapters",
     ),
     "freeze_vision": same("tuner.freeze_vit"),
     "mm_projector_lr": same("training.aligner_lr"),
@@ -172,7 +173,7 @@ ALIASES: dict[str, Alias] = {
         keys=("training.padding_free",),
         kind=bool,
         meaning=_data_flatten,
-        told="true joins the samples of a batch; false changes nothing",
+        effect="true joins the samples of a batch; false has no effect",
     ),
     # older spellings of TrainingArguments
     "evaluation_strategy": same("training.eval_strategy"),
@@ -180,12 +181,12 @@ ALIASES: dict[str, Alias] = {
         keys=("training.warmup_steps",),
         kind=float,
         meaning=_warmup_ratio,
-        told="a share of all steps, below 1",
+        effect="a share of all steps, below 1",
     ),
     "gradient_checkpointing": same("training.activation_checkpointing"),
     "gradient_checkpointing_kwargs": same("training.activation_checkpointing_kwargs"),
 }
-"""Other name -> what it means in our keys."""
+"""Other name -> the keys that it sets."""
 
 ENVIRONMENT = {
     "MAX_PIXELS": "max_pixels",
@@ -200,19 +201,19 @@ ENVIRONMENT = {
     "FPS_MIN_FRAMES": "fps_min_frames",
     "ROOT_IMAGE_DIR": "data.media_root",
 }
-"""Environment variable of ms-swift and qwen-vl-utils -> name in ``template``, or a key; stronger than files, weaker
-than overrides. Their VIDEO_MAX_PIXELS is the area of one frame."""
+"""Environment variable of ms-swift and qwen-vl-utils -> key or alias in ``template``, or a dotted key. They override
+files, and command line arguments override them. VIDEO_MAX_PIXELS is the area of one frame, as it is there."""
 
 REMOVED = {
     "sequence_parallel_size": "a sample is not split over GPUs. Remove it; for long samples: deepspeed.config=zero3, "
     "training.activation_checkpointing=true.",
-    "overwrite_output_dir": "a run writes to output_dir whatever is there. Remove it.",
+    "overwrite_output_dir": "a run writes to output_dir even if files are there. Remove it.",
     "save_safetensors": "checkpoints are always safetensors. Remove it.",
 }
-"""Setting elsewhere that no key stands for -> what to do instead."""
+"""Setting of other tools without a key of ours -> what to do instead."""
 
 FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
-"""Argument that names a file -> its place: the base is weaker."""
+"""Argument that names a recipe file -> its role: keys of the recipe override those of the base."""
 
 FROZEN: Values = {
     "tuner.train_type": "full",
@@ -227,21 +228,21 @@ UPSTREAM: dict[str, Values] = {
     "tune_mm_mlp": FROZEN,
     "data_flatten": {"training.packing": False},
 }
-"""Flag that only qwen-vl-finetune has -> what a script with it means where it says nothing. Recipe files and other
-flags outweigh it."""
+"""Flag that only qwen-vl-finetune has -> the defaults of qwen-vl-finetune that a command with this flag relies on.
+Recipe files and other flags override them."""
 
 
 def alias_in(section: str, name: str) -> Alias | None:
-    """The alias that ``section.name`` is, if it is one there."""
+    """Return the alias ``name`` if it may stand in this section, else None."""
     alias = ALIASES[name] if name in ALIASES else None
     return alias if alias is not None and section in alias.sections else None
 
 
 def flag_type(flag: str) -> Any:
-    """Type of the value that ``--flag`` takes.
+    """Return the type of a flag's value.
 
     Raises:
-        RecipeError: there is no such flag.
+        RecipeError: the flag is unknown.
     """
     if flag in FILES:
         return str
@@ -252,10 +253,10 @@ def flag_type(flag: str) -> Any:
 
 
 def flag_values(flag: str, value: Any, where: str) -> Values:
-    """What ``--flag value`` says, as dotted keys.
+    """Return the dotted keys and values that ``--flag value`` sets.
 
     Raises:
-        RecipeError: there is no such flag, or its value is wrong.
+        RecipeError: the flag is unknown, or its value is wrong.
     """
     if flag in ALIASES:
         return ALIASES[flag].meaning(value, where)

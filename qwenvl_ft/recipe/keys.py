@@ -1,11 +1,11 @@
-"""Which keys a recipe has, and the type of each: the fields of our sections, and all of TrainingArguments."""
+"""The keys of a recipe and their types: the fields of our sections, and those of transformers' TrainingArguments."""
 
-from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 from qwenvl_ft.recipe.limits import Positive
 from qwenvl_ft.recipe.schema import HF_LIMITS, HF_TYPES, SECTIONS
+from qwenvl_ft.recipe.sections import field_names
 
 LENGTH = Positive | None
 """Type of ``global_max_length``."""
@@ -13,16 +13,16 @@ LENGTH = Positive | None
 
 @cache
 def own_types(section: str) -> dict[str, Any]:
-    """Annotation of every key of a section that is ours."""
+    """Return the annotation of every key of a section that we define."""
     hints = get_type_hints(SECTIONS[section], include_extras=True)
-    return {entry.name: hints[entry.name] for entry in fields(SECTIONS[section]) if entry.name != "arguments"}
+    return {name: hints[name] for name in field_names(SECTIONS[section]) if name != "arguments"}
 
 
 @cache
 def argument_types() -> dict[str, Any]:
-    """Annotation of every field of TrainingArguments, with our limits.
+    """Return the annotation of every field of TrainingArguments, with our limits.
 
-    It imports transformers, and so torch, which takes seconds: only a recipe that has such a key pays for it.
+    Imports transformers and torch, which takes seconds. Only a recipe that has such a key pays for it.
     """
     from qwenvl_ft.upstream.arguments import field_types
 
@@ -32,7 +32,7 @@ def argument_types() -> dict[str, Any]:
 
 
 def type_of(key: str) -> Any:
-    """Annotation of a dotted key; None where there is no such key, Any inside a mapping."""
+    """Return the annotation of a dotted key: None if there is no such key, Any inside a mapping."""
     if key == "global_max_length":
         return LENGTH
     section, _, name = key.partition(".")
@@ -49,10 +49,13 @@ def type_of(key: str) -> Any:
 
 @cache
 def bare_names() -> dict[str, str]:
-    """Every key of ours as a flag of its bare name -> dotted key; of two sections' keys the first section's."""
-    told: dict[str, str] = {"global_max_length": "global_max_length"}
+    """Return the dotted key of every flag that is a key without its section, as ``--lora_rank``.
+
+    If two sections have the same key, the flag sets that of the first section.
+    """
+    names: dict[str, str] = {"global_max_length": "global_max_length"}
     for section in SECTIONS:
-        if section not in ("deepspeed", "evaluation"):  # enabled, data, limit: their bare names say too little
+        if section not in ("deepspeed", "evaluation"):  # enabled, data, limit: too vague without their section
             for name in own_types(section):
-                told.setdefault(name, f"{section}.{name}")
-    return told
+                names.setdefault(name, f"{section}.{name}")
+    return names

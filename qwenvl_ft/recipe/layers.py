@@ -1,4 +1,4 @@
-"""Where recipe files are, and what each says under our own names: a file and those it extends, the weakest first."""
+"""Finds recipe files and reads each into a layer, with aliases replaced by our keys: a file and those it extends."""
 
 import os
 import re
@@ -26,34 +26,35 @@ SUFFIXES = (".yaml", ".yml")
 PHASE_EXAMPLE = (
     "Example: phases: [{name: simple, data: {train: simple.jsonl}}, {name: full, data: {train: all.jsonl}}]."
 )
+FIRST_PHASE = "applies to the first phase only, since each phase continues from the one before. Set it outside phases."
+ONE_FOR_ALL = "applies to all phases together. Set it outside phases."
 RUN_KEYS = {
-    "model.model": "is for the first phase and stands outside of phases: each goes on from the one before.",
-    "tuner.resume_from_checkpoint": "is for the first phase and stands outside of phases: each goes on from the one "
-    "before.",
-    "training.output_dir": "is one for all phases, which have a folder each in it. Set it outside of phases.",
-    "training.resume_from_checkpoint": "is one for all phases. Set it outside of phases.",
-    "training.save_final": "is one for all phases. Set it outside of phases.",
+    "model.model": FIRST_PHASE,
+    "tuner.resume_from_checkpoint": FIRST_PHASE,
+    "training.output_dir": f"{ONE_FOR_ALL} Each phase gets a folder in it.",
+    "training.resume_from_checkpoint": ONE_FOR_ALL,
+    "training.save_final": ONE_FOR_ALL,
 }
-"""Key that a phase cannot have -> what is said of it."""
+"""Key that a phase cannot set -> the reason, for the error message."""
 DOTTED = ("model.device_map",)
-"""Mappings whose keys have dots of their own."""
+"""Mappings whose own keys contain dots."""
 
 
 @dataclass
 class Layer:
-    """What one file, or the command line, sets."""
+    """All that one file, or the command line, sets."""
 
     where: str
     """The file, or ``override``."""
     values: Values = field(default_factory=dict)
-    """Our sections -> keys -> values."""
+    """Section -> key -> value, under our own names."""
     spelled: dict[str, str] = field(default_factory=dict)
-    """Our dotted key -> the name that it was given by, where that is another."""
+    """Dotted key -> the alias that set it, if one did."""
     phases: "dict[str, Layer] | None" = None
-    """Name -> what a phase says; None if nothing is said of phases. A file's are all; overrides change some."""
+    """Name -> layer of a phase; None without ``phases``. A file defines all phases, overrides change some of them."""
 
     def set(self, key: str, value: Any, spelled: str) -> None:
-        """Set a value by its dotted key; the last one counts."""
+        """Set a dotted key to a value. A later call replaces an earlier one."""
         *parents, last = _steps(key)
         values = self.values
         for parent in parents:
@@ -67,19 +68,19 @@ class Layer:
             self.spelled[key] = spelled
 
     def put(self, section: str, name: str, value: Any) -> None:
-        """Set ``section.name``, which may be another name for a key of ours."""
+        """Set ``section.name``, where the name is a key or an alias."""
         spelled = f"{section}.{name}"
         section = "data" if section == "custom" else section
         alias = alias_in(section, name)
         if alias is None:
             self.set(f"{section}.{name}", value, spelled)
             return
-        for key, told in alias.meaning(value, f"{self.where}: {spelled}").items():
-            self.set(key, told, spelled)
+        for key, converted in alias.meaning(value, f"{self.where}: {spelled}").items():
+            self.set(key, converted, spelled)
 
 
 def _steps(key: str) -> list[str]:
-    """A dotted key as the keys of nested mappings."""
+    """Split a dotted key into the keys of nested mappings."""
     for mapping in DOTTED:
         if key.startswith(f"{mapping}."):
             return [*mapping.split("."), key.removeprefix(f"{mapping}.")]
@@ -87,10 +88,10 @@ def _steps(key: str) -> list[str]:
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """The file of a recipe: a path as it is, a bare name in ./recipes, beside the package, or where it is installed.
+    """Return the file of a recipe: a path as given, or a name looked up in `recipe_folders`.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: the file does not exist.
     """
     path = Path(name_or_path).expanduser()
     if not path.name:
@@ -110,17 +111,17 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def recipe_folders() -> list[Path]:
-    """Where bare names are looked for, the first wins."""
+    """Return the folders that are searched for a recipe's name, in order: ./recipes, beside the package, installed."""
     return [Path("recipes"), PACKAGE_ROOT / "recipes", Path(sys.prefix) / "share" / "qwenvl_ft" / "recipes"]
 
 
 def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
-    """A file's bases and the file itself, the weakest first.
+    """Return the layers of a file's bases and of the file itself, the weakest first.
 
-    A base counts as a whole: with ``extends: [a, b]`` all that ``b`` says, or inherits, outweighs ``a``.
+    A base counts as a whole: with ``extends: [a, b]`` all that ``b`` sets or inherits overrides ``a``.
 
     Raises:
-        RecipeError: a base is missing, or extends a file that extends it; the chain is printed.
+        RecipeError: a base is missing, or the files extend each other in a circle; the message shows the chain.
     """
     real = path.resolve()
     if real in chain:
@@ -134,11 +135,11 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def _bases(path: Path, values: Values) -> list[Path]:
-    """The files that ``extends`` names, which is taken out of ``values``."""
-    told = [values.pop(key) for key in ("extends", "inherit") if key in values]
-    if len(told) > 1:
+    """Remove ``extends`` from ``values`` and return the files that it names."""
+    lists = [values.pop(key) for key in ("extends", "inherit") if key in values]
+    if len(lists) > 1:
         raise RecipeError(f"{path}: both extends and inherit are given. Keep extends.")
-    names = told[0] if told and told[0] is not None else []
+    names = lists[0] if lists and lists[0] is not None else []
     bases: list[Path] = []
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str):
@@ -153,7 +154,7 @@ def _bases(path: Path, values: Values) -> list[Path]:
 
 
 def _elsewhere(path: Path, missing: Path) -> str:
-    """Where the missing base may be."""
+    """Return a hint at where a missing base may be."""
     for folder in recipe_folders():
         shipped = folder / missing.name
         if shipped.is_file():
@@ -164,10 +165,10 @@ def _elsewhere(path: Path, missing: Path) -> str:
 
 
 def read_file(path: Path) -> Values:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
-        RecipeError: not YAML (with the line), or not a mapping.
+        RecipeError: the file is not valid YAML (the message names the line), or holds no mapping.
     """
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -179,14 +180,14 @@ def read_file(path: Path) -> Values:
     except (OSError, UnicodeDecodeError) as error:
         if not isinstance(error, OSError) or error.errno is not None:
             raise RecipeError(f"{path}: cannot be read: {error}.") from None
-        loaded = None  # OmegaConf's answer to a file that holds one bare word
+        loaded = None  # OmegaConf raises OSError without errno for a file that holds one bare word
     if not isinstance(loaded, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections: {', '.join(SECTIONS)}.")
     return {str(key): value for key, value in loaded.items()}
 
 
 def _layer(where: str, values: Values) -> Layer:
-    """One file's values under our own names; unknown sections are refused."""
+    """Turn the values of a file into a layer, with aliases replaced by our keys; an unknown section is an error."""
     layer = Layer(where)
     for section, content in values.items():
         if section not in TOP_LEVEL:
@@ -204,7 +205,7 @@ def _layer(where: str, values: Values) -> Layer:
 
 
 def _phases(where: str, content: Any) -> dict[str, Layer]:
-    """The phases of a file in their order; a phase without a name has its number for one."""
+    """Return the phases of a file in order. A phase without a name is named by its number."""
     if content is None:
         return {}
     if not isinstance(content, list):
@@ -217,19 +218,21 @@ def _phases(where: str, content: Any) -> dict[str, Layer]:
         name = str(values.pop("name", number))
         label = f"{where}: phase {number}" + (f" ({name})" if name != str(number) else "")
         if not re.fullmatch(r"[A-Za-z]\w*|\d+", name) or (name.isdigit() and name != str(number)):
-            raise RecipeError(f"{label}: a name begins with a letter, followed by letters, digits and _, as medium.")
+            raise RecipeError(
+                f"{label}: a name begins with a letter, followed by letters, digits and _, for example medium."
+            )
         if name in phases:
-            raise RecipeError(f"{label}: another phase has that name. Names differ.")
+            raise RecipeError(f"{label}: another phase has that name. Use different names.")
         for key in ("extends", "inherit", "phases"):
             if key in values:
-                raise RecipeError(f"{label}: {key} stands at the top of a recipe, not in a phase.")
+                raise RecipeError(f"{label}: {key} belongs at the top of a recipe, not in a phase.")
         phases[name] = _layer(label, values)
         _require_own_run(phases[name])
     return phases
 
 
 def _require_own_run(layer: Layer) -> None:
-    """Refuse in a phase what is one for the whole run."""
+    """Raise RecipeError if a phase sets a key that belongs to the whole run."""
     for key, why in RUN_KEYS.items():
         section, _, name = key.partition(".")
         if section in layer.values and name in layer.values[section]:
@@ -237,26 +240,26 @@ def _require_own_run(layer: Layer) -> None:
 
 
 def _section_hint(name: str) -> str:
-    """What was meant by an unknown key at the top; it may be one that belongs into a section."""
+    """Return a suggestion for an unknown section, which may be a key that lacks its section."""
     homes = [section for section in SECTIONS if name in own_types(section)]
     return f" Did you mean {homes[0]}.{name}?" if homes else hint(name, TOP_LEVEL)
 
 
 def environment_layer() -> Layer:
-    """What the environment variables of other libraries say about areas and frames."""
+    """Return the layer of other tools' environment variables (`ENVIRONMENT`)."""
     layer = Layer(ENVIRONMENT_LAYER)
     for variable, name in ENVIRONMENT.items():
         if os.environ.get(variable):
-            for key, told in flag_values(name, os.environ[variable], f"{layer.where}: {variable}").items():
-                layer.set(key, told, variable)
+            for key, value in flag_values(name, os.environ[variable], f"{layer.where}: {variable}").items():
+                layer.set(key, value, variable)
     return layer
 
 
 def override_layer(overrides: Iterable[str]) -> Layer:
-    """``section.key=value`` entries as a layer.
+    """Return the layer of overrides ``section.key=value``.
 
     Raises:
-        RecipeError: an entry has another form, or no such section.
+        RecipeError: an entry has another form, or its section is unknown.
     """
     layer = Layer(OVERRIDE)
     for override in overrides:
@@ -268,7 +271,7 @@ def override_layer(overrides: Iterable[str]) -> Layer:
 
 
 def _inside(section: str, name: str) -> str:
-    """Our dotted key of one that begins with another name of a mapping."""
+    """Return the dotted key inside a mapping, whose name may be an alias."""
     section = "data" if section == "custom" else section
     mapping, _, inner = name.partition(".")
     alias = alias_in(section, mapping)
@@ -276,31 +279,31 @@ def _inside(section: str, name: str) -> str:
 
 
 def set_override(layer: Layer, key: str, value: Any) -> None:
-    """Set one dotted key from the command line. Text keeps its spelling: the field's type says how it is read."""
+    """Set one dotted key from the command line. Text is converted later, by the type of the key."""
     section, dot, name = key.partition(".")
     if key == "global_max_length":
         layer.set(key, value, key)
     elif section == "phases":
         _override_phase(layer, name, value, key)
     elif key in ("extends", "inherit"):
-        raise RecipeError(f"{OVERRIDE}: {key} stands in a file. Name a weaker recipe by base_config={value}.")
+        raise RecipeError(f"{OVERRIDE}: {key} belongs in a file. On the command line, use base_config={value}.")
     elif section not in (*SECTIONS, "custom"):
         raise RecipeError(f"{OVERRIDE}: unknown key {key!r}.{_section_hint(section)}")
     elif not dot:
-        raise RecipeError(f"{OVERRIDE}: {section} is a section. Give one of its keys: {section}.key=value.")
-    elif "." in name:  # inside a mapping, where no type is known
+        raise RecipeError(f"{OVERRIDE}: {section} is a section. Set one of its keys: {section}.key=value.")
+    elif "." in name:  # inside a mapping, whose values have no type
         layer.set(_inside(section, name), parse_text(value) if isinstance(value, str) else value, key)
     else:
         layer.put(section, name, value)
 
 
 def _override_phase(layer: Layer, name: str, value: Any, spelled: str) -> None:
-    """``phases.NAME.section.key`` from the command line."""
+    """Set ``phases.NAME.section.key`` from the command line."""
     phase, _, key = name.partition(".")
     if not key:
         raise RecipeError(
             f"{OVERRIDE}: {spelled} is not phases.NAME.section.key=value. Example: "
-            "phases.simple.training.learning_rate=1e-5. Phases themselves stand in a file."
+            "phases.simple.training.learning_rate=1e-5. Phases are defined in a file."
         )
     layer.phases = layer.phases or {}
     inner = layer.phases.setdefault(phase, Layer(f"{OVERRIDE}: phases.{phase}"))

@@ -1,4 +1,4 @@
-"""Numbers with limits, as types of a recipe's keys; `convert` knows the words."""
+"""Numeric types with limits, for the keys of a recipe. `values.LIMITS` holds the test and message of each limit."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""By which versions, and from which state of the working tree, a recipe was resolved."""
+"""Package versions and git state, for the head of a saved recipe; and how a saved recipe is read back."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ PACKAGES = ("qwenvl-ft", "torch", "transformers", "accelerate", "peft", "dataset
 
 
 def header() -> str:
-    """Comment lines for the top of a saved recipe."""
+    """Return the comment lines at the top of a saved recipe."""
     lines = [f"# {name} {_version(name)}" for name in PACKAGES]
     return "\n".join(
         [
@@ -24,7 +24,7 @@ def header() -> str:
 
 
 def git_state() -> str:
-    """Commit of the current folder's repository, with a mark if files were changed; none outside of one."""
+    """Return the commit of the current folder's git repository, marked if files have changed; ``none`` without git."""
     try:
         commit = _git("rev-parse", "HEAD")
         return f"{commit} (with changes)" if _git("status", "--porcelain") else commit
@@ -45,6 +45,9 @@ def _version(name: str) -> str:
 
 
 def saved_recipe(folder: Path) -> dict[str, Any]:
-    """What ``recipe.yaml`` of a run or checkpoint says, unchecked: it may be of another release. Empty without one."""
+    """Return the content of ``recipe.yaml`` in a run or checkpoint; empty if there is none.
+
+    Nothing is checked, because the file may come from another release.
+    """
     path = folder / "recipe.yaml"
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""A value from a file or a flag -> the type its field has, or one line that says what is wrong with it."""
+"""Converts values from files and flags to the types of their keys, or raises a one-line error."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.recipe.choices import OneOf
 
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 STEPS = "must be a whole number of steps, or a share of all steps from 0 to below 1"
@@ -26,40 +27,40 @@ LIMITS: dict[str, Any] = {
     "share or steps": (lambda x: 0 <= x < 1 or (x > 0 and x == int(x)), STEPS),
     "some steps": (lambda x: 0 < x < 1 or (x > 0 and x == int(x)), STEPS.replace("from 0", "above 0")),
 }
-"""Limit in an annotation -> its test, and what is said of a value that fails it."""
+"""Limit in an annotation -> its test, and the message for a value that fails it."""
 PRODUCT = re.compile(r"\s*\d{1,9}(\s*\*\s*\d{1,9}){1,3}\s*")
-"""``1280*32*32``: how areas are written."""
+"""A product of whole numbers, as areas are often written: ``1280*32*32``."""
 NULLS = ("null", "~", "None")
-"""Words for no value, where a field may have none."""
+"""Words that mean None, for keys that may be None."""
 LARGEST = 2**63 - 1
-"""The largest number that a tensor of whole numbers holds."""
+"""Largest value of an int64."""
 EXAMPLES = {int: "8", float: "1e-5", bool: "true"}
 NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Mismatch(Exception):
-    """The value has not this type; tried next is another member of a union."""
+    """The value does not have this type. In a union the next member is tried."""
 
 
 class OutOfLimits(Mismatch):
-    """The value has the type, but not the size."""
+    """The value has the right type but violates a limit."""
 
-    def __init__(self, number: float, told: str) -> None:
-        super().__init__(f"{told}.")
+    def __init__(self, number: float, message: str) -> None:
+        super().__init__(f"{message}.")
         self.number = number
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:
-    """The value in its field's type.
+    """Convert a value to the type of its key.
 
-    Overrides and flags are all text, and so is ``1e-5`` to YAML 1.1: a text that spells a number, a truth value, null,
-    a list or a mapping is taken as one where the field wants that, and stays text where the field wants text.
+    Overrides and flags arrive as text, and YAML 1.1 reads ``1e-5`` as text too. Text that spells a number, a boolean,
+    null, a list or a mapping becomes one if the key's type asks for it, and stays text if the key's type is text.
 
     Args:
         where: ``file: section.key``, for the message.
 
     Raises:
-        RecipeError: it cannot be that type, or is outside its limits.
+        RecipeError: the value cannot be converted, or violates a limit.
     """
     try:
         return _convert(value, annotation)
@@ -69,7 +70,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe would have it; text in quotes."""
+    """Return a value as it is written in a recipe, text in quotes."""
     if isinstance(value, str):
         return repr(value)
     try:
@@ -79,12 +80,12 @@ def shown(value: Any) -> str:
 
 
 def parse_text(text: str) -> Any:
-    """A word of the command line as a recipe file would read it; what is not YAML stays text."""
+    """Parse text from the command line as YAML; text that is not valid YAML is returned as it is."""
     try:
-        told: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException):
         return text
-    return told["value"]
+    return parsed["value"]
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -93,10 +94,12 @@ def _convert(value: Any, annotation: Any) -> Any:
         return value
     if origin is Annotated:
         base, limit = get_args(annotation)[:2]
+        if isinstance(limit, OneOf):
+            return _choice(value, limit.names())
         converted = _convert(value, base)
-        allowed, told = LIMITS[limit]
+        allowed, message = LIMITS[limit]
         if converted is not None and not allowed(converted):
-            raise OutOfLimits(converted, told)
+            raise OutOfLimits(converted, message)
         return converted
     if origin in (Union, types.UnionType):
         return _union(value, get_args(annotation))
@@ -131,7 +134,7 @@ def _union(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _bracketed(value: Any) -> type | None:
-    """What a text in brackets spells."""
+    """Return list or dict for text in brackets, else None."""
     opening = value.lstrip()[:1] if isinstance(value, str) else ""
     return {"[": list, "{": dict}.get(opening)
 
@@ -141,7 +144,7 @@ def _base(member: Any) -> Any:
 
 
 def _order(value: Any, member: Any) -> int:
-    """Members that fit the value as it is first; text last, because everything can be text."""
+    """Sort key of a union's members: those that fit the value as it is first, text last, since anything can be text."""
     base = _base(member)
     if base is bool and str(value).lower() in ("true", "false"):
         return -1
@@ -179,7 +182,7 @@ def _mapping(value: Any, inner: tuple[Any, ...]) -> dict[Any, Any]:
 
 
 def _entry(value: Any, annotation: Any) -> Any:
-    """One value of a list or mapping; a wrong one is named."""
+    """Convert one entry of a list or mapping; the error shows the entry."""
     try:
         return _convert(value, annotation)
     except Mismatch as error:
@@ -187,11 +190,11 @@ def _entry(value: Any, annotation: Any) -> Any:
 
 
 def _structure(text: str, kind: type) -> Any:
-    """A list or mapping that is written in a text, as JSON or as YAML."""
-    told = parse_text(text)
-    if not isinstance(told, kind):
+    """Parse text as a list or mapping, in JSON or YAML."""
+    parsed = parse_text(text)
+    if not isinstance(parsed, kind):
         raise Mismatch(f"is not a {'list' if kind is list else 'mapping'}: its brackets or quotes do not match.")
-    return told
+    return parsed
 
 
 def _scalar(value: Any, kind: Any) -> Any:
@@ -214,7 +217,7 @@ def _scalar(value: Any, kind: Any) -> Any:
 
 
 def _number(value: Any, kind: type) -> int | float:
-    """A finite number. A whole one stays an int where a float is wanted, so that 200 steps are not shown as 200.0."""
+    """Convert to a finite number. A whole number stays an int for a float key: 200 steps do not show as 200.0."""
     wrong = Mismatch(f"is not {NAMES[kind]}. Example: {EXAMPLES[kind]}.")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong

@@ -187,7 +187,7 @@ def test_an_impossible_mixture_is_one_clear_line(files):
         ([f"data.train={a}", "data.split_dataset_ratio=1"], RecipeError, "must be at least 0 and below 1"),
         ([f"data.train={a}", "data.val_dataset_sample=0"], RecipeError, "must be above 0, or -1 for all"),
         ([f'data.train={{"{a}": 0}}'], RecipeError, "must be above 0"),
-        ([f"data.train={a}", f'data.val={{"two words": "{c}"}}'], RecipeError, "data.val names a set 'two words'"),
+        ([f"data.train={a}", f'data.val={{"two words": "{c}"}}'], RecipeError, "data.val has a set named 'two words'"),
         ([f"data.train={a}", 'data.readers={"r": "nowhere:f"}'], DataError, "reader 'nowhere:f' cannot be imported"),
     ]  # fmt: skip
     for overrides, kind, message in cases:

@@ -9,8 +9,8 @@ from qwenvl_ft.model.anatomy import part_of
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.quantization import quantized_modules
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.checks import OVER_BITS
 from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.recipe.methods import over_quantized
 from qwenvl_ft.recipe.schema import QuantizationConfig
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -107,7 +107,7 @@ def test_the_computing_dtype_and_double_quantisation_are_as_told(checkpoints):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("train_type", OVER_BITS)
+@pytest.mark.parametrize("train_type", over_quantized())
 def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, name, kind, train_type):
     from peft import PeftModel
 
@@ -154,10 +154,10 @@ def test_packed_equals_alone(quantized, encoder, mixed_records, name, tolerance)
 
 
 REFUSALS = {
-    "tuner.train_type=full": "train_type=full does not work over weights in few bits",
-    "tuner.train_type=llamapro": "train_type=llamapro does not work over weights in few bits",
+    "tuner.train_type=full": "train_type=full does not work over a quantised model",
+    "tuner.train_type=llamapro": "train_type=llamapro does not work over a quantised model",
     "tuner.init_weights=OLoRA": "init_weights=olora changes the base weights",
-    "tuner.train_type=loha": "train_type=loha does not work over weights in few bits",
+    "tuner.train_type=loha": "train_type=loha does not work over a quantised model",
     "deepspeed.enabled=true deepspeed.config=zero3": "cannot be sharded by deepspeed.config=zero3",
 }
 

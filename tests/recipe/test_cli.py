@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_help_lists_every_command_and_each_command_has_help(capsys):
     assert main([]) == 0
-    told = capsys.readouterr().out
-    assert all(f"  {name} " in told for name in COMMANDS)
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in COMMANDS)
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
         assert "usage" in capsys.readouterr().out.lower()
@@ -73,9 +73,9 @@ def test_a_plain_recipe_is_a_recipe(capsys, tmp_path):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_field_has_its_help(section):
     kind = SECTIONS[section]
-    told = reference.helps(kind)
+    texts = reference.helps(kind)
     for name in kind.__dataclass_fields__:
-        assert told[name].endswith("."), f"{section}.{name}"
+        assert texts[name].endswith("."), f"{section}.{name}"
 
 
 def test_the_reference_is_current():

@@ -74,9 +74,9 @@ def test_a_value_becomes_its_field_s_type_or_an_error(value, kind, expected):
         with pytest.raises(RecipeError, match=r"^here: "):
             convert(value, kind, "here")
         return
-    told = convert(value, kind, "here")
-    assert told == expected
-    assert type(told) is type(expected)
+    converted = convert(value, kind, "here")
+    assert converted == expected
+    assert type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_a_value_becomes_its_field_s_type_or_an_error(value, kind, expected):
     [("1e-6", 1e-6), ("8", 8), ("no", False), ("null", None), ("a: b", {"a": "b"}), ("{a", "{a"), ("a=b", "a=b")],
 )
 def test_a_word_without_a_type_is_read_as_a_file_would(text, expected):
-    told = parse_text(text)
-    assert told == expected
-    assert type(told) is type(expected)
+    converted = parse_text(text)
+    assert converted == expected
+    assert type(converted) is type(expected)
 
 
 SPELLINGS = {
@@ -137,7 +137,7 @@ def test_every_field_of_training_arguments_is_taken_by_its_annotation(entry):
         with pytest.raises(RecipeError, match="cannot be written in a recipe"):
             convert("x", kind, "here")
     else:
-        word, value = next(told for plain, told in SPELLINGS.items() if plain in plain_types(kind))
+        word, value = next(spelling for plain, spelling in SPELLINGS.items() if plain in plain_types(kind))
         assert convert(word, kind, "here") == convert(value, kind, "here") == value
 
 

@@ -16,8 +16,8 @@ from qwenvl_ft.recipe.schema import SECTIONS
 
 def value_of(recipe, key):
     section, _, name = key.partition(".")
-    told = getattr(recipe, section)
-    return told.arguments[name] if section == "training" and name in told.arguments else getattr(told, name)
+    values = getattr(recipe, section)
+    return values.arguments[name] if section == "training" and name in values.arguments else getattr(values, name)
 
 
 MEANINGS = {
@@ -144,9 +144,9 @@ def test_every_field_of_training_arguments_is_a_flag():
     assert names == argument_types().keys()
     words = "--save_only_model --max_steps -1 --adam_beta2=0.95 --report_to wandb tensorboard"
     recipe = recipe_from_argv(words.split())
-    told = recipe.training.arguments
-    assert (told["save_only_model"], told["max_steps"], told["adam_beta2"]) == (True, -1, 0.95)
-    assert told["report_to"] == ["wandb", "tensorboard"]
+    arguments = recipe.training.arguments
+    assert (arguments["save_only_model"], arguments["max_steps"], arguments["adam_beta2"]) == (True, -1, 0.95)
+    assert arguments["report_to"] == ["wandb", "tensorboard"]
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_the_recommended_dense_caption_command_is_understood():
     assert (recipe.template.max_length, recipe.template.truncation_strategy) == (2048, "right")
     assert (recipe.data.train, recipe.data.val, recipe.data.dataset_num_proc) == ("train.jsonl", "val.jsonl", 4)
     assert (recipe.training.learning_rate, recipe.training.padding_free) == (1e-4, True)
-    told = recipe.training.arguments
+    arguments = recipe.training.arguments
     expected = {"num_train_epochs": 3, "gradient_accumulation_steps": 16, "warmup_steps": 0.05, "weight_decay": 0.01}
     expected |= {"activation_checkpointing": True, "eval_strategy": "steps", "eval_steps": 200, "save_steps": 500}
     expected |= {"save_total_limit": 2, "dataloader_num_workers": 2, "logging_steps": 10}
     expected |= {"output_dir": "./output/qwen3vl_lora", "lr_scheduler_type": "cosine", "save_strategy": "steps"}
-    assert {key: told[key] for key in expected} == expected
+    assert {key: arguments[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ WRONG_FILES = {
     "null for a list or a text": ("data: {train: null}", "FILE: data.train: null is no value here."),
     "a field that transformers dropped": (
         "training: {overwrite_output_dir: true}",
-        "FILE: training.overwrite_output_dir: a run writes to output_dir whatever is there. Remove it.",
+        "FILE: training.overwrite_output_dir: a run writes to output_dir even if files are there. Remove it.",
     ),
     "no folder for the run": ("training: {output_dir: null}", "FILE: training.output_dir: null is not a text."),
     "a number of steps that is none": (
@@ -176,11 +176,12 @@ WRONG_FILES = {
     ),
     "a metric that evaluation does not give": (
         "training: {metric_for_best_model: eval_accuracy}",
-        "training.metric_for_best_model=eval_accuracy is not what evaluation gives. Known: eval_loss, eval_perplexity.",
+        "training.metric_for_best_model=eval_accuracy is not computed by evaluation. Known: eval_loss, "
+        "eval_perplexity.",
     ),
     "the metric of one of several sets": (
         "{data: {val: {dogs: d.jsonl}}, training: {metric_for_best_model: eval_cats_loss}}",
-        "training.metric_for_best_model=eval_cats_loss is not what evaluation gives. Did you mean 'eval_dogs_loss'? "
+        "training.metric_for_best_model=eval_cats_loss is not computed by evaluation. Did you mean 'eval_dogs_loss'? "
         "Known: eval_dogs_loss, eval_dogs_perplexity, eval_loss, eval_perplexity.",
     ),
     "a backend that is none": (
@@ -204,15 +205,15 @@ def test_a_wrong_file_is_one_exact_line(name, write, tmp_path):
     path = write("wrong.yaml", text)
     with pytest.raises(RecipeError) as error:
         load_recipe(path)
-    told = str(error.value)
+    message = str(error.value)
     expected = expected.replace("FILE", str(path)).replace("FOLDER", str(tmp_path))
-    assert told.startswith(expected[:-3]) if expected.endswith("...") else told == expected
-    assert "\n" not in told
+    assert message.startswith(expected[:-3]) if expected.endswith("...") else message == expected
+    assert "\n" not in message
 
 
 CONTRADICTIONS = {
-    "training.train_sampling_strategy=sequential cannot be honoured: each epoch's rows are planned anew from lengths. "
-    "Use random or group_by_length.": ["training.train_sampling_strategy=sequential"],
+    "training.train_sampling_strategy=sequential cannot be honoured: the rows of each epoch are planned from "
+    "sample lengths. Use random or group_by_length.": ["training.train_sampling_strategy=sequential"],
     "template.max_pixels=1048576 lets one image take 1024 tokens, but template.max_length=512. Lower the first or "
     "raise the second.": ["template.max_pixels=1048576", "template.max_length=512"],
     "template.min_pixels=2000 is above template.max_pixels=1000. Lower the first.": [
@@ -225,14 +226,14 @@ CONTRADICTIONS = {
     "training.pack_dataset_break_mode=break would cut samples, and images with them. Use no_break_longest_only.": [
         "training.pack_dataset_break_mode=break"
     ],
-    "training.padding_free=false pads one sample a row. Set training.packing=false with it.": [
+    "training.padding_free=false pads each sample to a row of its own. Also set training.packing=false.": [
         "training.padding_free=false"
     ],
     "deepspeed.enabled=true places the model itself. Remove model.device_map.": [
         "deepspeed.enabled=true",
         "model.device_map=auto",
     ],
-    "tuner.train_type=adalora weighs ranks by gradients, which deepspeed does not keep. Leave deepspeed out "
+    "tuner.train_type=adalora ranks weights by their gradients, which deepspeed does not keep. Remove deepspeed "
     "(accelerate launch runs several processes without it), or set tuner.train_type=lora.": [
         "tuner.train_type=adalora",
         "deepspeed.enabled=true",
@@ -258,7 +259,7 @@ CONTRADICTIONS = {
     ],
     "training.early_stopping_patience needs an evaluation set. Set data.val.": ["training.early_stopping_patience=2"],
     "training.eval_strategy=steps needs an evaluation set. Set data.val.": ["training.eval_strategy=steps"],
-    "evaluation.run_after_training=true needs a set to ask about. Set evaluation.data or data.val.": [
+    "evaluation.run_after_training=true needs records to answer. Set evaluation.data or data.val.": [
         "evaluation.run_after_training=true"
     ],
     "training.load_best_model_at_end=true needs a checkpoint at each evaluation, but training.save_strategy=epoch and "
@@ -267,8 +268,8 @@ CONTRADICTIONS = {
         "training.save_strategy=epoch",
         "data.val=v.jsonl",
     ],
-    "training.load_best_model_at_end=true needs checkpoints at evaluations, but training.save_steps=50 is no multiple "
-    "of training.eval_steps=20. Change one of them.": [
+    "training.load_best_model_at_end=true needs checkpoints at evaluations, but training.save_steps=50 is not a "
+    "multiple of training.eval_steps=20. Change one of them.": [
         "training.load_best_model_at_end=true",
         "training.save_steps=50",
         "training.eval_steps=20",
@@ -279,8 +280,10 @@ CONTRADICTIONS = {
     "training.do_eval=true needs an evaluation set. Set data.val.": ["training.do_eval=true"],
     "template.max_length=9000 exceeds model.max_model_len=8999. Lower the first or raise the second, or set both by "
     "global_max_length.": ["template.max_length=9000", "model.max_model_len=8999"],
-    "training.activation_checkpointing_kwargs.use_reentrant=true gives no gradient to weights behind frozen ones, as "
-    "adapters in the vision tower. Set it to false.": ["training.gradient_checkpointing_kwargs.use_reentrant=true"],
+    "training.activation_checkpointing_kwargs.use_reentrant=true gives no gradient to weights that follow frozen "
+    "ones, such as adapters in the vision tower. Set it to false.": [
+        "training.gradient_checkpointing_kwargs.use_reentrant=true"
+    ],
     "training.activation_checkpointing_kwargs: unknown key 'every_n_layer'. Did you mean 'every_n_layers'? Known: "
     "determinism_check, early_stop, every_n_layers, offload, preserve_rng_state, use_reentrant.": [
         "training.activation_checkpointing_kwargs.every_n_layer=2"
@@ -305,8 +308,8 @@ CONTRADICTIONS = {
         "training.greater_is_better=true",
         "training.metric_for_best_model=eval_loss",
     ],
-    'training.optim_target_modules=["q_proj"] is read by GaLore and APOLLO alone, but training.optim=sgd. Remove it, '
-    "or choose one of them.": ["training.optim_target_modules=[q_proj]", "training.optim=sgd"],
+    'training.optim_target_modules=["q_proj"] is read only by GaLore and APOLLO, but training.optim=sgd. Remove it, '
+    "or use one of them.": ["training.optim_target_modules=[q_proj]", "training.optim=sgd"],
     "training.hub_model_id='me/mine' is read only with training.push_to_hub. Set it, or remove training."
     "hub_model_id.": ["training.hub_model_id=me/mine"],
     "training.activation_checkpointing_kwargs='x' is not a mapping. Example: {every_n_layers: 2}.": [
@@ -318,14 +321,14 @@ CONTRADICTIONS = {
     "training.activation_checkpointing_kwargs.offload='maybe' is not true or false.": [
         "training.activation_checkpointing_kwargs.offload=maybe"
     ],
-    "training.torch_compile_mode=max-autotune records a CUDA graph for each length, and no two rows are alike. Use "
-    "max-autotune-no-cudagraphs.": ["training.torch_compile_mode=max-autotune"],
-    "training.torch_compile=true fuses what training.use_liger_kernel=true has fused already. Choose one.": [
+    "training.torch_compile_mode=max-autotune records one CUDA graph per row length, and almost every row has another "
+    "length. Use max-autotune-no-cudagraphs.": ["training.torch_compile_mode=max-autotune"],
+    "training.torch_compile=true and training.use_liger_kernel=true both fuse the same operations. Keep one.": [
         "training.torch_compile=true",
         "training.use_liger_kernel=true",
     ],
-    "training.torch_compile_backend=cudagraphs records a CUDA graph for each length, and no two rows are alike. "
-    "Remove it.": ["training.torch_compile_backend=cudagraphs"],
+    "training.torch_compile_backend=cudagraphs records one CUDA graph per row length, and almost every row has another "
+    "length. Remove it.": ["training.torch_compile_backend=cudagraphs"],
     "training.output_dir is empty. Give a folder: training.output_dir=output.": ["training.output_dir="],
     "training.lr_scheduler_type=cosine has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
     "cosine_warmup_with_min_lr.": ["training.lr_scheduler_kwargs.min_lr=1e-6"],
@@ -335,9 +338,9 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("expected", CONTRADICTIONS)
 def test_settings_that_contradict_each_other_are_refused_and_each_of_them_alone_is_not(expected):
     overrides = CONTRADICTIONS[expected]
-    assert told_of(overrides) == expected
+    assert message_of(overrides) == expected
     for left_out in range(len(overrides)):
-        assert told_of(overrides[:left_out] + overrides[left_out + 1 :]) != expected, "this setting has no part in it"
+        assert message_of(overrides[:left_out] + overrides[left_out + 1 :]) != expected, "not needed for the error"
 
 
 OTHERWISE = {
@@ -355,9 +358,9 @@ OTHERWISE = {
 def test_what_training_would_not_read_is_refused_and_its_only_value_is_taken(name):
     only, why = FIXED[name]
     other = OTHERWISE[name] if name in OTHERWISE else not only
-    told = told_of([f"training.{name}={word(other)}"])
-    assert told == f"override: training.{name}={shown(other)} cannot be honoured: {why}. Remove the key."
-    assert told_of([f"training.{name}={word(only)}"]) is None
+    message = message_of([f"training.{name}={word(other)}"])
+    assert message == f"override: training.{name}={shown(other)} cannot be honoured: {why}. Remove the key."
+    assert message_of([f"training.{name}={word(only)}"]) is None
 
 
 def word(value):
@@ -384,7 +387,7 @@ def test_a_shorter_model_shortens_rows_whose_length_nobody_gave():
     assert load_recipe(None, ["model.max_model_len=40960"]).template.max_length == 8192
 
 
-def told_of(overrides):
+def message_of(overrides):
     try:
         load_recipe(None, overrides)
     except RecipeError as error:
@@ -401,14 +404,14 @@ WRONG_ARGUMENTS = {
     "--lora_rnak 8": f"unknown flag --lora_rnak. Did you mean 'lora_rank'? {ALL}",
     "--galore_rnk 128": f"unknown flag --galore_rnk. Did you mean 'galore_rank'? {ALL}",
     "loras": "'loras' is neither section.key=value nor a flag. Example: training.learning_rate=1e-5.",
-    "tuner=full": "override: tuner is a section. Give one of its keys: tuner.key=value.",
+    "tuner=full": "override: tuner is a section. Set one of its keys: tuner.key=value.",
     "tunner.lora_rank=8": "override: unknown key 'tunner.lora_rank'. Did you mean 'tuner'? Known: ",
     "model.rope_scaling.type.x=1 model.rope_scaling.type=a model.rope_scaling.type.x=2": "override: "
     "model.rope_scaling.type.x: type is 'a' there, which has no keys.",
-    "recipe=a --config b": "--config=b: 'a' is already given. Name one, and extend.",
+    "recipe=a --config b": "--config=b: 'a' is given already. Name one file; it may extend others.",
     "recipe=lora4b": "there is no recipe 'lora4b'. Did you mean 'lora_4b'? Known: ",
     "recipe=": "recipe= names no recipe. Example: recipe=lora_4b.",
-    "extends=lora_4b": "override: extends stands in a file. Name a weaker recipe by base_config=lora_4b.",
+    "extends=lora_4b": "override: extends belongs in a file. On the command line, use base_config=lora_4b.",
     "--save_safetensors True": "--save_safetensors: checkpoints are always safetensors. Remove it.",
     "recipe=no/such.yaml": "recipe no/such.yaml: there is no such file.",
     "--max_steps 5 6": "'6' is neither section.key=value nor a flag. Example: training.learning_rate=1e-5.",
@@ -419,9 +422,9 @@ WRONG_ARGUMENTS = {
 def test_a_wrong_command_line_is_one_exact_line(words):
     with pytest.raises(RecipeError) as error:
         recipe_from_argv(words.split())
-    told, expected = str(error.value), WRONG_ARGUMENTS[words]
-    assert told.startswith(expected) if expected.endswith("Known: ") else told == expected
-    assert "\n" not in told
+    message, expected = str(error.value), WRONG_ARGUMENTS[words]
+    assert message.startswith(expected) if expected.endswith("Known: ") else message == expected
+    assert "\n" not in message
 
 
 def test_a_missing_base_that_is_shipped_is_pointed_out(write):

@@ -118,8 +118,8 @@ def test_merging_is_omegaconf_s_on_random_files(write):
         trees = [{f"k{i}": tree(3) for i in range(3)} for _ in range(3)]
         names = []
         for number, content in enumerate(trees):
-            told = OmegaConf.create({"training": {"lr_scheduler_kwargs": content}})
-            names.append(write(f"{case}/{number}.yaml", OmegaConf.to_yaml(told)).name)
+            recipe = OmegaConf.create({"training": {"lr_scheduler_kwargs": content}})
+            names.append(write(f"{case}/{number}.yaml", OmegaConf.to_yaml(recipe)).name)
         top = write(f"{case}/top.yaml", f"extends: {names}")
         expected = OmegaConf.to_container(OmegaConf.merge(*trees))
         assert load_recipe(top).training.arguments["lr_scheduler_kwargs"] == expected
@@ -148,9 +148,9 @@ def test_custom_is_data_and_older_names_are_known_in_files(write):
     recipe = load_recipe(path)
     assert (recipe.data.train, recipe.data.val) == ("a.jsonl", "b.jsonl")
     assert (recipe.tuner.train_type, recipe.tuner.freeze_vit) == ("full", False)
-    told = recipe.training.arguments
-    assert (told["warmup_steps"], recipe.training.aligner_lr, told["eval_strategy"]) == (0.25, 1e-5, "no")
-    assert (told["optim"], recipe.training.optimizer) == ("adafactor", "multimodal")
+    arguments = recipe.training.arguments
+    assert (arguments["warmup_steps"], recipe.training.aligner_lr, arguments["eval_strategy"]) == (0.25, 1e-5, "no")
+    assert (arguments["optim"], recipe.training.optimizer) == ("adafactor", "multimodal")
 
 
 def test_each_value_knows_where_it_came_from(write):

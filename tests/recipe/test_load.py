@@ -96,14 +96,14 @@ def arguments(section):
 
 
 def test_an_evaluation_set_is_evaluated_unless_the_recipe_says_no():
-    told = load_recipe(None, ["data.val=v.jsonl", "training.save_steps=40"]).training.arguments
-    assert (told["eval_strategy"], told["eval_steps"]) == ("steps", 40)
-    told = load_recipe(None, ["data.val=v.jsonl", "training.eval_strategy=no"]).training.arguments
-    assert told["eval_strategy"] == "no"
-    assert "eval_steps" not in told
+    values = load_recipe(None, ["data.val=v.jsonl", "training.save_steps=40"]).training.arguments
+    assert (values["eval_strategy"], values["eval_steps"]) == ("steps", 40)
+    values = load_recipe(None, ["data.val=v.jsonl", "training.eval_strategy=no"]).training.arguments
+    assert values["eval_strategy"] == "no"
+    assert "eval_steps" not in values
     assert load_recipe().training.arguments["eval_strategy"] == "no"
-    told = load_recipe(None, ["data.val=v.jsonl", "training.save_strategy=best"]).training.arguments
-    assert told["metric_for_best_model"] == "eval_loss"
+    values = load_recipe(None, ["data.val=v.jsonl", "training.save_strategy=best"]).training.arguments
+    assert values["metric_for_best_model"] == "eval_loss"
 
 
 def test_loading_writes_nothing_and_needs_torch_only_for_keys_of_transformers(tmp_path):

@@ -36,11 +36,11 @@ def path(write):
 def test_a_phase_is_the_recipe_with_its_own_keys(path, write):
     """Against the same keys as a recipe that extends the base by hand."""
     recipe = load_recipe(path)
-    told = yaml.safe_load(path.read_text())
-    phases = told.pop("phases")
+    base = yaml.safe_load(path.read_text())
+    phases = base.pop("phases")
     assert [run.phase for run in recipe.phases] == ["1/3 simple", "2/3 medium", "3/3 3"]
     for run, keys, folder in zip(recipe.phases, phases, ("1_simple", "2_medium", "3"), strict=True):
-        write("base.yaml", yaml.safe_dump(told))
+        write("base.yaml", yaml.safe_dump(base))
         keys.pop("name", None)
         alone = load_recipe(write("alone.yaml", yaml.safe_dump({"extends": "base.yaml"} | keys)))
         assert run.training.arguments.pop("output_dir") == f"out/phase_{folder}"
@@ -98,9 +98,9 @@ WRONG = {
     "a name with a slash": ("[{name: a/b}]", r"phase 1 \(a/b\): a name begins with a letter"),
     "another's number": ("[{name: 2}, {}]", "phase 1 .2.: a name begins with a letter"),
     "a name twice": ("[{name: a}, {name: a}]", "phase 2 .a.: another phase has that name"),
-    "a folder": ("[{name: a, training: {output_dir: b}}]", "training.output_dir is one for all phases"),
-    "a model": ("[{name: a, model: {model: b}}]", "model.model is for the first phase and stands outside"),
-    "phases in a phase": ("[{name: a, phases: []}]", "phases stands at the top of a recipe"),
+    "a folder": ("[{name: a, training: {output_dir: b}}]", "training.output_dir applies to all phases"),
+    "a model": ("[{name: a, model: {model: b}}]", "model.model applies to the first phase only"),
+    "phases in a phase": ("[{name: a, phases: []}]", "phases belongs at the top of a recipe"),
 }
 
 
@@ -118,7 +118,7 @@ def test_what_is_wrong_is_one_line_that_names_the_phase(write, case):
         ("phases.medium=1", "is not phases.NAME.section.key=value"),
         ("phases=1", "is not phases.NAME.section.key=value"),
         ("phases.medium.training.sed=1", "phases.medium: training.sed: unknown key. Did you mean 'seed'"),
-        ("phases.medium.training.output_dir=a", "training.output_dir is one for all phases"),
+        ("phases.medium.training.output_dir=a", "training.output_dir applies to all phases"),
     ],
 )
 def test_a_wrong_override_of_a_phase_is_one_line(path, override, match):
@@ -148,8 +148,8 @@ def test_check_show_and_stats_look_at_each_phase(tiny_dir, write, tmp_path, caps
     path = write("look.yaml", f"model: {{model: {tiny_dir}}}\n{data}{phases}")
     allow = ["--allow", "duplicate"]
     assert main(["check", str(path), "--json", *allow]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {name: report["records"] for name, report in told.items()} == {"phase_1_simple": 2, "phase_2": 3}
+    reports = json.loads(capsys.readouterr().out)
+    assert {name: report["records"] for name, report in reports.items()} == {"phase_1_simple": 2, "phase_2": 3}
     assert main(["check", str(path), *allow, f"phases.simple.data.train={broken}"]) == 1, (
         "a fault in a phase is not seen"
     )

@@ -52,9 +52,9 @@ def test_a_recipe_loads_and_transformers_takes_its_arguments(path, tmp_path):
     recipe = load_recipe(path.stem)
     assert recipe == load_recipe(path)
     assert recipe.model.model
-    told = recipe.training.arguments | {"output_dir": str(tmp_path), "use_cpu": True}
-    told["dataloader_num_workers"] = 0  # auto, until the cores are known
-    arguments = TrainingArguments(**told)
+    values = recipe.training.arguments | {"output_dir": str(tmp_path), "use_cpu": True}
+    values["dataloader_num_workers"] = 0  # auto, until the cores are known
+    arguments = TrainingArguments(**values)
     assert arguments.lr_scheduler_type == recipe.training.arguments["lr_scheduler_type"]
 
 
@@ -115,17 +115,17 @@ def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
 def test_recipes_train_what_their_first_lines_say(name, expected):
     recipe = load_recipe(name)
     tuner = recipe.tuner
-    told = (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner, recipe.deepspeed.enabled)
-    assert told == expected
+    trained = (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner, recipe.deepspeed.enabled)
+    assert trained == expected
 
 
 def test_the_curriculum_thaws_and_varies_more_from_phase_to_phase():
     recipe = load_recipe("curriculum")
-    told = [
+    phases = [
         (run.data.train, run.training.arguments["num_train_epochs"], run.tuner.freeze_llm, run.training.learning_rate)
         for run in recipe.phases
     ]
-    assert told == [
+    assert phases == [
         ("data/full.simple.jsonl", 30, True, 1e-4),
         ("data/full.medium.jsonl", 30, False, 1e-4),
         ("data/full.jsonl", 40, False, 5e-5),
@@ -146,11 +146,11 @@ def autos(value):
 def test_a_deepspeed_preset_clips_and_trainer_fills_it(path, tiny_dir, tmp_path):
     from transformers import AutoConfig
 
-    told = json.loads(path.read_text())
-    assert told["gradient_clipping"] == "auto"
-    assert told["zero_optimization"]["stage"] == int(path.stem[4])
-    assert ("offload_optimizer" in told["zero_optimization"]) == path.stem.endswith("_offload")
-    filled = HfTrainerDeepSpeedConfig(told)
+    preset = json.loads(path.read_text())
+    assert preset["gradient_clipping"] == "auto"
+    assert preset["zero_optimization"]["stage"] == int(path.stem[4])
+    assert ("offload_optimizer" in preset["zero_optimization"]) == path.stem.endswith("_offload")
+    filled = HfTrainerDeepSpeedConfig(preset)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_grad_norm=0.37, gradient_accumulation_steps=3, use_cpu=True
     )
@@ -159,7 +159,7 @@ def test_a_deepspeed_preset_clips_and_trainer_fills_it(path, tiny_dir, tmp_path)
     filled.trainer_config_finalize(arguments, model, num_training_steps=10)
     assert filled.config["gradient_clipping"] == 0.37
     assert filled.config["gradient_accumulation_steps"] == 3
-    assert autos(told) > 0
+    assert autos(preset) > 0
     assert autos(filled.config) == 0, "something is left for nobody to fill in"
 
 
@@ -167,10 +167,10 @@ def test_a_deepspeed_preset_clips_and_trainer_fills_it(path, tiny_dir, tmp_path)
 def test_an_accelerate_config_is_one_and_names_classes_that_exist(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 8
-    told = yaml.safe_load(path.read_text())
-    assert str(config.distributed_type).endswith(told["distributed_type"])
-    if "fsdp_config" in told:
-        for name in told["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(","):
+    settings = yaml.safe_load(path.read_text())
+    assert str(config.distributed_type).endswith(settings["distributed_type"])
+    if "fsdp_config" in settings:
+        for name in settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(","):
             assert hasattr(modeling_qwen3_vl, name)
 
 
@@ -217,8 +217,8 @@ def test_train_starts_python_for_one_gpu_and_torchrun_for_several(words, environ
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment
     command = [RECIPES / "train.sh", *words, "data.train=my file.jsonl"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    told = done.stdout.splitlines()
-    assert told == [launcher, gpus, *first, "-m", "qwenvl_ft.train", "recipe=lora_4b", "data.train=my file.jsonl"]
+    words = done.stdout.splitlines()
+    assert words == [launcher, gpus, *first, "-m", "qwenvl_ft.train", "recipe=lora_4b", "data.train=my file.jsonl"]
 
 
 def test_train_without_a_recipe_says_so():

@@ -207,7 +207,7 @@ def test_weights_that_a_projection_names_and_none_trains_are_an_error(checkpoint
 ADAPTED = ["tuner.train_type=lora"]
 FULL = ["tuner.train_type=full"]
 REFUSALS = {
-    "training.optim=lomo": (FULL, "changes each weight as soon as its gradient is there"),
+    "training.optim=lomo": (FULL, "updates each weight as soon as its gradient is computed"),
     "training.optim=galore_adamw_layerwise": (FULL, "vit_lr and aligner_lr would not hold"),
     "training.optim=grokadamw": (FULL, "a checkpoint does not hold"),
     "training.optim=schedule_free_adamw": (FULL, "Set it to constant_with_warmup"),

@@ -72,7 +72,7 @@ REFUSED = {
             "training.lr_scheduler_kwargs.min_lr=1e-6",
             "training.lr_scheduler_kwargs.num_cycles=2",
         ],
-        "training.lr_scheduler_kwargs.num_cycles has no meaning beside min_lr",
+        "training.lr_scheduler_kwargs.num_cycles has no effect with min_lr",
     ),
     "a tracker that is not installed": (
         ["training.report_to=[tensorboard,neptune]"],

@@ -281,7 +281,7 @@ WRONG = {
     "packing and padding": (["training.padding_free=false"], "Set training.packing=false"),
     "half weights trained as they are": (
         ["model.torch_dtype=bfloat16", "training.bf16=false"],
-        "would hold trained weights in 16 bits",
+        "would keep trainable weights in 16 bits",
     ),
     "no training": (["training.do_train=false"], "training.do_train=false cannot be honoured"),
     "evaluation and none": (["training.do_eval=false"], "Set eval_strategy=no"),

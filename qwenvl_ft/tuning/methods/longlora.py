@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.packed_attention import Plan, by_groups, make_plan, packed_attention, packed_mask, sample_lengths
-from qwenvl_ft.tuning.methods.lora import build_lora
+from qwenvl_ft.tuning.methods.lora import build_lora, lora_place
 from qwenvl_ft.tuning.targets import inside, saved_modules
 from qwenvl_ft.upstream.attention import KeptFor, attention_of, set_attention
 
@@ -55,6 +55,11 @@ def build_longlora(model: Any, tuner: TunerConfig, *, batches: Any = None) -> nn
     use_shifted_attention(model, tuner.longlora_group_size)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return build_lora(model, tuner, batches=batches, tied_copies=tied and tuner.longlora_embeddings_and_norms)
+
+
+def longlora_place(model: nn.Module, tuner: TunerConfig) -> dict[str, Any]:
+    """Return where LoRA goes, as `lora_place` does; tied embeddings may be trained, as copies."""
+    return lora_place(model, tuner, tied_copies=True)
 
 
 def embeddings_and_norms(model: Any) -> list[str]:

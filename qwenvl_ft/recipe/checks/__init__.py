@@ -1,0 +1,58 @@
+"""Is this recipe consistent? Finds settings that are valid one by one but contradict each other.
+
+Each check takes a recipe and returns the error message for the first contradiction that it finds, with the key to
+change, or None. One module per topic; `CHECKS` lists all of them.
+"""
+
+from collections.abc import Callable
+
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.checks import data, evaluation, fields, memory, method, optimizer
+from qwenvl_ft.recipe.schema import Recipe
+
+Check = Callable[[Recipe], str | None]
+
+CHECKS: tuple[Check, ...] = (
+    fields.output_dir,
+    fields.without_effect,
+    memory.activation_checkpointing,
+    data.sampling,
+    memory.compilation,
+    data.lengths,
+    method.unread_keys,
+    method.initialisation,
+    evaluation.direction_of_metric,
+    optimizer.target_modules,
+    optimizer.unsuitable,
+    optimizer.galore,
+    optimizer.lora_plus,
+    optimizer.lisa,
+    method.quantization,
+    method.adalora_needs_gradients,
+    method.second_stage,
+    fields.needs_another_field,
+    data.areas,
+    data.datasets,
+    data.names_of_validation_sets,
+    method.nothing_trains,
+    data.packing,
+    memory.placement,
+    evaluation.evaluation_data,
+    evaluation.metric_for_best_model,
+    evaluation.load_best_model,
+    memory.precision,
+    optimizer.schedule,
+)
+"""All checks, in order. The first message is the one that the user sees."""
+
+
+def check(recipe: Recipe) -> None:
+    """Check a recipe.
+
+    Raises:
+        RecipeError: two settings contradict each other.
+    """
+    for find_contradiction in CHECKS:
+        message = find_contradiction(recipe)
+        if message:
+            raise RecipeError(message)

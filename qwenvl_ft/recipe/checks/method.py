@@ -1,0 +1,110 @@
+"""The training method: keys it does not read, what it cannot be combined with, and recipes that train nothing."""
+
+from qwenvl_ft.recipe.checks.argument import argument
+from qwenvl_ft.recipe.keys import own_types
+from qwenvl_ft.recipe.methods import over_quantized, readers
+from qwenvl_ft.recipe.schema import QuantizationConfig, Recipe, TunerConfig
+from qwenvl_ft.recipe.values import shown
+
+
+def unread_keys(recipe: Recipe) -> str | None:
+    """Keys that only other train types read."""
+    train_type = recipe.tuner.train_type
+    for name in own_types("tuner"):
+        listed = readers(name)
+        if listed and train_type not in listed and _is_changed(recipe, name):
+            return (
+                f"tuner.{name}={shown(getattr(recipe.tuner, name))} is not read by tuner.train_type={train_type}. "
+                f"Remove tuner.{name}, or set tuner.train_type={listed[0]}."
+            )
+    return None
+
+
+def initialisation(recipe: Recipe) -> str | None:
+    """Initialisations that change quantised weights, and settings of an initialisation that is not used."""
+    start, bits = recipe.tuner.init_weights, recipe.quantization.quantization_bit
+    if bits and recipe.tuner.changes_base:
+        return (
+            f"tuner.init_weights={start} changes the base weights, but quantization.quantization_bit={bits} makes them "
+            "constant. Use tuner.init_weights=loftq."
+        )
+    for prefix, reader in (("lora_ga_", "lora-ga"), ("eva_", "eva")):
+        for name in own_types("tuner"):
+            if name.startswith(prefix) and start != reader and _is_changed(recipe, name):
+                return (
+                    f"tuner.{name}={shown(getattr(recipe.tuner, name))} is not read with tuner.init_weights={start}. "
+                    f"Remove tuner.{name}, or set tuner.init_weights={reader}."
+                )
+    return None
+
+
+def _is_changed(recipe: Recipe, name: str) -> bool:
+    """Return True if the recipe sets a key of ``tuner`` to something else than its default."""
+    return f"tuner.{name}" in recipe.origins and getattr(recipe.tuner, name) != getattr(TunerConfig(), name)
+
+
+def quantization(recipe: Recipe) -> str | None:
+    """Settings of quantisation without it, and what cannot train or shard quantised weights."""
+    section, train_type, bits = recipe.quantization, recipe.tuner.train_type, recipe.quantization.quantization_bit
+    for name, default in vars(QuantizationConfig()).items():
+        only_4_bit = name.startswith("bnb_4bit")
+        is_read = bits == 4 if only_4_bit else bits is not None
+        if getattr(section, name) != default and not is_read:
+            needed = "4" if only_4_bit else "4 or 8"
+            return (
+                f"quantization.{name} is read only with quantization.quantization_bit={needed}. Set it, or remove "
+                f"quantization.{name}."
+            )
+    if bits is not None and train_type not in over_quantized():
+        return (
+            f"tuner.train_type={train_type} does not work over a quantised model (quantization.quantization_bit="
+            f"{bits}). Set tuner.train_type to one of {', '.join(over_quantized())}."
+        )
+    if bits is not None and recipe.deepspeed.enabled and "zero3" in str(recipe.deepspeed.config):
+        return (
+            f"quantization.quantization_bit={bits} cannot be sharded by deepspeed.config={recipe.deepspeed.config}. "
+            "Use zero2, or no DeepSpeed."
+        )
+    return None
+
+
+def adalora_needs_gradients(recipe: Recipe) -> str | None:
+    """AdaLoRA reads gradients after the optimizer's step, when sharding has freed them."""
+    sharding = "deepspeed" if recipe.deepspeed.enabled else "training.fsdp" if argument(recipe, "fsdp") else None
+    if recipe.tuner.train_type != "adalora" or sharding is None:
+        return None
+    return (
+        f"tuner.train_type=adalora ranks weights by their gradients, which {sharding} does not keep. Remove {sharding} "
+        "(accelerate launch runs several processes without it), or set tuner.train_type=lora."
+    )
+
+
+def second_stage(recipe: Recipe) -> str | None:
+    """Methods and initialisations that cannot continue from an adapter."""
+    tuner = recipe.tuner
+    if not tuner.resume_from_checkpoint:
+        return None
+    if tuner.train_type in ("full", "llamapro"):
+        return (
+            f"tuner.resume_from_checkpoint={tuner.resume_from_checkpoint} continues an adapter, but tuner.train_type="
+            f"{tuner.train_type} has none. Merge it first (qwenvl-ft merge) and set model.model to the result."
+        )
+    if str(tuner.init_weights).lower() not in ("true", "gaussian"):
+        return (
+            f"tuner.init_weights={tuner.init_weights} would change the model that the adapter of "
+            "tuner.resume_from_checkpoint was trained on. Remove tuner.init_weights."
+        )
+    return None
+
+
+def nothing_trains(recipe: Recipe) -> str | None:
+    """All parts are frozen, and no key unfreezes anything."""
+    tuner = recipe.tuner
+    by_name = (tuner.modules_to_save, tuner.trainable_parameters, tuner.trainable_parameters_regex)
+    last_layers = (tuner.unfreeze_topk_llm, tuner.unfreeze_topk_vit)
+    if tuner.freeze_llm and tuner.freeze_vit and tuner.freeze_aligner and not any((*by_name, *last_layers)):
+        return (
+            "tuner.freeze_llm, freeze_vit and freeze_aligner are all true, so nothing would train. "
+            "Set one of them to false."
+        )
+    return None

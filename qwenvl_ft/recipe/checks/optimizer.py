@@ -1,0 +1,121 @@
+"""Optimizers and learning rate schedules."""
+
+from qwenvl_ft.recipe.checks.argument import argument
+from qwenvl_ft.recipe.methods import WITH_LORA
+from qwenvl_ft.recipe.schema import GALORE, MIN_LR_SCHEDULES, Recipe, TrainingConfig
+from qwenvl_ft.recipe.values import shown
+
+CONSTANT = ("constant", "constant_with_warmup")
+"""Schedules that do not lower the learning rate."""
+GALORE_KEYS = (
+    "galore_target_modules",
+    "galore_rank",
+    "galore_update_proj_gap",
+    "galore_scale",
+    "galore_proj_type",
+)
+PROJECTED = ("galore", "apollo")
+"""Prefixes of the optimizers that project the gradients of chosen modules."""
+
+
+def target_modules(recipe: Recipe) -> str | None:
+    """Only GaLore and APOLLO choose modules."""
+    targets, optim = argument(recipe, "optim_target_modules"), argument(recipe, "optim")
+    if targets is not None and not str(optim).startswith(PROJECTED):
+        return (
+            f"training.optim_target_modules={shown(targets)} is read only by GaLore and APOLLO, but training.optim="
+            f"{optim or 'adamw_torch_fused'}. Remove it, or use one of them."
+        )
+    return None
+
+
+def unsuitable(recipe: Recipe) -> str | None:
+    """Optimizers that step inside the backward pass, cannot be resumed, or replace the schedule."""
+    optim = str(argument(recipe, "optim"))
+    if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
+        return (
+            f"training.optim={optim} updates each weight as soon as its gradient is computed, with one learning rate: "
+            "gradient_accumulation_steps, max_grad_norm, vit_lr and aligner_lr would have no effect. Use adafactor, "
+            "galore_adamw or apollo_adamw."
+        )
+    if optim == "grokadamw":
+        return "training.optim=grokadamw has a state that checkpoints do not hold. Use adamw_torch_fused."
+    schedule_type = str(argument(recipe, "lr_scheduler_type"))
+    if optim.startswith("schedule_free") and schedule_type not in CONSTANT:
+        return (
+            f"training.optim={optim} averages weights instead of lowering the learning rate, but "
+            f"training.lr_scheduler_type={schedule_type} would lower it too. Set it to constant_with_warmup."
+        )
+    return None
+
+
+def galore(recipe: Recipe) -> str | None:
+    """GaLore needs full training, whole gradients and an optimizer with a GaLore variant."""
+    training = recipe.training
+    if not (training.use_galore or training.optimizer == "galore"):
+        changed = [name for name in GALORE_KEYS if getattr(training, name) != getattr(TrainingConfig(), name)]
+        if changed:
+            return f"training.{changed[0]} is read only with training.use_galore=true. Set it, or remove it."
+        return None
+    if recipe.tuner.train_type not in ("full", "llamapro"):
+        return (
+            f"training.use_galore=true projects the gradients of whole weights, but tuner.train_type="
+            f"{recipe.tuner.train_type} trains adapters. Set tuner.train_type=full, or remove it."
+        )
+    if recipe.deepspeed.enabled:
+        return "training.use_galore=true needs whole gradients, which DeepSpeed flattens. Set deepspeed.enabled=false."
+    optim = str(argument(recipe, "optim") or "adamw_torch")
+    if optim not in GALORE:
+        return f"training.use_galore=true works with training.optim={', '.join(GALORE)}; not with {optim}."
+    for name in ("optim_args", "optim_target_modules"):
+        if argument(recipe, name) is not None:
+            return f"training.use_galore=true sets training.{name}. Use the galore_ keys instead."
+    return None
+
+
+def lora_plus(recipe: Recipe) -> str | None:
+    """LoRA+ needs LoRA's B matrices."""
+    training, train_type = recipe.training, recipe.tuner.train_type
+    wanted = training.lorap_lr_ratio is not None or training.optimizer == "lorap"
+    if wanted and train_type not in WITH_LORA:
+        key = "lorap_lr_ratio" if training.lorap_lr_ratio is not None else "optimizer=lorap"
+        return f"training.{key} is for LoRA's B matrices, but tuner.train_type={train_type} has none. Remove it."
+    return None
+
+
+def lisa(recipe: Recipe) -> str | None:
+    """LISA needs full training of the language model without sharding."""
+    training = recipe.training
+    if not training.lisa_activated_layers:
+        if training.lisa_step_interval != TrainingConfig().lisa_step_interval:
+            return "training.lisa_step_interval is read only with training.lisa_activated_layers. Set it, or remove it."
+        return None
+    setting = f"training.lisa_activated_layers={training.lisa_activated_layers}"
+    if recipe.tuner.train_type != "full" or recipe.tuner.freeze_llm:
+        return f"{setting} needs full training of the language model. Set tuner.train_type=full and freeze_llm=false."
+    if recipe.deepspeed.enabled or argument(recipe, "fsdp"):
+        return f"{setting} freezes layers during training, which DeepSpeed and FSDP ignore. Train in one process."
+    return None
+
+
+def schedule(recipe: Recipe) -> str | None:
+    """A minimum learning rate needs a schedule that has one. Converts ``min_lr`` to float."""
+    kind, options = argument(recipe, "lr_scheduler_type"), argument(recipe, "lr_scheduler_kwargs")
+    if not isinstance(options, dict) or "min_lr" not in options:
+        return None
+    if kind not in MIN_LR_SCHEDULES:
+        return (
+            f"training.lr_scheduler_type={kind} has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
+            "cosine_warmup_with_min_lr."
+        )
+    try:
+        options["min_lr"] = float(options["min_lr"])
+    except (TypeError, ValueError):
+        return f"training.lr_scheduler_kwargs.min_lr={shown(options['min_lr'])} is not a number. Example: 1e-6."
+    others = [key for key in options if key != "min_lr" and (key, options[key]) != ("num_cycles", 0.5)]
+    if others:
+        return (
+            f"training.lr_scheduler_kwargs.{others[0]} has no effect with min_lr, where the schedule is half a cosine "
+            "down to it. Remove it."
+        )
+    return None

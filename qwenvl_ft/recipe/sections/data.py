@@ -1,0 +1,150 @@
+"""The sections ``template``, ``data`` and ``prompts``: which records are read, and how they become tokens."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qwenvl_ft.recipe.limits import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Share
+
+
+@dataclass(kw_only=True)
+class TemplateConfig:
+    """How conversations become tokens."""
+
+    template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "qwen"] = "qwen3_vl"
+    """Template name as in other libraries, for their command lines. The text always comes from the processor's own
+    chat template."""
+    max_length: Positive = 8192
+    """Length limit of a sample and of a packed row, in tokens, images included."""
+    truncation_strategy: Literal["raise", "delete", "left", "right"] = "delete"
+    """What happens to a longer sample: raise stops the run, delete drops and counts it, left and right cut tokens from
+    that end, but never a part of an image."""
+    min_pixels: Positive | None = None
+    """Smallest area of an image after resizing, in pixels; null keeps the processor's value."""
+    max_pixels: Positive | None = None
+    """Largest area of an image after resizing, in pixels; null keeps the processor's value. A token of Qwen3-VL covers
+    32 x 32 = 1024 pixels."""
+    fps: PositiveFloat | None = None
+    """Frames sampled per second of a video file; null keeps the processor's value (2)."""
+    fps_min_frames: Positive | None = None
+    """Minimum number of frames sampled from a video file that has so many; null keeps the processor's value (4)."""
+    fps_max_frames: Positive | None = None
+    """Maximum number of frames sampled from a video file; null keeps the processor's value (768)."""
+    video_min_pixels: Positive | None = None
+    """Smallest area of a video, summed over its frames, in pixels; null keeps the processor's value."""
+    video_max_pixels: Positive | None = None
+    """Largest area of a video, summed over its frames, in pixels; null keeps the processor's value. Two frames share a
+    token of 32 x 32."""
+    video_frame_max_pixels: Positive | None = None
+    """Largest area of one frame, in pixels, rounded down to whole tokens; null sets no limit per frame."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+    tools_prompt: str | None = None
+    """Function schemas for conversations that have none: a JSON list, or a .json file that holds one."""
+    add_vision_id: bool = False
+    """Have the chat template number images and videos (Picture 1: ...)."""
+
+
+@dataclass(kw_only=True)
+class Sources:
+    """Training and evaluation data."""
+
+    train: str | list[str] | dict[str, PositiveFloat] = ""
+    """Training data: registered names, files or folders, with an optional sampling rate in percent (a%50,b,my.jsonl),
+    or a mapping from name to weight."""
+    val: str | list[str] | dict[str, str | list[str]] | None = None
+    """Evaluation data in the same form, or a mapping from name to selection for one loss each (eval_NAME_loss). With
+    it, training.eval_strategy defaults to steps and eval_steps to save_steps."""
+    split_dataset_ratio: Fraction = 0.0
+    """Without val, share of the training records held out for evaluation; the same records on every rank."""
+    train_dataset_sample: Count = -1
+    """Maximum number of training records, drawn from all of them; -1 takes all."""
+    val_dataset_sample: Count = -1
+    """Maximum number of records drawn from each validation set; -1 takes all."""
+    train_dataset_mix_ratio: NonNegativeFloat = 0.0
+    """Number of records of train_dataset_mix_ds per training record. Records repeat if there are too few."""
+    train_dataset_mix_ds: str | list[str] | None = None
+    """Data to mix in, written as in train; null takes all datasets of train but the first."""
+    loss_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    """Weight of each dataset's tokens in the training loss, a weighted mean: dataset name in train -> weight; 1 if not
+    named."""
+    media_root: str | None = None
+    """Folder that relative media paths start from; null means the folder of the annotation file."""
+    allow_urls: bool = False
+    """Fetch images from http(s) URLs."""
+    datasets: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Dataset names to register: name -> {annotation_path: file, data_path: folder, reader: format}."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Your own record formats: name -> module:function that reads a record. They are tried before the built-in ones."""
+    dataset_num_proc: Positive = 4
+    """Number of processes that measure sample lengths before training."""
+
+
+@dataclass(kw_only=True)
+class MediaLimits:
+    """Limits for images and videos."""
+
+    max_image_pixels: Positive = 200_000_000
+    """Largest image file that is decoded, in pixels; protects against decompression bombs."""
+    image_timeout: PositiveFloat = 60.0
+    """Time limit for decoding the images of one sample, in seconds."""
+    video_timeout: PositiveFloat = 60.0
+    """Time limit for decoding one video file, in seconds."""
+
+
+@dataclass(kw_only=True)
+class DenseCaptions:
+    """Dense captions: images with described objects and their coordinates."""
+
+    images_per_user_turn: Positive = 2
+    """Number of records that one user turn asks about and one JSON object answers."""
+    emit_norm: Literal["none", "norm100", "norm1000"] = "norm1000"
+    """Coordinates in answers: in pixels (none), or relative to the image's sides from 0 to 100 or 0 to 1000."""
+    summary_ratio: Share | None = None
+    """Share of the groups that are asked for a one-line summary of each image instead of its objects."""
+    label_pattern: str = "图片_{i}"
+    """Name of the i-th image of a group: it precedes the image and is its key in the answer."""
+    object_pattern: str = "object_{i}"
+    """Key of an image's i-th object."""
+    object_order: Literal["given", "reading"] | None = None
+    """Order of the objects: as in the record (given), or from top to bottom (reading). null is given in scheme A and
+    reading in B."""
+    augmentation: dict[str, Any] | None = None
+    """Training-time augmentation of images and of their objects' coordinates; see docs/augmentation.md."""
+
+
+@dataclass(kw_only=True)
+class BadRecords:
+    """Records that cannot be read."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """raise stops the run at an unreadable record; skip leaves it out, counts it and reports it."""
+    max_bad_fraction: Share = 0.01
+    """With on_error: skip, the share of unreadable samples per epoch above which the run stops anyway."""
+    check_dataset_strategy: Literal["none", "warning", "error"] = "none"
+    """Check every record before training, as qwenvl-ft check does: warning reports faults, error refuses to start."""
+
+
+@dataclass(kw_only=True)
+class DataConfig(Sources, MediaLimits, DenseCaptions, BadRecords):
+    """Data to train and evaluate on."""
+
+    @property
+    def evaluates(self) -> bool:
+        """True if there is data for evaluation."""
+        return bool(self.val) or self.split_dataset_ratio > 0
+
+
+@dataclass(kw_only=True)
+class PromptsConfig:
+    """Prompts of dense captions. Each is a text, or the path of a .txt file."""
+
+    scheme: Literal["A", "B", "a", "b"] = "A"
+    """Built-in prompts: A describes the output format; B also says how to order, word and outline objects."""
+    system: str | None = None
+    """System prompt of groups that are asked for objects; null uses the scheme's."""
+    user: str | None = None
+    """User prompt of groups that are asked for objects; null uses the scheme's."""
+    system_summary: str | None = None
+    """System prompt of groups that are asked for summaries; null uses the scheme's."""
+    user_summary: str | None = None
+    """User prompt of groups that are asked for summaries; null uses the scheme's."""

@@ -12,22 +12,22 @@ from qwenvl_ft.cli.main import main
 
 def test_a_machine_that_runs_the_tests_is_ready(capsys):
     code = main(["doctor"])
-    told = capsys.readouterr().out
-    assert code == 0, told
-    assert told.endswith("\nready to train\n")
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert output.endswith("\nready to train\n")
     for name in ("torch", "transformers", "peft"):
-        assert re.search(rf"^  {name} {re.escape(version(name))}$", told, flags=re.MULTILINE)
-    assert f"{torch.cuda.device_count()} usable GPUs" in told
-    assert re.search(r"^  flash-attn \S+ \(extra flash\)$", told, flags=re.MULTILINE)
+        assert re.search(rf"^  {name} {re.escape(version(name))}$", output, flags=re.MULTILINE)
+    assert f"{torch.cuda.device_count()} usable GPUs" in output
+    assert re.search(r"^  flash-attn \S+ \(extra flash\)$", output, flags=re.MULTILINE)
 
 
 def test_an_old_package_and_one_that_is_not_there_are_faults(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "requires", lambda name: ["peft>=99", "no-such-package>=1", "torch>=2"])
     assert main(["doctor"]) == 1
-    told = capsys.readouterr().out
-    assert f"fault: peft>=99 is required, and {version('peft')} is here: pip install -e ." in told
-    assert "fault: no-such-package>=1 is required, and nothing is here" in told
-    assert told.count("fault: ") == 2
+    output = capsys.readouterr().out
+    assert f"fault: peft>=99 is required, and {version('peft')} is here: pip install -e ." in output
+    assert "fault: no-such-package>=1 is required, and nothing is here" in output
+    assert output.count("fault: ") == 2
 
 
 def test_little_shared_memory_a_long_tempdir_and_an_old_driver_are_faults(tmp_path, monkeypatch, capsys):
@@ -38,7 +38,7 @@ def test_little_shared_memory_a_long_tempdir_and_an_old_driver_are_faults(tmp_pa
     long.mkdir()
     monkeypatch.setattr(doctor.tempfile, "tempdir", str(long))
     assert main(["doctor"]) == 1
-    told = capsys.readouterr().out
-    assert "fault: /dev/shm has 0.06 GiB free" in told
-    assert "fault: TMPDIR=" in told
-    assert "fault: nvidia-smi is here, but torch sees no GPU" in told
+    output = capsys.readouterr().out
+    assert "fault: /dev/shm has 0.06 GiB free" in output
+    assert "fault: TMPDIR=" in output
+    assert "fault: nvidia-smi is here, but torch sees no GPU" in output

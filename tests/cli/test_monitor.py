@@ -38,8 +38,8 @@ def no_gpu(monkeypatch):
 
 def shown(capsys, *words):
     code = main(["monitor", *map(str, words)])
-    told = capsys.readouterr()
-    return code, told.out.splitlines(), told.err
+    output = capsys.readouterr()
+    return code, output.out.splitlines(), output.err
 
 
 def test_progress_loss_its_mean_and_the_time_left(run, no_gpu, capsys):

@@ -1,6 +1,6 @@
-"""Fine-tune Qwen3-VL on the plain Hugging Face stack, exactly.
+"""Exact fine-tuning of Qwen3-VL on the plain Hugging Face stack.
 
-Everything public is importable from here and loaded when it is first used, so that ``import qwenvl_ft`` is light.
+All public names can be imported from here. Each is loaded on first use, so that ``import qwenvl_ft`` is fast.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""The `qwenvl-ft` command: one file per command."""
+"""The commands of ``qwenvl-ft``, one module each. They are imported only when they run."""

@@ -1,4 +1,4 @@
-"""``qwenvl-ft check RECIPE`` or ``FILE ...``: is the data fit to train on?"""
+"""``qwenvl-ft check RECIPE|FILE ...``: checks every record before training."""
 
 from typing import Annotated
 
@@ -7,20 +7,20 @@ import typer
 
 def check(
     words: Annotated[
-        list[str], typer.Argument(metavar="RECIPE|FILE...", help="A recipe, or data files; then section.key=value.")
+        list[str], typer.Argument(metavar="RECIPE|FILE...", help="A recipe or data files, then section.key=value.")
     ],
     allow: Annotated[
-        list[str] | None, typer.Option(help="A reason that is no error here, as duplicate; may be given several times.")
+        list[str] | None, typer.Option(help="A fault to accept, for example duplicate. May be repeated.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
-    show: Annotated[int, typer.Option(help="Cases of each reason that are printed.")] = 3,
-    processes: Annotated[int, typer.Option(help="GPUs of the run to come, for its steps.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every case.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    show: Annotated[int, typer.Option(help="Examples to print of each fault.")] = 3,
+    processes: Annotated[int, typer.Option(help="GPUs of the planned run, to compute its steps.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all cases.")] = False,
 ) -> None:
-    """Look at every record before training does. Exit code 0, or 1 if something is wrong.
+    """Check every record before training. The exit code is 0, or 1 if something is wrong.
 
-    Files alone are checked for all but tokens; give --model DIR for those too, --val FILE to look for leaks. Of a
-    recipe with phases, each is looked at.
+    For data files without a recipe, lengths in tokens need --model DIR, and --val FILE finds records that are also in
+    the training data. In a recipe with phases, the data of every phase is checked.
     """
     import json
 
@@ -35,7 +35,7 @@ def check(
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(report, show))
     if as_json:
-        told = {phase: report.to_json() for phase, report in reports.items()}
-        typer.echo(json.dumps(told[""] if "" in told else told, ensure_ascii=False))
+        by_phase = {phase: report.to_json() for phase, report in reports.items()}
+        typer.echo(json.dumps(by_phase[""] if "" in by_phase else by_phase, ensure_ascii=False))
     if not all(report.ok and not (strict and report.faults) for report in reports.values()):
         raise typer.Exit(1)

@@ -1,25 +1,25 @@
-"""``qwenvl-ft convert WHAT ...``: data sets in their own layout -> files that training reads."""
+"""``qwenvl-ft convert NAME ...``: converts datasets with a layout of their own to files that training reads."""
 
 from importlib import import_module
 
 from qwenvl_ft.errors import unknown_name
 
 CONVERSIONS = {
-    "flare": ("qwenvl_ft.flare.convert", "FLARE25's questions to training records"),
-    "flare-validate": ("qwenvl_ft.flare.validate", "check what was converted"),
+    "flare": ("qwenvl_ft.flare.convert", "convert the questions of FLARE25 to training records"),
+    "flare-validate": ("qwenvl_ft.flare.validate", "check the converted records"),
 }
-"""What -> the module with its ``main(argv, prog)``, and its line in the help."""
+"""Name -> module with ``main(argv, prog)``, and the line in the help."""
 
 
 def convert(argv: list[str]) -> int:
-    """Run a conversion with the rest of the command line.
+    """Run a conversion with the remaining arguments.
 
     Raises:
-        RecipeError: there is no such conversion.
+        RecipeError: the conversion is unknown.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:<16} {told}" for name, (_, told) in CONVERSIONS.items()]
-        print("\n".join(["usage: qwenvl-ft convert WHAT [options]      qwenvl-ft convert WHAT --help", "", *lines]))
+        lines = [f"  {name:<16} {line}" for name, (_, line) in CONVERSIONS.items()]
+        print("\n".join(["usage: qwenvl-ft convert NAME [options]      qwenvl-ft convert NAME --help", "", *lines]))
         return 0
     if argv[0] not in CONVERSIONS:
         raise unknown_name("conversion", argv[0], CONVERSIONS)

@@ -1,4 +1,4 @@
-"""``qwenvl-ft doctor``: whether this machine can train, and what it would train with."""
+"""``qwenvl-ft doctor``: reports packages, devices, attention and memory, and what keeps this machine from training."""
 
 import os
 import platform
@@ -13,15 +13,15 @@ import typer
 
 GIB = 1024**3
 SHARED_MEMORY = 1.0
-"""GiB of /dev/shm below which loader workers may not be able to hand over their batches."""
+"""Free space in /dev/shm, in GiB, below which dataloader workers may fail to pass on their batches."""
 
 
 def doctor() -> None:
-    """Print packages, devices, attention, and room; exit code 1 if something that training needs is missing."""
+    """Print packages, devices, attention and memory. The exit code is 1 if something that training needs is missing."""
     faults: list[str] = []
-    for title, look in LOOKS.items():
+    for title, report in REPORTS.items():
         typer.echo(f"{title}")
-        for line in look(faults):
+        for line in report(faults):
             typer.echo(f"  {line}")
     typer.echo("\n".join(["", *(f"fault: {fault}" for fault in faults)]) if faults else "\nready to train")
     if faults:
@@ -29,7 +29,7 @@ def doctor() -> None:
 
 
 def machine(faults: list[str]) -> Iterator[str]:
-    """Processor, memory and the places that workers need."""
+    """Yield processor, memory, and the folders that dataloader workers need."""
     from qwenvl_ft.data.plan.workers import require_short_tempdir
     from qwenvl_ft.errors import RecipeError
 
@@ -49,7 +49,7 @@ def machine(faults: list[str]) -> Iterator[str]:
 
 
 def packages(faults: list[str]) -> Iterator[str]:
-    """What is required and what is optional: the version that is here beside the one that is asked for."""
+    """Yield the installed version of each required and optional package, with the wanted one if it differs."""
     from packaging.requirements import Requirement
 
     for text in requires("qwenvl-ft") or []:
@@ -71,7 +71,7 @@ def packages(faults: list[str]) -> Iterator[str]:
 
 
 def compatibility(faults: list[str]) -> Iterator[str]:
-    """Which of the installed versions our own tests were run with, and what is slower or missing with them."""
+    """Yield which of the installed versions our tests were run with, and what is slower or missing with them."""
     from qwenvl_ft.upstream import probe, proven
 
     installed, other = proven.here(), proven.unproven()
@@ -87,7 +87,7 @@ def compatibility(faults: list[str]) -> Iterator[str]:
 
 
 def devices(faults: list[str]) -> Iterator[str]:
-    """GPUs as torch sees them."""
+    """Yield the GPUs that torch can use."""
     import torch
 
     built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda or '(none)'}"
@@ -106,18 +106,18 @@ def devices(faults: list[str]) -> Iterator[str]:
 
 
 def attention(faults: list[str]) -> Iterator[str]:
-    """What ``model.attn_impl: auto`` takes, and why not the others."""
+    """Yield the implementation that ``model.attn_impl: auto`` takes, and why the others cannot be used."""
     from qwenvl_ft.model.attention import FLASH, obstacle, resolve_attn_impl
 
     yield f"auto is {resolve_attn_impl('auto')} in 16 bits, {resolve_attn_impl('auto', 'float32')} in float32"
     yield from (f"{name}: {obstacle(name) or 'usable'}" for name in FLASH)
 
 
-LOOKS: dict[str, Callable[[list[str]], Iterator[Any]]] = {
+REPORTS: dict[str, Callable[[list[str]], Iterator[Any]]] = {
     "machine": machine,
     "packages": packages,
     "versions that our tests were run with": compatibility,
     "devices": devices,
     "attention": attention,
 }
-"""Heading -> lines below it; what hinders training is added to the list."""
+"""Heading -> function that yields the lines below it, and adds to ``faults`` what keeps this machine from training."""

@@ -1,4 +1,4 @@
-"""``qwenvl-ft infer``: ask a model about images, with the code that training evaluates with."""
+"""``qwenvl-ft infer``: asks a model about images, with the code that evaluates during training."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,20 +8,25 @@ import typer
 
 def infer(
     model: Annotated[str, typer.Option(help="Directory or hub id of a model, or an adapter's directory.")],
-    prompt: Annotated[str, typer.Option(help="The question. <image> says where an image stands; else all come first.")],
-    image: Annotated[list[str] | None, typer.Option(help="File or URL; may be given several times.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="The question. <image> marks the place of an image; without it, all images come first.")
+    ],
+    image: Annotated[list[str] | None, typer.Option(help="Image file or URL. May be repeated.")] = None,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="Directory of an adapter to put on the model; of several, each answers.")
+        list[Path] | None,
+        typer.Option(help="Directory of an adapter to load on the model. May be repeated; each adapter answers."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, if the model was trained with one.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token; above, it samples.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    torch_dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as it was saved.")] = "auto",
-    attn_impl: Annotated[str, typer.Option(help="Attention, as model.attn_impl in a recipe.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the answer alone.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding; above 0, sample.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    torch_dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16, float32, or auto for the saved precision.")
+    ] = "auto",
+    attn_impl: Annotated[str, typer.Option(help="Attention implementation, as model.attn_impl in a recipe.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of only the answer.")] = False,
 ) -> None:
-    """Ask a model one question, with any number of images, and print its answer."""
+    """Ask a model one question about any number of images, and print its answer."""
     import json
     import time
 
@@ -36,9 +41,9 @@ def infer(
         raise typer.BadParameter(f"{temperature} is below 0", param_hint="--temperature")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    loaded, voices = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
+    loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    for number, (source, processor) in enumerate(voices):
+    for number, (source, processor) in enumerate(answerers):
         if adapter:
             loaded.set_adapter(f"adapter_{number}")
         encoder = Encoder(processor, system_prompt=system, policy=MediaPolicy(allow_urls=True))
@@ -47,25 +52,28 @@ def infer(
         (answer,) = generate(
             loaded, processor, [record(prompt, image or [])], encoder=encoder, max_new_tokens=max_new_tokens, **sampling
         )
-        told = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
-        told |= {"adapter": source} if adapter else {}
-        line = f"{source}: {answer}" if len(voices) > 1 else answer
-        typer.echo(json.dumps(told, ensure_ascii=False) if as_json else line)
+        result = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
+        result |= {"adapter": source} if adapter else {}
+        line = f"{source}: {answer}" if len(answerers) > 1 else answer
+        typer.echo(json.dumps(result, ensure_ascii=False) if as_json else line)
 
 
 def record(prompt: str, images: list[str]) -> dict[str, Any]:
-    """The question as a record: images where the prompt has ``<image>``, else before it."""
+    """Return the question as a record, with the images where the prompt has ``<image>``, else before it."""
     tags = "" if "<image>" in prompt else "<image>\n" * len(images)
     places = [path if "://" in path else str(Path(path).expanduser().resolve()) for path in images]
     return {"id": "prompt", "image": places, "conversations": [{"from": "human", "value": tags + prompt}]}
 
 
 def load(model: str, adapters: list[Path], *, torch_dtype: str, attn_impl: str) -> tuple[Any, list[tuple[str, Any]]]:
-    """The model, on a GPU if there is one, with its adapters named adapter_0, adapter_1, ..., and who can answer: each
-    adapter, or the model itself, by its directory and with the processor that was saved with it.
+    """Load a model and its adapters, on a GPU if there is one.
+
+    Returns:
+        The model, with adapters named adapter_0, adapter_1, ...; and for each adapter, or for the model if there are
+        none, its directory and its processor.
 
     Raises:
-        CheckpointError: a directory is not what it should be, or the adapters are not of one method.
+        CheckpointError: a directory is no model or adapter, or the adapters are not of one method.
     """
     import torch
 
@@ -76,15 +84,17 @@ def load(model: str, adapters: list[Path], *, torch_dtype: str, attn_impl: str) 
         if not (adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{adapter} has no adapter_config.json, so it is not an adapter's directory.")
     lengths = [trained_lengths(adapter) for adapter in adapters] or [(None, None)]
-    if any(told != lengths[0] for told in lengths):
-        raise CheckpointError(f"the adapters were trained with other rope_scaling: {lengths}. Ask them one by one.")
+    if any(other != lengths[0] for other in lengths):
+        raise CheckpointError(
+            f"the adapters were trained with different rope_scaling: {lengths}. Run infer for each of them."
+        )
     scaling, longest = lengths[0]
     loaded = load_model(
         model, torch_dtype=torch_dtype, attn_impl=attn_impl, rope_scaling=scaling, max_model_len=longest
     )
-    voices = []
+    answerers = []
     for number, adapter in enumerate(adapters):
         loaded = with_adapter(loaded, adapter, name=f"adapter_{number}")
-        own_processor = any((adapter / name).is_file() for name in PROCESSOR_FILES)
-        voices.append((str(adapter), load_processor(str(adapter) if own_processor else model)))
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), voices or [(model, load_processor(model))]
+        has_processor = any((adapter / name).is_file() for name in PROCESSOR_FILES)
+        answerers.append((str(adapter), load_processor(str(adapter) if has_processor else model)))
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), answerers or [(model, load_processor(model))]

@@ -1,4 +1,4 @@
-"""``qwenvl-ft inspect``: what a checkpoint holds."""
+"""``qwenvl-ft inspect``: prints the contents of a checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +8,12 @@ import typer
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, an adapter or a model.")],
-    keys: Annotated[str | None, typer.Option(help="List the weights with this in their name, as merger.")] = None,
+    keys: Annotated[
+        str | None, typer.Option(help="List the weights whose names contain this text, for example merger.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print method, weights by part, ranks and sizes of a checkpoint, and what opens it."""
+    """Print method, weights by part, ranks and sizes of a checkpoint, and what can load it."""
     import json
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""`qwenvl-ft COMMAND ...`: finds the command's file when it is asked for, so that help is instant."""
+"""Entry point of ``qwenvl-ft``. Imports the module of a command only when it runs, so that help is instant."""
 
 import sys
 from importlib import import_module
@@ -7,32 +7,32 @@ from qwenvl_ft import __version__
 from qwenvl_ft.errors import QwenVLError, unknown_name
 
 COMMANDS = {
-    "train": "train a recipe: qwenvl-ft train recipe=NAME section.key=value ...",
-    "check": "look at every record before training does: qwenvl-ft check RECIPE or FILE ...",
-    "show": "write a page of what the model will see: images, objects, tokens, packed rows",
-    "stats": "count what is in the data: lengths, images, answers, objects, how varied they are",
-    "split": "part dense captions by how many objects they have, for training from the simple to the full",
-    "monitor": "show where a run stands: progress, loss, speed, time left, GPUs",
-    "recipe": "print what a recipe resolves to, and which file each value came from",
-    "convert": "make training files of data in a layout of its own: qwenvl-ft convert flare ...",
+    "train": "train with a recipe: qwenvl-ft train recipe=NAME section.key=value ...",
+    "check": "check every record before training: qwenvl-ft check RECIPE or FILE ...",
+    "show": "write an HTML page of what the model will see: images, objects, tokens, packed rows",
+    "stats": "print statistics of the data: lengths, images, answers, objects, diversity",
+    "split": "split dense captions by number of objects, to train from simple to full ones",
+    "monitor": "show the progress of a run: loss, speed, time left, GPUs",
+    "recipe": "print a resolved recipe, and the file that set each value",
+    "convert": "convert datasets with a layout of their own to training files: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
-    "merge": "make one model of an adapter and its base, for serving",
-    "prove": "prove the promises on your model and data: packed = alone, losses, frozen bits, saved weights",
-    "inspect": "say what a checkpoint holds: method, weights by part, ranks, sizes",
-    "doctor": "say whether this machine can train, and what with",
-    "bench": "measure data path, training step, loss, attention; fit the planner to this machine",
-    "tiny": "make a complete tiny checkpoint of the real architecture, for tests and first steps",
+    "merge": "merge an adapter into its base model, for serving",
+    "prove": "test the guarantees on your model and data: packed = alone, losses, frozen and saved weights",
+    "inspect": "print the contents of a checkpoint: method, weights by part, ranks, sizes",
+    "doctor": "report what this machine can train with",
+    "bench": "measure data loading, training step, loss, attention; calibrate the planner for this machine",
+    "tiny": "write a complete tiny checkpoint of the real architecture, for tests and first steps",
 }
-"""Command -> its line in the help. Each is a function of its own name in ``qwenvl_ft/cli/NAME.py``."""
+"""Command -> its line in the help. The command is the function NAME in ``qwenvl_ft/cli/NAME.py``."""
 
 FLAGS_PASS = ("recipe", "check", "show", "stats", "prove")
-"""Commands that take the flags of recipes beside their own options."""
+"""Commands that take the flags of recipes besides their own options."""
 OWN_OPTIONS = ("convert", "bench")
-"""Commands whose function takes the words behind its name and returns the exit code."""
+"""Commands whose function takes the remaining arguments and returns the exit code."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; a user's error is one line and exit code 2."""
+    """Run a command and return its exit code: 2 for a user's error, which is printed as one line."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     except QwenVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SystemExit as ending:  # help was shown, or typer has said what is wrong with the options
+    except SystemExit as ending:  # help was shown, or typer has reported wrong options
         return ending.code if isinstance(ending.code, int) else 1
     except KeyboardInterrupt:
         return 130
 
 
 def run(name: str, rest: list[str]) -> int:
-    """A command's function, its options from the command line by typer."""
+    """Run the function of a command; typer parses its options from the command line."""
     if name == "train":
         from qwenvl_ft.train import main as train
 
@@ -73,8 +73,8 @@ def run(name: str, rest: list[str]) -> int:
 
 
 def help_text() -> str:
-    """All commands, a line each."""
-    lines = [f"  {name:<8} {told}" for name, told in COMMANDS.items()]
+    """Return the help: one line per command."""
+    lines = [f"  {name:<8} {line}" for name, line in COMMANDS.items()]
     return "\n".join(
         [
             "Fine-tune Qwen3-VL, exactly.",

@@ -1,4 +1,4 @@
-"""``qwenvl-ft merge``: an adapter and its base model as one model, in few bits if asked for."""
+"""``qwenvl-ft merge``: merges an adapter into its base model, and optionally quantises the result."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,23 +7,25 @@ import typer
 
 
 def merge(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of an adapter: a checkpoint, or a run's output.")],
-    out: Annotated[Path, typer.Argument(help="New folder for the model.")],
-    base: Annotated[str | None, typer.Option(help="Base model, if it moved from where the adapter says.")] = None,
-    torch_dtype: Annotated[str, typer.Option(help="Of the result; auto is the base model's.")] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of an adapter: a checkpoint, or the output_dir of a run.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    base: Annotated[str | None, typer.Option(help="Base model, if it is no longer where the adapter says.")] = None,
+    torch_dtype: Annotated[str, typer.Option(help="Precision of the result; auto is that of the base model.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one weight file.")] = "5GB",
     quant_method: Annotated[
         str | None,
-        typer.Option("--quant-method", "--quant_method", help="gptq or awq: the language model in few bits."),
+        typer.Option("--quant-method", "--quant_method", help="gptq or awq: quantise the language model."),
     ] = None,
-    quant_bits: Annotated[int, typer.Option("--quant-bits", "--quant_bits", help="Bits of a weight.")] = 4,
+    quant_bits: Annotated[int, typer.Option("--quant-bits", "--quant_bits", help="Bits per weight.")] = 4,
     group_size: Annotated[
-        int, typer.Option("--group-size", "--gptq_group_size", help="Weights that share a scale.")
+        int, typer.Option("--group-size", "--gptq_group_size", help="Number of weights that share a scale.")
     ] = 128,
-    n_samples: Annotated[int, typer.Option("--n-samples", "--quant_n_samples", help="Samples to calibrate on.")] = 128,
-    dataset: Annotated[str | None, typer.Option(help="Records to calibrate on, as data.train.")] = None,
+    n_samples: Annotated[
+        int, typer.Option("--n-samples", "--quant_n_samples", help="Number of calibration samples.")
+    ] = 128,
+    dataset: Annotated[str | None, typer.Option(help="Calibration records, written as in data.train.")] = None,
 ) -> None:
-    """Write a model whose weights have the adapter's update in them, with processor and generation config."""
+    """Write a model whose weights include the adapter's update, with processor and generation config."""
     from tempfile import TemporaryDirectory
 
     from transformers.utils import logging
@@ -34,9 +36,9 @@ def merge(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    told: dict[str, Any] = {"base": base, "torch_dtype": torch_dtype, "max_shard_size": max_shard_size}
+    options: dict[str, Any] = {"base": base, "torch_dtype": torch_dtype, "max_shard_size": max_shard_size}
     if quant_method is None:
-        done = merge_adapter(checkpoint, out, **told)
+        done = merge_adapter(checkpoint, out, **options)
         typer.echo(
             f"{done.folder}: {done.method} merged into {done.layers} layers, modules trained in full: {done.copies}; "
             f"{done.dtype}, {done.mebibytes:,.1f} MiB"
@@ -48,7 +50,7 @@ def merge(
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as whole:
         source = checkpoint
         if (checkpoint / "adapter_config.json").is_file():
-            source = merge_adapter(checkpoint, whole, **told).folder
+            source = merge_adapter(checkpoint, whole, **options).folder
         require_no_quantization(str(source))
         quantize(
             source,

@@ -1,4 +1,4 @@
-"""``qwenvl-ft monitor DIR``: where a run stands, from the files that it writes, and what the GPUs do meanwhile."""
+"""``qwenvl-ft monitor DIR``: shows the progress of a run from its log files, and the load of the GPUs."""
 
 import json
 import shutil
@@ -16,33 +16,37 @@ import typer
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WINDOW = 20
-"""Logged steps that the moving average of the loss is taken over."""
+"""Number of logged steps in the moving average of the loss."""
 WIDTH = 60
-"""Characters of the bar and of the loss history."""
+"""Width of the progress bar and of the loss history, in characters."""
 GPU_FIELDS = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu")
 FIGURES = ("grad_norm", "learning_rate", "tokens_per_second", "row_fill", "peak_memory_gib", "eval_loss")
-"""Logged keys that are shown as they were last."""
+"""Logged keys whose last value is shown."""
 
 
 def monitor(
-    directory: Annotated[Path | None, typer.Argument(help="The run's training.output_dir.")] = None,
-    output_dir: Annotated[Path | None, typer.Option("--output_dir", "--output-dir", help="The same.")] = None,
-    refresh: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
-    tail: Annotated[int | None, typer.Option(min=1, help="Print so many last lines of training.log, and end.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Look once; so it is where the output is no terminal.")] = False,
+    directory: Annotated[Path | None, typer.Argument(help="training.output_dir of the run.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", "--output-dir", help="Same as DIRECTORY.")] = None,
+    refresh: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 10.0,
+    tail: Annotated[
+        int | None, typer.Option(min=1, help="Print this many last lines of training.log and exit.")
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print once and exit; the default if the output is not a terminal.")
+    ] = False,
 ) -> None:
-    """Show a run's progress, loss, speed and remaining time, and the GPUs of this machine, until it ends.
+    """Show progress, loss, speed and remaining time of a run, and the GPUs of this machine, until the run ends.
 
     Raises:
         RecipeError: no folder is named, or several are.
-        CheckpointError: the folder is not one of a run.
+        CheckpointError: the folder is not that of a run.
     """
     from qwenvl_ft.errors import CheckpointError, RecipeError
 
-    given = {folder for folder in (directory, output_dir) if folder is not None}
-    if len(given) != 1:
+    named = {folder for folder in (directory, output_dir) if folder is not None}
+    if len(named) != 1:
         raise RecipeError("name one folder, the run's training.output_dir: qwenvl-ft monitor output/my_run.")
-    folder = given.pop()
+    folder = named.pop()
     log = folder / "training.log"
     if not log.is_file():
         raise CheckpointError(f"{log} does not exist. Name a run's training.output_dir; it is written at its start.")
@@ -63,10 +67,10 @@ def monitor(
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, in the order of steps; of a run with phases, in its last one.
+    """Return the logged entries in order of steps; in a run with phases, those of the last phase.
 
-    A resumed run writes behind what was there: steps that it did again count once, as they went last. A line that is
-    being written is left for the next look.
+    A resumed run appends to the log: of steps that were run twice, only the later entries are returned. An incomplete
+    last line is ignored.
     """
     path = folder / "trainer_log.jsonl"
     logged: list[dict[str, Any]] = []
@@ -84,7 +88,7 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def ended(logged: list[dict[str, Any]]) -> bool:
-    """Whether the last entry is the one that closes a run, or the last of its phases."""
+    """Return True if the last entry ends the run, or the last of its phases."""
     if not logged or "train_loss" not in logged[-1]:
         return False
     number, _, count = phase_of(logged[-1]).partition(" ")[0].partition("/")
@@ -92,12 +96,12 @@ def ended(logged: list[dict[str, Any]]) -> bool:
 
 
 def phase_of(entry: dict[str, Any]) -> str:
-    """``2/3 medium``; empty in a run without phases."""
+    """Return the phase of an entry, for example ``2/3 medium``; empty in a run without phases."""
     return entry["phase"] if "phase" in entry else ""
 
 
 def screen(folder: Path) -> str:
-    """All that is known of a run, as lines."""
+    """Return the lines that describe a run and the GPUs."""
     logged = entries(folder)
     steps = [entry for entry in logged if "loss" in entry]
     lines = [str(folder), *(progress(logged, steps) if steps else ["no step is logged yet; see training.log"])]
@@ -105,7 +109,7 @@ def screen(folder: Path) -> str:
 
 
 def progress(logged: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
-    """Bar, times, loss and its history, and the other figures as they were last."""
+    """Return progress bar, times, loss with its history, and the last values of the other figures."""
     last = logged[-1]
     share = last["step"] / last["total_steps"]
     bar = "#" * round(share * WIDTH)
@@ -127,7 +131,7 @@ def progress(logged: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[
 
 
 def history(values: list[float], width: int = WIDTH) -> str:
-    """All values in at most ``width`` blocks, each as high as the mean of its share, with the range in front."""
+    """Draw values as at most ``width`` block characters, each the mean of its share, between minimum and maximum."""
     count = min(width, len(values))
     edges = [len(values) * k // count for k in range(count + 1)]
     means = [fmean(values[first:last]) for first, last in pairwise(edges)]
@@ -138,10 +142,10 @@ def history(values: list[float], width: int = WIDTH) -> str:
 
 
 def gpus() -> list[str]:
-    """A line for each GPU of this machine: load, memory, temperature; none where nvidia-smi is not there."""
+    """Return one line per GPU with load, memory and temperature, or one line that says why there is none."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ["no nvidia-smi here: nothing is known of GPUs"]
+        return ["nvidia-smi is not installed: GPUs are not shown"]
     query = [tool, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -149,10 +153,10 @@ def gpus() -> list[str]:
         return ["nvidia-smi does not answer"]
     if done.returncode != 0:
         return [f"nvidia-smi: {' '.join((done.stderr or done.stdout).split())}"]
-    told = (line.split(", ") for line in done.stdout.splitlines() if line.strip())
+    rows = (line.split(", ") for line in done.stdout.splitlines() if line.strip())
     return [
         f"GPU {index} {name}: {load}% busy, {used} of {total} MiB, {heat} C"
-        for index, name, load, used, total, heat in told
+        for index, name, load, used, total, heat in rows
     ]
 
 

@@ -1,4 +1,4 @@
-"""``qwenvl-ft prove``: the promises, proven on this model, data, method, device and these versions."""
+"""``qwenvl-ft prove``: tests the guarantees with this model, data, method, device and installed versions."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,25 +8,28 @@ import typer
 
 def prove(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE]", help="A recipe; then section.key=value. Or --model DIR.")
+        list[str] | None, typer.Argument(metavar="[RECIPE]", help="A recipe, then section.key=value; or --model DIR.")
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="Records, as data.train; without, some are made up. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Records, written as in data.train; generated ones if not given. May be repeated."),
     ] = None,
-    tuner: Annotated[str | None, typer.Option(help="As tuner.train_type: lora, full, reft, ...")] = None,
-    samples: Annotated[int, typer.Option(help="Samples that are compared.")] = 5,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of all samples together.")] = 4096,
-    steps: Annotated[int, typer.Option(help="Training steps before anything is compared.")] = 3,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each generated answer.")] = 16,
+    tuner: Annotated[
+        str | None, typer.Option(help="Training method, as tuner.train_type: lora, full, reft, ...")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Number of samples to compare.")] = 5,
+    max_tokens: Annotated[int, typer.Option(help="Maximum total length of the samples, in tokens.")] = 4096,
+    steps: Annotated[int, typer.Option(help="Number of training steps before the comparison.")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Length of each generated answer, in tokens.")] = 16,
     skip: Annotated[
-        list[str] | None, typer.Option(help="packed, split, frozen, saved or merged; may be given several times.")
+        list[str] | None, typer.Option(help="Leave out packed, split, frozen, saved or merged. May be repeated.")
     ] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the temporary folder is made.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Parent of the temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a few steps, and compare: packed with alone, split with whole, frozen and saved weights.
+    """Train a few steps, then compare packed samples with single ones, split batches with whole ones, and weights.
 
-    Exit code 0 if all of it holds, 1 if not. Run it the first time in an environment, after an upgrade, and before a
+    The exit code is 0 if all guarantees hold, else 1. Run it first in a new environment, after an upgrade, and before a
     long run.
     """
     import json
@@ -57,7 +60,7 @@ def prove(
 
 
 def show_one_gpu() -> None:
-    """Let this process see its first GPU only, before torch looks: a proof runs on one."""
+    """Hide all GPUs but the first from this process, before torch is imported; a proof runs on one GPU."""
     import os
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")

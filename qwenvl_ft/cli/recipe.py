@@ -1,4 +1,4 @@
-"""`qwenvl-ft recipe NAME [section.key=value ...]`: the resolved recipe, and the origin of each value."""
+"""``qwenvl-ft recipe NAME [section.key=value ...]``: prints the resolved recipe and the origin of each value."""
 
 import json
 from typing import Annotated, Any
@@ -7,27 +7,27 @@ import typer
 
 
 def recipe(
-    name: Annotated[str, typer.Argument(help="Name in recipes/, or a file.")],
+    name: Annotated[str, typer.Argument(help="Name of a recipe in recipes/, or a file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, or flags of ms-swift and train_qwen.py.")
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="YAML alone, without the origins.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print YAML without the origins.")] = False,
 ) -> None:
-    """Print a resolved recipe, with the file that each value came from."""
+    """Print a resolved recipe, with the file that set each value."""
     from qwenvl_ft.data.augment.pipeline import Augmenter
     from qwenvl_ft.data.dense.options import DenseOptions
     from qwenvl_ft.recipe.argv import recipe_from_argv
 
     resolved = recipe_from_argv([f"recipe={name}", *(overrides or [])])
     for run in resolved.by_phase().values():
-        DenseOptions.of(run, seed=0)  # these two read what the schema leaves open
+        DenseOptions.of(run, seed=0)  # these two check what the types of the schema cannot
         Augmenter.from_config(run.data.augmentation)
     if plain:
         typer.echo(resolved.to_yaml(), nl=False)
         return
-    told = resolved.to_dict()
-    phases = told.pop("phases", [])
-    rows = [(key, as_text(value), resolved.origin(key)) for key, value in flatten(told)]
+    sections = resolved.to_dict()
+    phases = sections.pop("phases", [])
+    rows = [(key, as_text(value), resolved.origin(key)) for key, value in flatten(sections)]
     for phase, run in zip(phases, resolved.phases, strict=True):
         name = phase.pop("name")
         rows += [(f"phases.{name}.{key}", as_text(value), run.origin(key)) for key, value in flatten(phase)]
@@ -38,7 +38,7 @@ def recipe(
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted key and value of every leaf; an empty mapping is a leaf."""
+    """Return dotted key and value of every leaf; an empty mapping is a leaf."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -47,6 +47,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def as_text(value: Any) -> str:
-    """A value on one line, as a recipe would have it."""
+    """Return a value on one line, as it is written in a recipe."""
     plain = isinstance(value, str) and value != "" and value == " ".join(value.split())
     return value if plain else json.dumps(value, ensure_ascii=False)

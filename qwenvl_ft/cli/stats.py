@@ -1,4 +1,4 @@
-"""``qwenvl-ft stats RECIPE`` or ``FILE ...``: what is in the data."""
+"""``qwenvl-ft stats RECIPE|FILE ...``: prints statistics of the data."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,23 +8,23 @@ import typer
 
 def stats(
     words: Annotated[
-        list[str], typer.Argument(metavar="RECIPE|FILE...", help="A recipe, or data files; then section.key=value.")
+        list[str], typer.Argument(metavar="RECIPE|FILE...", help="A recipe or data files, then section.key=value.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
-    split: Annotated[str, typer.Option(help="train, val, or val.NAME of several.")] = "train",
-    show: Annotated[int, typer.Option(help="Entries of a table that are printed.", min=0)] = 10,
+    out: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
+    split: Annotated[str, typer.Option(help="train, val, or val.NAME if there are several validation sets.")] = "train",
+    show: Annotated[int, typer.Option(help="Maximum number of entries per table.", min=0)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Count tokens, images, answers, objects, and how varied they are. Files alone need --model DIR for tokens."""
+    """Count tokens, images, answers and objects, and measure diversity. Tokens need a recipe or --model DIR."""
     import json
 
     from qwenvl_ft.look.selection import target_recipe
     from qwenvl_ft.look.stats import count_recipe, text, write_page
 
-    told = {}
+    by_phase = {}
     for phase, recipe in target_recipe(words).by_phase().items():
         counted = count_recipe(recipe, split=split, quiet=as_json)
-        told[phase] = counted.to_json()
+        by_phase[phase] = counted.to_json()
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(counted, show))
         if out is not None:
@@ -32,4 +32,4 @@ def stats(
             write_page(counted, page)
             typer.echo(f"\nplots: {page}", err=as_json)
     if as_json:
-        typer.echo(json.dumps(told[""] if "" in told else told, ensure_ascii=False))
+        typer.echo(json.dumps(by_phase[""] if "" in by_phase else by_phase, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""``qwenvl-ft tiny``: write a small random checkpoint that every other command accepts as a model."""
+"""``qwenvl-ft tiny``: writes a small random checkpoint that every other command accepts as a model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,8 +7,10 @@ import typer
 
 
 def tiny(
-    directory: Annotated[Path, typer.Argument(help="Where to write it; made if absent.")],
-    moe: Annotated[bool, typer.Option("--moe", help="Mixture of experts, as 30B-A3B, instead of dense.")] = False,
+    directory: Annotated[Path, typer.Argument(help="Output directory; created if it does not exist.")],
+    moe: Annotated[
+        bool, typer.Option("--moe", help="Mixture of experts, like 30B-A3B, instead of a dense model.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a tiny random Qwen3-VL checkpoint, complete with tokenizer and processor, for tests and trials."""

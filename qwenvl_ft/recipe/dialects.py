@@ -27,7 +27,7 @@ class Alias:
     meaning: Callable[[Any, str], Values]
     """(value, where it was set, for error messages) -> dotted key -> value."""
     effect: str
-    """How its value becomes theirs, for docs/reference.md; empty if it is passed on as it is."""
+    """How its value sets those keys, for docs/reference.md; empty if the value is passed on unchanged."""
     also: tuple[str, ...] = ()
     """Sections in which it may stand, besides those of its keys."""
 

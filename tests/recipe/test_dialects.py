@@ -343,7 +343,7 @@ def test_an_official_script_means_its_own_defaults():
 
 
 def test_lora_on_the_llm_with_the_projection_in_full(tiny_dir):
-    """What is asked for is what trains: adapters in the language model, all four mergers themselves."""
+    """Exactly these train: adapters in the language model, and all four mergers in full."""
     from qwenvl_ft.model.load import load_model
     from qwenvl_ft.tuning.prepare import prepare_model
 

@@ -1,4 +1,4 @@
-"""Which file's value counts: extends in all its forms, deep merges, overrides, origins."""
+"""Precedence of values: extends in all its forms, deep merges, overrides, origins."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What a recipe is once it is loaded: found by name, typed, saved, loaded again; and what loading does not do."""
+"""Loading a recipe: it is found by name, typed, saved and loaded again; loading writes nothing."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Where the model is placed, in which precision it trains, and how its layers are compiled and recomputed."""
+"""Placement, precision, compilation and recomputation of the model."""
 
 from qwenvl_ft.recipe.checks.argument import argument
 from qwenvl_ft.recipe.schema import Recipe

@@ -8,7 +8,7 @@ from qwenvl_ft.recipe.limits import Count, Fraction, NonNegativeFloat, Positive,
 
 @dataclass(kw_only=True)
 class TemplateConfig:
-    """How conversations become tokens."""
+    """From conversations to tokens."""
 
     template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "qwen"] = "qwen3_vl"
     """Template name as in other libraries, for their command lines. The text always comes from the processor's own
@@ -16,8 +16,8 @@ class TemplateConfig:
     max_length: Positive = 8192
     """Length limit of a sample and of a packed row, in tokens, images included."""
     truncation_strategy: Literal["raise", "delete", "left", "right"] = "delete"
-    """What happens to a longer sample: raise stops the run, delete drops and counts it, left and right cut tokens from
-    that end, but never a part of an image."""
+    """Treatment of longer samples: raise stops the run, delete drops and counts the sample, left and right cut tokens
+    from that end, but never part of an image."""
     min_pixels: Positive | None = None
     """Smallest area of an image after resizing, in pixels; null keeps the processor's value."""
     max_pixels: Positive | None = None

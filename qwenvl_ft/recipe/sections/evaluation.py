@@ -18,7 +18,7 @@ class EvaluationConfig:
     limit: Positive | None = None
     """Use only the first so many records; null uses all."""
     metric: Annotated[str, OneOf("qwenvl_ft.evaluation.metrics:METRICS")] = "exact_match"
-    """How an answer is scored."""
+    """Metric that scores an answer."""
     max_new_tokens: Positive = 128
     """Maximum length of an answer, in tokens."""
     batch_size: Positive = 8

@@ -8,7 +8,7 @@ from qwenvl_ft.recipe.limits import Positive
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Which model is loaded, and how."""
+    """The model, and how it is loaded."""
 
     model: str = ""
     """Directory or Hub id of a Qwen-VL model; required for training."""

@@ -27,7 +27,7 @@ class Packing:
     padding_free: bool = True
     """Join the samples of a batch into one row instead of padding them; set false only for comparison."""
     pack_dataset_break_mode: Literal["no_break_longest_only", "break"] = "no_break_longest_only"
-    """How rows are filled: longest sample first, each into the fullest row with room for it. Samples are never split,
+    """Rule for filling rows: longest sample first, each into the fullest row with room for it. Samples are never split,
     so break is an error."""
     lazy_tokenize: bool = False
     """true is an error: lengths are planned before the first step, and samples are tokenized on demand anyway."""
@@ -107,7 +107,7 @@ class Monitoring:
     swanlab_project: str | None = None
     """SwanLab project."""
     swanlab_mode: Literal["cloud", "local", "offline", "disabled"] | None = None
-    """Where SwanLab keeps a run."""
+    """Mode of SwanLab: where a run is stored."""
     swanlab_token: str | None = None
     """SwanLab API key, as ${oc.env:NAME}; never printed or saved."""
     zero_gradient_steps: NonNegative = 20

@@ -61,7 +61,7 @@ class Lora:
     lora_dropout: Fraction = 0.05
     """Dropout probability of the adapter's input."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained."""
+    """Biases that are trained."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     use_dora: bool = False
@@ -88,7 +88,7 @@ class LoraStart:
     lora_ga_max_length: Positive = 1024
     """Maximum length of its samples, in tokens."""
     lora_ga_direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    """Which singular vectors of the gradient become A and B."""
+    """Choice of the gradient's singular vectors that become A and B."""
     lora_ga_scale: Literal["gd", "unit", "stable", "weightS"] = "stable"
     """Scale of the initial A and B."""
     lora_ga_stable_gamma: Positive = 16

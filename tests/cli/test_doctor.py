@@ -1,4 +1,4 @@
-"""``qwenvl-ft doctor``: what it says of a machine that can train, and of one that cannot."""
+"""``qwenvl-ft doctor`` on a machine that can train, and on one that cannot."""
 
 import re
 from importlib.metadata import version
@@ -21,7 +21,7 @@ def test_a_machine_that_runs_the_tests_is_ready(capsys):
     assert re.search(r"^  flash-attn \S+ \(extra flash\)$", output, flags=re.MULTILINE)
 
 
-def test_an_old_package_and_one_that_is_not_there_are_faults(monkeypatch, capsys):
+def test_an_old_package_and_a_missing_one_are_faults(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "requires", lambda name: ["peft>=99", "no-such-package>=1", "torch>=2"])
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out

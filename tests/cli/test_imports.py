@@ -1,4 +1,4 @@
-"""No command imports what it does not use: its first line is the user's, and seconds are not lost."""
+"""No command imports optional packages that it does not use, which would cost seconds and print warnings."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 
 def test_no_command_imports_what_it_does_not_use(tiny_dir, data, tmp_path):
-    """All in one process, the light ones first, so that each is blamed for what it adds."""
+    """All run in one process, the light ones first, so that an import is attributed to the command that adds it."""
     model = f"model.model={tiny_dir}"
     commands = [
         ["--help"],

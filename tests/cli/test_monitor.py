@@ -1,4 +1,4 @@
-"""``qwenvl-ft monitor``: what it reads of a run's files, and what it makes of nvidia-smi."""
+"""``qwenvl-ft monitor`` reads the log of a run and the output of nvidia-smi."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def entry(step, **more):
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder whose log can be written to."""
+    """The folder of a run, with a function that writes its log."""
     (tmp_path / "training.log").write_text("first\nsecond\nthird\n")
 
     def write(*logged, end="\n"):
@@ -42,7 +42,7 @@ def shown(capsys, *words):
     return code, output.out.splitlines(), output.err
 
 
-def test_progress_loss_its_mean_and_the_time_left(run, no_gpu, capsys):
+def test_progress_loss_mean_loss_and_time_left_are_shown(run, no_gpu, capsys):
     losses = [4.0, 3.0, 2.0, 1.0]
     logged = [entry(k + 1, loss=loss, grad_norm=0.5, eta_seconds=3600 - k) for k, loss in enumerate(losses)]
     folder = run(*logged, entry(4, eval_loss=1.25))
@@ -61,7 +61,7 @@ def test_the_moving_average_is_of_the_last_twenty(run, no_gpu, capsys):
     assert "loss 30.0000  mean of the last 20: 20.5000" in shown(capsys, folder)[1]
 
 
-def test_steps_that_a_resumed_run_did_again_count_once_and_a_line_being_written_waits(run):
+def test_repeated_steps_of_a_resumed_run_count_once_and_an_incomplete_line_is_ignored(run):
     folder = run(entry(1, loss=4.0), entry(2, loss=3.0), entry(3, loss=9.0), entry(3, eval_loss=9.0))
     assert [one["step"] for one in monitor.entries(folder)] == [1, 2, 3, 3]
     folder = run(
@@ -70,14 +70,14 @@ def test_steps_that_a_resumed_run_did_again_count_once_and_a_line_being_written_
     assert [(one["step"], one["loss"]) for one in monitor.entries(folder)] == [(1, 4.0), (2, 3.5)]
 
 
-def test_a_history_longer_than_its_blocks_is_drawn_by_means():
+def test_a_long_history_is_drawn_by_means():
     assert monitor.history([0.0, 0.0, 1.0, 1.0], width=2) == "0.000 ▁█ 1.000"
     assert monitor.history([2.0] * 5) == "2.000 ▁▁▁▁▁ 2.000"
     drawn = monitor.history([float(k) for k in range(1000)])
     assert len(drawn.split()[1]) == monitor.WIDTH
 
 
-def test_a_run_that_ended_says_so_and_one_that_has_not_begun_too(run, no_gpu, capsys):
+def test_a_run_that_has_ended_or_not_begun_is_reported_as_such(run, no_gpu, capsys):
     folder = run(entry(38, loss=1.0, eta_seconds=5), entry(40, train_loss=1.5, train_runtime=3.0))
     _, lines, _ = shown(capsys, folder)
     assert lines[1:3] == [f"[{'#' * 60}] 100.0%  step 40 of 40", "elapsed 0:40:00  ended"]
@@ -85,7 +85,7 @@ def test_a_run_that_ended_says_so_and_one_that_has_not_begun_too(run, no_gpu, ca
     assert "no step is logged yet; see training.log" in shown(capsys, folder)[1]
 
 
-def test_of_a_run_with_phases_the_last_one_is_shown_and_the_run_ends_with_it(run, no_gpu, capsys):
+def test_the_last_phase_is_shown_and_ends_the_run(run, no_gpu, capsys):
     first = [entry(39, loss=9.0, phase="1/2 few"), entry(40, train_loss=9.0, phase="1/2 few")]
     assert not monitor.ended(monitor.entries(run(*first)))
     second = [entry(k, loss=2.0, phase="2/2 all", eta_seconds=7) for k in (1, 2)]
@@ -101,7 +101,7 @@ def test_tail_prints_the_last_lines_of_the_log(run, capsys):
     assert shown(capsys, run(), "--tail", "2")[1] == ["second", "third"]
 
 
-def test_it_goes_on_until_the_run_ends(run, no_gpu, monkeypatch):
+def test_it_updates_until_the_run_ends(run, no_gpu, monkeypatch):
     folder = run(entry(1, loss=4.0))
     waited = []
 
@@ -116,7 +116,7 @@ def test_it_goes_on_until_the_run_ends(run, no_gpu, monkeypatch):
     assert waited == [5.0] * 3
 
 
-def test_gpus_are_what_nvidia_smi_says(tmp_path, monkeypatch):
+def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\necho "0, NVIDIA H200, 97, 81234, 143771, 61"\n')
     tool.chmod(0o755)
@@ -134,7 +134,7 @@ def test_gpus_are_what_nvidia_smi_says(tmp_path, monkeypatch):
         (["nothing"], "nothing/training.log does not exist"),
     ],
 )
-def test_what_is_no_run_is_one_line(words, message, capsys):
+def test_a_folder_without_a_run_is_a_one_line_error(words, message, capsys):
     code, lines, error = shown(capsys, *words)
     assert (code, lines) == (2, [])
     assert message in error

@@ -1,4 +1,4 @@
-"""Recipe files written for a test."""
+"""A fixture that writes recipe files."""
 
 from textwrap import dedent
 

@@ -1,4 +1,4 @@
-"""Choices of a key come from the table that they select from, or are equal to it; and reading them is light."""
+"""The choices of a key come from the table that it selects from, or equal it, and reading them is fast."""
 
 import subprocess
 import sys
@@ -43,14 +43,14 @@ def test_choices_that_can_be_added_come_from_their_table(key, table, monkeypatch
     assert getattr(getattr(load_recipe(None, [f"{key}=mine"]), section), name) == "mine"
 
 
-def test_no_other_key_takes_its_choices_from_a_table_that_is_not_compared_here():
+def test_exactly_two_keys_take_their_choices_from_a_table():
     kinds = {f"{section}.{name}": kind for section in SECTIONS for name, kind in own_types(section).items()}
     from_tables = {key for key, kind in kinds.items() if any(isinstance(part, OneOf) for part in get_args(kind))}
     assert from_tables == {"tuner.train_type", "evaluation.metric"}
 
 
-def test_choices_that_are_written_down_twice_are_equal():
-    """These tables stand in modules above the recipe, and cannot be extended by one entry alone."""
+def test_choices_that_repeat_a_table_equal_it():
+    """These tables are in modules above the recipe, so adding to one takes a change of the schema too."""
     from qwenvl_ft.data.dense.options import SCALES
     from qwenvl_ft.data.dense.prompts import SCHEMES
     from qwenvl_ft.model.adapters.interventions import INTERVENTIONS

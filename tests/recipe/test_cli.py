@@ -1,4 +1,4 @@
-"""`qwenvl-ft`: finds its commands, prints recipes with origins, and says errors in one line."""
+"""``qwenvl-ft`` finds its commands, prints recipes with origins, and reports errors in one line."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def test_a_plain_recipe_is_a_recipe(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_has_its_help(section):
+def test_every_field_has_a_help_text(section):
     kind = SECTIONS[section]
     texts = reference.helps(kind)
     for name in kind.__dataclass_fields__:
@@ -79,7 +79,7 @@ def test_every_field_has_its_help(section):
 
 
 def test_the_reference_is_current():
-    """Its last section follows the installed transformers and is compared only for the version that it names."""
+    """The last section depends on the installed transformers and is compared only for the version that it names."""
     written, built = (ROOT / "docs" / "reference.md").read_text(), reference.reference()
     marker = "\n## Fields of TrainingArguments\n"
     assert written.split(marker)[0] == built.split(marker)[0], "run: python -m qwenvl_ft.recipe.reference"

@@ -1,4 +1,4 @@
-"""Values become the type of their field, from a file and from a command line, and only if they can."""
+"""Conversion of values from files and command lines to the types of their keys."""
 
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -69,7 +69,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("value", "kind", "expected"), GOOD, ids=lambda value: str(value)[:40])
-def test_a_value_becomes_its_field_s_type_or_an_error(value, kind, expected):
+def test_a_value_is_converted_to_its_type_or_is_an_error(value, kind, expected):
     if expected is RecipeError:
         with pytest.raises(RecipeError, match=r"^here: "):
             convert(value, kind, "here")
@@ -83,7 +83,7 @@ def test_a_value_becomes_its_field_s_type_or_an_error(value, kind, expected):
     ("text", "expected"),
     [("1e-6", 1e-6), ("8", 8), ("no", False), ("null", None), ("a: b", {"a": "b"}), ("{a", "{a"), ("a=b", "a=b")],
 )
-def test_a_word_without_a_type_is_read_as_a_file_would(text, expected):
+def test_text_without_a_type_is_parsed_as_yaml(text, expected):
     converted = parse_text(text)
     assert converted == expected
     assert type(converted) is type(expected)
@@ -97,14 +97,14 @@ SPELLINGS = {
     str: ("x", "x"),
     list: ("x", ["x"]),
 }
-"""Type -> a word of the command line, and its value; the first that a field takes."""
+"""Type -> text on the command line and its value; a field is tested with the first type that it has."""
 CANNOT_BE_WRITTEN = ("parallelism_config",)
 MUST_BE_GIVEN = ("output_dir",)
-"""Fields that have no value in transformers, and need one here."""
+"""Fields whose default in transformers is None, but that need a value here."""
 
 
 def choices(kind):
-    """The words of the first Literal in an annotation."""
+    """Return the choices of the first Literal in an annotation."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     inner = get_args(kind) if get_origin(kind) in (Annotated, Union, UnionType) else ()
@@ -118,8 +118,8 @@ def plain_types(kind):
 
 
 @pytest.mark.parametrize("entry", [f for f in fields(TrainingArguments) if f.init], ids=lambda f: f.name)
-def test_every_field_of_training_arguments_is_taken_by_its_annotation(entry):
-    """Its default is a value of it, and so is a word of its type."""
+def test_every_field_of_training_arguments_is_converted_by_its_annotation(entry):
+    """Both its default and text of its type are valid values."""
     kind = argument_types()[entry.name]
     default = entry.default if entry.default is not MISSING else entry.default_factory()
     if entry.name not in MUST_BE_GIVEN:
@@ -141,7 +141,7 @@ def test_every_field_of_training_arguments_is_taken_by_its_annotation(entry):
         assert convert(word, kind, "here") == convert(value, kind, "here") == value
 
 
-def test_every_choice_of_the_schedule_and_optimizer_is_known():
+def test_every_schedule_is_a_choice():
     for kind in SchedulerType:
         assert load_recipe(None, [f"training.lr_scheduler_type={kind.value}"])
     with pytest.raises(RecipeError, match=r"'cosin' is not a choice here\. Did you mean 'cosine'\?"):
@@ -149,13 +149,13 @@ def test_every_choice_of_the_schedule_and_optimizer_is_known():
 
 
 def test_text_stays_text_from_the_command_line():
-    """Each of these words is something else to YAML."""
+    """YAML would read each of these texts as something else."""
     for text in ("You are: helpful", "yes", "007", "1e3", "2024_01_01", "[not a list", "{x}", "# hash", "a=b"):
         for argv in (["--system_prompt", text], [f"--system_prompt={text}"], [f"template.system_prompt={text}"]):
             assert recipe_from_argv(argv).template.system_prompt == text
 
 
-def test_numbers_in_files_may_have_any_usual_spelling(write):
+def test_numbers_in_files_may_have_any_usual_notation(write):
     path = write("a.yaml", "training: {learning_rate: 1e-5, vit_lr: 1.0E-6, aligner_lr: '2e-5', weight_decay: 0}")
     recipe = load_recipe(path)
     assert (recipe.training.learning_rate, recipe.training.vit_lr, recipe.training.aligner_lr) == (1e-5, 1e-6, 2e-5)

@@ -1,24 +1,18 @@
-"""The flags of ms-swift and train_qwen.py say here what they say there."""
+"""Aliases, flags and environment variables of ms-swift and train_qwen.py mean the same here."""
 
 import shlex
 from dataclasses import fields
 
 import pytest
+from recipe_cases import value_of
 from transformers import TrainingArguments
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT, REMOVED, UPSTREAM
+from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT, REMOVED
 from qwenvl_ft.recipe.keys import argument_types, bare_names, own_types, type_of
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import SECTIONS
-
-
-def value_of(recipe, key):
-    section, _, name = key.partition(".")
-    values = getattr(recipe, section)
-    return values.arguments[name] if section == "training" and name in values.arguments else getattr(values, name)
-
 
 MEANINGS = {
     "model": ("m", {"model.model": "m"}),
@@ -80,12 +74,12 @@ MEANINGS = {
 }
 
 
-def test_every_other_name_has_its_meaning_written_down_here():
+def test_every_alias_has_its_expected_meaning_here():
     assert MEANINGS.keys() == ALIASES.keys()
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_a_name_means_the_same_as_a_flag_an_override_and_in_a_file(name, write):
+def test_an_alias_means_the_same_as_flag_override_and_in_a_file(name, write):
     word, meaning = MEANINGS[name]
     alias = ALIASES[name]
     assert all(type_of(key) is not None for key in alias.keys), "it stands for a key that does not exist"
@@ -101,7 +95,7 @@ def test_a_name_means_the_same_as_a_flag_an_override_and_in_a_file(name, write):
         assert flag != load_recipe(), "vacuous: the flag changes nothing"
 
 
-def test_environment_variables_of_other_libraries_stand_between_files_and_overrides(write, monkeypatch):
+def test_environment_variables_override_files_and_yield_to_overrides(write, monkeypatch):
     path = write("a.yaml", "template: {max_pixels: 999424, fps: 1, max_length: 9000}")
     for variable in ENVIRONMENT:
         monkeypatch.delenv(variable, raising=False)
@@ -126,7 +120,7 @@ def flag_key(name):
     return ALIASES[name].keys[0] if name in ALIASES else f"template.{name}"
 
 
-def test_every_key_of_ours_is_a_flag_by_its_bare_name_and_by_its_dotted_one():
+def test_every_key_of_ours_is_a_flag_with_and_without_its_section():
     reached = set(bare_names().values())
     for section in SECTIONS:
         for name in own_types(section):
@@ -163,11 +157,11 @@ def test_every_field_of_training_arguments_is_a_flag():
         ("tuner.target_modules=[q_proj,v_proj]", ["q_proj", "v_proj"]),
     ],
 )
-def test_a_list_has_any_spelling(words, expected):
+def test_a_list_may_be_written_in_any_way(words, expected):
     assert recipe_from_argv(shlex.split(words)).tuner.target_modules == expected
 
 
-def test_a_truth_value_may_stand_without_one_and_takes_no_foreign_word():
+def test_a_boolean_flag_may_stand_alone_and_takes_no_other_argument():
     words = "--bf16 recipe=lora_4b --use_dora --packing False --tune_mm_llm --use_rslora lora_rank=3"
     recipe = recipe_from_argv(words.split())
     assert recipe.training.arguments["bf16"] is True
@@ -176,7 +170,7 @@ def test_a_truth_value_may_stand_without_one_and_takes_no_foreign_word():
     assert recipe.origin("tuner.lora_alpha").endswith("lora_4b.yaml")
 
 
-def test_json_is_a_mapping_wherever_one_is_wanted():
+def test_json_is_accepted_wherever_a_key_is_a_mapping():
     words = """--device_map '{"": 0}' --max_memory '{"0":"40GB","1":"40GB","cpu":"100GB"}'
         --rope_scaling '{"type":"yarn","factor":2.0}' --lr_scheduler_type cosine_with_min_lr
         --lr_scheduler_kwargs '{"min_lr": 1e-6}'"""
@@ -188,13 +182,13 @@ def test_json_is_a_mapping_wherever_one_is_wanted():
     assert recipe_from_argv(["--rope_scaling", "yarn", "--device_map", "auto"]).model.rope_scaling == "yarn"
 
 
-def test_a_removed_name_is_none_that_still_means_something():
-    """A transformers that brings one back must not be contradicted."""
+def test_no_removed_name_is_a_valid_key():
+    """A version of transformers that brings one back must not be overruled."""
     assert REMOVED
     assert not REMOVED.keys() & (argument_types().keys() | ALIASES.keys() | bare_names().keys())
 
 
-def test_files_are_named_in_both_ways_and_the_base_is_weaker(write):
+def test_both_spellings_name_a_file_and_the_base_is_weaker(write):
     base = write("base.yaml", "tuner: {lora_rank: 1, lora_alpha: 1, lora_dropout: 0.1}")
     top = write("top.yaml", "tuner: {lora_rank: 2, lora_alpha: 2}")
     for words in (f"--lora_rank 3 --config {top} --base_config {base}", f"recipe={top} base_config={base} lora_rank=3"):
@@ -202,159 +196,7 @@ def test_files_are_named_in_both_ways_and_the_base_is_weaker(write):
         assert (tuner.lora_rank, tuner.lora_alpha, tuner.lora_dropout) == (3, 2, 0.1)
 
 
-def test_deepspeed_is_switched_off_by_null():
+def test_null_disables_deepspeed():
     assert recipe_from_argv(["recipe=sft_4b"]).deepspeed.enabled
     for word in ("null", "None", ""):
         assert not recipe_from_argv(["recipe=sft_4b", f"--deepspeed={word}"]).deepspeed.enabled
-
-
-RECOMMENDED = """--model /models/qwen3-vl --torch_dtype bfloat16 --attn_impl flash_attn --train_type lora --lora_rank 8
-    --lora_alpha 32 --lora_dropout 0.05 --target_modules all-linear --freeze_llm false --freeze_vit true
-    --freeze_aligner true --learning_rate 1e-4 --num_train_epochs 3 --per_device_train_batch_size 1
-    --per_device_eval_batch_size 1 --gradient_accumulation_steps 16 --warmup_ratio 0.05 --weight_decay 0.01
-    --lr_scheduler_type cosine --gradient_checkpointing true --max_length 2048 --truncation_strategy right
-    --padding_free true --eval_strategy steps --eval_steps 200 --save_strategy steps --save_steps 500
-    --save_total_limit 2 --jsonl train.jsonl --val_jsonl val.jsonl --dataset_num_proc 4 --dataloader_num_workers 2
-    --output_dir ./output/qwen3vl_lora --logging_steps 10"""
-
-
-def test_the_recommended_dense_caption_command_is_understood():
-    recipe = recipe_from_argv(RECOMMENDED.split())
-    assert (recipe.model.model, recipe.model.attn_impl) == ("/models/qwen3-vl", "flash_attn")
-    assert (recipe.tuner.train_type, recipe.tuner.lora_rank, recipe.tuner.target_modules) == ("lora", 8, ["all-linear"])
-    assert (recipe.template.max_length, recipe.template.truncation_strategy) == (2048, "right")
-    assert (recipe.data.train, recipe.data.val, recipe.data.dataset_num_proc) == ("train.jsonl", "val.jsonl", 4)
-    assert (recipe.training.learning_rate, recipe.training.padding_free) == (1e-4, True)
-    arguments = recipe.training.arguments
-    expected = {"num_train_epochs": 3, "gradient_accumulation_steps": 16, "warmup_steps": 0.05, "weight_decay": 0.01}
-    expected |= {"activation_checkpointing": True, "eval_strategy": "steps", "eval_steps": 200, "save_steps": 500}
-    expected |= {"save_total_limit": 2, "dataloader_num_workers": 2, "logging_steps": 10}
-    expected |= {"output_dir": "./output/qwen3vl_lora", "lr_scheduler_type": "cosine", "save_strategy": "steps"}
-    assert {key: arguments[key] for key in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (
-            "--model m --jsonl a.jsonl --torch_dtype bfloat16 --attn_impl flash_attn --train_type lora "
-            "--output_dir out",
-            {"model.model": "m", "data.train": "a.jsonl", "training.output_dir": "out"},
-        ),
-        (
-            """--lora_rank 32 --lora_alpha 64
-            --target_modules '["q_proj","k_proj","v_proj","o_proj","up_proj","down_proj"]'""",
-            {
-                "tuner.lora_rank": 32,
-                "tuner.lora_alpha": 64,
-                "tuner.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
-            },
-        ),
-        (
-            "--lora_rank 4 --lora_alpha 8 --gradient_accumulation_steps 32 --max_length 1024 "
-            "--gradient_checkpointing true --deepspeed zero2_offload",
-            {
-                "tuner.lora_rank": 4,
-                "tuner.lora_alpha": 8,
-                "training.gradient_accumulation_steps": 32,
-                "template.max_length": 1024,
-                "training.activation_checkpointing": True,
-                "deepspeed.enabled": True,
-                "deepspeed.config": "zero2_offload",
-            },
-        ),
-        (
-            "--lora_rank 16 --lora_alpha 32 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 "
-            "--deepspeed zero2",
-            {
-                "tuner.lora_rank": 16,
-                "training.per_device_train_batch_size": 4,
-                "training.gradient_accumulation_steps": 4,
-                "deepspeed.config": "zero2",
-            },
-        ),
-        (
-            """--optimizer adamw_torch --learning_rate 1e-4 --adam_beta1 0.9 --adam_beta2 0.999 --adam_epsilon 1e-8
-            --max_grad_norm 1.0 --warmup_steps 100 --max_steps 10000 --fp16 false --bf16 true --fp16_full_eval false
-            --neftune_noise_alpha 5 --auto_find_batch_size true --modules_to_save embed_tokens lm_head
-            --logging_first_step true --report_to wandb --save_only_model true --push_to_hub false
-            --packing true --padding_free true --max_model_len 4096 --model_revision main --model_type qwen3_vl
-            --template_type qwen --tools_prompt '[]' --use_rslora --use_dora""",
-            {
-                "training.optim": "adamw_torch",
-                "training.adam_epsilon": 1e-8,
-                "training.warmup_steps": 100,
-                "training.bf16": True,
-                "training.neftune_noise_alpha": 5,
-                "training.push_to_hub": False,
-                "tuner.modules_to_save": ["embed_tokens", "lm_head"],
-                "template.tools_prompt": "[]",
-            },
-        ),
-        (
-            """--model_name_or_path Qwen/Qwen3-VL-30B-A3B-Instruct --use_lora True --lora_rank 128 --lora_alpha 256
-            --lora_dropout 0.05 --train_modules q_proj v_proj --packing True --max_seq_length 8192
-            --pack_dataset_break_mode no_break_longest_only --learning_rate 5e-5 --lr_scheduler_type cosine
-            --warmup_ratio 0.03 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --bf16 True
-            --optim adamw_torch --weight_decay 0.01 --freeze_vision True --freeze_llm False
-            --gradient_checkpointing True --bf16_full_eval False --deepspeed scripts/zero3_offload.json""",
-            {
-                "tuner.train_type": "lora",
-                "tuner.lora_rank": 128,
-                "tuner.target_modules": ["q_proj", "v_proj"],
-                "tuner.freeze_vit": True,
-                "template.max_length": 8192,
-                "training.pack_dataset_break_mode": "no_break_longest_only",
-                "deepspeed.config": "scripts/zero3_offload.json",
-            },
-        ),
-    ],
-    ids=["minimal", "higher quality", "less memory", "fastest", "summary", "train_qwen"],
-)
-def test_the_commands_of_the_guides_are_understood(words, expected):
-    recipe = recipe_from_argv(shlex.split(words))
-    assert {key: value_of(recipe, key) for key in expected} == expected
-
-
-OFFICIAL = """--model_name_or_path Qwen/Qwen3-VL-4B-Instruct --dataset_use a%50,b --data_flatten True
-    --tune_mm_vision False --tune_mm_mlp True --tune_mm_llm True --bf16 --output_dir out --num_train_epochs 0.5
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --max_pixels 50176 --min_pixels 784
-    --eval_strategy no --save_strategy steps --save_steps 1000 --save_total_limit 1 --learning_rate 1e-5
-    --mm_projector_lr 2e-5 --vision_tower_lr 1e-6 --weight_decay 0 --warmup_ratio 0.03 --max_grad_norm 1
-    --lr_scheduler_type cosine --logging_steps 1 --model_max_length 8192 --gradient_checkpointing True
-    --dataloader_num_workers 4 --run_name baseline --report_to wandb"""
-
-
-def test_an_official_script_means_its_own_defaults():
-    """It trains the named parts in full and packs only when it says so; a recipe file outweighs that."""
-    recipe = recipe_from_argv(OFFICIAL.split())
-    tuner = recipe.tuner
-    assert (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner) == ("full", False, True, False)
-    assert (recipe.training.packing, recipe.training.aligner_lr, recipe.training.vit_lr) == (False, 2e-5, 1e-6)
-    assert recipe.origin("tuner.train_type") == "train_qwen.py"
-    only_llm = recipe_from_argv(["--tune_mm_llm", "True"]).tuner
-    assert (only_llm.freeze_vit, only_llm.freeze_aligner) == (True, True)
-    assert recipe_from_argv([*OFFICIAL.split(), "--lora_enable", "True", "--lora_r", "64"]).tuner.train_type == "lora"
-    assert recipe_from_argv([*OFFICIAL.split(), "--data_packing", "True"]).training.packing
-    assert recipe_from_argv(["--tune_mm_llm", "True", "recipe=lora_4b"]).tuner.train_type == "lora"
-    assert recipe_from_argv([]).tuner.train_type == "lora", "vacuous: full is the default anyway"
-    assert all(name in ALIASES for name in UPSTREAM)
-    assert all(type_of(key) is not None for defaults in UPSTREAM.values() for key in defaults)
-
-
-def test_lora_on_the_llm_with_the_projection_in_full(tiny_dir):
-    """Exactly these train: adapters in the language model, and all four mergers in full."""
-    from qwenvl_ft.model.load import load_model
-    from qwenvl_ft.tuning.prepare import prepare_model
-
-    words = "--use_lora True --train_mlp True --freeze_vision True --freeze_llm False"
-    model = prepare_model(load_model(str(tiny_dir), torch_dtype="float32"), recipe_from_argv(words.split()).tuner)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    mergers = [name for name in trained if "merger" in name]
-    assert mergers
-    assert all("modules_to_save" in name and "lora_" not in name for name in mergers)
-    assert {index for index in "012" if any(f"deepstack_merger_list.{index}." in name for name in mergers)} == set(
-        "012"
-    )
-    assert all("lora_" in name and "language_model" in name for name in trained if name not in mergers)
-    assert len(mergers) < len(trained)

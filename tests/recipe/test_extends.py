@@ -14,7 +14,7 @@ def lora(recipe):
 
 
 @pytest.mark.parametrize("key", ["extends", "inherit"])
-def test_a_file_outweighs_the_one_it_extends_and_keeps_the_rest(write, key):
+def test_a_file_overrides_the_one_it_extends_and_keeps_the_rest(write, key):
     write("base.yaml", "tuner: {lora_rank: 3, lora_alpha: 5}")
     top = write("top.yaml", f"{key}: base.yaml\ntuner: {{lora_rank: 4}}")
     assert lora(load_recipe(top)) == (4, 5, 0.05)
@@ -29,7 +29,7 @@ def test_of_several_bases_the_later_wins_and_the_file_over_all(write):
     assert lora(load_recipe(swapped)) == (1, 1, 0.1)
 
 
-def test_paths_start_at_the_file_that_names_them(write, monkeypatch, tmp_path):
+def test_paths_are_relative_to_the_file_that_names_them(write, monkeypatch, tmp_path):
     write("common/base.yaml", "tuner: {lora_rank: 7}")
     write("runs/base.yaml", "tuner: {lora_rank: 8}")
     up = write("runs/up.yaml", "extends: ../common/base.yaml")
@@ -40,7 +40,7 @@ def test_paths_start_at_the_file_that_names_them(write, monkeypatch, tmp_path):
     assert [load_recipe(path).tuner.lora_rank for path in (up, beside, absolute)] == [7, 8, 7]
 
 
-def test_bases_have_bases_of_their_own(write):
+def test_bases_may_extend_other_files(write):
     write("a.yaml", "tuner: {lora_rank: 1, lora_alpha: 1, lora_dropout: 0.1}")
     write("deep/b.yaml", "extends: ../a.yaml\ntuner: {lora_alpha: 2, lora_dropout: 0.2}")
     top = write("top.yaml", "extends: deep/b.yaml\ntuner: {lora_dropout: 0.3}")
@@ -104,8 +104,8 @@ def test_null_unsets_a_mapping_that_a_base_sets(write):
     assert load_recipe(top).training.arguments["lr_scheduler_kwargs"] is None
 
 
-def test_merging_is_omegaconf_s_on_random_files(write):
-    """Against OmegaConf.merge, in the one mapping whose keys are free."""
+def test_merging_random_files_equals_omegaconf(write):
+    """Compared with OmegaConf.merge, in a mapping that may have any keys."""
     chance = random.Random(0)
 
     def tree(depth):
@@ -127,7 +127,7 @@ def test_merging_is_omegaconf_s_on_random_files(write):
     assert changed > 20, "vacuous: the last file says everything"
 
 
-def test_overrides_outweigh_the_file_and_global_max_length_both_lengths(write):
+def test_overrides_beat_the_file_and_global_max_length_beats_both_lengths(write):
     path = write("a.yaml", "global_max_length: 20000\ntemplate: {max_length: 4096}\nmodel: {max_model_len: 100}")
     recipe = load_recipe(path)
     assert (recipe.model.max_model_len, recipe.template.max_length) == (20000, 20000)

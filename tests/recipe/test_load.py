@@ -41,7 +41,7 @@ def test_a_saved_recipe_loads_to_the_same_recipe(write, tmp_path):
 
 
 def test_any_text_survives_saving_and_loading(tmp_path):
-    """Words that YAML takes for something else, interpolations, backslashes, other scripts, random text."""
+    """Texts that YAML reads as something else, interpolations, backslashes, other scripts, random text."""
     chance = random.Random(1)
     letters = string.printable.replace("\r", "").replace("\x0b", "").replace("\x0c", "") + "é图😀\\${}"
     texts = ["1e-5", "no", "007", "2024-01-01", "1_000", "a: b", "# c", "${x}", r"\${x}", r"\\${x} \\", "${", "???"]
@@ -56,14 +56,16 @@ def test_any_text_survives_saving_and_loading(tmp_path):
         assert again.training.arguments["run_name"] == text
 
 
-def test_a_token_is_used_but_never_saved(write, monkeypatch):
+def test_a_secret_is_used_but_never_saved(write, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hf_secret")
     recipe = load_recipe(write("a.yaml", "training: {hub_token: '${oc.env:MY_TOKEN}'}"))
     assert recipe.training.arguments["hub_token"] == "hf_secret"
     assert "hf_secret" not in recipe.to_yaml()
 
 
-def test_names_are_found_here_then_beside_the_package_then_where_it_is_installed(tmp_path, monkeypatch, write):
+def test_recipes_are_searched_in_the_working_directory_then_beside_the_package_then_installed(
+    tmp_path, monkeypatch, write
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(layers, "PACKAGE_ROOT", tmp_path / "package")
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
@@ -82,7 +84,7 @@ def test_names_are_found_here_then_beside_the_package_then_where_it_is_installed
     assert load_recipe("~/recipes/mine.yaml").tuner.lora_rank == 2
 
 
-def test_defaults_are_the_schema_s_and_an_empty_file_says_nothing(write):
+def test_an_empty_file_gives_the_defaults_of_the_schema(write):
     recipe = load_recipe()
     assert recipe == load_recipe(write("a.yaml", "")) == load_recipe(write("b.yaml", "tuner:\ndata:\n"))
     assert recipe.training.arguments == HF_DEFAULTS
@@ -107,7 +109,7 @@ def test_an_evaluation_set_is_evaluated_unless_the_recipe_says_no():
 
 
 def test_loading_writes_nothing_and_needs_torch_only_for_keys_of_transformers(tmp_path):
-    """Keys of ours alone must not pay for the import of torch."""
+    """A recipe with only our own keys must not import torch."""
     code = (
         "import sys; from qwenvl_ft.recipe.load import load_recipe; "
         "recipe = load_recipe(None, {!r}); print('torch' in sys.modules)"
@@ -128,7 +130,7 @@ def test_loading_writes_nothing_and_needs_torch_only_for_keys_of_transformers(tm
 
 
 def test_recipes_hold_data_not_code(write):
-    """A YAML tag that asks for an object is refused, and no resolver but OmegaConf's own exists."""
+    """A YAML tag that creates an object is an error, and only OmegaConf's own resolvers exist."""
     marker = "os.path.join"
     with pytest.raises(RecipeError, match=r"a\.yaml:1: not valid YAML: could not determine a constructor"):
         load_recipe(write("a.yaml", f"data: {{train: !!python/object/apply:{marker} [a, b]}}"))
@@ -138,7 +140,7 @@ def test_recipes_hold_data_not_code(write):
 
 
 def test_an_override_inside_a_mapping_sets_the_key_that_it_names():
-    """A module's name has dots of its own; another name of a mapping or of its section is the mapping's."""
+    """Module names contain dots; an alias of a mapping or of its section sets the mapping."""
     recipe = load_recipe(
         None,
         [

@@ -1,4 +1,4 @@
-"""Phases in a recipe: each is the recipe around it with its own keys, and what is wrong names the phase."""
+"""Phases of a recipe: each is the recipe around it with its own keys, and its errors name it."""
 
 import json
 
@@ -34,7 +34,7 @@ def path(write):
 
 
 def test_a_phase_is_the_recipe_with_its_own_keys(path, write):
-    """Against the same keys as a recipe that extends the base by hand."""
+    """Compared with a recipe that extends the base by the same keys."""
     recipe = load_recipe(path)
     base = yaml.safe_load(path.read_text())
     phases = base.pop("phases")
@@ -62,7 +62,7 @@ def test_a_saved_recipe_has_the_same_phases(path, write):
     assert phases[1]["training"]["eval_strategy"] == "steps", "what follows from data.val is lost"
 
 
-def test_the_command_line_outweighs_phases_and_reaches_into_one(path):
+def test_the_command_line_overrides_all_phases_or_one(path):
     recipe = recipe_from_argv(
         [
             f"recipe={path}",
@@ -105,7 +105,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_one_line_that_names_the_phase(write, case):
+def test_an_error_in_a_phase_is_one_line_that_names_it(write, case):
     phases, match = WRONG[case]
     with pytest.raises(RecipeError, match=match):
         load_recipe(write("wrong.yaml", f"model: {{model: tiny}}\nphases: {phases}\n"))
@@ -126,7 +126,7 @@ def test_a_wrong_override_of_a_phase_is_one_line(path, override, match):
         load_recipe(path, [override])
 
 
-def test_the_recipe_command_prints_what_each_phase_has_otherwise(path, capsys, write):
+def test_the_recipe_command_prints_the_changes_of_each_phase(path, capsys, write):
     assert main(["recipe", str(path), "phases.medium.training.seed=3"]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert rows["data.train"] == ["all.jsonl", str(path)]
@@ -137,7 +137,7 @@ def test_the_recipe_command_prints_what_each_phase_has_otherwise(path, capsys, w
     assert load_recipe(write("plain.yaml", capsys.readouterr().out)) == load_recipe(path)
 
 
-def test_check_show_and_stats_look_at_each_phase(tiny_dir, write, tmp_path, capsys):
+def test_check_show_and_stats_cover_each_phase(tiny_dir, write, tmp_path, capsys):
     record = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
     for name, number in (("simple", 2), ("all", 3)):
         lines = [json.dumps(record | {"id": f"{name} {k}"}) for k in range(number)]

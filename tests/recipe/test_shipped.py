@@ -1,4 +1,4 @@
-"""Every file below recipes/ is loaded, and every script run, as it is shipped."""
+"""Every shipped recipe loads, and every shipped script runs."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_the_expected_files_are_there():
 
 
 @pytest.mark.parametrize("path", YAML, ids=stem)
-def test_a_recipe_loads_and_transformers_takes_its_arguments(path, tmp_path):
+def test_a_recipe_loads_and_transformers_accepts_its_arguments(path, tmp_path):
     recipe = load_recipe(path.stem)
     assert recipe == load_recipe(path)
     assert recipe.model.model
@@ -81,7 +81,7 @@ def test_the_command_that_a_recipe_names_runs_it(path):
             assert recipe_from_argv(words).data.train == expected != ""
 
 
-def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
+def test_base_documents_the_sections_and_can_be_copied(tmp_path):
     text = (RECIPES / "base.yaml").read_text()
     assert set(yaml.safe_load(text)) == {"model", "template", "data", "tuner", "training", "deepspeed", "evaluation"}
     copy = tmp_path / "mine.yaml"
@@ -112,14 +112,14 @@ def test_base_is_a_document_of_the_sections_and_can_be_copied(tmp_path):
         ("digits", ("full", False, False, False, False)),
     ],
 )
-def test_recipes_train_what_their_first_lines_say(name, expected):
+def test_recipes_train_the_parts_that_their_first_lines_name(name, expected):
     recipe = load_recipe(name)
     tuner = recipe.tuner
     trained = (tuner.train_type, tuner.freeze_llm, tuner.freeze_vit, tuner.freeze_aligner, recipe.deepspeed.enabled)
     assert trained == expected
 
 
-def test_the_curriculum_thaws_and_varies_more_from_phase_to_phase():
+def test_the_curriculum_unfreezes_parts_and_augments_more_in_each_phase():
     recipe = load_recipe("curriculum")
     phases = [
         (run.data.train, run.training.arguments["num_train_epochs"], run.tuner.freeze_llm, run.training.learning_rate)
@@ -143,7 +143,7 @@ def autos(value):
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=stem)
-def test_a_deepspeed_preset_clips_and_trainer_fills_it(path, tiny_dir, tmp_path):
+def test_a_deepspeed_preset_clips_gradients_and_the_trainer_fills_it_in(path, tiny_dir, tmp_path):
     from transformers import AutoConfig
 
     preset = json.loads(path.read_text())
@@ -160,11 +160,11 @@ def test_a_deepspeed_preset_clips_and_trainer_fills_it(path, tiny_dir, tmp_path)
     assert filled.config["gradient_clipping"] == 0.37
     assert filled.config["gradient_accumulation_steps"] == 3
     assert autos(preset) > 0
-    assert autos(filled.config) == 0, "something is left for nobody to fill in"
+    assert autos(filled.config) == 0, "an auto value is left"
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=stem)
-def test_an_accelerate_config_is_one_and_names_classes_that_exist(path):
+def test_an_accelerate_config_loads_and_names_existing_classes(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 8
     settings = yaml.safe_load(path.read_text())
@@ -176,8 +176,8 @@ def test_an_accelerate_config_is_one_and_names_classes_that_exist(path):
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=stem)
 @pytest.mark.parametrize("gpus", [None, "3"])
-def test_a_script_launches_its_recipe_and_passes_everything_through(path, gpus, tmp_path):
-    """With an accelerate that prints its arguments, from another folder."""
+def test_a_script_launches_its_recipe_and_passes_all_arguments_on(path, gpus, tmp_path):
+    """With a stand-in for accelerate that prints its arguments, from another folder."""
     shim = tmp_path / "accelerate"
     shim.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
     shim.chmod(0o755)

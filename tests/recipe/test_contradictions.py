@@ -24,7 +24,7 @@ CONTRADICTIONS = {
     "training.pack_dataset_break_mode=break would cut samples, and images with them. Use no_break_longest_only.": [
         "training.pack_dataset_break_mode=break"
     ],
-    "training.padding_free=false pads each sample to a row of its own. Also set training.packing=false.": [
+    "training.padding_free=false pads each sample to a row of its own. Set training.packing=false too.": [
         "training.padding_free=false"
     ],
     "deepspeed.enabled=true places the model itself. Remove model.device_map.": [

@@ -208,8 +208,8 @@ ADAPTED = ["tuner.train_type=lora"]
 FULL = ["tuner.train_type=full"]
 REFUSALS = {
     "training.optim=lomo": (FULL, "updates each weight as soon as its gradient is computed"),
-    "training.optim=galore_adamw_layerwise": (FULL, "vit_lr and aligner_lr would not hold"),
-    "training.optim=grokadamw": (FULL, "a checkpoint does not hold"),
+    "training.optim=galore_adamw_layerwise": (FULL, "vit_lr and aligner_lr would have no effect"),
+    "training.optim=grokadamw": (FULL, "checkpoints do not hold"),
     "training.optim=schedule_free_adamw": (FULL, "Set it to constant_with_warmup"),
     "training.use_galore=true": (ADAPTED, "train_type=lora trains adapters"),
     "training.optimizer=galore": (ADAPTED, "trains adapters"),

@@ -86,5 +86,5 @@ def packing(recipe: Recipe) -> str | None:
             "training.pack_dataset_break_mode=break would cut samples, and images with them. Use no_break_longest_only."
         )
     if not training.padding_free:
-        return "training.padding_free=false pads each sample to a row of its own. Also set training.packing=false."
+        return "training.padding_free=false pads each sample to a row of its own. Set training.packing=false too."
     return None

@@ -27,7 +27,7 @@ class Alias:
     meaning: Callable[[Any, str], Values]
     """(value, where it was set, for error messages) -> dotted key -> value."""
     effect: str
-    """How its value sets those keys, for docs/reference.md; empty if the value is passed on unchanged."""
+    """Note for docs/reference.md on how its value sets those keys; empty if the value is passed on unchanged."""
     also: tuple[str, ...] = ()
     """Sections in which it may stand, besides those of its keys."""
 

@@ -190,7 +190,7 @@ def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
 def build_model(recipe: Recipe, args: TrainingArguments, train_set: SampleDataset) -> nn.Module:
     """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
     set_seed(args.seed)
-    model = load_model(_model_path(recipe), **loading_options(recipe.model, recipe.quantization))
+    model = load_model(_model_path(recipe), loading_options(recipe.model, recipe.quantization))
     batches = None
     if wants_data(recipe.tuner):
         if train_set.encoder.raw_pixels:

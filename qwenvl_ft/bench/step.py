@@ -21,7 +21,7 @@ from qwenvl_ft.bench.sizes import random_model, write_size
 from qwenvl_ft.bench.workload import filled_records
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import BenchError
-from qwenvl_ft.model.load import load_config
+from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training import setup

@@ -78,7 +78,9 @@ def load(model: str, adapters: list[Path], *, torch_dtype: str, attn_impl: str) 
     import torch
 
     from qwenvl_ft.errors import CheckpointError
-    from qwenvl_ft.model.load import PROCESSOR_FILES, load_model, load_processor, trained_lengths, with_adapter
+    from qwenvl_ft.model.adapters.load import trained_lengths, with_adapter
+    from qwenvl_ft.model.load import load_model, load_processor
+    from qwenvl_ft.model.source import PROCESSOR_FILES
 
     for adapter in adapters:
         if not (adapter / "adapter_config.json").is_file():

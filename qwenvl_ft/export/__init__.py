@@ -1,1 +1,1 @@
-"""Trained folders -> what is served: adapters merged, checkpoints looked into, weights in few bits."""
+"""Prepares trained checkpoints for serving: merges adapters, quantises models, and inspects checkpoint folders."""

@@ -1,8 +1,8 @@
-"""What a checkpoint's folder holds: method, weights by part, ranks, sizes, and what can be done with it.
+"""Summarises a checkpoint folder: method, weights by part, ranks, file sizes, and how to load or resume it.
 
     qwenvl-ft inspect output/my_run/checkpoint-500 --keys merger
 
-Weights are read one tensor at a time, so a large model needs no more memory than its largest tensor.
+Weights are read one tensor at a time, so memory use does not exceed the largest tensor.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from qwenvl_ft.checkpoint.complete import NO_OPTIMIZER, missing
 from qwenvl_ft.errors import CheckpointError, one_line
 from qwenvl_ft.model.anatomy import canonical_name, part_of
-from qwenvl_ft.model.load import load_config
+from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.methods import reads
 from qwenvl_ft.recipe.provenance import saved_recipe
 
 ROWS = ("vision", "merger", "llm", "head", "shared")
-"""Where a weight can be: the parts, the language head by itself, and what an adapter keeps once for all layers."""
+"""Rows of the table: the parts, the language head by itself, and weights that an adapter shares among layers."""
 FILES = {
     "weights": ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin"),
     "optimizer, schedule, random states": (
@@ -37,12 +37,12 @@ FILES = {
     ),
     "processor": ("*token*", "chat_template*", "*processor*", "vocab*", "merges.txt"),
 }
-"""Kind of file -> patterns; the first that matches, all else is ``other``."""
+"""Kind of file -> patterns. The first match counts; all other files are ``other``."""
 
 
 @dataclass
 class Weights:
-    """The tensors of one place."""
+    """Totals over the tensors of one row."""
 
     tensors: int = 0
     parameters: int = 0
@@ -57,15 +57,15 @@ class Weights:
         self.square += float(value.detach().double().square().sum()) if value.is_floating_point() else 0.0
 
     @property
-    def told(self) -> dict[str, Any]:
-        """With the Euclidean norm of all of them together."""
+    def counts(self) -> dict[str, Any]:
+        """The totals by name, with the size in MiB and the Euclidean norm of all tensors together."""
         size = round(self.bytes / 2**20, 3)
         return {"tensors": self.tensors, "parameters": self.parameters, "mib": size, "norm": self.square**0.5}
 
 
 @dataclass
 class Contents:
-    """What `read_contents` found."""
+    """Result of `read_contents`."""
 
     folder: str
     kind: str
@@ -73,48 +73,52 @@ class Contents:
     method: str
     """peft_type of an adapter, model_type of a model."""
     recipe: dict[str, Any]
-    """What the run was told of training, from recipe.yaml; empty without one."""
+    """Main training settings of the run, from recipe.yaml; empty without that file."""
     base: str | None
+    """Base model of an adapter."""
     weights: dict[str, dict[str, Any]]
-    """Place -> counts of the adapter's own weights, or of the model's."""
+    """Row -> totals of the adapter's weights, or of the model's."""
     in_full: dict[str, dict[str, Any]]
-    """Place -> counts of modules trained in full beside the adapter."""
+    """Row -> totals of modules trained in full beside the adapter."""
     ranks: dict[int, int]
-    """Rank -> layers that have it, for LoRA and AdaLoRA."""
+    """Rank -> number of layers that have it, for LoRA and AdaLoRA."""
     modules_to_save: list[str]
     files_mib: dict[str, float]
+    """Kind of file -> size in MiB."""
     loads: str
-    """What opens the folder."""
+    """The library that loads the folder."""
     resumes: str
+    """``yes`` with the recipe key that resumes training, or ``no`` with the reason."""
     keys: list[tuple[str, list[int], str, float]] = field(default_factory=list)
-    """Name, shape, dtype and norm of the tensors that were asked for."""
+    """Name, shape, dtype and norm of the listed tensors."""
 
 
 def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Contents:
-    """Read a checkpoint's folder, or a model's.
+    """Summarise the folder of a checkpoint or model.
 
     Args:
-        keys: text; tensors with it in their name are listed.
+        keys: if given, tensors whose name contains this text are listed.
 
     Raises:
-        CheckpointError: there are no weights, a file is damaged, or no name has ``keys`` in it.
+        CheckpointError: there are no weights, a file is damaged, or no name contains ``keys``.
     """
     folder = Path(checkpoint).expanduser()
-    config = next((path for name in ("adapter_config.json", "config.json") if (path := folder / name).is_file()), None)
-    if config is None:
+    files = (folder / name for name in ("adapter_config.json", "config.json"))
+    config_file = next((file for file in files if file.is_file()), None)
+    if config_file is None:
         inner = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         hint = f" Did you mean {inner[-1]}?" if inner else ""
         raise CheckpointError(f"{folder} holds neither adapter_config.json nor config.json.{hint}")
-    told = json.loads(config.read_text(encoding="utf-8"))
-    adapter = config.name == "adapter_config.json"
-    copies = [f".{name}." for name in told["modules_to_save"] or []] if adapter else []
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    adapter = config_file.name == "adapter_config.json"
+    copies = [f".{name}." for name in config["modules_to_save"] or []] if adapter else []
     own, full = {row: Weights() for row in ROWS}, {row: Weights() for row in ROWS}
     ranks: Counter[int] = Counter()
     listed: list[tuple[str, list[int], str, float]] = []
     for name, value in _tensors(folder, adapter):
         (full if any(copy in name for copy in copies) else own)[_row(name)].add(value)
         if name.endswith((".lora_A.weight", ".lora_A", ".lora_embedding_A")):
-            ranks[_rank(name, value, told)] += 1
+            ranks[_rank(name, value, config)] += 1
         if keys is not None and keys in name:
             shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
             listed.append((name, shape, dtype, float(value.double().norm())))
@@ -123,32 +127,32 @@ def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Content
     return Contents(
         folder=str(folder),
         kind="adapter" if adapter else "model",
-        method=told["peft_type" if adapter else "model_type"],
-        recipe=_recipe(folder),
-        base=told["base_model_name_or_path"] if adapter else None,
-        weights={row: found.told for row, found in own.items() if found.tensors},
-        in_full={row: found.told for row, found in full.items() if found.tensors},
+        method=config["peft_type" if adapter else "model_type"],
+        recipe=_main_settings(folder),
+        base=config["base_model_name_or_path"] if adapter else None,
+        weights={row: found.counts for row, found in own.items() if found.tensors},
+        in_full={row: found.counts for row, found in full.items() if found.tensors},
         ranks=dict(sorted(ranks.items())),
         modules_to_save=[copy.strip(".") for copy in copies],
         files_mib=_sizes(folder),
-        loads=_loads(told, adapter),
+        loads=_loads(config, adapter),
         resumes=_resumes(folder),
         keys=listed,
     )
 
 
 def as_text(contents: Contents) -> str:
-    """For people: a head, a table by part, ranks, files."""
-    told = contents.recipe
+    """Format a summary for people: a title, a table by part, ranks, files."""
+    settings = contents.recipe
     lines = [
         f"{contents.folder}: {contents.method} {contents.kind}" + (f" on {contents.base}" if contents.base else "")
     ]
-    lines += [f"recipe: {' '.join(f'{key}={value}' for key, value in told.items())}"] if told else []
+    lines += [f"recipe: {' '.join(f'{key}={value}' for key, value in settings.items())}"] if settings else []
     rows = [("", "tensors", "parameters", "MiB", "norm")]
     for title, found in (("", contents.weights), (", in full", contents.in_full)):
-        for place, count in found.items():
+        for part, count in found.items():
             numbers = (f"{count['tensors']:,}", f"{count['parameters']:,}", f"{count['mib']:,.2f}")
-            rows.append((place + title, *numbers, f"{count['norm']:.4g}"))
+            rows.append((part + title, *numbers, f"{count['norm']:.4g}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         middle = "  ".join(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
@@ -165,6 +169,7 @@ def as_text(contents: Contents) -> str:
 
 
 def _row(name: str) -> str:
+    """Return the table's row for a weight."""
     try:
         return "head" if canonical_name(name).startswith("lm_head") else part_of(name)
     except CheckpointError:
@@ -172,14 +177,14 @@ def _row(name: str) -> str:
 
 
 def _tensors(folder: Path, adapter: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of all weights of a folder, from safetensors, else from torch's own files."""
+    """Yield name and value of all weights in a folder, from safetensors, or else from torch's .bin files."""
     from safetensors import SafetensorError, safe_open
 
     stem = "adapter_model" if adapter else "model"
     files = sorted(folder.glob(f"{stem}*.safetensors"))
     old = sorted(folder.glob("adapter_model.bin" if adapter else "pytorch_model*.bin"))
     if not files and not old:
-        raise CheckpointError(f"{folder} holds no weights: no {stem}*.safetensors.")
+        raise CheckpointError(f"{folder} holds no weights: there is no {stem}*.safetensors.")
     for path in files or old:
         try:
             if path.suffix == ".bin":
@@ -192,38 +197,40 @@ def _tensors(folder: Path, adapter: bool) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{path} is damaged: {one_line(error, 200)}") from error
 
 
-def _rank(name: str, factor: Tensor, told: dict[str, Any]) -> int:
-    """Of one layer, from its A; over a MoE layer's experts peft stacks the matrices of all of them."""
+def _rank(name: str, factor: Tensor, config: dict[str, Any]) -> int:
+    """Return the rank of a layer from its A. For a MoE layer's experts, peft stacks the matrices of all experts."""
     if ".experts." not in name:
         return int(factor.shape[0])
-    base = Path(told["base_model_name_or_path"] or "")
+    base = Path(config["base_model_name_or_path"] or "")
     if not (base / "config.json").is_file():
-        return int(told["r"])
+        return int(config["r"])
     return int(factor.shape[0]) // int(load_config(str(base)).get_text_config().num_experts)
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
-    """The keys of recipe.yaml that say what was trained."""
+def _main_settings(folder: Path) -> dict[str, Any]:
+    """Return the keys of recipe.yaml that show what was trained."""
     written = saved_recipe(folder)
     if not written:
         return {}
-    told = {"model": (written.get("model") or {}).get("model")}
+    settings = {"model": (written.get("model") or {}).get("model")}
     for section, names in (
         ("quantization", ("quantization_bit",)),
         ("tuner", ("train_type", "freeze_llm", "freeze_vit", "freeze_aligner", "lora_rank", "lora_alpha")),
         ("training", ("learning_rate", "vit_lr", "aligner_lr", "num_train_epochs")),
     ):
         values = written.get(section) or {}
-        read = [name for name in names if section != "tuner" or _is_read(name, values.get("train_type"))]
-        told |= {name: values[name] for name in read if values.get(name) is not None}
-    return told
+        used = [name for name in names if section != "tuner" or _applies(name, values.get("train_type"))]
+        settings |= {name: values[name] for name in used if values.get(name) is not None}
+    return settings
 
 
-def _is_read(name: str, train_type: Any) -> bool:
+def _applies(name: str, train_type: Any) -> bool:
+    """Return True if a train type uses a key of the ``tuner`` section."""
     return reads(train_type, name)
 
 
 def _sizes(folder: Path) -> dict[str, float]:
+    """Return kind of file -> size in MiB, without the checkpoints and logs inside of a run's folder."""
     sizes: Counter[str] = Counter()
     for path in folder.rglob("*"):
         inside_run = path.relative_to(folder).parts[0].startswith(("checkpoint-", "runs"))
@@ -235,10 +242,10 @@ def _sizes(folder: Path) -> dict[str, float]:
     return {kind: round(sizes[kind] / 2**20, 3) for kind in (*FILES, "other") if sizes[kind]}
 
 
-def _loads(told: dict[str, Any], adapter: bool) -> str:
+def _loads(config: dict[str, Any], adapter: bool) -> str:
     if not adapter:
         return "plain transformers"
-    if told["peft_type"] in ("BOTTLENECK", "REFT"):
+    if config["peft_type"] in ("BOTTLENECK", "REFT"):
         return "qwenvl_ft.load_model, on its base model; cannot be merged"
     return "plain peft, on its base model; can be merged by qwenvl-ft merge"
 

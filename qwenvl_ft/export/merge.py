@@ -1,10 +1,10 @@
-"""Adapter and base model -> one model that plain transformers, vLLM and the like load.
+"""Merges an adapter into its base model, to one model that plain transformers, vLLM and the like load.
 
     qwenvl-ft merge output/my_run merged
 
-Every method whose change is a change of weights can be merged, modules trained in full come along. The sum is taken in
-float32, a layer at a time, and rounded once to the dtype of the result. An adapter that was trained over weights in few
-bits is merged into what those weights stand for, in 16 bits: the result computes what was trained.
+Every method that changes weights can be merged, including its modules trained in full. Each layer is merged in float32
+and rounded once to the dtype of the result. An adapter that was trained on quantised weights is merged into their
+dequantised values in 16 bits, so the result computes what was trained.
 """
 
 from __future__ import annotations
@@ -18,16 +18,10 @@ import torch
 from torch import nn
 
 from qwenvl_ft.errors import CheckpointError
-from qwenvl_ft.model.load import (
-    PROCESSOR_FILES,
-    base_of_adapter,
-    load_model,
-    load_processor,
-    local_directory,
-    trained_lengths,
-    with_adapter,
-)
+from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with_adapter
+from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.quantization import dequantized
+from qwenvl_ft.model.source import PROCESSOR_FILES, local_directory
 from qwenvl_ft.recipe.schema import QuantizationConfig
 from qwenvl_ft.upstream.unused import unused
 
@@ -36,19 +30,21 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What `merge` did."""
+    """Result of `merge`."""
 
     folder: Path
+    """Folder of the merged model."""
     method: str
     """``peft_type`` of the adapter."""
     layers: int
-    """Layers whose weights took an update."""
+    """Number of layers whose weights were updated."""
     copies: int
-    """Modules that were trained in full."""
+    """Number of modules that were trained in full."""
     dtype: str
     mebibytes: float
+    """Size of the weights on disk."""
     untied: bool
-    """Whether the language head no longer shares the embedding's weight."""
+    """True if the language head no longer shares the embedding's weight."""
 
 
 def merge(
@@ -59,40 +55,22 @@ def merge(
     torch_dtype: str = "auto",
     max_shard_size: str = "5GB",
 ) -> Merged:
-    """Write the merged model, its processor and its generation config into a new folder.
+    """Write the merged model, its processor and its generation config to a new folder.
 
     Args:
         checkpoint: an adapter's folder.
-        out: a folder that is empty or not there yet.
-        base: the base model, if it is not where ``adapter_config.json`` says.
-        torch_dtype: of the result; ``auto`` is that of the base model.
+        out: a folder that is empty or does not exist.
+        base: the base model, if not the one that ``adapter_config.json`` names.
+        torch_dtype: dtype of the result; ``auto`` is the base model's.
+        max_shard_size: largest size of one safetensors file.
 
     Raises:
-        CheckpointError: the checkpoint is no adapter, its method changes no weight, the base model does not fit or is
-            quantised itself, or ``out`` holds something. Nothing is written then.
+        CheckpointError: the checkpoint is not an adapter, its method does not change weights, the base model does not
+            fit or is quantised, or ``out`` is not empty. Nothing is written then.
     """
-    folder, target = _adapter(checkpoint), require_new(out)
-    told = trained_over(folder)
-    whole = told.quantization_bit is None
+    folder, target = _mergeable_adapter(checkpoint), require_new(out)
     source, revision = (base, None) if base else base_of_adapter(folder)
-    rope_scaling, max_model_len = trained_lengths(folder)
-    model = load_model(
-        source,
-        revision=revision,
-        torch_dtype=torch_dtype,
-        attn_impl="sdpa",
-        patch_embed="conv3d",
-        rope_scaling=rope_scaling,
-        max_model_len=max_model_len,
-        quantization=told,
-    )
-    own = getattr(model.config, "quantization_config", None)
-    if whole and own is not None:
-        raise CheckpointError(
-            f"the base model of {folder} is quantised (by {own.quant_method.value}), and such weights take no update. "
-            "Give the model that it was made from: --base."
-        )
-    model = model if whole else dequantized(model)
+    model = _base_model(folder, source, revision, torch_dtype)
     dtype = model.config.dtype or next(model.parameters()).dtype
     wrapped = with_adapter(model, folder)
     untied = _untie(wrapped)
@@ -105,12 +83,12 @@ def merge(
         config.use_cache = True
         if untied:
             config.tie_word_embeddings = False
+    has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with unused("deepspeed"):
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
-    own_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
-    (load_processor(folder) if own_processor else load_processor(source, revision=revision)).save_pretrained(partial)
+    (load_processor(folder) if has_processor else load_processor(source, revision=revision)).save_pretrained(partial)
     if target.exists():
         target.rmdir()
     partial.rename(target)
@@ -126,7 +104,7 @@ def merge(
 
 
 def trained_over(folder: Path) -> QuantizationConfig:
-    """How the base model was quantised while an adapter was trained, from the recipe beside it."""
+    """Return the quantisation of the base model in an adapter's training, from the recipe saved beside it."""
     if not (folder / RECIPE).is_file():
         return QuantizationConfig()
     from qwenvl_ft.recipe.load import load_recipe
@@ -134,12 +112,41 @@ def trained_over(folder: Path) -> QuantizationConfig:
     return load_recipe(folder / RECIPE).quantization
 
 
-def _adapter(checkpoint: str | Path) -> Path:
-    """The folder of an adapter that can be merged."""
+def _base_model(folder: Path, source: str, revision: str | None, torch_dtype: str) -> Any:
+    """Load an adapter's base model, dequantised if the adapter was trained on quantised weights.
+
+    Raises:
+        CheckpointError: the base model on disk is quantised.
+    """
+    quantization = trained_over(folder)
+    rope_scaling, max_model_len = trained_lengths(folder)
+    model = load_model(
+        source,
+        revision=revision,
+        torch_dtype=torch_dtype,
+        attn_impl="sdpa",
+        patch_embed="conv3d",
+        rope_scaling=rope_scaling,
+        max_model_len=max_model_len,
+        quantization=quantization,
+    )
+    if quantization.quantization_bit is not None:
+        return dequantized(model)
+    written = getattr(model.config, "quantization_config", None)
+    if written is not None:
+        raise CheckpointError(
+            f"the base model of {folder} is quantised (by {written.quant_method.value}), and quantised weights cannot "
+            "be updated. Pass the model that it was quantised from: --base."
+        )
+    return model
+
+
+def _mergeable_adapter(checkpoint: str | Path) -> Path:
+    """Return the folder of an adapter, after checking that its method can be merged."""
     folder = local_directory(Path(checkpoint))
     assert folder is not None
     if not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} is a whole model, with nothing to merge: serve it as it is.")
+        raise CheckpointError(f"{folder} is a whole model, so there is nothing to merge. Serve it as it is.")
     from peft import PeftConfig
 
     from qwenvl_ft.model.adapters import register_adapters
@@ -150,30 +157,30 @@ def _adapter(checkpoint: str | Path) -> Path:
     try:
         kind: Any = PeftConfig.from_pretrained(str(folder)).peft_type
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json is not one of peft's: {error}") from error
+        raise CheckpointError(f"{folder}/adapter_config.json is not a peft config: {error}") from error
     tuner = tuner_of(kind)
     if tuner is None or issubclass(tuner, OwnTuner):
         raise CheckpointError(
-            f"{folder} is an adapter of type {kind.value}, which changes what flows through the model and no weight, "
-            f"so it cannot be merged. Serve the base model with the adapter on it: qwenvl-ft infer --model {folder}."
+            f"{folder} is an adapter of type {kind.value}, which changes activations, not weights, so it cannot be "
+            f"merged. Serve the base model with the adapter on it: qwenvl-ft infer --model {folder}."
         )
     return folder
 
 
 def require_new(out: str | Path) -> Path:
-    """A folder to write into, by its full path.
+    """Return the absolute path of a folder to write to.
 
     Raises:
-        CheckpointError: it holds something.
+        CheckpointError: it is a file, or a folder that is not empty.
     """
     target = Path(out).expanduser().absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{out} holds something already. Give a folder that is empty or not there yet.")
+        raise CheckpointError(f"{out} is not empty. Give a folder that is empty or does not exist.")
     return target
 
 
 def _untie(wrapped: Any) -> bool:
-    """Give the language head a weight of its own if the adapter changes it, or the embedding, and not both alike."""
+    """Untie the language head from the embedding if the adapter changes one of them; return True if it did."""
     from qwenvl_ft.upstream.peft import is_adapted
 
     model = wrapped.get_base_model()
@@ -192,7 +199,7 @@ def _weight(module: Any) -> Any:
 
 @torch.no_grad()
 def _merge_layers(wrapped: Any, folder: Path) -> tuple[int, int]:
-    """Merge in place, one layer in float32 at a time; how many layers and full copies there are."""
+    """Merge in place, one layer at a time in float32; return the numbers of merged layers and of full copies."""
     from qwenvl_ft.upstream.peft import is_adapted, is_full_copy
 
     modules = dict(wrapped.named_modules())
@@ -208,6 +215,5 @@ def _merge_layers(wrapped: Any, folder: Path) -> tuple[int, int]:
             value.data = value.data.to(dtypes[key])
     copies = [module for module in modules.values() if is_full_copy(module)]
     for copy in copies:
-        like = next(copy.original_module.parameters()).dtype
-        copy.modules_to_save.to(like)
+        copy.modules_to_save.to(next(copy.original_module.parameters()).dtype)
     return len(layers), len(copies)

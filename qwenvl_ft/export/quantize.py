@@ -1,10 +1,10 @@
-"""A model in 16 bits -> its language model in few bits, by GPTQ or AWQ, for serving and for LoRA over it.
+"""Quantises the language model of a 16-bit model by GPTQ or AWQ, for serving and for LoRA on top of it.
 
     qwenvl-ft merge output/my_run small --quant-method gptq --quant-bits 4 --dataset my.jsonl
 
-gptqmodel does it (arXiv 2210.17323, 2306.00978): each layer is rounded so that its outputs for a few real samples
-change least. The samples should be like those that are asked later. Vision tower, aligner, embeddings and head stay as
-they are.
+gptqmodel rounds each layer so that its outputs for a few calibration samples change least (arXiv 2210.17323,
+2306.00978). The samples should resemble those that the model will serve. Vision tower, aligner, embeddings and language
+head are not quantised.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from qwenvl_ft.data.media.images import MediaPolicy, open_image
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import CheckpointError, DataError, RecipeError, unknown_name
-from qwenvl_ft.model.load import load_config
 from qwenvl_ft.model.quantization import INSTALL
+from qwenvl_ft.model.source import load_config
 
 logger = logging.getLogger(__name__)
 
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
-"""Method -> bits it can write."""
+"""Method -> numbers of bits that it supports."""
 UNTOUCHED = ["model.visual", "visual", "lm_head"]
-"""What stays as it is: transformers matches names from their beginning, other readers anywhere."""
+"""Modules that are not quantised. transformers matches them at the beginning of a name, other readers anywhere."""
 
 
 def check_quantization(method: str, bits: int, dataset: str | None) -> None:
-    """Refuse what cannot be done, before anything is merged or loaded.
+    """Check the options before anything is merged or loaded.
 
     Raises:
-        RecipeError: an unknown method, bits it does not have, no data, or gptqmodel is not installed.
+        RecipeError: an unknown method, an unsupported number of bits, no data, or gptqmodel is not installed.
     """
     if method not in BITS:
         raise unknown_name("--quant-method", method, BITS)
     if bits not in BITS[method]:
         known = ", ".join(map(str, BITS[method]))
-        raise RecipeError(f"--quant-bits={bits} is nothing that --quant-method={method} writes. Known: {known}.")
+        raise RecipeError(f"--quant-bits={bits} is not supported by --quant-method={method}. Known: {known}.")
     if not dataset:
         raise RecipeError(
-            f"--quant-method={method} calibrates on samples like those that will be asked. Give them: --dataset "
+            f"--quant-method={method} needs calibration samples that resemble those to be served. Pass them: --dataset "
             "my.jsonl."
         )
     if find_spec("gptqmodel") is None:
-        raise RecipeError(f"--quant-method={method} needs gptqmodel. Install it by {INSTALL}.")
+        raise RecipeError(f"--quant-method={method} needs gptqmodel. Run {INSTALL}.")
 
 
 def quantize(
@@ -66,13 +66,13 @@ def quantize(
     n_samples: int = 128,
     seed: int = 0,
 ) -> None:
-    """Write a quantised model, with its processor, into a new folder.
+    """Write a quantised model, with its processor, to a new folder.
 
     Args:
-        model: a whole model's folder.
-        group_size: weights of a row that share a scale.
-        dataset: samples to calibrate on, as ``data.train``; those with videos are passed over.
-        n_samples: how many of them, drawn by the seed.
+        model: folder of a whole model.
+        group_size: number of weights in a row that share a scale.
+        dataset: calibration samples, in the form of ``data.train``; those with videos are skipped.
+        n_samples: number of samples, drawn at random by the seed.
 
     Raises:
         RecipeError: see `check_quantization`, or a group size that does not divide a layer's width.
@@ -81,7 +81,8 @@ def quantize(
     check_quantization(method, bits, dataset)
     _require_whole_groups(str(model), group_size)
     samples = calibration(dataset, n_samples, seed)
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))  # 7.7 fails on two cores
+    # By its own default, gptqmodel 7.7 fails on two cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
     from gptqmodel import GPTQModel  # type: ignore[import-not-found]
     from gptqmodel.quantization import AWQConfig, GPTQConfig  # type: ignore[import-not-found]
 
@@ -110,47 +111,52 @@ def quantize(
 
 
 def calibration(dataset: str, count: int, seed: int) -> list[list[dict[str, Any]]]:
-    """Conversations as chat templates take them, with opened images.
+    """Draw calibration samples: messages in the form of chat templates, with opened images.
 
     Raises:
-        DataError: there is none, or a record cannot be read.
+        DataError: no record is without video, or a record cannot be read.
     """
     records, policy = load_records(dataset, seed=seed), MediaPolicy()
     chosen: list[list[dict[str, Any]]] = []
-    passed = 0
+    skipped = 0
     for index in np.random.default_rng(seed).permutation(len(records)).tolist():
-        told = read_record(*records[index])
-        if told.media(Video):
-            passed += 1
+        conversation = read_record(*records[index])
+        if conversation.media(Video):
+            skipped += 1
         elif len(chosen) < count:
-            chosen.append(_messages(told, policy))
+            chosen.append(_messages(conversation, policy))
     if not chosen:
-        raise DataError(f"{dataset} has no record without video, and calibration takes text and images.")
+        raise DataError(f"{dataset} has no record without video, but calibration needs text and images only.")
     if len(chosen) < count:
-        logger.warning("calibrating on %d samples: %s has no more (%d with videos)", len(chosen), dataset, passed)
+        logger.warning("calibrating on %d samples: %s has no more (%d with videos)", len(chosen), dataset, skipped)
     return chosen
 
 
-def _messages(told: Conversation, policy: MediaPolicy) -> list[dict[str, Any]]:
+def _messages(conversation: Conversation, policy: MediaPolicy) -> list[dict[str, Any]]:
     def content(part: Any) -> dict[str, Any]:
         if isinstance(part, Text):
             return {"type": "text", "text": part.text}
         assert isinstance(part, Image)
         return {"type": "image", "image": open_image(part.value, policy)}
 
-    return [{"role": message.role, "content": [content(part) for part in message.content]} for message in told.messages]
+    return [
+        {"role": message.role, "content": [content(part) for part in message.content]}
+        for message in conversation.messages
+    ]
 
 
 def _norms_first(tree: list[Any]) -> None:
-    """Let attention's own norms stand before its projections, as gptqmodel has them for Qwen3.
+    """Move the norms of attention before its projections in gptqmodel's module tree, as they are for Qwen3.
 
-    For Qwen3-VL it has them behind (7.7), takes the query's norm for what feeds the MLP, and fails on its size.
+    For Qwen3-VL, gptqmodel 7.7 lists them after the projections, takes the query's norm for the MLP's input, and fails
+    on its size.
     """
     layer = tree[-1]
     layer["self_attn"] = tuple(sorted(layer["self_attn"], key=lambda name: "norm" not in name))
 
 
 def _require_whole_groups(model: str, group_size: int) -> None:
+    """Raise RecipeError if the group size does not divide the width of every layer."""
     text: Any = load_config(model).get_text_config()
     inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     widths = {"hidden_size": text.hidden_size, "intermediate_size": inner}
@@ -158,11 +164,11 @@ def _require_whole_groups(model: str, group_size: int) -> None:
     for name, width in widths.items():
         if group_size < 1 or width % group_size:
             raise RecipeError(
-                f"--group-size={group_size} does not divide the model's {name} of {width}. Give a divisor, as 32."
+                f"--group-size={group_size} does not divide the model's {name} of {width}. Use a divisor, such as 32."
             )
 
 
 def require_no_quantization(model: str) -> None:
-    """Raises CheckpointError for a model that is quantised already."""
+    """Raise CheckpointError for a model that is quantised already."""
     if getattr(load_config(model), "quantization_config", None) is not None:
-        raise CheckpointError(f"{model} is quantised already. Give the model that it was made from.")
+        raise CheckpointError(f"{model} is quantised already. Pass the model that it was quantised from.")

@@ -1,8 +1,8 @@
-"""Loading weights in 4 or 8 bits by bitsandbytes, to train an adapter over them (QLoRA, arXiv 2305.14314).
+"""Loads weights in 4 or 8 bits with bitsandbytes (QLoRA, arXiv 2305.14314), and checks what can train on them.
 
 Only Linear layers of the chosen parts are quantised, by default those of the language model: vision tower and aligner
-are small, and an image that is seen badly is not put right by an adapter. Never quantised are embeddings, the language
-head, and the experts of a MoE model, which are no Linear layers.
+are small, and an adapter cannot repair what a worse vision tower loses. Embeddings, the language head and the experts
+of a MoE model (which are not Linear layers) are never quantised.
 """
 
 from __future__ import annotations
@@ -24,98 +24,98 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INSTALL = "BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum"
-"""How GPTQ and AWQ come here; its own kernels are compiled when they are first used."""
+"""Command that installs the packages for GPTQ and AWQ; gptqmodel compiles its kernels when they are first used."""
 OVER_PACKED = (*LORAS, "adapter", "reft")
-"""Train types that work over GPTQ's and AWQ's layers."""
+"""Train types that work with layers quantised by GPTQ or AWQ."""
 KEPT = ("lm_head",)
-"""Modules that stay as they are in every part."""
+"""Modules that are never quantised."""
 SKIPPED = {
     "vision": r"model\.visual\.(?!merger|deepstack_merger_list)",
     "merger": r"model\.visual\.(merger|deepstack_merger_list)",
     "llm": r"model\.language_model",
 }
-"""Part -> regex that transformers matches with the beginning of a module's name."""
+"""Part -> regex that transformers matches at the beginning of a module's name."""
 
 
-def bnb_config(told: QuantizationConfig, config: PreTrainedConfig) -> Any:
-    """The ``quantization_config`` that transformers loads by; None where the recipe asks for none.
+def bnb_config(section: QuantizationConfig, config: PreTrainedConfig) -> Any:
+    """Return the BitsAndBytesConfig of a recipe's section; None if it quantises nothing.
 
     Raises:
         RecipeError: bitsandbytes is not installed, or the checkpoint is quantised already.
     """
-    if told.quantization_bit is None:
+    if section.quantization_bit is None:
         return None
     if find_spec("bitsandbytes") is None:
         raise RecipeError(
-            f"quantization.quantization_bit={told.quantization_bit} needs bitsandbytes. Install it by pip install "
+            f"quantization.quantization_bit={section.quantization_bit} needs bitsandbytes. Run pip install "
             "bitsandbytes."
         )
-    own = getattr(config, "quantization_config", None)
-    if own is not None:
-        method = own["quant_method"] if isinstance(own, dict) else own.quant_method
+    written = getattr(config, "quantization_config", None)
+    if written is not None:
+        method = written["quant_method"] if isinstance(written, dict) else written.quant_method
         raise RecipeError(
-            f"quantization.quantization_bit={told.quantization_bit}, but the model is quantised already, by {method}. "
-            "Remove the key."
+            f"quantization.quantization_bit={section.quantization_bit}, but the model is quantised already, by "
+            f"{method}. Remove the key."
         )
     import torch
     from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {"load_in_8bit": True}
-    if told.quantization_bit == 4:
+    if section.quantization_bit == 4:
         options = {
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": told.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": told.bnb_4bit_use_double_quant,
-            "bnb_4bit_compute_dtype": getattr(torch, told.bnb_4bit_comp_dtype),
+            "bnb_4bit_quant_type": section.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": section.bnb_4bit_use_double_quant,
+            "bnb_4bit_compute_dtype": getattr(torch, section.bnb_4bit_comp_dtype),
         }
-    skipped = [SKIPPED[part] for part in PARTS if part not in told.quantized_parts]
+    skipped = [SKIPPED[part] for part in PARTS if part not in section.quantized_parts]
     return BitsAndBytesConfig(llm_int8_skip_modules=[*KEPT, *skipped], **options)
 
 
 def require_kernels(config: PreTrainedConfig) -> None:
-    """Refuse a GPTQ or AWQ checkpoint where nothing here could compute with it.
+    """Raise unless the packages that a GPTQ or AWQ checkpoint needs are installed.
 
     Raises:
         CheckpointError: a package is missing.
     """
-    own = getattr(config, "quantization_config", None)
-    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
+    written = getattr(config, "quantization_config", None)
+    method = written.get("quant_method") if isinstance(written, dict) else getattr(written, "quant_method", None)
     lacking = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
     if method in ("gptq", "awq") and lacking:
         raise CheckpointError(
-            f"the model is quantised by {method}, which needs {' and '.join(lacking)}. Install by {INSTALL}."
+            f"the model is quantised by {method}, which needs {' and '.join(lacking)}. Run {INSTALL}."
         )
 
 
-def tell_quantized(model: Any) -> None:
-    """Say what was quantised, and what of a MoE model was not."""
+def log_quantized(model: Any) -> None:
+    """Log the quantised parts, and a warning for a MoE model, whose experts are not quantised."""
     names = quantized_modules(model)
     if not names:
         return
     parts = ", ".join(sorted({part_of(name) for name in names}))
     logger.info("quantised: %d Linear layers of %s", len(names), parts)
     if family_of(model.config.model_type).experts:
-        logger.warning("experts are no Linear layers and are not quantised: they are most of this model's weights")
+        logger.warning("experts, most of this model's weights, are not quantised: they are not Linear layers")
 
 
 def quantized_modules(model: nn.Module) -> list[str]:
-    """Names of the layers whose weights are quantised, by whatever method."""
+    """Return the names of the layers whose weights are quantised, by any method."""
     return [name for name, module in model.named_modules() if _is_quantized(module)]
 
 
 def dequantized(model: Any) -> Any:
-    """A model that bitsandbytes quantised, with weights of the model's dtype that compute the same."""
+    """Convert a model quantised by bitsandbytes to weights of the model's dtype that give the same outputs."""
     return model.dequantize(dtype=model.config.dtype)
 
 
 def require_adapter_over_quantized(model: nn.Module, tuner: TunerConfig, saved: list[str]) -> None:
-    """Refuse to train quantised weights themselves, and methods that do not work over them.
+    """Raise if quantised weights themselves would train, or the method does not work with them.
 
     Args:
         saved: names of modules that train in full.
 
     Raises:
-        RecipeError: the train type, its start, DoRA on a CPU, or one of ``saved``.
+        RecipeError: names the train type, its initialisation, DoRA on a CPU, or one of ``saved``.
     """
     names = quantized_modules(model)
     if not names:
@@ -126,30 +126,30 @@ def require_adapter_over_quantized(model: nn.Module, tuner: TunerConfig, saved: 
     known = OVER_PACKED if packed else over_quantized()
     if tuner.train_type not in known:
         raise RecipeError(
-            f"tuner.train_type={tuner.train_type} does not work over weights in few bits, and those of {parts} are "
+            f"tuner.train_type={tuner.train_type} does not work with quantised weights, and those of {parts} are "
             f"quantised. Use one of {', '.join(known)}, or a model in 16 bits."
         )
     if tuner.changes_base:
         raise RecipeError(
             f"tuner.init_weights={tuner.init_weights} changes the base weights, and those of {parts} are quantised. "
-            "Remove it, or take a model in 16 bits."
+            "Remove it, or use a model in 16 bits."
         )
     if tuner.use_dora and not packed and first.weight.device.type == "cpu":
         raise RecipeError(
-            "tuner.use_dora takes norms of the base weights, which bitsandbytes packs anew on a CPU. Train on a GPU, "
-            "or remove tuner.use_dora or quantization.quantization_bit."
+            "tuner.use_dora needs norms of the base weights, which bitsandbytes repacks on a CPU. Train on a GPU, or "
+            "remove tuner.use_dora or quantization.quantization_bit."
         )
     for module in saved:
         inner = [name for name in names if name == module or name.startswith(f"{module}.")]
         if inner:
             raise RecipeError(
-                f"tuner.modules_to_save trains {module!r} in full, but {inner[0]} is quantised. Leave it out, or take "
-                f"{part_of(module)} out of quantization.quantized_parts."
+                f"tuner.modules_to_save trains {module!r} in full, but {inner[0]} is quantised. Leave it out, or "
+                f"remove {part_of(module)} from quantization.quantized_parts."
             )
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a Linear layer, or one of GPTQ's and AWQ's, which are no subclass of it."""
+    """Return True for a Linear layer, and for those of GPTQ and AWQ, which are not subclasses of it."""
     from torch import nn
 
     return isinstance(module, nn.Linear) or hasattr(module, "qweight")

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.model.load import load_config
+from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.load import recipe_folders
 from qwenvl_ft.recipe.refused import FIXED

@@ -18,9 +18,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError, one_line
+from qwenvl_ft.model.adapters.load import trained_lengths
 from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.kernels import require_liger
-from qwenvl_ft.model.load import loading_options, plan_loading, trained_lengths
+from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.recipe.values import shown
 from qwenvl_ft.tuning.methods import METHODS
@@ -238,7 +239,7 @@ def try_model(recipe: Recipe) -> None:
     told = recipe.model
     if not told.model:
         return
-    plan = plan_loading(told.model, **loading_options(told, recipe.quantization))
+    plan = plan_loading(told.model, loading_options(told, recipe.quantization))
     if plan.adapter is not None:
         raise RecipeError(
             f"model.model={told.model} is an adapter. To go on with it, set model.model={plan.source} and "

@@ -18,9 +18,9 @@ from qwenvl_ft.tuning.prepare import prepare_model
 ALL = {"freeze_vit": False, "freeze_aligner": False, "lora_rank": 4}
 
 
-def saved(folder, checkpoint, **told):
+def saved(folder, checkpoint, **settings):
     torch.manual_seed(0)
-    prepare_model(load_model(checkpoint, torch_dtype="float32"), TunerConfig(**told)).save_pretrained(folder)
+    prepare_model(load_model(checkpoint, torch_dtype="float32"), TunerConfig(**settings)).save_pretrained(folder)
     return folder
 
 
@@ -49,9 +49,9 @@ def test_weights_are_counted_by_part_and_full_copies_by_themselves(checkpoints, 
     assert found.modules_to_save == [merger]
     assert found.ranks == {2: 4, 4: 46}
     assert "plain peft" in found.loads
-    told = as_text(found)
-    assert "ranks: 2 in 4 layers, 4 in 46 layers" in told
-    assert "merger, in full" in told
+    text = as_text(found)
+    assert "ranks: 2 in 4 layers, 4 in 46 layers" in text
+    assert "merger, in full" in text
     peft.PeftModel.from_pretrained(load_model(checkpoints["dense"], torch_dtype="float32"), folder)
 
 
@@ -81,8 +81,8 @@ def test_the_language_head_of_a_model_is_a_row_of_its_own(checkpoints):
 
 def test_ranks_of_adalora_are_those_that_are_left(checkpoints, tmp_path):
     model = load_model(checkpoints["dense"], torch_dtype="float32")
-    told = TunerConfig(train_type="adalora", adalora_init_r=6, adalora_target_r=2)
-    prepared = prepare_model(model, told)
+    settings = TunerConfig(train_type="adalora", adalora_init_r=6, adalora_target_r=2)
+    prepared = prepare_model(model, settings)
     with torch.no_grad():
         for number, (_, value) in enumerate((k, v) for k, v in prepared.named_parameters() if ".lora_E." in k):
             value.copy_((torch.arange(6)[:, None] < 1 + number % 5).float())
@@ -95,7 +95,7 @@ def test_ranks_of_adalora_are_those_that_are_left(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(("train_type", "opener"), [("adapter", "cannot be merged"), ("vera", "plain peft")])
-def test_what_opens_it_is_told(checkpoints, tmp_path, train_type, opener):
+def test_it_names_the_library_that_opens_the_checkpoint(checkpoints, tmp_path, train_type, opener):
     found = read_contents(saved(tmp_path, checkpoints["dense"], train_type=train_type))
     assert opener in found.loads
     assert ("shared" in found.weights) == (train_type == "vera")
@@ -111,11 +111,11 @@ def test_keys_are_listed_with_shape_and_norm_from_old_files_too(checkpoints, tmp
     torch.save(tensors, old / "adapter_model.bin")
     for where in (folder, old):
         assert main(["inspect", str(where), "--keys", "merger", "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)["keys"]
+        keys = json.loads(capsys.readouterr().out)["keys"]
         expected = {key: value for key, value in tensors.items() if "merger" in key}
-        assert {name: tuple(shape) for name, shape, _, _ in told} == {k: tuple(v.shape) for k, v in expected.items()}
-        assert all(norm == pytest.approx(float(expected[name].norm()), rel=1e-5) for name, _, _, norm in told)
-        assert len(told) == 16
+        assert {name: tuple(shape) for name, shape, _, _ in keys} == {k: tuple(v.shape) for k, v in expected.items()}
+        assert all(norm == pytest.approx(float(expected[name].norm()), rel=1e-5) for name, _, _, norm in keys)
+        assert len(keys) == 16
     assert main(["inspect", str(folder), "--keys", "merge_r"]) == 2
     assert "no weight" in capsys.readouterr().err
 

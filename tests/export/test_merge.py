@@ -69,8 +69,8 @@ def inputs(processor):
         {"type": "image", "image": Image.linear_gradient("L").convert("RGB").resize((96, 64))},
         {"type": "text", "text": "What is it?"},
     ]
-    told = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    return dict(processor.apply_chat_template([{"role": "user", "content": content}], **told))
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    return dict(processor.apply_chat_template([{"role": "user", "content": content}], **options))
 
 
 def adapted(name, kind, checkpoints):
@@ -176,7 +176,7 @@ def test_weights_are_summed_in_float32_and_rounded_once(saved, tmp_path, checkpo
     assert any(not torch.equal(half[key], rough[key]) for key in half), "vacuous: bfloat16 sums are the same"
 
 
-def test_shards_are_as_small_as_told(saved, tmp_path):
+def test_shards_are_no_larger_than_requested(saved, tmp_path):
     merge(saved, tmp_path / "sharded", max_shard_size="1MB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
     load_model(tmp_path / "sharded", torch_dtype="float32")
@@ -187,11 +187,11 @@ def test_the_command_says_what_it_did_and_writes_into_no_other_folder(saved, tmp
     assert "LORA merged into 52 layers, modules trained in full: 0; float32, 3." in capsys.readouterr().out
     before = {path: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     assert main(["merge", str(saved), str(tmp_path / "new")]) == 2
-    assert "holds something already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "new").iterdir()} == before
 
 
-def test_a_base_that_moved_is_told(saved, tmp_path, tiny_dir):
+def test_a_base_that_moved_is_named_in_the_error(saved, tmp_path, tiny_dir):
     config = saved / "adapter_config.json"
     config.write_text(config.read_text().replace(str(tiny_dir), "/nowhere/model"))
     with pytest.raises(CheckpointError, match="/nowhere/model, which does not exist"):
@@ -206,13 +206,13 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(checkpoints
     for train_type, kind in (("adapter", "BOTTLENECK"), ("reft", "REFT")):
         model = load_model(checkpoints["dense"], torch_dtype="float32", attn_impl="sdpa")
         prepare_model(model, TunerConfig(train_type=train_type)).save_pretrained(tmp_path / kind)
-        with pytest.raises(CheckpointError, match=f"type {kind}, which changes what flows through"):
+        with pytest.raises(CheckpointError, match=f"type {kind}, which changes activations"):
             merge(tmp_path / kind, tmp_path / "new")
-    with pytest.raises(CheckpointError, match="is a whole model, with nothing to merge"):
+    with pytest.raises(CheckpointError, match="is a whole model, so there is nothing to merge"):
         merge(tiny_dir, tmp_path / "new")
     pytest.importorskip("bitsandbytes")
-    told = QuantizationConfig(quantization_bit=4)
-    load_model(tiny_dir, torch_dtype="float32", quantization=told).save_pretrained(tmp_path / "few")
+    quantization = QuantizationConfig(quantization_bit=4)
+    load_model(tiny_dir, torch_dtype="float32", quantization=quantization).save_pretrained(tmp_path / "few")
     with pytest.raises(CheckpointError, match=r"is quantised \(by bitsandbytes\).*--base"):
         merge(saved, tmp_path / "new", base=str(tmp_path / "few"))
     with pytest.raises(CheckpointError, match=r"adapter does not fit .*tiny-moe"):
@@ -229,7 +229,7 @@ def test_a_broken_adapter_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot be merged at .*NaNs"):
         merge(saved, tmp_path / "new")
     save_file({key: value for key, value in weights.items() if key != first}, saved / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not fit .*: it lacks .*lora_A.*\(1 such\)"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*: it lacks 1 weights, .*lora_A"):
         merge(saved, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -240,17 +240,17 @@ def test_an_adapter_over_few_bits_is_merged_into_what_they_stand_for(tiny_dir, i
     from qwenvl_ft.recipe.load import load_recipe
     from qwenvl_ft.recipe.schema import QuantizationConfig
 
-    told = {"quantization_bit": bits} | ({"bnb_4bit_comp_dtype": "float32"} if bits == 4 else {})
+    section = {"quantization_bit": bits} | ({"bnb_4bit_comp_dtype": "float32"} if bits == 4 else {})
     options = {"torch_dtype": "float32", "attn_impl": "sdpa"}
     torch.manual_seed(0)
-    quantised = load_model(tiny_dir, **options, quantization=QuantizationConfig(**told))
+    quantised = load_model(tiny_dir, **options, quantization=QuantizationConfig(**section))
     model = prepare_model(quantised, TunerConfig(lora_rank=4, lora_dropout=0.0))
     with torch.no_grad():
         for value in model.parameters():
             if value.requires_grad:
                 value += torch.randn(value.shape) * 0.1
         model.save_pretrained(tmp_path / "adapter")
-        load_recipe(None, [f"quantization.{key}={value}" for key, value in told.items()]).save(
+        load_recipe(None, [f"quantization.{key}={value}" for key, value in section.items()]).save(
             tmp_path / "adapter" / "recipe.yaml"
         )
         merge(tmp_path / "adapter", tmp_path / "new")

@@ -34,10 +34,10 @@ def records(tmp_path, mixed_records):
 
 
 def test_it_is_calibrated_on_conversations_as_training_reads_them(records, processor):
-    told = calibration(records, 5, seed=0)
-    assert len(told) == 5
-    assert told != calibration(records, 5, seed=1)
-    for messages in told:
+    samples = calibration(records, 5, seed=0)
+    assert len(samples) == 5
+    assert samples != calibration(records, 5, seed=1)
+    for messages in samples:
         number = int(messages[1]["content"][0]["text"].removeprefix("number "))
         image = messages[0]["content"][0]["image"]
         assert image.size == (64 + number, 64)
@@ -53,9 +53,9 @@ def test_it_is_calibrated_on_conversations_as_training_reads_them(records, proce
         assert torch.equal(inputs["input_ids"][0], sample["input_ids"])
 
 
-def test_videos_are_passed_over_and_too_few_samples_are_told(records, tmp_path, caplog):
-    told = calibration(records, 100, seed=0)
-    assert len(told) == 9
+def test_videos_are_skipped_and_too_few_samples_are_logged(records, tmp_path, caplog):
+    samples = calibration(records, 100, seed=0)
+    assert len(samples) == 9
     assert "calibrating on 9 samples" in caplog.text
     assert "(3 with videos)" in caplog.text
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
@@ -66,7 +66,7 @@ def test_videos_are_passed_over_and_too_few_samples_are_told(records, tmp_path, 
 
 REFUSED = {
     "an unknown method": (["--quant-method", "gtpq"], "Did you mean 'gptq'?"),
-    "bits of the other": (["--quant_method", "awq", "--quant_bits", "8"], "--quant-bits=8 is nothing that"),
+    "bits of the other": (["--quant_method", "awq", "--quant_bits", "8"], "--quant-bits=8 is not supported by"),
     "no samples": (["--quant_method", "gptq"], "--dataset my.jsonl"),
     "a group of another size": (
         ["--quant_method", "gptq", "--gptq_group_size", "128", "--dataset", "x"],
@@ -85,9 +85,9 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(tiny_dir, tmp_pa
 
 
 @pytest.mark.skipif(find_spec("gptqmodel") is not None, reason="gptqmodel is here")
-def test_without_gptqmodel_the_command_to_install_it_is_told(tiny_dir, tmp_path, capsys):
+def test_without_gptqmodel_the_error_gives_the_command_to_install_it(tiny_dir, tmp_path, capsys):
     assert main(["merge", str(tiny_dir), str(tmp_path / "new"), "--quant-method", "gptq", "--dataset", "x"]) == 2
-    assert "needs gptqmodel. Install it by" in capsys.readouterr().err
+    assert "needs gptqmodel. Run" in capsys.readouterr().err
     assert "gptqmodel" not in sys.modules
 
 
@@ -106,8 +106,8 @@ def test_a_quantised_model_is_not_quantised_again(tiny_dir, tmp_path, capsys, mo
     pytest.importorskip("bitsandbytes")
     from qwenvl_ft.recipe.schema import QuantizationConfig
 
-    told = QuantizationConfig(quantization_bit=4)
-    load_model(tiny_dir, torch_dtype="float32", quantization=told).save_pretrained(tmp_path / "few")
+    quantization = QuantizationConfig(quantization_bit=4)
+    load_model(tiny_dir, torch_dtype="float32", quantization=quantization).save_pretrained(tmp_path / "few")
     monkeypatch.setattr(module, "find_spec", lambda name: "there")
     words = ["--quant-method", "awq", "--dataset", "x"]
     assert main(["merge", str(tmp_path / "few"), str(tmp_path / "new"), *words]) == 2

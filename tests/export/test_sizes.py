@@ -47,8 +47,8 @@ def row(name, count):
     return f"| {name} | {count:,} | {count * 4 / 2**20:.1f} |"
 
 
-def kept(model, told):
-    return sum(value.numel() for value in get_peft_model_state_dict(prepare_model(model, told)).values())
+def kept(model, settings):
+    return sum(value.numel() for value in get_peft_model_state_dict(prepare_model(model, settings)).values())
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -77,10 +77,10 @@ def test_rows_of_methods_that_write_a_whole_model():
 def test_a_file_holds_what_is_counted_and_no_more(tiny_dir, tmp_path):
     rows = ROWS | BY_LAYER
     del rows["adalora"]  # ranks that are still at zero are not written
-    for number, told in enumerate(rows.values()):
+    for number, settings in enumerate(rows.values()):
         model = load_model(tiny_dir, torch_dtype="float32")
-        count = kept(model, TunerConfig(**told))
-        saved = prepare_model(load_model(tiny_dir, torch_dtype="float32"), TunerConfig(**told))
+        count = kept(model, TunerConfig(**settings))
+        saved = prepare_model(load_model(tiny_dir, torch_dtype="float32"), TunerConfig(**settings))
         saved.save_pretrained(tmp_path / str(number))
         size = (tmp_path / str(number) / "adapter_model.safetensors").stat().st_size
         assert 0 <= size - 4 * count < 30_000, "weights in float32, and the names before them"

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from loading_cases import edited, last_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForImageTextToText,
@@ -13,25 +14,7 @@ from transformers import (
 )
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
-from qwenvl_ft.model.config import expand_device_map, parse_max_memory
-from qwenvl_ft.model.load import load_config, load_model, load_processor
-
-
-def edited(source, target, change):
-    """A copy of a checkpoint whose config.json went through ``change``."""
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    change(config)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def last_error(kind, call):
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+from qwenvl_ft.model.load import LoadOptions, load_model, load_processor
 
 
 def test_class_follows_config_not_the_name_of_the_directory(checkpoints, tmp_path):
@@ -97,144 +80,7 @@ def test_revision_reaches_the_hub(tiny_dir):
     assert load_model(tiny_dir, revision="main") is not None
     message = last_error(CheckpointError, lambda: load_model("nobody/no-such-model", revision="v2"))
     assert "'nobody/no-such-model'" in message
-    assert "no directory here" in message
-
-
-@pytest.mark.parametrize(
-    ("rope_scaling", "factor", "positions"),
-    [
-        ("linear", 2.0, 65536),
-        ({"type": "yarn", "factor": 2.0, "mrope_interleaved": True}, 2.0, 65536),
-        ("dynamic", 2.0, 32768),
-        ("yarn", 2.0, 65536),
-        ({"type": "yarn", "factor": 4}, 4.0, 131072),
-        ('{"type":"yarn","factor":2.0}', 2.0, 65536),
-        ('{"rope_type": "linear", "factor": 1.5}', 1.5, 49152),
-    ],
-)
-def test_rope_scaling_keeps_mrope(tiny_dir, rope_scaling, factor, positions):
-    before = load_model(tiny_dir, torch_dtype="float32")
-    after = load_model(tiny_dir, torch_dtype="float32", rope_scaling=rope_scaling)
-    old, new = before.config.text_config.rope_parameters, after.config.text_config.rope_parameters
-    for key in ("mrope_section", "mrope_interleaved", "rope_theta"):
-        assert new[key] == old[key]
-    assert new["factor"] == factor
-    assert after.config.text_config.max_position_embeddings == positions
-    rotary, unscaled = after.model.language_model.rotary_emb, before.model.language_model.rotary_emb
-    assert rotary.mrope_section == unscaled.mrope_section
-    if new["rope_type"] == "linear":
-        torch.testing.assert_close(rotary.inv_freq * factor, unscaled.inv_freq)
-    if new["rope_type"] == "yarn":
-        assert new["original_max_position_embeddings"] == 32768
-        assert not torch.equal(rotary.inv_freq, unscaled.inv_freq), "yarn without effect"
-
-
-def test_dynamic_scaling_stretches_only_beyond_the_trained_length(tiny_dir, tmp_path):
-    def shorten(config):
-        config["text_config"]["max_position_embeddings"] = 16
-
-    model = load_model(edited(tiny_dir, tmp_path / "short", shorten), torch_dtype="float32", rope_scaling="dynamic")
-    plain = load_model(tiny_dir, torch_dtype="float32")
-    short, long = torch.arange(3, 13)[None], torch.arange(3, 43)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=short).logits, plain(input_ids=short).logits)
-        assert not torch.allclose(model(input_ids=long).logits, plain(input_ids=long).logits, atol=1e-4)
-
-
-def test_dynamic_scaling_leaves_packed_samples_alone_up_to_the_trained_length_only(tiny_dir, tmp_path):
-    """Why a recipe with dynamic scaling may not have rows beyond it: one long sample would move all others."""
-
-    def shorten(config):
-        config["text_config"]["max_position_embeddings"] = 16
-
-    short = edited(tiny_dir, tmp_path / "short", shorten)
-    model = load_model(short, torch_dtype="float32", attn_impl="sdpa", rope_scaling="dynamic").eval()
-
-    def logits(*lengths):
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        ids = torch.cat([torch.arange(3, 3 + length) for length in lengths])[None]
-        with torch.no_grad():
-            return model(input_ids=ids, position_ids=positions.expand(4, 1, -1)).logits[0, -lengths[-1] :]
-
-    torch.testing.assert_close(logits(16, 10), logits(10))
-    assert not torch.allclose(logits(24, 10), logits(10), atol=1e-4), "the refusal has no reason"
-
-
-def test_scaled_model_saves_and_loads_with_plain_transformers(tiny_dir, tmp_path):
-    model = load_model(tiny_dir, torch_dtype="float32", rope_scaling="yarn").eval()
-    model.save_pretrained(tmp_path)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    ids = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_max_model_len_sets_the_factor_it_needs(tiny_dir):
-    model = load_model(tiny_dir, rope_scaling="yarn", max_model_len=4 * 32768)
-    assert model.config.text_config.rope_parameters["factor"] == 4.0
-    assert load_model(tiny_dir, max_model_len=4096).config.text_config.max_position_embeddings == 32768
-    message = last_error(RecipeError, lambda: load_model(tiny_dir, max_model_len=40000))
-    assert "32768 positions" in message
-    assert "model.rope_scaling=yarn" in message
-    message = last_error(
-        RecipeError, lambda: load_model(tiny_dir, rope_scaling={"type": "yarn", "factor": 2.0}, max_model_len=131072)
-    )
-    assert "Use factor 4" in message
-
-
-@pytest.mark.parametrize(
-    ("rope_scaling", "words"),
-    [
-        ("yarm", "unknown type of model.rope_scaling 'yarm'. Did you mean 'yarn'"),
-        ('{"type": "yarn",', "not valid JSON"),
-        ({"type": "yarn", "factor": "two"}, "'two' is not a number"),
-        ({"type": "yarn", "factr": 2.0}, "unknown key 'factr'. Did you mean 'factor'?"),
-        ({"type": "linear", "factor": 2.0, "beta_fast": 8}, "of type linear: unknown key 'beta_fast'"),
-        ({"type": "yarn", "factor": 2.0, "mrope_section": [1, 1, 1]}, "mrope_section=[1, 1, 1] cannot be changed"),
-        ({"type": "yarn", "factor": 0.5}, "0.5 is not a number of at least 1"),
-    ],
-)
-def test_wrong_rope_scaling_is_one_line(tiny_dir, rope_scaling, words):
-    assert words in last_error(RecipeError, lambda: load_model(tiny_dir, rope_scaling=rope_scaling))
-
-
-def test_device_maps_place_modules(tiny_dir):
-    for device_map in ("auto", "cpu", '{"": "cpu"}', {"": "cpu"}):
-        model = load_model(tiny_dir, device_map=device_map, max_memory='{"cpu": "1GB"}')
-        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-
-
-def test_device_map_ranges_become_one_entry_a_layer(tiny_dir):
-    given = {"model.layers.0-1": 0, "model.layers.2-3": "1", "model.norm": "cpu", "visual": 0, "lm_head": "disk"}
-    given |= {"model.embed_tokens": 0}
-    assert expand_device_map(json.dumps(given), load_config(str(tiny_dir))) == {
-        "model.language_model.layers.0": 0,
-        "model.language_model.layers.1": 0,
-        "model.language_model.layers.2": 1,
-        "model.language_model.layers.3": 1,
-        "model.language_model.embed_tokens": 0,
-        "model.language_model.norm": "cpu",
-        "model.visual": 0,
-        "lm_head": "disk",
-    }
-    assert parse_max_memory('{"0": "40GB", "1": "40GiB", "cpu": "100GB"}') == {0: "40GB", 1: "40GiB", "cpu": "100GB"}
-
-
-def test_a_model_placed_by_ranges_computes_the_same(tiny_dir):
-    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "visual", "lm_head"), "cpu")
-    model = load_model(tiny_dir, torch_dtype="float32", device_map={"model.layers.0-3": "cpu"} | rest)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        expected = load_model(tiny_dir, torch_dtype="float32")(input_ids=ids).logits
-        torch.testing.assert_close(model(input_ids=ids).logits, expected)
-
-
-def test_a_device_map_with_gaps_is_one_line(tiny_dir):
-    told = last_error(
-        RecipeError, lambda: load_model(tiny_dir, device_map={"model.layers.0-3": "cpu", "visual": "cpu"})
-    )
-    assert "leaves 2 weights without a place, the first is model.language_model.embed_tokens.weight." in told
-    assert load_model(tiny_dir, device_map={"model.layers.0-3": "cpu", "": "cpu"}) is not None
+    assert "No such directory exists" in message
 
 
 @pytest.mark.parametrize(
@@ -251,11 +97,11 @@ def test_a_device_map_with_gaps_is_one_line(tiny_dir):
             "layers.2 twice, the second time",
         ),
         ({"device_map": {"visual": "cpu", "model.visual": "cpu", "": "cpu"}}, "model.visual twice"),
-        ({"device_map": 64}, "places 'all' on 64, which is not here: cpu"),
-        ({"device_map": "cuda:64"}, "places 'all' on 'cuda:64', which is not here: cpu"),
-        ({"device_map": {"": "cpu", "visual": "cuda:64"}}, "places 'model.visual' on 'cuda:64', which is not here"),
-        ({"device_map": {"": "gpu"}}, "on 'gpu', which is not here"),
-        ({"device_map": {"": None}}, "on None, which is not here"),
+        ({"device_map": 64}, "places 'all' on 64, but this machine has only cpu"),
+        ({"device_map": "cuda:64"}, "places 'all' on 'cuda:64', but this machine has only cpu"),
+        ({"device_map": {"": "cpu", "visual": "cuda:64"}}, "places 'model.visual' on 'cuda:64', but this machine"),
+        ({"device_map": {"": "gpu"}}, "on 'gpu', but this machine has only"),
+        ({"device_map": {"": None}}, "on None, but this machine has only"),
         ({"max_memory": {"0": "40GB"}}, "Set model.device_map=auto"),
         ({"device_map": "auto", "max_memory": {"0": "lots"}}, "the size 'lots'"),
         ({"torch_dtype": "bf16"}, "unknown model.torch_dtype 'bf16'. Did you mean 'bfloat16'"),
@@ -270,6 +116,13 @@ def test_device_map_and_several_processes_exclude_each_other(tiny_dir, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes" in last_error(RecipeError, lambda: load_model(tiny_dir, device_map="auto"))
     assert load_model(tiny_dir) is not None
+
+
+def test_options_of_a_recipe_and_keywords_load_the_same(tiny_dir):
+    model = load_model(tiny_dir, LoadOptions(torch_dtype="float16", attn_impl="eager"), attn_impl="sdpa")
+    assert (model.dtype, model.config._attn_implementation) == (torch.float16, "sdpa"), "keywords take precedence"
+    with pytest.raises(TypeError, match="torch_dtyp"):
+        load_model(tiny_dir, torch_dtyp="float16")
 
 
 def test_a_directory_that_is_no_model_is_one_line(tiny_dir, tmp_path):

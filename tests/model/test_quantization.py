@@ -28,8 +28,8 @@ def quantized(checkpoints):
         settings = SETTINGS[name] | more
         if settings["quantization_bit"] == 4:
             settings |= {"bnb_4bit_comp_dtype": "float32"}
-        told = QuantizationConfig(**settings)
-        return load_model(checkpoints[kind], torch_dtype="float32", attn_impl="sdpa", quantization=told).eval()
+        section = QuantizationConfig(**settings)
+        return load_model(checkpoints[kind], torch_dtype="float32", attn_impl="sdpa", quantization=section).eval()
 
     return load
 
@@ -91,14 +91,14 @@ def test_four_bits_compute_with_the_nearest_of_sixteen_values(quantized, checkpo
             nearest = (blocks / scales[:, None])[..., None].sub(code).abs().amin(dim=-1) * scales[:, None]
             assert ((found - blocks).abs() <= nearest + 0.02 * scales[:, None]).all()
             weight.copy_(found.view_as(weight))
-        # In evaluation bitsandbytes multiplies in bfloat16 on some CPUs, whatever it is told.
+        # In evaluation bitsandbytes multiplies in bfloat16 on some CPUs, whatever its setting is.
         torch.testing.assert_close(model.train()(**batch).logits, plain(**batch).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(plain(**batch).logits, base, atol=1e-2), "vacuous: quantising changes nothing"
 
 
-def test_the_computing_dtype_and_double_quantisation_are_as_told(checkpoints):
-    told = QuantizationConfig(quantization_bit=4, bnb_4bit_comp_dtype="float16")
-    model = load_model(checkpoints["dense"], torch_dtype="bfloat16", attn_impl="sdpa", quantization=told)
+def test_the_computing_dtype_and_double_quantisation_are_those_of_the_recipe(checkpoints):
+    section = QuantizationConfig(quantization_bit=4, bnb_4bit_comp_dtype="float16")
+    model = load_model(checkpoints["dense"], torch_dtype="bfloat16", attn_impl="sdpa", quantization=section)
     layer = model.model.language_model.layers[0].mlp.up_proj
     assert layer.compute_dtype == torch.float16
     assert layer.weight.quant_state.nested
@@ -192,7 +192,7 @@ def test_dora_over_few_bits_is_for_gpus(quantized):
     from qwenvl_ft.tuning.prepare import prepare_model
 
     for name in ("nf4", "int8"):
-        with pytest.raises(RecipeError, match=r"tuner.use_dora takes norms .* on a CPU"):
+        with pytest.raises(RecipeError, match=r"tuner.use_dora needs norms .* on a CPU"):
             prepare_model(quantized(name), TunerConfig(use_dora=True))
 
 
@@ -205,10 +205,10 @@ def test_a_quantised_checkpoint_is_not_quantised_again(quantized, tmp_path):
 
 
 def test_the_flags_of_the_guides_are_understood():
-    told = (
+    command = (
         "--quantization_bit 4 --bnb_4bit_comp_dtype float16 --bnb_4bit_quant_type fp4 --bnb_4bit_use_double_quant false"
     )
-    found = recipe_from_argv(told.split()).quantization
+    found = recipe_from_argv(command.split()).quantization
     assert found == QuantizationConfig(
         quantization_bit=4,
         bnb_4bit_comp_dtype="float16",

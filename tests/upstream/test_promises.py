@@ -13,8 +13,9 @@ from cases import RECORDS, make_trainer, one_step, picture
 from safetensors.torch import load_file
 
 from qwenvl_ft.data.collate import QwenVLCollator
-from qwenvl_ft.model.load import load_config, load_model
+from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import train
 from qwenvl_ft.training.loss import loss_sum, split_labels

@@ -1,0 +1,60 @@
+"""Sets the sizes of images and videos, and the frame sampling, of a loaded processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwenvl_ft.errors import RecipeError
+
+
+def set_areas(processor: Any, prefix: str, smallest: int | None, largest: int | None) -> None:
+    """Set the smallest and largest area, in pixels after resizing, of an image or video processor.
+
+    A limit that is None keeps the checkpoint's value, unless that contradicts the other limit.
+
+    Args:
+        prefix: ``""`` or ``"video_"``, for the recipe keys that errors name.
+
+    Raises:
+        RecipeError: an area below 1, or a minimum above its maximum.
+    """
+    size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
+    for key, value in ((f"{prefix}min_pixels", smallest), (f"{prefix}max_pixels", largest)):
+        if value is not None and value < 1:
+            raise RecipeError(f"template.{key}={value} is not an area. Give a number of pixels, e.g. 262144.")
+    if smallest is not None and largest is not None and smallest > largest:
+        raise RecipeError(
+            f"template.{prefix}min_pixels={smallest} is above template.{prefix}max_pixels={largest}. Swap them."
+        )
+    if smallest is not None:
+        size = {"shortest_edge": smallest, "longest_edge": max(smallest, size["longest_edge"])}
+    if largest is not None:
+        size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
+    processor.size = type(processor.size)(**size)
+
+
+def set_frames(
+    processor: Any, *, max_area: int | None, fps: float | None, min_frames: int | None, max_frames: int | None
+) -> None:
+    """Set which frames a video processor samples, and the largest area of one frame in pixels.
+
+    Raises:
+        RecipeError: ``min_frames`` above ``max_frames``, or this transformers cannot limit the area of a frame.
+    """
+    if max_area is not None:
+        from qwenvl_ft.upstream.processors import set_frame_cap
+
+        tokens = max_area // (processor.patch_size * processor.merge_size) ** 2
+        set_frame_cap(processor, max(tokens, 1))
+    for name, value in {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}.items():
+        if value is not None:
+            setattr(processor, name, value)
+    if processor.min_frames > processor.max_frames:
+        if min_frames is not None and max_frames is not None:
+            raise RecipeError(
+                f"template.fps_min_frames={min_frames} is above template.fps_max_frames={max_frames}. Swap them."
+            )
+        if max_frames is not None:
+            processor.min_frames = max_frames
+        else:
+            processor.max_frames = processor.min_frames

@@ -1,5 +1,6 @@
 """ReFT's edits are the paper's formulas, at positions that a loop over samples finds too."""
 
+import copy
 import itertools
 from contextlib import suppress
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.adapters.interventions import INTERVENTIONS, ReftLayer, edited, parse_positions
-from qwenvl_ft.model.load import with_adapter
+from qwenvl_ft.model.adapters.load import with_adapter
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.tuning.prepare import prepare_model
@@ -196,8 +197,8 @@ def answered_by_hand(fresh, kind, adapted, inputs, first, last, count):
 
 def answered(model, inputs, count=6, **options):
     """Logits of each step of a greedy answer, for each row."""
-    told = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-    found = model.generate(**inputs, **told, **options, output_logits=True, return_dict_in_generate=True)
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    found = model.generate(**inputs, **settings, **options, output_logits=True, return_dict_in_generate=True)
     return torch.stack(found.logits, dim=1)
 
 
@@ -240,6 +241,21 @@ def test_generation_without_a_cache_is_refused(fresh, tuner, batch):
     torch.testing.assert_close(answered(first, batch, use_cache=False), answered(first, batch), rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompt_in_several_pieces_is_refused_unless_every_token_is_edited(fresh, tuner, batch):
+    """transformers' chunked prefill: the model sees a piece at a time, and neither its place nor the prompt's end."""
+    text = {"input_ids": torch.arange(5, 17)[None], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
+    model = stirred(prepare_model(fresh(), tuner(train_type="reft", **TEXT_ONLY))).eval()
+    pieces = copy.deepcopy(model.generation_config)
+    pieces.prefill_chunk_size = 4
+    for options in ({"prefill_chunk_size": 4}, {"generation_config": pieces}):
+        with pytest.raises(RecipeError, match=r"prefill_chunk_size=4.*reft_positions.*Remove") as caught:
+            model.generate(**text, max_new_tokens=3, **options)
+        assert "\n" not in str(caught.value)
+    everywhere = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="all", **TEXT_ONLY))).eval()
+    whole = answered(everywhere, text)
+    torch.testing.assert_close(answered(everywhere, text, prefill_chunk_size=4), whole, rtol=1e-4, atol=1e-4)
+
+
 class Edited(torch.nn.Module):
     """A layer whose output, or whose input, is edited at chosen places by the paper's formula."""
 
@@ -254,8 +270,8 @@ class Edited(torch.nn.Module):
         hidden[0, self.chosen] = self.formula(hidden[0, self.chosen])
         return hidden
 
-    def forward(self, hidden, **told):
-        output = self.layer(hidden if self.before is None else self.before(hidden), **told)
+    def forward(self, hidden, **kwargs):
+        output = self.layer(hidden if self.before is None else self.before(hidden), **kwargs)
         return self.edited(output) if self.after else output
 
 
@@ -277,25 +293,25 @@ def test_an_edit_comes_before_what_deepstack_adds(fresh, tuner, encoder, mixed_r
     assert len(plain.config.vision_config.deepstack_visual_indexes) > 1, "vacuous: no feature is added behind a layer"
     wrapped = [Edited(layer, edit, chosen) for layer, edit in zip(text.layers, edits(model).values(), strict=True)]
     text.layers = torch.nn.ModuleList(wrapped)
-    told = {name: batches[0][name] for name in ("input_ids", "position_ids", "pixel_values", "image_grid_thw")}
-    told["mm_token_type_ids"] = (told["input_ids"] == plain.config.image_token_id).int()
+    inputs = {name: batches[0][name] for name in ("input_ids", "position_ids", "pixel_values", "image_grid_thw")}
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == plain.config.image_token_id).int()
     with torch.no_grad():
-        expected = plain.eval()(**told, use_cache=False).logits
+        expected = plain.eval()(**inputs, use_cache=False).logits
         for row in batches:
             assert torch.equal(
                 model(**{name: value for name, value in row.items() if name != "sources"}).logits, expected
             )
         for layer, following in itertools.pairwise(wrapped):
             layer.after, following.before = False, layer.edited
-        swapped = plain(**told, use_cache=False).logits
+        swapped = plain(**inputs, use_cache=False).logits
     assert not torch.allclose(swapped, expected, atol=1e-3), "vacuous: the order makes no difference"
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"), [("f1+l1", (1, 1)), ("f7", (7, 0)), ("l3", (0, 3)), ("f0+l2", (0, 2)), ("all", (0, 0))]
+    ("text", "expected"), [("f1+l1", (1, 1)), ("f7", (7, 0)), ("l3", (0, 3)), ("f0+l2", (0, 2)), ("all", (0, 0))]
 )
-def test_positions_read_as_in_the_paper(told, expected):
-    assert parse_positions(told) == expected
+def test_positions_read_as_in_the_paper(text, expected):
+    assert parse_positions(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -308,7 +324,7 @@ def test_positions_read_as_in_the_paper(told, expected):
         ({"reft_intervention_type": "Loreft"}, r"Did you mean 'LoreftIntervention'"),
         ({"freeze_aligner": False}, r"changes the language model only.*freeze_aligner=true"),
         ({"target_modules": ["q_proj"]}, r"no target modules"),
-        ({"modules_to_save": ["layers.1.mlp"]}, r"layers\.1 in full, or something in it"),
+        ({"modules_to_save": ["layers.1.mlp"]}, r"layers\.1 in full, or a module in it"),
     ],
 )
 def test_what_cannot_be_edited_is_one_line(fresh, tuner, settings, words):

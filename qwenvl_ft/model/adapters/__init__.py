@@ -1,13 +1,13 @@
-"""Adapters that peft lacks, written as peft tuners: peft wraps, saves, loads and switches them like its own.
+"""Adapters that peft lacks, written as peft tuners, so that peft wraps, saves, loads and switches them like its own.
 
-Their ``adapter_config.json`` names a ``peft_type`` of ours, so a checkpoint says what it is; `load_model` opens it.
+Their ``adapter_config.json`` has a ``peft_type`` of this package, by which `load_model` recognises a checkpoint.
 """
 
 from __future__ import annotations
 
 
 def register_adapters() -> None:
-    """Make our types known to peft."""
+    """Register the adapter types of this package with peft."""
     from qwenvl_ft.model.adapters.bottleneck import BottleneckConfig, BottleneckTuner
     from qwenvl_ft.model.adapters.interventions import ReftConfig, ReftTuner
     from qwenvl_ft.upstream.peft import register_type

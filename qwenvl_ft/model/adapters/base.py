@@ -1,4 +1,4 @@
-"""What our adapters share: a config with a type of its own, and a peft tuner that wraps whole modules."""
+"""Base classes of this package's adapters: their config, the wrapper of a module, and the peft tuner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwenvl_ft.upstream.peft import BaseTunerLayer, PeftConfig, WrappingTuner
 
 
 class OwnType(StrEnum):
-    """``peft_type`` in ``adapter_config.json``; peft asks for its ``value``."""
+    """``peft_type`` in ``adapter_config.json``; an enumeration because peft reads its ``value``."""
 
     BOTTLENECK = "BOTTLENECK"
     REFT = "REFT"
@@ -22,15 +22,15 @@ class OwnType(StrEnum):
 
 @dataclass
 class OwnConfig(PeftConfig):
-    """What every adapter of ours is told."""
+    """Settings common to all adapters of this package."""
 
     kind: ClassVar[OwnType]
 
     target_modules: list[str] | set[str] | str | None = field(default=None)
-    """Full names of the modules that it wraps."""
+    """Full names of the modules that the adapter wraps."""
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
-    """Modules trained in full beside it."""
+    """Modules trained in full beside the adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,19 +38,23 @@ class OwnConfig(PeftConfig):
 
 
 class OwnLayer(nn.Module, BaseTunerLayer):
-    """A module of the base model, ``base_layer``, whose output an adapter changes."""
+    """Wraps a module of the base model (``base_layer``), whose output the active adapters change."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
 
-    def add(self, adapter_name: str, config: Any, **more: Any) -> None:
-        """Make the weights of an adapter."""
+    def add(self, adapter_name: str, config: Any, **context: Any) -> None:
+        """Create the weights of an adapter.
+
+        Args:
+            context: what a layer needs to know of its model; depends on the type of adapter.
+        """
         raise NotImplementedError
 
     def changed(self, output: Tensor, adapter_name: str) -> Tensor:
-        """The output of ``base_layer`` as an adapter changes it: the same shape and dtype."""
+        """Apply an adapter to the output of ``base_layer``; the result has the same shape and dtype."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -60,23 +64,25 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise CheckpointError: these adapters change activations, not weights."""
         raise CheckpointError(
-            f"an adapter of type {type(self).__name__} cannot be merged: it is no change of a weight. Serve the base "
-            "model with the adapter loaded on it."
+            f"an adapter of type {type(self).__name__} cannot be merged: it changes activations, not weights. Serve "
+            "the base model with the adapter loaded on it."
         )
 
     def _running(self) -> Iterator[str]:
+        """Yield the names of the active adapters that this layer has."""
         if not self.disable_adapters:
             weights = getattr(self, self.adapter_layer_names[0])
             yield from (name for name in self.active_adapters if name in weights)
 
 
 class OwnTuner(WrappingTuner):
-    """Wraps each target in the tuner's kind of layer."""
+    """A peft tuner that wraps each target module in ``tuner_layer_cls``."""
 
     tuner_layer_cls: type[OwnLayer]
 
-    def wrapped(self, module: nn.Module, adapter_name: str, config: Any) -> nn.Module:
+    def wrapped(self, module: nn.Module, adapter_name: str, config: OwnConfig) -> nn.Module:
         layer = module if isinstance(module, OwnLayer) else self.tuner_layer_cls(module)
         self.add_to(layer, adapter_name, config)
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -88,5 +94,5 @@ class OwnTuner(WrappingTuner):
         return layer
 
     def add_to(self, layer: OwnLayer, adapter_name: str, config: Any) -> None:
-        """Make the weights of an adapter in a layer."""
+        """Create the weights of an adapter in a layer."""
         layer.add(adapter_name, config)

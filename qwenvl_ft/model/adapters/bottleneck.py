@@ -1,7 +1,7 @@
 """Bottleneck adapters (Houlsby and others 2019, arXiv 1902.00751): a small network after a layer's MLP.
 
-``h + up(act(down(h)))``, where h is what the MLP gives before it joins the residual stream. ``up`` starts at zero, so
-that an untrained adapter changes nothing. Letters: D width, M ``length``.
+The MLP's output h becomes ``h + up(act(down(h)))`` before it is added to the residual stream. ``up`` starts at zero, so
+an untrained adapter changes nothing. Letters: D hidden size, M ``length``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class BottleneckConfig(OwnConfig):
     length: int = field(default=128)
     """Width of the bottleneck."""
     act: str = field(default="gelu")
-    """Activation by transformers' name."""
+    """Name of the activation in transformers (``ACT2FN``)."""
 
 
 class BottleneckLayer(OwnLayer):
-    """An MLP and its adapters: ``2 * M * D + M + D`` weights each."""
+    """An MLP with its adapters, each of ``2 * M * D + M + D`` parameters."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
 
@@ -38,12 +38,12 @@ class BottleneckLayer(OwnLayer):
         self.bottleneck_up = nn.ModuleDict()
         self.acts: dict[str, Any] = {}
 
-    def add(self, adapter_name: str, config: BottleneckConfig, **more: Any) -> None:
+    def add(self, adapter_name: str, config: BottleneckConfig, **context: Any) -> None:
         width = output_width(self.get_base_layer())
         down, up = nn.Linear(width, config.length), nn.Linear(config.length, width)
         nn.init.xavier_uniform_(down.weight)
-        for zero in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(zero)
+        for parameter in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(parameter)
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         self.acts[adapter_name] = ACT2FN[config.act]
 
@@ -55,11 +55,13 @@ class BottleneckLayer(OwnLayer):
 
 
 class BottleneckTuner(OwnTuner):
+    """The peft tuner of bottleneck adapters."""
+
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
 
 
 def output_width(module: nn.Module) -> int:
-    """D of an MLP's output: its last Linear's, or the router's input where experts take the place of Linear layers."""
+    """Return D of an MLP's output: that of its last Linear layer, or the input size of the router of a MoE layer."""
     linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
     return linears[-1].out_features if linears else int(module.gate.weight.shape[-1])  # type: ignore

@@ -1,7 +1,7 @@
-"""From the names a recipe gives to the modules it means: adapter targets and modules trained in full.
+"""Finds the modules that a recipe's names match: adapter targets and modules trained in full.
 
-A name stands for every module whose full name is it or ends with it after a dot: ``q_proj``, ``mlp.up_proj``,
-``model.visual.merger``. A name that stands for nothing is an error.
+A name matches every module whose full name equals it or ends with it after a dot: ``q_proj``, ``mlp.up_proj``,
+``model.visual.merger``. A name that matches nothing is an error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ ALL_LINEAR = "all-linear"
 
 
 def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
-    """Full names of the Linear modules that get an adapter.
+    """Return the full names of the Linear modules that get an adapter.
 
-    They are looked for in the parts that are not frozen, outside of ``modules_to_save``. ``all-linear`` means all of
-    them but the language head. ``target_regex`` must match a whole name and takes the place of ``target_modules``;
-    ``^$`` asks for none.
+    Only unfrozen parts are searched, and ``modules_to_save`` are left out. ``all-linear`` means all of them except the
+    language head. ``target_regex`` must match a whole name and replaces ``target_modules``; ``^$`` selects none.
 
     Raises:
         RecipeError: a name or the pattern matches nothing there.
@@ -55,13 +54,13 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
 
 
 def parameter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
-    """Full names of the weights outside of Linear layers that get LoRA: experts of MoE models, routers.
+    """Return the full names of the weights outside of Linear layers that get LoRA: experts and routers of MoE models.
 
-    Experts are one tensor of three axes for a layer, which ``all-linear`` stands for too unless ``target_parameters``
-    says otherwise; the router is taken only when it is named.
+    The experts of a layer are one tensor with three axes. ``all-linear`` includes them unless ``target_parameters`` is
+    set; the router must be named.
 
     Raises:
-        RecipeError: a name matches nothing there, or LoRA as told cannot reach such weights.
+        RecipeError: a name matches nothing, or LoRA with these settings cannot adapt such weights.
     """
     frozen, saved = frozen_parts(tuner), saved_modules(model, tuner)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -88,7 +87,7 @@ def parameter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
             if elsewhere:
                 raise _taken("target_parameters", name, elsewhere, frozen)
             raise RecipeError(
-                f"tuner.target_parameters names {name!r}, which is no weight of experts or a router."
+                f"tuner.target_parameters names {name!r}, which is not a weight of experts or a router."
                 + hint(name, {_tail(full, name.count(".") + 1) for full in every})
             )
         chosen |= set(hits)
@@ -98,20 +97,23 @@ def parameter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
 
 
 def reaches_parameters(tuner: TunerConfig) -> bool:
-    """Whether LoRA as told can adapt weights that are no layers: peft has neither DoRA nor other starts for them."""
+    """Return True if LoRA with these settings can adapt weights outside of Linear layers.
+
+    For those, peft has neither DoRA nor initialisations from weights or data.
+    """
     return plain_start(tuner) and not tuner.use_dora
 
 
 def plain_start(tuner: TunerConfig) -> bool:
-    """Whether LoRA starts with numbers alone, from neither weights nor data."""
+    """Return True if LoRA's initialisation uses neither the base weights nor data."""
     return str(tuner.init_weights).lower() in ("true", "false", "gaussian")
 
 
-_OUT_OF_REACH = "experts and routers are no layers, and peft has neither use_dora nor this init_weights for them"
+_OUT_OF_REACH = "peft supports neither use_dora nor this init_weights for experts and routers"
 
 
 def saved_modules(model: nn.Module, tuner: TunerConfig) -> list[str]:
-    """Full names of ``tuner.modules_to_save``, a ModuleList replaced by its elements.
+    """Return the full names of ``tuner.modules_to_save``, with each ModuleList replaced by its elements.
 
     Raises:
         RecipeError: a name matches no module, or one without parameters.
@@ -121,7 +123,7 @@ def saved_modules(model: nn.Module, tuner: TunerConfig) -> list[str]:
     for wanted in tuner.modules_to_save:
         hits = _matches(wanted, (name for name in modules if name))
         if not hits:
-            raise RecipeError(f"tuner.modules_to_save names {wanted!r}, {_what_it_is(wanted, model)}")
+            raise RecipeError(f"tuner.modules_to_save names {wanted!r}, {_problem_of(wanted, model)}")
         for hit in hits:
             names += _elements(hit, modules[hit])
     for name in names:
@@ -131,7 +133,7 @@ def saved_modules(model: nn.Module, tuner: TunerConfig) -> list[str]:
 
 
 def inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether ``name`` is one of ``modules`` or lies in one."""
+    """Return True if ``name`` is one of ``modules`` or inside of one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -141,14 +143,14 @@ def _matches(wanted: str, names: Iterable[str]) -> list[str]:
 
 
 def _elements(name: str, module: nn.Module) -> list[str]:
-    """A container's own forward is never called, so its elements stand for it."""
+    """Return the elements of a container, whose own forward is never called; other modules stand for themselves."""
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return [name]
     return [leaf for key, child in module.named_children() for leaf in _elements(f"{name}.{key}", child)]
 
 
 def _heads(model: Any) -> set[str]:
-    """Names of the layer that writes the logits: adapted only when it is named."""
+    """Return the names of the language head, which is adapted only if it is named."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {name for name, module in model.named_modules() if head is not None and module is head}
 
@@ -167,7 +169,7 @@ def _by_regex(pattern: str, linears: list[str], free: list[str], frozen: list[st
     example = free[0] if free else linears[0]
     raise RecipeError(
         f"tuner.target_regex={pattern!r} matches no Linear module. It must match a whole name, such as {example}; "
-        "'^$' asks for no adapter."
+        "'^$' selects none."
     )
 
 
@@ -180,21 +182,21 @@ def _unmatched_target(wanted: str, model: nn.Module, linears: list[str], frozen:
         within = [linear.removeprefix(f"{name}.") for linear in linears if linear.startswith(f"{name}.")]
         fix = f"Name the layers in it: {', '.join(within[:4])}." if within else "Name it in tuner.modules_to_save."
         return RecipeError(f"tuner.target_modules names {wanted!r}, which is a {kind}, not a Linear layer. {fix}")
-    return RecipeError(f"tuner.target_modules names {wanted!r}, {_what_it_is(wanted, model, linears)}")
+    return RecipeError(f"tuner.target_modules names {wanted!r}, {_problem_of(wanted, model, linears)}")
 
 
 def _taken(key: str, wanted: str, names: list[str], frozen: list[str]) -> RecipeError:
     parts = sorted({part_of(name) for name in names} & set(frozen))
     if not parts:
-        return RecipeError(f"tuner.{key} {wanted!r} matches only what tuner.modules_to_save trains in full already.")
+        return RecipeError(f"tuner.{key} {wanted!r} matches only modules that tuner.modules_to_save trains in full.")
     return RecipeError(
         f"tuner.{key} {wanted!r} matches only modules of {', '.join(parts)}, which the recipe freezes. "
         f"Set {freeze_flags_of(parts)}."
     )
 
 
-def _what_it_is(wanted: str, model: nn.Module, among: list[str] | None = None) -> str:
-    """The end of an error about a name that is no module: the parameter it is, or what comes near."""
+def _problem_of(wanted: str, model: nn.Module, among: list[str] | None = None) -> str:
+    """Return the end of an error about a name that is not a module: it is a parameter, or the nearest names."""
     parameters = _matches(wanted, (name for name, _ in model.named_parameters(remove_duplicate=False)))
     if parameters and parameters[0].rpartition(".")[0]:
         return f"which is a parameter. Name its module: {parameters[0].rpartition('.')[0]}."

@@ -1,8 +1,9 @@
-"""LoRA and its variants, by peft: low-rank updates of Linear layers and experts, and modules trained in full."""
+"""Train type ``lora`` and its variants, by peft: low-rank updates of Linear layers and experts."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,25 +25,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tied_copies: bool = False) -> nn.Module:
-    """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trained weights are LoRA's and full copies.
+def build_lora(
+    model: nn.Module, tuner: TunerConfig, *, batches: Sequence[Any] | None = None, tied_copies: bool = False
+) -> nn.Module:
+    """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trainable weights are LoRA's and ``modules_to_save``.
 
     Args:
-        batches: for a start that looks at data, see `starts`.
-        tied_copies: a full copy of an embedding that shares its weight with the language head is shared too; without
-            it such a copy is refused.
+        batches: batches of the collator, for an initialisation that looks at data, see `starts`.
+        tied_copies: if ``modules_to_save`` has an embedding that shares its weight with the language head, let the
+            head share the copy; otherwise that is an error.
+
+    Raises:
+        RecipeError: see `lora_place`.
     """
     from peft import LoraConfig
 
     start = start_of(tuner, batches)
     if not plain_start(tuner):
         require_whole_weights(model, f"init_weights={tuner.init_weights}")
-    where = lora_place(model, tuner, tied_copies=tied_copies)
+    targets = lora_place(model, tuner, tied_copies=tied_copies)
     config = LoraConfig(
         r=tuner.lora_rank,
         lora_alpha=tuner.lora_alpha,
-        # peft has no dropout for weights that are no layers, and one setting for all: `_set_dropout` puts it back.
-        lora_dropout=0.0 if where["target_parameters"] else tuner.lora_dropout,
+        # peft supports no dropout for target_parameters, and has one setting for all: `_set_dropout` sets the others.
+        lora_dropout=0.0 if targets["target_parameters"] else tuner.lora_dropout,
         bias=tuner.lora_bias,
         use_rslora=tuner.use_rslora,
         use_dora=tuner.use_dora,
@@ -51,48 +57,50 @@ def build_lora(model: nn.Module, tuner: TunerConfig, *, batches: Any = None, tie
         task_type="CAUSAL_LM",
         ensure_weight_tying=tied_copies,
         **start.settings(tuner),
-        **where,
+        **targets,
     )
-    if tuner.use_dora and not isinstance(where["target_modules"], list):
-        logger.warning("tuner.use_dora has nothing to act on: no layer gets an adapter, only modules_to_save train.")
+    if tuner.use_dora and not isinstance(targets["target_modules"], list):
+        logger.warning("tuner.use_dora has no effect: no layer gets an adapter, only modules_to_save train.")
     if tuner.lora_dropout and tuner.changes_base:
         logger.warning(
-            "tuner.lora_dropout=%g with init_weights=%s drops parts of the base model itself, out of which the start "
-            "is taken, so training begins with a larger loss. Set tuner.lora_dropout=0.",
+            "tuner.lora_dropout=%g with init_weights=%s drops parts of the base model itself, which this "
+            "initialisation moves into LoRA, so training begins with a larger loss. Set tuner.lora_dropout=0.",
             tuner.lora_dropout,
             tuner.init_weights,
         )
     start.prepare(model, config)
     wrapped = start.finish(wrap(model, config, tuner, start.kind))
     if tuner.lora_dtype is not None and start.kind is None:
-        wrapped.hold_in(getattr(torch, tuner.lora_dtype))  # eva has made some anew
+        wrapped.hold_in(getattr(torch, tuner.lora_dtype))  # eva has replaced some weights
     if config.target_parameters:  # of this stage, or of an earlier one
         _set_dropout(wrapped, tuner.lora_dropout)
     return wrapped
 
 
 def lora_place(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[str, Any]:
-    """Where LoRA goes, as `place` says; the model is looked at for names only.
+    """Return LoRA's targets, see `place`. Only names and sizes of the model are read, so it may be on the meta device.
 
     Raises:
-        RecipeError: as `place`, an unknown start, or a pattern that no target's name ends with.
+        RecipeError: as `place`; also an unknown ``init_weights``, a rank that is too large for it, or a pattern that
+            no target's name ends with.
     """
-    start_of(tuner, batches=["whatever"])
-    where = place(model, tuner, tied_copies=tied_copies, parameters=True)
-    targets = where["target_modules"] if isinstance(where["target_modules"], list) else []
-    _check_patterns(tuner, [*targets, *(where["target_parameters"] or [])])
-    check_sizes(tuner, {name: (_rank_of(tuner, name), _smaller_side(model.get_submodule(name))) for name in targets})
-    return where
+    start_of(tuner, batches=["any"])  # checks init_weights; the batches themselves are not read
+    fields = place(model, tuner, tied_copies=tied_copies, parameters=True)
+    modules = fields["target_modules"] if isinstance(fields["target_modules"], list) else []
+    _check_patterns(tuner, [*modules, *(fields["target_parameters"] or [])])
+    check_sizes(tuner, {name: (_rank_of(tuner, name), _smaller_side(model.get_submodule(name))) for name in modules})
+    return fields
 
 
 def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, parameters: bool = False) -> dict[str, Any]:
-    """``target_modules`` and ``modules_to_save`` of a peft config, by full names.
+    """Return ``target_modules`` and ``modules_to_save`` of a peft config, as full names.
 
     Args:
-        parameters: the method reaches weights outside of Linear layers too, so ``target_parameters`` is answered.
+        tied_copies: see `build_lora`.
+        parameters: also return ``target_parameters``, for a method that adapts weights outside of Linear layers.
 
     Raises:
-        RecipeError: names that match nothing, and recipes that leave nothing to adapt or train.
+        RecipeError: names that match nothing, or nothing to adapt or train.
     """
     saved = saved_modules(model, tuner)
     embeddings = model.get_input_embeddings() if tied_copies else None
@@ -105,16 +113,17 @@ def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, paramete
             f"(frozen: {', '.join(frozen_parts(tuner)) or 'none'}) and no tuner.modules_to_save. Unfreeze a part, "
             "e.g. tuner.freeze_llm=false."
         )
-    # peft refuses an empty list of targets, but lets this name match nothing.
-    told = {"target_modules": targets or no_target(), "modules_to_save": saved or None}
-    return told | ({"target_parameters": weights or None} if parameters else {})
+    # peft rejects an empty list of targets, but accepts this name that matches nothing.
+    fields = {"target_modules": targets or no_target(), "modules_to_save": saved or None}
+    return fields | ({"target_parameters": weights or None} if parameters else {})
 
 
-def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) -> nn.Module:
-    """The PeftModel, with biases of frozen parts frozen again: ``lora_bias=all`` makes peft train every bias.
+def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: type[TrainedPeftModel] | None = None) -> nn.Module:
+    """Wrap the model in a PeftModel, and freeze the biases of frozen parts again: ``lora_bias=all`` unfreezes them.
 
     Args:
-        kind: the class of the PeftModel, a `TrainedPeftModel`; None is peft's own, except for ``lora_dtype``.
+        config: peft's config of the method.
+        kind: class of the PeftModel; None is peft's own, or `TrainedPeftModel` if ``lora_dtype`` is set.
     """
     from peft import get_peft_model
 
@@ -142,26 +151,26 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: Any = None) ->
 
 
 def require_whole_weights(model: nn.Module, key: str) -> None:
-    """Refuse weights that ZeRO-3 has cut among the processes, for what computes with whole ones.
+    """Raise if ZeRO-3 has sharded the weights, for methods that compute with whole ones.
 
     Args:
-        key: the setting of ``tuner`` that does, for the error.
+        key: the setting of ``tuner`` that needs whole weights, for the error.
 
     Raises:
-        RecipeError: they are cut.
+        RecipeError: the weights are sharded.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise RecipeError(f"tuner.{key} needs whole weights, and ZeRO-3 has cut them. Shard less: zero2, or none.")
+        raise RecipeError(f"tuner.{key} needs whole weights, but ZeRO-3 has sharded them. Use zero2, or no DeepSpeed.")
 
 
 def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:
-    """Refuse a pattern that no target's name ends with; peft passes over it."""
+    """Raise RecipeError for a pattern that no target's name ends with; peft would ignore it."""
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(tuner, key):
             if not any(pattern_of([pattern], target) == pattern for target in targets):
-                example = targets[0] if targets else "none is left"
+                example = targets[0] if targets else "there is none"
                 raise RecipeError(
-                    f"tuner.{key} names {pattern!r}, which no adapted layer's name ends with. A target: {example}."
+                    f"tuner.{key} names {pattern!r}, but no adapted layer's name ends with it. A target: {example}."
                 )
 
 
@@ -176,7 +185,7 @@ def _smaller_side(module: Any) -> int:
 
 
 def _set_dropout(model: Any, share: float) -> None:
-    """Dropout before the adapters of Linear layers, where peft was told none."""
+    """Set the dropout of Linear layers' adapters, where the peft config has none."""
     from torch import nn
 
     for _, module in lora_layers(model) if share else ():
@@ -185,7 +194,7 @@ def _set_dropout(model: Any, share: float) -> None:
 
 
 def _refuse_tied(model: Any, saved: list[str]) -> None:
-    """A full copy of one of two tied layers would drift from the other, and a merged checkpoint could not say so."""
+    """Raise RecipeError if only one of two tied layers is copied: the copies would diverge, also in a merged model."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embeddings is None or head.weight is not embeddings.weight:
         return
@@ -194,5 +203,5 @@ def _refuse_tied(model: Any, saved: list[str]) -> None:
         if (head in held) != (embeddings in held):
             raise RecipeError(
                 f"tuner.modules_to_save names {name!r}, whose weight this model shares between embedding and language "
-                "head; a copy of one would drift from the other. Leave it out, or use tuner.train_type=full."
+                "head; a copy of one would diverge from the other. Leave it out, or use tuner.train_type=full."
             )

@@ -1,1 +1,1 @@
-"""The model: its anatomy, loading, attention over packed rows, and tiny checkpoints to test with."""
+"""Model code: names of parts, loading, attention over packed rows, adapters, and tiny checkpoints for tests."""

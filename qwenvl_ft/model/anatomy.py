@@ -1,6 +1,6 @@
-"""Which part of a Qwen-VL model a name belongs to: vision tower, merger (aligner) or language model.
+"""Maps names of modules and parameters to the parts of a Qwen-VL model: vision tower, merger (aligner), language model.
 
-Names are those of transformers 5 (``model.visual.merger.linear_fc1.weight``). What wrappers add is looked through:
+Names are those of transformers 5 (``model.visual.merger.linear_fc1.weight``). Prefixes that wrappers add are ignored:
 ``base_model.model.`` and ``modules_to_save.default.`` of PEFT, ``module.`` of DDP and DeepSpeed, ``_orig_mod.`` of
 torch.compile, ``_fsdp_wrapped_module.``, ``_checkpoint_wrapped_module.``.
 """
@@ -22,15 +22,15 @@ PARTS = {
     "merger": r"(^|\.)visual\.(merger|deepstack_merger_list)(\.|$)",
     "llm": r"(^|\.)(language_model|lm_head)(\.|$)",
 }
-"""Part -> regex searched in the name without wrappers. They exclude one another."""
+"""Part -> regex to search in a name without wrapper prefixes. At most one matches."""
 
 FREEZE_FLAGS = {"vision": "freeze_vit", "merger": "freeze_aligner", "llm": "freeze_llm"}
-"""Part -> the key under ``tuner`` that freezes it."""
+"""Part -> key of the recipe's ``tuner`` section that freezes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the members of one model family are, by module name."""
+    """Module names of one model family."""
 
     mergers: tuple[str, ...] = ("model.visual.merger",)
     experts: bool = False
@@ -49,10 +49,10 @@ FAMILIES = {
     "qwen2_5_vl": Family(),
     "qwen2_vl": Family(),
 }
-"""``model_type`` of config.json -> anatomy."""
+"""``model_type`` of config.json -> its module names."""
 
 ALIASES = {"qwen3moevl": "qwen3_vl_moe", "qwen3vl": "qwen3_vl", "qwen25vl": "qwen2_5_vl", "qwen2vl": "qwen2_vl"}
-"""Other tools' spellings of a model type, letters and digits only."""
+"""Other tools' spellings of a model type, reduced to letters and digits -> ``model_type``."""
 
 _LEADING = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.)+")
 _INNER = re.compile(
@@ -69,7 +69,7 @@ _OLD_NAMES = (
 
 
 def family_of(model_type: str) -> Family:
-    """The anatomy of a ``model_type`` as config.json spells it.
+    """Return the module names of a ``model_type``, spelt as in config.json.
 
     Raises:
         CheckpointError: the type is not one of ``FAMILIES``.
@@ -80,10 +80,10 @@ def family_of(model_type: str) -> Family:
 
 
 def canonical_model_type(name: str) -> str:
-    """A model type as a user may spell it (``qwen_3-vl``, ``Qwen2.5-VL``) -> a key of ``FAMILIES``.
+    """Return the key of ``FAMILIES`` for a user's spelling (``qwen_3-vl``, ``Qwen2.5-VL``).
 
     Raises:
-        RecipeError: no family is spelt like that.
+        RecipeError: an unknown model type.
     """
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     spellings = {re.sub(r"[^a-z0-9]", "", key): key for key in FAMILIES} | ALIASES
@@ -93,17 +93,17 @@ def canonical_model_type(name: str) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's or module's name without what wrappers add to it.
+    """Strip from a parameter's or module's name what wrappers have added.
 
     Example:
         ``base_model.model.model.visual.merger.modules_to_save.default.norm.bias`` ->
-        ``model.visual.merger.norm.bias``; LoRA's own ``lora_A.default.weight`` stays.
+        ``model.visual.merger.norm.bias``. LoRA's ``lora_A.default.weight`` is kept.
     """
     return _INNER.sub("", _LEADING.sub("", name)).rstrip(".")
 
 
 def current_name(name: str) -> str:
-    """A name as older checkpoints and guides write it -> the name in transformers 5.
+    """Translate a name from older checkpoints and guides to transformers 5.
 
     Example:
         ``model.layers.0.mlp`` -> ``model.language_model.layers.0.mlp``; ``visual.merger`` -> ``model.visual.merger``.
@@ -114,7 +114,7 @@ def current_name(name: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter or module belongs to, whatever wraps it.
+    """Return the part that a parameter or module belongs to, with or without wrapper prefixes.
 
     Raises:
         CheckpointError: the name belongs to no part, so the model is not one of ``FAMILIES``.
@@ -129,7 +129,7 @@ def part_of(name: str) -> str:
 
 
 def part_modules(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """The largest modules that lie wholly in one part: part -> module name -> module.
+    """Return the largest modules that lie completely in one part, as part -> module name -> module.
 
     Example:
         Qwen3-VL: ``merger`` -> ``model.visual.merger`` and ``model.visual.deepstack_merger_list``; ``llm`` ->

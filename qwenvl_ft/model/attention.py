@@ -1,7 +1,7 @@
-"""Which attention implementation a run takes.
+"""Chooses the attention implementation of a run.
 
-``auto`` takes flash-attention where there is a CUDA device it was built for and the package is installed, else torch's
-SDPA on each sample (packed_attention.py). A name is taken as it is, or refused with the command that installs it.
+``auto`` selects flash-attention if its package is installed and supports the CUDA device, else torch's SDPA on each
+sample (packed_attention.py). An implementation that is named but unusable is an error with the command to install it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from qwenvl_ft.errors import RecipeError, unknown_name
 
 @dataclass(frozen=True)
 class Flash:
-    """A flash-attention package: what it needs, and how transformers tells that it is there."""
+    """A flash-attention package."""
 
     install: str
+    """Command that installs it."""
     capabilities: tuple[int, ...]
+    """Major compute capabilities that it supports."""
     probe: str
+    """Function of transformers that returns True if the package is installed."""
 
     def installed(self) -> bool:
         from transformers.utils import import_utils
@@ -34,25 +37,26 @@ FLASH = {
         "pip install flash-attn --no-build-isolation", (8, 9, 10, 11, 12), "is_flash_attn_2_available"
     ),
 }
-"""Name -> package and the major compute capabilities it runs on; ``auto`` takes the first that is usable."""
+"""Name -> package; ``auto`` selects the first that is usable."""
 
 BUILT_IN = ("sdpa", "packed_sdpa", "eager")
-"""Needs no package; ``packed_sdpa`` is `qwenvl_ft.model.packed_attention`."""
+"""Implementations that need no package; ``packed_sdpa`` is `qwenvl_ft.model.packed_attention`."""
 
 ALIASES = {"flash_attn": "flash_attention_2"}
 ATTENTION_NAMES = ("auto", *ALIASES, *FLASH, *BUILT_IN)
-"""What ``model.attn_impl`` accepts."""
+"""Values of ``model.attn_impl``."""
 
 
 def resolve_attn_impl(name: str, torch_dtype: str = "bfloat16") -> str:
-    """The implementation that transformers is asked for.
+    """Return the implementation to use for a value of ``model.attn_impl``.
 
     Args:
         name: one of ``ATTENTION_NAMES``.
-        torch_dtype: flash-attention computes in 16 bits only; for ``float32``, ``auto`` takes SDPA.
+        torch_dtype: dtype of the computation. Flash-attention supports 16 bits only, so ``auto`` selects SDPA for
+            ``float32``.
 
     Raises:
-        RecipeError: there is no such implementation, its package or device is absent, or the dtype does not fit.
+        RecipeError: an unknown implementation, a missing package or device, or an unsupported dtype.
     """
     if name not in ATTENTION_NAMES:
         raise unknown_name("model.attn_impl", name, ATTENTION_NAMES)
@@ -70,12 +74,12 @@ def resolve_attn_impl(name: str, torch_dtype: str = "bfloat16") -> str:
 
 
 def obstacle(name: str) -> str:
-    """Why a flash implementation cannot run here; empty if it can."""
+    """Return the reason why a flash implementation cannot run on this machine; empty if it can."""
     import torch
 
     flash = FLASH[name]
     if not torch.cuda.is_available():
-        return f"it needs a CUDA device, and there is none, and its package ({flash.install})"
+        return f"it needs a CUDA device (there is none) and its package ({flash.install})"
     major, minor = torch.cuda.get_device_capability()
     if major not in flash.capabilities:
         return f"it does not run on compute capability {major}.{minor}"

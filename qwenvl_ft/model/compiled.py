@@ -1,13 +1,13 @@
-"""The language model's layers compiled by torch, one region for all of them.
+"""Compiles the decoder layers of the language model with torch.compile; all layers share the compiled code.
 
-Compiling the whole model fails on it, and would compile anew for each mixture of images. The layers are all alike, and
-most of what they launch is small: norms, rotations, SiLU, sums. Attention is left out, which is a kernel of its own and
-depends on where samples begin. So is what computes a layer again: a region that holds a checkpoint is given up by
-torch.compile without a word as soon as something in it cannot be compiled. Rows are never quite full, so that their
-number of tokens is a variable of the compiled code.
+Compiling the whole model fails, and would recompile for each mixture of images. The layers are all alike, and most of
+their kernels are small: norms, rotations, SiLU, sums. Attention is excluded: it is a kernel of its own and depends on
+where samples begin. Activation checkpointing stays outside of the compiled region too: torch.compile silently gives up
+a region with a checkpoint as soon as something in it cannot be compiled. The number of tokens is a dynamic dimension,
+because rows are never quite full.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,13 +30,13 @@ from qwenvl_ft.upstream.layers import (
 )
 
 RECOMPILES = 8
-"""Times that a layer may be compiled anew for rows of another kind."""
+"""Number of times that a layer may be recompiled for rows of another kind."""
 
 
 class CompiledForward:
-    """Stands in for a layer's ``forward``: its own code compiled, computed again in the backward pass if it was.
+    """Replaces a layer's ``forward`` by its compiled code, with activation checkpointing if the layer uses it.
 
-    Names, weights, hooks and what is saved stay as they are.
+    Names, weights, hooks and saved files do not change.
     """
 
     def __init__(self, layer: nn.Module, compiled: Callable[..., Tensor]) -> None:
@@ -47,18 +47,18 @@ class CompiledForward:
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | None = None) -> int:
-    """Compile the language model's layers in place; wrappers (adapters, sharding) are looked through.
+    """Compile the language model's layers in place, inside any wrappers (adapters, sharding).
 
     Args:
-        model: with a key-value cache turned off, as for training.
-        backend: as torch.compile's.
-        mode: as torch.compile's.
+        model: must have its key-value cache turned off, as for training.
+        backend: see torch.compile.
+        mode: see torch.compile.
 
     Returns:
-        The number of layers. They are compiled by the first passes.
+        The number of layers. Compilation happens in the first passes.
 
     Raises:
-        RecipeError: the installed transformers or torch has layers of another shape.
+        RecipeError: the installed transformers or torch has layers that cannot be compiled one by one.
     """
     COMPILED.require("training.torch_compile=true")
     inner = _inner(model)
@@ -67,28 +67,30 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
         AttentionInterface.register(name, without_compiling(ALL_ATTENTION_FUNCTIONS[name]))
     layers = list(_layers(inner))
     allow_recompiling(RECOMPILES + len(layers))  # each may have a rank of its own
-    made: dict[Callable[..., Any], Callable[..., Tensor]] = {}
+    compiled: dict[Callable[..., Any], Callable[..., Tensor]] = {}
     for layer in layers:
         if standing_in(layer) is None:
             plain = plain_forward(type(layer))
-            if plain not in made:
-                made[plain] = torch.compile(plain, backend=backend, mode=mode, dynamic=True)
-            stand_in(layer, CompiledForward(layer, made[plain]))
+            if plain not in compiled:
+                compiled[plain] = torch.compile(plain, backend=backend, mode=mode, dynamic=True)
+            stand_in(layer, CompiledForward(layer, compiled[plain]))
     return len(layers)
 
 
 def restore_layers(model: nn.Module) -> None:
-    """Undo `compile_layers`, for generation, where each step would be compiled anew."""
+    """Undo `compile_layers`, for generation, which would recompile at each step."""
     for layer in _layers(_inner(model)):
         if isinstance(standing_in(layer), CompiledForward):
             step_aside(layer)
 
 
 def _inner(model: nn.Module) -> Any:
+    """Return the PreTrainedModel inside any wrappers."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _layers(inner: Any) -> Any:
+def _layers(inner: Any) -> Iterator[GradientCheckpointingLayer]:
+    """Return the decoder layers, without the wrappers of this package's adapters."""
     layers = inner.get_submodule(family_of(inner.config.model_type).text_layers)
     found = (layer.base_layer if isinstance(layer, OwnLayer) else layer for layer in layers)
     return (layer for layer in found if isinstance(layer, GradientCheckpointingLayer))

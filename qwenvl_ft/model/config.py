@@ -1,4 +1,4 @@
-"""What a recipe changes in a model's config before loading, and where its modules go: rope scaling and device maps."""
+"""Applies a recipe's rope scaling and longest sequence to a model's config, and expands its device map."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ ROPE_TYPES = {
         "truncate",
     ),
 }
-"""What ``model.rope_scaling`` accepts as a type -> the keys that it may have."""
+"""Type of ``model.rope_scaling`` -> the keys that it accepts."""
 
 DEFAULT_ROPE_FACTOR = 2.0
-"""Factor of a rope scaling that is given by its type alone, without ``max_model_len``."""
+"""Factor if ``model.rope_scaling`` is only a type and ``max_model_len`` is not set."""
 
 KEPT_ROPE_KEYS = ("rope_theta", "mrope_section", "mrope_interleaved")
-"""What the model was trained with and no scaling may change."""
+"""Settings that the model was trained with; a rope scaling cannot change them."""
 
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""What ``model.device_map`` accepts besides a device and a dict: rules by which accelerate spreads the layers."""
+"""Names that ``model.device_map`` accepts besides a device and a dict: accelerate's rules to spread layers."""
 
 
 def apply_lengths(
@@ -44,11 +44,11 @@ def apply_lengths(
 ) -> None:
     """Set the rope scaling and the longest sequence in a text config.
 
-    A scaling without ``factor`` takes the one that ``max_model_len`` needs, or 2. ``max_position_embeddings`` grows by
-    the factor, except for ``dynamic``, which reads the unscaled length there.
+    Without ``factor``, a scaling gets the factor that ``max_model_len`` needs, or 2. ``max_position_embeddings`` grows
+    by the factor, except for ``dynamic``, which reads the unscaled length there.
 
     Raises:
-        RecipeError: a length that the model cannot reach, or a scaling that is none.
+        RecipeError: a length that the model cannot reach, or an invalid scaling.
     """
     config: Any = text_config
     rope = config.rope_parameters
@@ -84,34 +84,34 @@ def apply_lengths(
 
 
 def _parse_rope_scaling(value: str | dict[str, Any]) -> dict[str, Any]:
-    """``yarn``, ``{"type": "yarn", "factor": 2.0}`` or its JSON -> a dict with ``rope_type`` in transformers' form."""
+    """Convert ``yarn``, ``{"type": "yarn", "factor": 2.0}`` or its JSON to transformers' dict with ``rope_type``."""
     if isinstance(value, str) and not value.lstrip().startswith("{"):
         value = {"rope_type": value}
-    given = dict(_parse_json("model.rope_scaling", value, '{"type": "yarn", "factor": 2.0}'))
-    old = given.pop("type", None)
-    kind = given.setdefault("rope_type", old)
+    scaling = dict(_parse_json("model.rope_scaling", value, '{"type": "yarn", "factor": 2.0}'))
+    old = scaling.pop("type", None)
+    kind = scaling.setdefault("rope_type", old)
     if kind not in ROPE_TYPES:
         raise unknown_name("type of model.rope_scaling", str(kind), ROPE_TYPES)
     known = (*ROPE_TYPES[kind], *KEPT_ROPE_KEYS)
-    unknown = [key for key in given if key not in ("rope_type", *known)]
+    unknown = [key for key in scaling if key not in ("rope_type", *known)]
     if unknown:
         raise RecipeError(f"model.rope_scaling of type {kind}: unknown key {unknown[0]!r}.{hint(unknown[0], known)}")
-    factor = given.get("factor", 1.0)
+    factor = scaling.get("factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
         raise RecipeError(f"model.rope_scaling.factor={factor!r} is not a number of at least 1. Example: 2.0.")
-    if "factor" in given:
-        given["factor"] = float(factor)
-    return given
+    if "factor" in scaling:
+        scaling["factor"] = float(factor)
+    return scaling
 
 
 def expand_device_map(device_map: str | int | dict[str, Any], config: PreTrainedConfig) -> str | dict[str, Any]:
-    """A device map in this model's module names, one entry a layer.
+    """Return a device map with this model's module names and one entry per layer.
 
-    Ranges include both ends; names of older checkpoints (``model.layers.3``, ``visual``) are taken as this model's.
+    Ranges include both ends. Names of older checkpoints (``model.layers.3``, ``visual``) are translated.
 
     Raises:
-        RecipeError: no valid JSON, a range that is empty or beyond the last layer, a name that matches nothing or
-            stands for what another one has placed already, or weights that no name places.
+        RecipeError: invalid JSON, a range that is empty or goes beyond the last layer, an unknown name, a module that
+            is placed twice, or weights that are not placed.
 
     Example:
         ``{"model.layers.0-1": 0}`` -> ``{"model.language_model.layers.0": 0, "model.language_model.layers.1": 0}``
@@ -120,10 +120,10 @@ def expand_device_map(device_map: str | int | dict[str, Any], config: PreTrained
         return device_map if device_map in PLACEMENTS else _one_device(device_map)
     if isinstance(device_map, int) and not isinstance(device_map, bool):
         return {"": device_map}
-    given = _parse_json("model.device_map", device_map, '{"": 0}')
+    requested = _parse_json("model.device_map", device_map, '{"": 0}')
     modules = _module_names(config)
     expanded: dict[str, Any] = {}
-    for name, device in given.items():
+    for name, device in requested.items():
         for single in _expand_range(name):
             known = current_name(single)
             if known not in modules:
@@ -134,14 +134,14 @@ def expand_device_map(device_map: str | int | dict[str, Any], config: PreTrained
     left = sorted(name for name in modules if name.endswith((".weight", ".bias")) and not _placed(name, expanded))
     if left:
         raise RecipeError(
-            f"model.device_map leaves {len(left)} weights without a place, the first is {left[0]}. Name their modules, "
-            'or place the rest by "", as in "": 0.'
+            f"model.device_map leaves {len(left)} weights without a device, the first is {left[0]}. Name their "
+            'modules, or place the rest with the name "", as in "": 0.'
         )
     return expanded
 
 
 def check_devices(device_map: str | dict[str, Any]) -> None:
-    """Raises RecipeError if a device of an expanded map does not exist on this machine."""
+    """Raise RecipeError if a device of an expanded map does not exist on this machine."""
     import torch
 
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -150,12 +150,14 @@ def check_devices(device_map: str | dict[str, Any]) -> None:
         if device in ("cpu", "disk", "meta"):
             continue
         try:
-            asked = torch.device(device)
+            parsed = torch.device(device)
         except (RuntimeError, TypeError, ValueError):
-            asked = None
-        if asked is None or kind is None or asked.type != kind.type or (asked.index or 0) >= count:
-            there = ", ".join(["cpu", *(f"{kind}:{index}" for index in range(count))])
-            raise RecipeError(f"model.device_map places {name or 'all'!r} on {device!r}, which is not here: {there}.")
+            parsed = None
+        if parsed is None or kind is None or parsed.type != kind.type or (parsed.index or 0) >= count:
+            existing = ", ".join(["cpu", *(f"{kind}:{index}" for index in range(count))])
+            raise RecipeError(
+                f"model.device_map places {name or 'all'!r} on {device!r}, but this machine has only {existing}."
+            )
 
 
 def _placed(parameter: str, device_map: dict[str, Any]) -> bool:
@@ -163,16 +165,19 @@ def _placed(parameter: str, device_map: dict[str, Any]) -> bool:
 
 
 def parse_max_memory(max_memory: str | dict[Any, Any]) -> dict[int | str, Any]:
-    """Device -> size, with the digits of JSON keys as device numbers: ``{"0": "40GB", "cpu": "100GB"}``.
+    """Return device -> size, with digits in keys converted to device numbers.
+
+    Example:
+        ``{"0": "40GB", "cpu": "100GB"}`` -> ``{0: "40GB", "cpu": "100GB"}``
 
     Raises:
-        RecipeError: no dict, or not sizes.
+        RecipeError: not a dict, or a value that is not a size.
     """
-    given = _parse_json("model.max_memory", max_memory, '{"0": "40GB", "cpu": "100GB"}')
-    for device, size in given.items():
+    sizes = _parse_json("model.max_memory", max_memory, '{"0": "40GB", "cpu": "100GB"}')
+    for device, size in sizes.items():
         if not isinstance(size, int) and not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?)?B", str(size), re.IGNORECASE):
             raise RecipeError(f"model.max_memory gives {device!r} the size {size!r}. Write it as 40GB or 40GiB.")
-    return {_device(device): size for device, size in given.items()}
+    return {_device(device): size for device, size in sizes.items()}
 
 
 def _expand_range(name: str) -> Iterable[str]:
@@ -200,9 +205,10 @@ def _device(value: Any) -> Any:
 
 
 def skeleton(config: PreTrainedConfig) -> Any:
-    """A model without weights: its modules and parameters have names and shapes, on the meta device.
+    """Build the model on the meta device: names and shapes, but no weights.
 
-    Built by its class, so that tied weights are one. Not for use after a ZeRO-3 configuration was read.
+    The model's own class builds it, so tied weights are one parameter. Do not call it once a ZeRO-3 configuration is
+    active.
     """
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -213,12 +219,13 @@ def skeleton(config: PreTrainedConfig) -> Any:
 
 
 def _module_names(config: PreTrainedConfig) -> set[str]:
-    """Names of all modules and parameters."""
+    """Return the names of all modules and parameters."""
     model = skeleton(config)
     return {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
 
 
 def _near(name: str, modules: set[str]) -> str:
+    """Return the end of an error about an unknown module: the range of layers, or a similar name."""
     parent, _, last = name.rpartition(".")
     layers = sorted((m for m in modules if re.fullmatch(rf"{re.escape(parent)}\.\d+", m)), key=lambda m: (len(m), m))
     if last.isdigit() and layers:

@@ -1,8 +1,8 @@
-"""Liger's fused kernels in place of what transformers computes in several, module by module of one model.
+"""Replaces operations of the language model by Liger's fused kernels, module by module.
 
-Liger's own patch of Qwen3-VL replaces classes of transformers, for every model of the process, and does not import
-beside the transformers that is needed here. Its single functions do. They stand in for the ``forward`` of a module,
-so that names, weights, hooks, adapters and what is saved stay as they are. Experts keep transformers' grouped products.
+Liger's own patch of Qwen3-VL replaces classes of transformers for every model of the process, and cannot be imported
+with the transformers that this package needs. Its single functions can. They replace the ``forward`` of a module, so
+names, weights, hooks, adapters and saved files do not change. Experts keep transformers' grouped matrix products.
 """
 
 import importlib
@@ -22,23 +22,23 @@ from qwenvl_ft.upstream.layers import stand_in, standing_in, with_rotation
 
 KEY = "training.use_liger_kernel=true"
 DEVICES = ("cuda", "xpu")
-"""Kinds of device that Triton compiles Liger's kernels for (AMD's are called cuda too)."""
+"""Device types for which Triton compiles Liger's kernels (AMD GPUs are of type cuda too)."""
 
 
 class FusedNorm:
-    """Stands in for the forward of an RMSNorm, as Llama's: its scale in float32, the rest in the input's precision."""
+    """Forward of an RMSNorm in Liger's "llama" mode: the scale in float32, the rest in the input's dtype."""
 
     def __init__(self, module: nn.Module, function: Any) -> None:
         self.module, self.function = module, function
 
     def __call__(self, hidden: Tensor) -> Tensor:
         module: Any = self.module
-        # 0.0 is added to the weight; True lets the gradient of the input overwrite that of the output.
+        # 0.0 is added to the weight; True lets the input's gradient overwrite the output's in place.
         return self.function.apply(hidden, module.weight, module.variance_epsilon, 0.0, "llama", True)
 
 
 class FusedMLP:
-    """Stands in for the forward of a gated MLP: SiLU and product in one kernel, the linear layers as they are."""
+    """Forward of a gated MLP: SiLU and product in one kernel, the Linear layers as they are."""
 
     def __init__(self, module: nn.Module, function: Any) -> None:
         self.module, self.function = module, function
@@ -49,7 +49,7 @@ class FusedMLP:
 
 
 class FusedRotation:
-    """Takes the place of transformers' ``apply_rotary_pos_emb``."""
+    """Replacement of transformers' ``apply_rotary_pos_emb``."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -59,13 +59,13 @@ class FusedRotation:
 
 
 def fused_norm(module: Any, function: Any) -> Callable[..., Any] | None:
-    """The forward of an RMSNorm; None for other modules."""
+    """Return the fused forward of an RMSNorm; None for other modules."""
     is_norm = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
     return FusedNorm(module, function) if is_norm else None
 
 
 def fused_mlp(module: Any, function: Any) -> Callable[..., Any] | None:
-    """The forward of a gated MLP with SiLU; None for other modules."""
+    """Return the fused forward of a gated MLP with SiLU; None for other modules."""
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
     gated = type(module).__name__.endswith("MLP") and all(hasattr(module, part) for part in parts)
     is_silu = gated and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
@@ -73,24 +73,24 @@ def fused_mlp(module: Any, function: Any) -> Callable[..., Any] | None:
 
 
 def fused_attention(module: Any, function: Any) -> Callable[..., Any] | None:
-    """The forward of an attention layer with Liger's rotation; None for modules without one."""
+    """Return the forward of an attention layer with Liger's rotation; None for other modules."""
     return with_rotation(module, FusedRotation(function))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One of Liger's functions, and what it takes the place of."""
+    """One of Liger's functions, and the forward that it replaces."""
 
     where: str
-    """Its module in liger_kernel.ops."""
+    """Name of its module in liger_kernel.ops."""
     name: str
-    """The autograd function there."""
+    """Name of the autograd function in that module."""
     forward: Callable[[Any, Any], Callable[..., Any] | None] | None
-    """A module of the language model, and the function -> what stands in for its forward, if anything. None for the
-    loss, which `qwenvl_ft.training.loss` puts into the head."""
+    """(module of the language model, function) -> the replacement of its forward, or None if the module does not fit.
+    The field is None for the loss, which `qwenvl_ft.training.loss` builds into the language head."""
 
     def load(self) -> Any:
-        """The function. Raises whatever its import does."""
+        """Import and return the function. The import may raise anything."""
         return getattr(importlib.import_module(f"liger_kernel.ops.{self.where}"), self.name)
 
 
@@ -106,51 +106,50 @@ PIECES = {
 
 @dataclass
 class Fused:
-    """What Liger computes in a model, and what it does not."""
+    """Result of `use_liger`."""
 
     modules: dict[str, int]
-    """Piece -> modules of the model that it stands in."""
+    """Piece -> number of modules whose forward it replaces."""
     left: dict[str, str]
-    """Piece -> why it is not used."""
+    """Piece that is not used -> the reason."""
     loss: Any = None
-    """The function of the loss, if it is used."""
+    """Liger's loss function, if it is used."""
 
     def __str__(self) -> str:
-        here = [f"{name} in {count} modules" for name, count in self.modules.items()] + [LOSS] * (self.loss is not None)
-        left = [f"{name}: {why}" for name, why in self.left.items()]
-        told = f"liger-kernel {version('liger-kernel')}: {', '.join(here) or 'nothing'}"
-        return f"{told}; left out: {'; '.join(left)}" if left else told
+        used = [f"{name} in {count} modules" for name, count in self.modules.items()] + [LOSS] * (self.loss is not None)
+        left = [f"{name}: {reason}" for name, reason in self.left.items()]
+        line = f"liger-kernel {version('liger-kernel')}: {', '.join(used) or 'nothing'}"
+        return f"{line}; left out: {'; '.join(left)}" if left else line
 
 
 def require_liger(device: torch.device) -> None:
-    """Raises RecipeError where Liger is not installed, or there is nothing that its kernels run on."""
+    """Raise RecipeError if Liger is not installed, or its kernels do not run on the device."""
     if find_spec("liger_kernel") is None:
-        raise RecipeError(f"{KEY}: it is not installed. Do so by pip install liger-kernel, or remove the key.")
+        raise RecipeError(f"{KEY}: Liger is not installed. Run pip install liger-kernel, or remove the key.")
     if device.type not in DEVICES and not _is_interpreted():
         raise RecipeError(
-            f"{KEY}: its kernels are Triton's, which run on a GPU, and this run is on {device.type}. Remove the key."
+            f"{KEY}: Liger's Triton kernels need a GPU, but this run is on {device.type}. Remove the key."
         )
 
 
 def use_liger(model: nn.Module, device: torch.device, config: dict[str, bool] | None = None) -> Fused:
-    """Let Liger compute what it can in the language model of a prepared model; adapters are looked through.
+    """Use Liger's kernels in the language model of a prepared model, inside any adapters.
 
     Args:
-        device: that it will run on.
-        config: piece -> whether it is wanted; those that are not named are.
+        device: the device that the model will run on.
+        config: piece -> False to leave it out; the default is True.
 
     Returns:
-        What is used and what is not. A piece that cannot be imported is left out, and so is one that the model has no
-        place for.
+        The pieces in use, and those that are not: a piece is left out if it cannot be imported or fits no module.
 
     Raises:
-        RecipeError: Liger cannot be used at all.
+        RecipeError: no piece can be used.
     """
     require_liger(device)
     fused = Fused({}, {})
     for key, piece in PIECES.items():
         if not (config or {}).get(key, True):
-            fused.left[key] = "the recipe says so"
+            fused.left[key] = "turned off in the recipe"
             continue
         try:
             function = piece.load()
@@ -162,25 +161,25 @@ def use_liger(model: nn.Module, device: torch.device, config: dict[str, bool] | 
         elif count := _put(model, piece.forward, function):
             fused.modules[key] = count
         else:
-            fused.left[key] = "no module of this model is of its kind"
+            fused.left[key] = "it fits no module of this model"
     if not fused.modules and fused.loss is None:
-        raise RecipeError(f"{KEY}: none of its kernels can be used. {fused}. Remove the key.")
+        raise RecipeError(f"{KEY}: none of Liger's kernels can be used. {fused}. Remove the key.")
     return fused
 
 
 def _put(model: nn.Module, forward: Callable[[Any, Any], Callable[..., Any] | None], function: Any) -> int:
-    """Give the modules of the language model that are of a kind another forward; how many."""
+    """Replace the forward of the fitting modules of the language model, and return their number."""
     count = 0
     for name, module in model.named_modules():
         of_text = "language_model." in name and part_of(name) == "llm"
-        if of_text and standing_in(module) is None and (own := forward(module, function)) is not None:
-            stand_in(module, own)
+        if of_text and standing_in(module) is None and (fused := forward(module, function)) is not None:
+            stand_in(module, fused)
             count += 1
     return count
 
 
 def _is_interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, line by line (TRITON_INTERPRET=1)."""
+    """Return True if Triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
     try:
         from triton import knobs
     except ImportError:

@@ -1,13 +1,13 @@
-"""Attention over packed rows with torch alone: its kernel for unequal lengths, or SDPA on each sample.
+"""Attention over packed rows with torch alone (``attn_impl: packed_sdpa``): its varlen kernel, or SDPA on each sample.
 
-On CUDA in 16 bits it is `torch.nn.attention.varlen.varlen_attn`, one call for all samples. Elsewhere samples of equal
-length are one SDPA call.
+On CUDA in 16 bits, `torch.nn.attention.varlen.varlen_attn` computes all samples in one call. Elsewhere, the samples of
+one length are one SDPA call.
 
 transformers' own SDPA builds a T x T mask for a packed row, and calls the vision attention once per image and layer.
-Here no mask exists and cost grows with the sum of squared sample lengths: ``attn_impl: packed_sdpa``. Where samples
-begin follows from the batch as it is: where the text row of ``position_ids`` (int64[4, 1, T]) does not go up by one, or
-``cu_seq_lens_q`` (int32[S+1]) if the batch has it, as those of `QwenVLCollator` do. With an ``attention_mask`` or a
-key-value cache, as in generation, it is plain SDPA.
+Here there is no mask, and the cost grows with the sum of squared sample lengths. The start of each sample comes from
+``cu_seq_lens_q`` (int32[S+1]) if the batch has it, as the batches of `QwenVLCollator` do; otherwise a sample starts
+wherever the text row of ``position_ids`` (int64[4, 1, T]) does not go up by one. With an ``attention_mask`` or a
+key-value cache, as in generation, plain SDPA runs.
 
 Letters: B rows, T tokens of a row, S samples in it, H heads, D head size; n samples of l tokens are one SDPA call.
 """
@@ -30,16 +30,16 @@ TEXT_NAME = "packed_sdpa"
 
 @dataclass(frozen=True)
 class Plan:
-    """How a flat row of samples is cut: samples of equal length together."""
+    """Groups the samples of a flat row by length, for one SDPA call per group."""
 
     groups: list[tuple[int, int]]
-    """(n, l) of each group, in the order in which they lie in ``order``."""
+    """(n, l) of each group, in the order of ``order``."""
 
     order: Tensor | None
-    """int64[T]: tokens sorted by group; None if they are in that order already."""
+    """int64[T], indices of the tokens sorted by group; None if they are in that order already."""
 
     inverse: Tensor | None
-    """int64[T]: undoes ``order``."""
+    """int64[T], the inverse permutation of ``order``."""
 
     @property
     def is_one_sample(self) -> bool:
@@ -47,7 +47,7 @@ class Plan:
 
 
 def make_plan(lengths: list[int], device: torch.device | str = "cpu") -> Plan:
-    """Group samples of equal length.
+    """Group the samples of a row by length.
 
     Example:
         Lengths 3, 2, 3 give groups ``[(2, 3), (1, 2)]`` and the order ``[0, 1, 2, 5, 6, 7, 3, 4]``.
@@ -78,11 +78,11 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: ``[B, H, T, D]`` -> ``[B, T, H, D]``, each sample by itself."""
+    """Attention with transformers' interface, ``[B, H, T, D]`` -> ``[B, T, H, D]``, in which samples are isolated."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     rows, heads, tokens, _ = query.shape
-    value = _own(value)
+    value = _separate(value)
     if attention_mask is None and key.shape[2] == tokens:
         dtype = _kernel_dtype(value) if rows == 1 and cu_seq_lens_q is not None and max_length_q else None
         if dtype is not None and not kwargs.get("dropout"):
@@ -96,17 +96,17 @@ def packed_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _own(value: Tensor) -> Tensor:
-    """``[B, H, T, D]``; a copy of values that lie in one block with queries and keys, as the vision tower's do.
+def _separate(value: Tensor) -> Tensor:
+    """Copy values ``[B, H, T, D]`` that share a block of memory with queries and keys, as the vision tower's do.
 
-    The backward pass needs them, and would keep the whole block: three times as much.
+    The backward pass keeps the values, and would otherwise keep the whole block, three times as large.
     """
     _, heads, _, size = value.shape
     return value.transpose(1, 2).contiguous().transpose(1, 2) if value.stride(2) > heads * size else value
 
 
 def packed_mask(*, attention_mask: Tensor | None, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """No mask for a packed row; SDPA's own for padded rows and for a cache."""
+    """Return no mask for a packed row, and SDPA's mask for padded rows and for a key-value cache."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None and q_length == kv_length:
@@ -115,7 +115,7 @@ def packed_mask(*, attention_mask: Tensor | None, q_length: int, kv_length: int,
 
 
 def use_packed_attention(model: Any) -> None:
-    """Let the text model and the vision tower of a loaded model attend per sample and per image."""
+    """Use `packed_attention` in the text model and the vision tower of a loaded model."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     of_vision = vision_name(TEXT_NAME)
@@ -131,7 +131,7 @@ def use_packed_attention(model: Any) -> None:
 
 
 def _kernel_dtype(value: Tensor) -> torch.dtype | None:
-    """What the kernel for unequal lengths computes in; None where it does not run."""
+    """Return the dtype in which the varlen kernel computes; None if it cannot run."""
     if not value.is_cuda or torch.cuda.get_device_capability(value.device)[0] < 8 or _kernel() is None:
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
@@ -139,20 +139,20 @@ def _kernel_dtype(value: Tensor) -> torch.dtype | None:
 
 
 def _kernel() -> Callable[..., Tensor] | None:
-    """torch's kernel for unequal lengths; None where this torch has none of the shape that is known."""
+    """Return torch's varlen kernel; None if the installed torch has none with the expected parameters."""
     return None if VARLEN.missing() else varlen_kernel()
 
 
 @cache
 def _takes_groups(kernel: Callable[..., Tensor]) -> bool:
-    """Whether the kernel lets queries share keys and values; torch 2.11's does not."""
+    """Return True if the kernel supports grouped-query attention; torch 2.11's does not."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _varlen(
     module: nn.Module, flat: list[Tensor], borders: Tensor | None, longest: int | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    """All samples in one call: three ``[T, H, D]`` -> ``[T, H, D]``; keys and values may have fewer heads."""
+    """Compute all samples in one call: three ``[T, H, D]`` -> ``[T, H, D]``. Keys and values may have fewer heads."""
     kernel = _kernel()
     assert kernel is not None
     query, key, value = flat
@@ -168,7 +168,7 @@ def _varlen(
         else:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    # One tensor as both borders: cuDNN takes only that.
+    # cuDNN requires the same tensor for both boundaries.
     return kernel(query, key, value, borders, borders, longest, longest, **options)
 
 
@@ -177,7 +177,7 @@ _LONGEST = KeptFor()
 
 
 def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> Plan | None:
-    """The plan of a row, made once: every layer gets the same tensor, so the plan is kept on it."""
+    """Return the plan of a row. All layers get the same boundary tensor, so the plan is made once and cached for it."""
     source = cu_seqlens if cu_seqlens is not None else position_ids
     if source is None:
         return None
@@ -185,22 +185,22 @@ def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, 
 
 
 def sample_lengths(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> list[int]:
-    """Lengths of the samples in ``B * T`` tokens; a row that nothing is told about is one sample.
+    """Return the lengths of the samples in ``B * T`` tokens. Without boundaries and positions, a row is one sample.
 
     Raises:
-        ValueError: they do not add up to the tokens.
+        ValueError: the lengths do not add up to ``B * T``.
     """
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().tolist()
     else:
         lengths = [tokens] * rows if position_ids is None else _lengths(position_ids, rows, tokens)
     if sum(lengths) != rows * tokens:
-        raise ValueError(f"samples of {sum(lengths)} tokens in all do not fill {rows} x {tokens} tokens")
+        raise ValueError(f"sample lengths add up to {sum(lengths)}, but the batch has {rows} x {tokens} tokens")
     return lengths
 
 
 def _lengths(position_ids: Tensor, rows: int, tokens: int) -> list[int]:
-    """Lengths of the samples in ``position_ids`` [B or 1, T]: a new one begins with each row and each jump."""
+    """Return sample lengths from ``position_ids`` [B or 1, T]: a sample begins at each row and each jump."""
     begins = torch.ones(rows, tokens, dtype=torch.bool, device=position_ids.device)
     begins[:, 1:] = position_ids.expand(rows, -1).diff() != 1
     starts = begins.flatten().nonzero().flatten()
@@ -208,7 +208,7 @@ def _lengths(position_ids: Tensor, rows: int, tokens: int) -> list[int]:
 
 
 def by_groups(module: nn.Module, flat: list[Tensor], plan: Plan, kwargs: dict[str, Any]) -> Tensor:
-    """SDPA on each group of equal lengths: three ``[H, T, D]`` -> ``[T, H, D]``."""
+    """Run SDPA on each group of samples of one length: three ``[H, T, D]`` -> ``[T, H, D]``."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if plan.order is not None:

@@ -1,8 +1,8 @@
-"""The patch embedding as one matrix product: the same weights, 10 to 20 times faster where Conv3d is slow.
+"""Computes the patch embedding as one matrix product: the same weights, 10 to 20 times faster where Conv3d is slow.
 
-Kernel and stride of the Conv3d are both one patch, so it multiplies each patch, laid out flat, with the weight laid
-out flat. torch 2.9 and Blackwell GPUs run such a Conv3d very slowly. transformers' own ``fusion_config`` replaces the
-module and renames its weights at load and save; here only the computation changes, so the state dict stays upstream's.
+Kernel and stride of the Conv3d are both one patch, so it multiplies each flattened patch with the flattened weight.
+torch 2.9 and Blackwell GPUs run such a Conv3d very slowly. transformers' own ``fusion_config`` replaces the module and
+renames its weights at load and save; here only the computation changes, and the state dict stays as in transformers.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from qwenvl_ft.upstream.layers import compute_as
 
 PATCH_EMBEDS = ("linear", "conv3d")
-"""What ``model.patch_embed`` accepts."""
+"""Values of ``model.patch_embed``."""
 TAKES_RAW = "qwenvl_ft_takes_raw"
-"""Set on a module that has a `RawPatches`."""
+"""Attribute set on modules that have a `RawPatches` hook."""
 
 
 class PatchConv3d(nn.Conv3d):
     """A Conv3d over single patches ``[P, C, T, H, W]`` -> ``[P, D, 1, 1, 1]``, computed as a matrix product.
 
-    A picture that merely stands T times (stride 0) is multiplied once, with the sum of the weight's T parts.
+    An image that is repeated T times (stride 0) is multiplied once, with the sum of the weight's T parts.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class PatchConv3d(nn.Conv3d):
 
 
 def use_linear_patch_embed(model: nn.Module) -> int:
-    """Compute every patch embedding of ``model`` as a matrix product; returns how many there were.
+    """Compute every patch embedding of ``model`` as a matrix product, and return their number.
 
-    The module stays where it is and keeps its parameters: only its class changes.
+    The module keeps its place and its parameters; only its class changes.
     """
     found = 0
     for name, module in model.named_modules():
@@ -51,10 +51,10 @@ def use_linear_patch_embed(model: nn.Module) -> int:
 
 
 def use_raw_patches(model: nn.Module, image_processor: Any) -> None:
-    """Let every vision tower of ``model`` take raw patches (data/media/patches.py) beside those of its processor.
+    """Let every vision tower of ``model`` accept raw patches (data/media/patches.py) as well as its processor's.
 
-    They are told apart by their width: C * p * p values against T times as many. Normalised as the processor does, in
-    float32, then handed on as a picture that stands T times.
+    A raw patch has C * p * p values, the processor's T times as many. Raw patches are normalised as the processor does,
+    in float32, and expanded to an image that is repeated T times.
     """
     scale = 1 / image_processor.rescale_factor
     mean, std = (torch.tensor(value) * scale for value in (image_processor.image_mean, image_processor.image_std))
@@ -68,8 +68,8 @@ class RawPatches:
     """Forward pre-hook of a patch embedding: raw patches ``[P, C * p * p]`` of values 0 to 255 -> ``[P, C, T, p, p]``.
 
     Args:
-        projection: its Conv3d, for C, T and p.
-        mean, std: float32[C], of values 0 to 255.
+        projection: the Conv3d of the patch embedding, which gives C, T and p.
+        mean, std: float32[C], on the scale 0 to 255.
     """
 
     def __init__(self, projection: Any, mean: Tensor, std: Tensor) -> None:
@@ -81,8 +81,8 @@ class RawPatches:
         (patches,) = arguments
         if patches.shape[-1] != self.channels * self.side**2:
             return None
-        pictures = patches.view(-1, self.channels, self.side, self.side).float()
+        images = patches.view(-1, self.channels, self.side, self.side).float()
         mean, std = self.scale = tuple(value.to(patches.device) for value in self.scale)  # moved once, not each step
-        normal = (pictures - mean) / std
+        normal = (images - mean) / std
         dtype = patches.dtype if patches.is_floating_point() else normal.dtype
         return normal.to(dtype)[:, :, None].expand(-1, -1, self.time, -1, -1)

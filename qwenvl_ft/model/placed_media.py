@@ -1,9 +1,9 @@
-"""Media put into their places without waiting for the device.
+"""Adds the positions of media tokens to a batch, so that the model need not synchronise with the device to find them.
 
-transformers finds the tokens of images by comparing ids, counts them, and asks the device how many patches and which
-positions each image has: a dozen waits in a training step, in which the processor cannot run ahead. The worker that
-makes a batch knows all of it. A batch without what `MediaPlaces` adds goes transformers' way; how the model takes it is
-upstream/media.py.
+transformers finds image tokens by comparing ids, counts them, and asks the device for the number and positions of each
+image's patches: about a dozen synchronisations per training step, in which the CPU cannot run ahead. The dataloader
+worker that builds a batch knows all of it. A batch without these tensors takes transformers' own path; how the model
+uses them is in upstream/media.py.
 
 Letters: T tokens of the row, P patches, V tokens of media.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,28 @@ from qwenvl_ft.model.packed_attention import TEXT_NAME
 from qwenvl_ft.upstream.attention import attention_of
 from qwenvl_ft.upstream.media import KINDS, TABLES, place_media, placing_model, vision_tables
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 @dataclass(frozen=True)
 class MediaPlaces:
-    """What the towers of a model would compute from a batch's ids and grids; for a `QwenVLCollator`.
+    """Computes from a batch's ids and grids what a model would otherwise compute; for a `QwenVLCollator`.
 
-    Returns (of a call), for ``image`` and ``video``:
-        ``image_places`` int64[V], its tokens in the row; and, where the vision tower takes them,
+    A call returns, for ``image`` and likewise for ``video``:
+        ``image_places`` int64[V], indices of its tokens in the row; and, if the vision tower accepts them,
         ``image_position_ids`` int64[P, 2], ``image_interp_indices`` int64[P, 4] and ``image_interp_weights``
         float32[P, 4].
     """
 
     token_ids: tuple[int, int]
-    """Of an image's and of a video's tokens."""
+    """Ids of the image token and of the video token."""
     tables: Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None
-    """Height and width of a frame, in patches -> its tables; None where the vision tower computes them itself."""
+    """(height, width) of a frame, in patches -> its tables; None if the vision tower computes them itself."""
 
     @classmethod
     def of(cls, model: nn.Module) -> MediaPlaces | None:
-        """Those of a model that `use_media_places` prepared, looked for inside wrappers; None for any other."""
+        """Return an instance for a model that `use_media_places` prepared, inside any wrappers; None for others."""
         inner = placing_model(model)
         if inner is None:
             return None
@@ -60,11 +63,11 @@ class MediaPlaces:
 
 
 def use_media_places(model: nn.Module) -> int:
-    """Let each Qwen3-VL in ``model``, dense or MoE, take batches with `MediaPlaces`; returns how many there are."""
+    """Let each Qwen3-VL in ``model``, dense or MoE, accept batches with `MediaPlaces`, and return their number."""
     return place_media(model, _borders_suffice)
 
 
-def _borders_suffice(text_config: Any) -> bool:
-    """Whether the text model's attention isolates samples by ``cu_seq_lens_q`` alone."""
+def _borders_suffice(text_config: PreTrainedConfig) -> bool:
+    """Return True if the text model's attention isolates samples by ``cu_seq_lens_q`` alone."""
     name = attention_of(text_config)
     return name == TEXT_NAME or name.startswith("flash")

@@ -1,9 +1,9 @@
-"""How to get a complete Qwen3-VL checkpoint in a second, without a download: the real classes at toy size.
+"""Writes a complete Qwen3-VL checkpoint in a second, without a download: the real classes at toy size.
 
     qwenvl-ft tiny /tmp/tiny [--moe]
 
-The directory holds what a released one holds: config, safetensors, generation config, tokenizer, image and video
-processor, chat template. ``from_pretrained`` of plain transformers accepts it. 0.9M random parameters by default.
+The directory has all files of a released checkpoint: config, safetensors, generation config, tokenizer, image and video
+processor, chat template. Plain transformers loads it with ``from_pretrained``. 0.9M random parameters by default.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ SIZES: dict[str, Any] = {
     "max_pixels": 65536,
     "max_video_pixels": 524288,
 }
-"""Every size that ``make_tiny`` takes, with its default. ``vocab_words`` counts byte-level words, the 256 bytes among
-them; the special tokens follow. ``deepstack_visual_indexes`` are the ViT blocks that feed a deepstack merger. Pixels
+"""Sizes that ``make_tiny`` accepts, with their defaults. ``vocab_words`` counts byte-level words, including the 256
+bytes; the special tokens follow. ``deepstack_visual_indexes`` are the ViT blocks that feed a deepstack merger. Pixels
 are areas: of one image, and of a whole video (frames x height x width)."""
 
 SPECIAL_TOKENS = [
@@ -61,7 +61,7 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-"""Qwen's control tokens in the order of their ids, which begin right after the last word."""
+"""Qwen's control tokens in the order of their ids, which follow the last word's."""
 
 PLAIN_ADDED_TOKENS = [
     "<tool_call>",
@@ -77,7 +77,7 @@ PLAIN_ADDED_TOKENS = [
     "<think>",
     "</think>",
 ]
-"""Added tokens that are text to a decoder: ``skip_special_tokens`` keeps them."""
+"""Added tokens that count as text: decoding with ``skip_special_tokens`` keeps them."""
 
 VOCABULARY_TEXT = """
 You are a helpful assistant. Describe the image. What is shown in this picture? Which digit is this? Answer with one
@@ -93,16 +93,16 @@ zero one two three four five six seven eight nine ten, left right top bottom, re
 
 
 def make_tiny(directory: str | Path, *, moe: bool = False, seed: int = 0, **sizes: Any) -> Path:
-    """Write a random Qwen3-VL checkpoint, dense or with experts, and return its directory.
+    """Write a random Qwen3-VL checkpoint, dense or MoE, and return its directory.
 
-    The same arguments write the same bytes; torch's random state is left as it was.
+    The same arguments give the same bytes. torch's random state does not change.
 
     Args:
-        moe: Qwen3VLMoeForConditionalGeneration instead of Qwen3VLForConditionalGeneration.
-        sizes: any key of ``SIZES``.
+        moe: write a Qwen3VLMoeForConditionalGeneration instead of a Qwen3VLForConditionalGeneration.
+        sizes: keys of ``SIZES``.
 
     Raises:
-        CheckpointError: a size has no such name.
+        CheckpointError: an unknown size.
     """
     for name in sizes:
         if name not in SIZES:
@@ -119,7 +119,7 @@ def make_tiny(directory: str | Path, *, moe: bool = False, seed: int = 0, **size
 
 
 def make_tokenizer(vocab_words: int) -> PreTrainedTokenizerBase:
-    """Qwen's tokenizer (byte-level BPE, NFC, one token a digit) over ``vocab_words`` words learned from a page."""
+    """Build Qwen's tokenizer (byte-level BPE, NFC, one token per digit), trained to ``vocab_words`` on a short text."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -158,7 +158,7 @@ def make_tokenizer(vocab_words: int) -> PreTrainedTokenizerBase:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any]) -> ProcessorMixin:
-    """Qwen3-VL's processor: patches of 16, merged 2 x 2, mean and deviation 0.5, and areas fit for small images."""
+    """Build Qwen3-VL's processor: patches of 16, merged 2 x 2, mean and std 0.5, and areas suited to small images."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     common: dict[str, Any] = {
@@ -181,7 +181,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any]) -> 
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], *, moe: bool, seed: int) -> PreTrainedModel:
-    """The model with upstream's own random initialisation, in float32."""
+    """Build the model with transformers' random initialisation, in float32."""
     import torch
     from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 

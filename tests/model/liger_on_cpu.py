@@ -71,14 +71,14 @@ def fresh(folder, kind="full", *, checkpointing=False):
 def in_modules(model, batch, *, epsilon=None):
     """Norms, MLPs and rotations by Liger, beside the plain ones."""
     names = list(model.state_dict())
-    told = {"plain": step(model, batch)}
+    results = {"plain": step(model, batch)}
     fused = use_liger(model, CPU)
     if epsilon is not None:
         model.model.language_model.layers[1].self_attn.k_norm.variance_epsilon = epsilon
-    told["fused"] = step(model, batch)
+    results["fused"] = step(model, batch)
     copied = copy.deepcopy(model)
     assert copied.model is not model.model
-    return told | {"modules": fused.modules, "said": str(fused), "same names": list(model.state_dict()) == names}
+    return results | {"modules": fused.modules, "said": str(fused), "same names": list(model.state_dict()) == names}
 
 
 def in_loss(model, batch, *, untied=False, **options):
@@ -87,7 +87,7 @@ def in_loss(model, batch, *, untied=False, **options):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
     weights = torch.linspace(0.5, 2, len(batch["targets"]), dtype=torch.float64)
     weighted = batch | {"target_weights": weights}
-    told = {"plain": step(model, batch, **options), "plain, weighted": step(model, weighted, **options)}
+    results = {"plain": step(model, batch, **options), "plain, weighted": step(model, weighted, **options)}
     function = PIECES[LOSS].load()
     calls = []
 
@@ -98,13 +98,13 @@ def in_loss(model, batch, *, untied=False, **options):
             return function.forward(ctx, *arguments)
 
     Counted.forward.__signature__ = inspect.signature(function.forward)
-    told["left"] = use_fused_loss(model, Counted)
-    told["fused"] = step(model, batch, **options)
+    results["left"] = use_fused_loss(model, Counted)
+    results["fused"] = step(model, batch, **options)
     with torch.no_grad():
-        told["without gradients"] = loss_sum(model, batch, **options).item() * 0.5
-    told["calls"] = list(calls)
-    told["fused, weighted"] = step(model, weighted, **options)
-    return told | {"calls with weights": len(calls) - len(told["calls"])}
+        results["without gradients"] = loss_sum(model, batch, **options).item() * 0.5
+    results["calls"] = list(calls)
+    results["fused, weighted"] = step(model, weighted, **options)
+    return results | {"calls with weights": len(calls) - len(results["calls"])}
 
 
 def run(folder, checkpoint, encoder, **arguments):
@@ -123,7 +123,7 @@ def main() -> None:
     encoder = Encoder(load_processor(dense))
     batch = split_labels(QwenVLCollator()([encoder(record) for record in TEXT]))
     only = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False, "rms_norm": False}}
-    told = {
+    results = {
         "modules": {
             "full": in_modules(fresh(dense), batch),
             "lora": in_modules(fresh(dense, "lora", checkpointing=True), batch),
@@ -144,7 +144,7 @@ def main() -> None:
             ),
         },
     }
-    torch.save(told, folder / "told.pt")
+    torch.save(results, folder / "results.pt")
 
 
 main()

@@ -101,8 +101,8 @@ def test_loss_and_gradients_are_those_of_plain_layers(checkpoints, batches, kind
     names = list(model.state_dict())
     expected = [step(model, batch) for batch in batches[:2]]
     assert compile_layers(model, backend="aot_eager") == 4
-    for batch, told in zip(batches[:2], expected, strict=True):
-        assert_same(step(model, batch), told)
+    for batch, plain_step in zip(batches[:2], expected, strict=True):
+        assert_same(step(model, batch), plain_step)
     assert counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
     assert list(model.state_dict()) == names
 
@@ -152,7 +152,7 @@ def test_a_run_compiles_while_it_trains_and_saves_what_plain_layers_would(tiny_d
         "plain": {},
         "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     }.items():
-        told = {
+        arguments = {
             "learning_rate": 1e-2,
             "optim": "sgd",
             "max_steps": 2,
@@ -160,7 +160,7 @@ def test_a_run_compiles_while_it_trains_and_saves_what_plain_layers_would(tiny_d
             "eval_steps": 1,
             "per_device_train_batch_size": 4,
         } | options
-        trainer = make_trainer(tmp_path / name, tiny_dir, encoder, **told)
+        trainer = make_trainer(tmp_path / name, tiny_dir, encoder, **arguments)
         trainer.add_callback(seen := Seen())
         loss, grads = one_step(trainer)
         trainer.save_model(str(tmp_path / name / "saved"))
@@ -188,6 +188,6 @@ def test_inductor_gives_the_same(tiny_dir, batches):
     model = fresh(tiny_dir, checkpointing=True)
     expected = [step(model, batch) for batch in batches[:3]]
     compile_layers(model)
-    for batch, told in zip(batches[:3], expected, strict=True):
-        assert_same(step(model, batch), told)
+    for batch, plain_step in zip(batches[:3], expected, strict=True):
+        assert_same(step(model, batch), plain_step)
     assert counters["inductor"]["extern_calls"] > 0

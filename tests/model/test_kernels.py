@@ -20,7 +20,7 @@ needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="lige
 
 
 @pytest.fixture(scope="module")
-def told(checkpoints, tmp_path_factory):
+def measured(checkpoints, tmp_path_factory):
     """What tests/model/liger_on_cpu.py measured; Triton has to know of its interpreter before it is imported."""
     folder = tmp_path_factory.mktemp("liger")
     script = Path(__file__).with_name("liger_on_cpu.py")
@@ -28,7 +28,7 @@ def told(checkpoints, tmp_path_factory):
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "told.pt") | {"folder": folder}
+    return torch.load(folder / "measured.pt") | {"folder": folder}
 
 
 def differs(found, expected, tolerance=2e-5):
@@ -56,32 +56,32 @@ class TestUnderTheInterpreter:
             ("moe", {"rms_norm": 9, "rope": 2}),  # the experts are left as they are
         ],
     )
-    def test_modules_give_the_plain_loss_and_gradients(self, told, kind, modules):
-        case = told["modules"][kind]
+    def test_modules_give_the_plain_loss_and_gradients(self, measured, kind, modules):
+        case = measured["modules"][kind]
         assert case["modules"] == modules
         assert not differs(case["fused"], case["plain"])
         assert len(case["plain"]["grads"]) > 10
         assert case["same names"]
 
-    def test_a_kernel_that_computes_something_else_would_be_seen(self, told):
-        case = told["modules"]["broken"]
+    def test_a_kernel_that_computes_something_else_would_be_seen(self, measured):
+        case = measured["modules"]["broken"]
         assert "loss" in differs(case["fused"], case["plain"])
 
-    def test_what_has_no_place_is_named(self, told):
-        assert "swiglu: no module of this model is of its kind" in told["modules"]["moe"]["said"]
-        assert "rms_norm in 9 modules, swiglu in 2 modules, rope in 2" in told["modules"]["full"]["said"]
+    def test_what_has_no_place_is_named(self, measured):
+        assert "swiglu: it fits no module of this model" in measured["modules"]["moe"]["said"]
+        assert "rms_norm in 9 modules, swiglu in 2 modules, rope in 2" in measured["modules"]["full"]["said"]
 
     @pytest.mark.parametrize("head", ["tied", "untied", "frozen"])
-    def test_the_loss_is_ours_with_its_gradients(self, told, head):
-        case = told["loss"][head]
+    def test_the_loss_is_ours_with_its_gradients(self, measured, head):
+        case = measured["loss"][head]
         assert case["left"] == ""
         assert len(case["calls"]) == 2, "once with gradients, once without"
         assert not differs(case["fused"], case["plain"])
         assert case["without gradients"] == pytest.approx(case["plain"]["loss"], rel=1e-6)
 
     @pytest.mark.parametrize("head", ["tied", "untied", "frozen", "lora on the head"])
-    def test_tokens_with_weights_and_adapted_heads_keep_our_loss(self, told, head):
-        case = told["loss"][head]
+    def test_tokens_with_weights_and_adapted_heads_keep_our_loss(self, measured, head):
+        case = measured["loss"][head]
         assert not differs(case["fused, weighted"], case["plain, weighted"])
         assert differs(case["plain, weighted"], case["plain"]), "vacuous: the weights change nothing"
         assert case["calls with weights"] == 0
@@ -90,15 +90,15 @@ class TestUnderTheInterpreter:
             assert case["calls"] == []
             assert not differs(case["fused"], case["plain"])
 
-    def test_a_run_tells_what_is_fused_and_saves_what_a_plain_one_does(self, told):
-        runs = told["run"]
+    def test_a_run_tells_what_is_fused_and_saves_what_a_plain_one_does(self, measured):
+        runs = measured["run"]
         assert runs["plain"]["said"] == ""
         assert (
             "swiglu in 4 modules, fused_linear_cross_entropy; left out: rms_norm: the recipe" in runs["fused"]["said"]
         )
         assert "fused_linear_cross_entropy: loss_weights give tokens weights" in runs["weighted"]["said"]
         weights = {
-            name: AutoModelForImageTextToText.from_pretrained(told["folder"] / name / "saved").state_dict()
+            name: AutoModelForImageTextToText.from_pretrained(measured["folder"] / name / "saved").state_dict()
             for name in runs
         }
         for name in ("fused", "weighted"):
@@ -110,13 +110,13 @@ class TestUnderTheInterpreter:
 
 @needs_liger
 def test_without_a_gpu_it_is_one_line():
-    with pytest.raises(RecipeError, match="kernels are Triton's, which run on a GPU, and this run is on cpu"):
+    with pytest.raises(RecipeError, match="Triton kernels need a GPU, but this run is on cpu"):
         require_liger(CPU)
 
 
 def test_without_the_package_it_is_one_line(monkeypatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"is not installed\. Do so by pip install liger-kernel"):
+    with pytest.raises(RecipeError, match=r"is not installed\. Run pip install liger-kernel"):
         require_liger(torch.device("cuda"))
 
 
@@ -128,11 +128,11 @@ def test_a_kernel_that_does_not_import_is_left_out_and_named(tiny_dir, monkeypat
     fused = use_liger(model, torch.device("cuda"), {"rope": False})
     assert fused.modules == {"swiglu": 4}
     assert fused.left["rms_norm"].startswith("ModuleNotFoundError: No module named 'liger_kernel.ops.rms_norms'")
-    assert fused.left["rope"] == "the recipe says so"
+    assert fused.left["rope"] == "turned off in the recipe"
     stand_ins = [type(vars(module)["forward"]) for module in model.modules() if "forward" in vars(module)]
     assert stand_ins.count(FusedMLP) == 4
     assert FusedNorm not in stand_ins
-    with pytest.raises(RecipeError, match="none of its kernels can be used"):
+    with pytest.raises(RecipeError, match="none of Liger's kernels can be used"):
         use_liger(load_model(str(tiny_dir)), torch.device("cuda"), dict.fromkeys(kernels.PIECES, False))
 
 

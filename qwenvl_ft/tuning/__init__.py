@@ -1,1 +1,1 @@
-"""What of a model trains, by which method, and at which learning rate."""
+"""Prepares a model for training: frozen parts, adapters, parameter groups and learning rates."""

@@ -1,4 +1,4 @@
-"""Which parts of the model stay as they are."""
+"""Reads from a recipe which parts of the model are frozen."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 def frozen_parts(tuner: TunerConfig) -> list[str]:
-    """The parts whose flag (``freeze_vit``, ``freeze_aligner``, ``freeze_llm``) is set."""
+    """Return the parts whose flag (``freeze_vit``, ``freeze_aligner``, ``freeze_llm``) is set."""
     return [part for part, flag in FREEZE_FLAGS.items() if getattr(tuner, flag)]
 
 
 def freeze_flags_of(parts: list[str]) -> str:
-    """The keys that unfreeze ``parts``, as a user types them."""
+    """Return the recipe keys that unfreeze ``parts``, as a user types them."""
     return ", ".join(f"tuner.{FREEZE_FLAGS[part]}=false" for part in parts)
 
 
 def require_language_model_only(tuner: TunerConfig) -> None:
-    """Refuse what a train type that changes the language model alone could not honour.
+    """Raise unless a recipe fits a train type that changes nothing but the language model.
 
     Raises:
-        RecipeError: the language model is frozen, another part is not, or adapter targets are named.
+        RecipeError: the language model is frozen, another part is not, or target modules are named.
     """
     if tuner.freeze_llm or not (tuner.freeze_vit and tuner.freeze_aligner):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Parameter groups by part, the optimizer over them, and schedules whose floor is the same rate for every group."""
+"""Builds parameter groups by part, the optimizer, and schedules that end at the same learning rate for every group."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ NO_DECAY_MARKS = (
     *("lora_magnitude_vector.", ".boft_s.", ".ia3_l.", ".road_alpha.", ".vector_a", ".vector_b"),
     *(".reft_W.", ".reft_bias."),
 )
-"""In the names of an adapter's weights whose zero is not the base model: scales, and targets of an edit."""
+"""Parts of names of adapter weights that must not decay, because zero is not the base model: scales, edit targets."""
 LORA_B = (".lora_B.", ".lora_embedding_B.")
-"""In the names of LoRA's matrices that start at zero."""
+"""Parts of names of LoRA's matrices that start at zero."""
 LORAPLUS_RATIO = 16.0
-"""Of LoRA+ (Hayou and others 2024, arXiv 2402.12354), where the recipe asks for it and gives none."""
+"""Default ratio of LoRA+ (Hayou and others 2024, arXiv 2402.12354)."""
 PROJECTORS = (
     ("galore_torch.galore_projector", "GaLoreProjector"),
     ("apollo_torch.random_projector", "GradientProjector"),
     ("apollo_torch.svd_projector", "GaLoreProjector"),
 )
-"""Module and class of what GaLore and APOLLO keep in their state."""
+"""(module, class) of the projectors that GaLore and APOLLO keep in their optimizer state."""
 
 
 def part_rates(learning_rate: float, vit_lr: float | None, aligner_lr: float | None) -> dict[str, float]:
-    """Part -> learning rate; one that is not given is ``learning_rate``."""
+    """Return part -> learning rate; a rate that is None is ``learning_rate``."""
     return {
         "vision": learning_rate if vit_lr is None else vit_lr,
         "merger": learning_rate if aligner_lr is None else aligner_lr,
@@ -51,21 +51,21 @@ def param_groups(
     weight_decay: float = 0.0,
     lora_plus: float | None = None,
 ) -> list[dict[str, Any]]:
-    """One group for each part and for decay or none, of the parameters that train; empty groups are left out.
+    """Return the trainable parameters in one group for each part, with and without weight decay; no group is empty.
 
-    Biases and normalisation layers do not decay, nor do scales of an adapter (DoRA's magnitudes, IA3's factors); its
-    matrices decay like weights, which draws it towards the base model. Works on the bare model, inside
-    a PeftModel (copies of ``modules_to_save`` included) and inside DDP or FSDP.
+    Biases and normalisation layers do not decay, nor do scales of an adapter (DoRA's magnitudes, IA3's factors). The
+    matrices of an adapter decay like weights, which pulls it towards the base model. The model may be bare, a PeftModel
+    (with copies of ``modules_to_save``), or wrapped by DDP or FSDP.
 
     Args:
-        lora_plus: LoRA's B matrices learn at this many times their part's rate, in groups ``vision/lora_B``, ...; None
-            is LoRA as it was.
+        lora_plus: ratio of the learning rate of LoRA's B matrices to that of their part, for LoRA+; they are then in
+            groups of their own, ``vision/lora_B``, ... None is plain LoRA.
 
     Returns:
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``name``: ``vision/decay``, ``vision/no_decay``, ...
 
     Raises:
-        RecipeError: nothing trains, or ``lora_plus`` without LoRA.
+        RecipeError: no parameter is trainable, or ``lora_plus`` without LoRA.
     """
     rates = part_rates(learning_rate, vit_lr, aligner_lr)
     norms = _norm_parameters(model)
@@ -90,8 +90,8 @@ def param_groups(
         raise RecipeError("nothing is left to train: no parameter requires a gradient. Unfreeze a part of the model.")
     if lora_plus is not None and not any(group["name"].endswith("/lora_B") for group in filled):
         raise RecipeError(
-            "training.lorap_lr_ratio is for LoRA's B matrices, and the model has none that train. Remove it, or set "
-            "tuner.train_type=lora."
+            "training.lorap_lr_ratio applies to LoRA's B matrices, but the model has no trainable ones. Remove it, or "
+            "set tuner.train_type=lora."
         )
     _check_each_once(model, filled)
     return filled
@@ -100,30 +100,31 @@ def param_groups(
 def build_optimizer(
     cls: type[Optimizer], options: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module
 ) -> Optimizer:
-    """The optimizer that transformers chose, over our groups.
+    """Build the optimizer that transformers chose, with the groups of `param_groups`.
 
-    GaLore and APOLLO come with groups of their own, which say whose gradients are projected, and how; that is carried
-    over to groups ``llm/projected``, ... at the rate of their part.
+    For GaLore and APOLLO, transformers passes groups that select the weights whose gradients are projected, and the
+    settings of the projection. Those weights are moved to groups ``llm/projected``, ... at the rate of their part.
 
     Args:
-        cls: from ``Trainer.get_optimizer_cls_and_kwargs``, as are ``options``.
+        cls: from ``Trainer.get_optimizer_cls_and_kwargs``.
+        options: from the same method.
 
     Raises:
-        RecipeError: a projection of weights none of which trains.
+        RecipeError: none of the weights to project is trainable.
     """
     options = dict(options)
     if "params" in options:
         groups = _projected(groups, options.pop("params"))
         _let_projections_load(cls)
     if "warmup_steps" in options:
-        options["warmup_steps"] = 0  # of schedule-free optimizers: the schedule warms up, for all groups and resumes
+        options["warmup_steps"] = 0  # schedule-free optimizers: our schedule warms up, for all groups and on resume
     optimizer = cls(groups, **options)
     _check_each_once(model, optimizer.param_groups)
     return optimizer
 
 
 def logged_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Learning rates as they are logged: ``llm``, ``vision``, and ``llm/lora_B`` where it has one of its own."""
+    """Return the learning rates to log: ``llm``, ``vision``, ..., and ``llm/lora_B`` if it has its own."""
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         part, _, kind = group["name"].partition("/")
@@ -134,15 +135,15 @@ def logged_rates(optimizer: Optimizer) -> dict[str, float]:
 def schedule_with_floor(
     kind: str, optimizer: Optimizer, *, warmup_steps: int, total_steps: int, min_lr: float, **options: Any
 ) -> LambdaLR:
-    """One of ``MIN_LR_SCHEDULES``, ending at ``min_lr`` for every group.
+    """Build one of ``MIN_LR_SCHEDULES`` that ends at ``min_lr`` for every group.
 
-    transformers takes ``min_lr`` as a share of the optimizer's default rate, so a group with another rate ends at
-    another floor. Here each group follows transformers' schedule of an optimizer whose default is the group's rate. A
-    group whose rate is ``min_lr`` or less keeps it after the warmup.
+    transformers converts ``min_lr`` to a share of the optimizer's default rate, so a group with another rate would end
+    at another floor. Here each group follows transformers' schedule for an optimizer whose default is the group's rate.
+    A group whose rate is ``min_lr`` or less keeps its rate after the warmup.
 
     Example:
-        cosine_warmup_with_min_lr, rate 1e-4, 1,000 steps, 100 of warmup, ``min_lr`` 1e-6: step 0 has 1e-6, step 99
-        1e-4, step 999 1e-6.
+        cosine_warmup_with_min_lr, rate 1e-4, 1,000 steps, 100 warmup steps, ``min_lr`` 1e-6: the rate is 1e-6 at step
+        0, 1e-4 at step 99, and 1e-6 at step 999.
     """
     import torch
     from torch.optim.lr_scheduler import LambdaLR
@@ -151,16 +152,16 @@ def schedule_with_floor(
     lambdas: list[Callable[[int], float]] = []
     for group in optimizer.param_groups:
         peak = float(group["initial_lr"] if "initial_lr" in group else group["lr"])
-        alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak or 1.0)
-        told = {"min_lr": min(min_lr, peak or 1.0)} | options
-        schedule: Any = get_scheduler(kind, alone, warmup_steps, total_steps, scheduler_specific_kwargs=told)
-        lambdas.append(partial(_held, course=schedule.lr_lambdas[0], last=max(total_steps - 1, 0)))
+        single = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak or 1.0)
+        settings = {"min_lr": min(min_lr, peak or 1.0)} | options
+        schedule: Any = get_scheduler(kind, single, warmup_steps, total_steps, scheduler_specific_kwargs=settings)
+        lambdas.append(partial(_held, factor=schedule.lr_lambdas[0], last=max(total_steps - 1, 0)))
     return LambdaLR(optimizer, lambdas)
 
 
-def _held(step: int, *, course: Callable[[int], float], last: int) -> float:
-    """A schedule that stays where it ended; transformers' goes up again."""
-    return course(min(step, last))
+def _held(step: int, *, factor: Callable[[int], float], last: int) -> float:
+    """Return a schedule's factor, constant after the last step; transformers' would rise again."""
+    return factor(min(step, last))
 
 
 def _kind_of(name: str, norms: set[str], kinds: dict[str, Any]) -> str:
@@ -171,7 +172,7 @@ def _kind_of(name: str, norms: set[str], kinds: dict[str, Any]) -> str:
 
 
 def _projected(groups: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Our groups, those parameters apart that ``theirs`` gives a rank."""
+    """Split off from ``groups`` the parameters for which ``theirs`` sets a projection rank."""
     projections = {
         id(p): {k: v for k, v in group.items() if k != "params"} for group in theirs for p in group["params"]
     }
@@ -186,14 +187,14 @@ def _projected(groups: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> li
             split.append(group | {"params": chosen, "name": f"{part}/projected"} | projections[id(chosen[0])])
     if not any("rank" in group for group in split):
         raise RecipeError(
-            "the optimizer projects gradients of Linear layers, and none of those that it is told to "
-            "(training.galore_target_modules, or optim_target_modules) trains. Name others, or take another optimizer."
+            "the optimizer projects gradients of Linear layers, but none of those named in training."
+            "galore_target_modules or optim_target_modules is trainable. Name others, or use another optimizer."
         )
     return split
 
 
 def _norm_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that a normalisation layer holds itself: told by its class, so that none is missed."""
+    """Return the names of the parameters of normalisation layers, which are found by their class name."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -203,7 +204,7 @@ def _norm_parameters(model: nn.Module) -> set[str]:
 
 
 def _let_projections_load(cls: type[Optimizer]) -> None:
-    """Their state holds objects of two classes, which ``torch.load`` takes from a checkpoint only if it is told so."""
+    """Allow ``torch.load`` to read the projectors in the optimizer state of GaLore and APOLLO from a checkpoint."""
     import torch
 
     for module, name in PROJECTORS:
@@ -212,7 +213,7 @@ def _let_projections_load(cls: type[Optimizer]) -> None:
 
 
 def _check_each_once(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    # Once at the start: a parameter in no group would silently stay as it is.
+    # Runs once at the start: a parameter in no group would silently not train.
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     wanted = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"

@@ -1,8 +1,8 @@
-"""The one door from a loaded model to one that can be trained, and the table that says what will train."""
+"""Turns a loaded model into one that can be trained, and prints the table of trainable parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError, unknown_name
@@ -19,24 +19,26 @@ if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
 
 
-def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Any = None) -> Any:
-    """Freeze and adapt a model as ``tuner`` says. Call it once, before the trainer is built.
+def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Sequence[Any] | None = None) -> Any:
+    """Freeze and adapt a model according to ``tuner``. Call it once, before the trainer is built.
 
     Args:
-        batches: a list of the collator's batches, for ``init_weights`` lora-ga and eva, which look at data.
+        batches: batches of the collator, for ``init_weights`` lora-ga and eva, which look at data.
 
     Returns:
-        The model itself for ``full``, a PeftModel around it for adapters.
+        The model itself for ``full`` and ``llamapro``, a PeftModel for adapters.
 
     Raises:
-        RecipeError: unknown train type, names that match nothing, nothing left to train, a model prepared before.
+        RecipeError: an unknown train type, names that match nothing, nothing to train, or a model that has an adapter
+            already.
+        CheckpointError: the adapter in ``resume_from_checkpoint`` cannot be loaded.
     """
     if tuner.train_type not in METHODS:
         raise unknown_name("tuner.train_type", tuner.train_type, METHODS)
     if hasattr(model, "peft_config"):
         raise RecipeError(
-            "the model carries an adapter already, so a second one would be trained on top of it. Set model.model to "
-            "the base model and tuner.resume_from_checkpoint to the adapter, or merge it first (qwenvl-ft merge)."
+            "the model has an adapter already, and a second one would train on top of it. Set model.model to the base "
+            "model and tuner.resume_from_checkpoint to the adapter, or merge it first (qwenvl-ft merge)."
         )
     earlier, quantized = Earlier.of(tuner), bool(quantized_modules(model))
     saved = saved_modules(model, tuner) if earlier or quantized else []
@@ -51,15 +53,15 @@ def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Any = None) 
 
 
 def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:
-    """Refuse a model in which not what ``tuner`` says would train: unwrapped, wholly trainable or wholly frozen.
+    """Raise unless exactly the parameters that ``tuner`` selects are trainable.
 
     Raises:
-        RecipeError: what is wrong, and that `prepare_model` mends it.
+        RecipeError: nothing is trainable, the adapter is missing, or other weights are trainable too.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         frozen = frozen_parts(tuner)
-        fix = f"Unfreeze a part ({freeze_flags_of(frozen)})" if frozen else "Freeze less by tuner.freeze_parameters"
+        fix = f"Unfreeze a part ({freeze_flags_of(frozen)})" if frozen else "Freeze less in tuner.freeze_parameters"
         raise RecipeError(
             f"nothing is left to train: tuner.train_type={tuner.train_type} with {', '.join(frozen) or 'all'} frozen. "
             f"{fix} or name modules in tuner.modules_to_save."
@@ -71,22 +73,22 @@ def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:
         if not hasattr(model, "peft_config"):
             raise RecipeError(
                 f"tuner.train_type={tuner.train_type}, but the model has no adapter and all of it would train. "
-                "Call prepare_model(model, recipe.tuner) and hand its result to the trainer."
+                "Call prepare_model(model, recipe.tuner) and pass its result to the trainer."
             )
-        own = (_adapter_prefix(model), ".modules_to_save.", "bias")
-        base = [name for name in trained if not any(mark in name for mark in own)]
+        expected = (_adapter_prefix(model), ".modules_to_save.", "bias")
+        base = [name for name in trained if not any(mark in name for mark in expected)]
         if base:
             raise RecipeError(
                 f"tuner.train_type={tuner.train_type}, but {len(base)} weights of the base model would train too, "
-                f"the first is {base[0]}. Hand the result of prepare_model to the trainer as it is."
+                f"the first is {base[0]}. Pass the result of prepare_model to the trainer unchanged."
             )
 
 
 def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> str:
-    """What trains: for each part the parameters of the base model, those that train, LoRA's among them, and the rate.
+    """Return a table with the parameters, trainable parameters, LoRA parameters and learning rate of each part.
 
     Args:
-        learning_rates: part -> rate; shown where something trains.
+        learning_rates: part -> rate; shown for parts with trainable parameters.
 
     Example:
         ::
@@ -123,12 +125,12 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
     if on_experts:
         lines.append(f"experts: {on_experts:,} of the LoRA weights; tuner.target_parameters=[] leaves them out")
     if out_of_reach:
-        lines.append(f"not reached by LoRA: experts and routers, no Linear layers, {out_of_reach:,} parameters")
+        lines.append(f"not reached by LoRA: experts and routers (not Linear layers), {out_of_reach:,} parameters")
     return "\n".join(lines)
 
 
 def _adapter_prefix(model: Any) -> str:
-    """How peft begins the names of an adapter's own weights (``lora_``); empty without an adapter."""
+    """Return the prefix of the adapter's weights in parameter names (``.lora_``); empty without an adapter."""
     if not hasattr(model, "peft_config"):
         return ""
     from qwenvl_ft.upstream.peft import prefix_of

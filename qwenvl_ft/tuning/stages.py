@@ -1,9 +1,9 @@
-"""An adapter from an earlier run goes on training, beside new layers if the recipe names any: one adapter comes out.
+"""Continues training an adapter of an earlier run, together with new layers if the recipe names any.
 
-``tuner.resume_from_checkpoint`` names its folder. Weights alone are taken from it; optimizer, schedule and data begin
-anew. The result holds the layers of both runs, each with its own rank and scale, and the modules that either trained in
-full, so that peft loads it on the base model without the first. What came along goes on training in the parts that are
-not frozen, and stays as it is in the others; ``tuner.modules_to_save`` train anywhere.
+``tuner.resume_from_checkpoint`` names its folder. Only the weights are read; optimizer, schedule and data start afresh.
+The result is one adapter with the layers of both runs, each with its own rank and scale, and the modules that either
+run trained in full, so peft loads it on the base model without the earlier adapter. The earlier layers go on training
+in unfrozen parts, and are frozen in the others; ``tuner.modules_to_save`` train in any part.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ FREE = {
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "ensure_weight_tying"),
     *("total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
 }
-"""Fields of a peft config that two stages may have otherwise, beside dropout, starts, and LoRA's rank and alpha."""
+"""Fields of a peft config that may differ between two stages, besides dropout, initialisation, LoRA's r and alpha."""
 
 
 SHARING = ("TINYLORA", "VBLORA", "VERA", "RANDLORA")
-"""Types of adapters whose layers share weights, of which one more layer would change the size or the values."""
+"""Adapter types whose layers share weights; another layer would change the size or values of the shared weights."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """An adapter's folder, read as far as its names."""
+    """The adapter of an earlier run: its config and layer names, without the weights."""
 
     folder: Path
     config: Any
+    """peft's config of the adapter."""
     layers: list[str]
     """Full names of the modules that have an adapter."""
 
     @classmethod
     def of(cls, tuner: TunerConfig) -> Earlier | None:
-        """What a recipe goes on from; None if it begins anew.
+        """Read the adapter that a recipe continues; None if it continues none.
 
         Raises:
             CheckpointError: the folder holds no adapter.
-            RecipeError: the recipe's method or start cannot go on from one.
         """
         if not tuner.resume_from_checkpoint:
             return None
         folder = Path(tuner.resume_from_checkpoint).expanduser()
         if not all((folder / name).is_file() for name in FILES):
-            raise CheckpointError(f"{KEY}={folder} {_what_it_is(folder)}")
+            raise CheckpointError(f"{KEY}={folder} {_problem_of(folder)}")
         from peft import PeftConfig
         from safetensors import safe_open
 
@@ -74,7 +74,7 @@ class Earlier:
         try:
             config: Any = PeftConfig.from_pretrained(str(folder))
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}/adapter_config.json is not one of peft's: {error}") from error
+            raise CheckpointError(f"{folder}/adapter_config.json is not a peft config: {error}") from error
         with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
             keys = list(opened.keys())
         mark = f".{prefix_of(config.peft_type)}"
@@ -84,11 +84,11 @@ class Earlier:
         return cls(folder, config, list(dict.fromkeys(name for name in layers if ".base_layer" not in name)))
 
     def widen(self, config: Any, model: nn.Module) -> None:
-        """Let a config of this run cover what the earlier one did too.
+        """Extend the peft config of this run by the targets and modules of the earlier run.
 
         Raises:
-            RecipeError: the two have other methods or settings that an adapter has only one of, or one trains in full
-                what the other adapts.
+            RecipeError: the runs differ in the method or in a setting that an adapter has only one of, or one trains
+                in full what the other adapts.
         """
         self._require_same_method(config)
         ours, theirs = list(config.modules_to_save or []), self.saved(model)
@@ -103,14 +103,14 @@ class Earlier:
             clash = [other for other in theirs if other != name and (inside(other, [name]) or inside(name, [other]))]
             if clash:
                 raise RecipeError(
-                    f"tuner.modules_to_save names {name}, and {self.folder} was trained with {clash[0]} in full. Name "
+                    f"tuner.modules_to_save names {name}, but {self.folder} was trained with {clash[0]} in full. Name "
                     "the same modules."
                 )
         wide = {name for name in new if not inside(name, theirs)} | set(self.layers)
         more = sorted(wide - set(self.layers))
         if more and self.config.peft_type.value in SHARING:
             raise RecipeError(
-                f"{KEY}={self.folder} is an adapter whose layers share weights, and this recipe adds {more[0]}. Adapt "
+                f"{KEY}={self.folder} is an adapter whose layers share weights, but this recipe adds {more[0]}. Adapt "
                 "the same layers, or merge it first (qwenvl-ft merge) and start from the merged model."
             )
         config.target_modules = wide or config.target_modules
@@ -125,29 +125,29 @@ class Earlier:
             self._keep_sizes(config, [*self.layers, *weights])
 
     def load(self, peft_model: Any, tuner: TunerConfig, saved: list[str]) -> None:
-        """Put the weights into a model that was made by a widened config, and freeze those of frozen parts.
+        """Load the weights into a model that was built from a widened config, and freeze those of frozen parts.
 
         Args:
-            saved: full names of ``tuner.modules_to_save``, which train anywhere.
+            saved: full names of ``tuner.modules_to_save``, which train in any part.
 
         Raises:
             CheckpointError: weights that have no place in the model, or another shape.
         """
         base = peft_model.get_base_model()
-        told, given = self.config.base_model_name_or_path, getattr(base, "name_or_path", "")
-        if told and Path(told).absolute() != Path(given).absolute():
-            logger.warning("%s was trained on %s, and goes on with %s", self.folder, told, given)
+        trained_on, current = self.config.base_model_name_or_path, getattr(base, "name_or_path", "")
+        if trained_on and Path(trained_on).absolute() != Path(current).absolute():
+            logger.warning("%s was trained on %s, and continues on %s", self.folder, trained_on, current)
         try:
-            with TemporaryDirectory() as alone:  # AdaLoRA would also take up where its ranks were cut
+            with TemporaryDirectory() as alone:  # without the state of AdaLoRA, which starts pruning afresh
                 for name in FILES:
                     (Path(alone) / name).symlink_to((self.folder / name).resolve())
                 result = peft_model.load_adapter(alone, peft_model.active_adapter, is_trainable=True)
         except (RuntimeError, ValueError, KeyError) as error:
             cause = one_line(error)
-            raise CheckpointError(f"{KEY}={self.folder} does not fit {given}: {cause}") from error
+            raise CheckpointError(f"{KEY}={self.folder} does not fit {current}: {cause}") from error
         if result.unexpected_keys:
             raise CheckpointError(
-                f"{KEY}={self.folder} does not fit {given}, which has no place for {result.unexpected_keys[0]}."
+                f"{KEY}={self.folder} does not fit {current}, which has no place for {result.unexpected_keys[0]}."
             )
         frozen = frozen_parts(tuner)
         for name, parameter in peft_model.named_parameters():
@@ -159,7 +159,7 @@ class Earlier:
                     module.lora_dropout[adapter] = nn.Identity()
 
     def saved(self, model: nn.Module) -> list[str]:
-        """Full names of the modules that were trained in full."""
+        """Return the full names of the modules that the earlier run trained in full."""
         names = []
         for wanted in self.config.modules_to_save or []:
             hits = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{wanted}")]
@@ -171,8 +171,8 @@ class Earlier:
     def _require_same_method(self, config: Any) -> None:
         if config.peft_type != self.config.peft_type:
             raise RecipeError(
-                f"{KEY}={self.folder} is an adapter of type {self.config.peft_type.value}, and this recipe makes one "
-                f"of type {config.peft_type.value}. Set tuner.train_type as it was trained."
+                f"{KEY}={self.folder} is an adapter of type {self.config.peft_type.value}, but this recipe trains one "
+                f"of type {config.peft_type.value}. Set tuner.train_type to the earlier run's."
             )
         free = FREE | ({"r", "lora_alpha"} if config.peft_type.value == "LORA" else set())
         for entry in fields(config):
@@ -182,15 +182,15 @@ class Earlier:
             then, now = getattr(self.config, name), getattr(config, name)
             if then != now:
                 raise RecipeError(
-                    f"{KEY}={self.folder} was trained with {name}={then}, and this recipe says {now}. An adapter has "
-                    "one; set it as it was."
+                    f"{KEY}={self.folder} was trained with {name}={then}, but this recipe sets {now}. An adapter has "
+                    f"only one; use {then}."
                 )
 
     def _keep_sizes(self, config: Any, names: list[str]) -> None:
-        """Patterns that give each earlier layer its own rank and scale, where this run's are others."""
+        """Add patterns that keep each earlier layer's rank and alpha, where this run's differ."""
         for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            own = {name: _size(self.config, field, pattern, name) for name in names}
-            kept = {name: size for name, size in own.items() if size != _size(config, field, pattern, name)}
+            sizes = {name: _size(self.config, field, pattern, name) for name in names}
+            kept = {name: size for name, size in sizes.items() if size != _size(config, field, pattern, name)}
             setattr(config, pattern, kept | getattr(config, pattern))
 
 
@@ -202,10 +202,10 @@ def _size(config: Any, field: str, pattern: str, name: str) -> Any:
     return patterns[key] if key in patterns else getattr(config, field)
 
 
-def _what_it_is(folder: Path) -> str:
-    """The end of an error about a folder without an adapter."""
+def _problem_of(folder: Path) -> str:
+    """Return the end of an error about a folder without an adapter."""
     if not folder.is_dir():
-        return "does not exist. Give the folder of an adapter, as output/stage_1."
+        return "does not exist. Set it to the folder of an adapter, such as output/stage_1."
     if (folder / "config.json").is_file():
         return f"is a whole model. Set model.model={folder} instead."
     inner = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=lambda path: path.stat().st_mtime)

@@ -200,7 +200,7 @@ def test_weights_that_a_projection_names_and_none_trains_are_an_error(checkpoint
     model.requires_grad_(False)
     model.model.visual.merger.requires_grad_(True)
     cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, "galore_adamw"), model)
-    with pytest.raises(RecipeError, match="none of those that it is told to"):
+    with pytest.raises(RecipeError, match="none of those named in"):
         build_optimizer(cls, options, param_groups(model, learning_rate=1e-3), model)
 
 

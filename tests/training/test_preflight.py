@@ -160,7 +160,7 @@ REFUSED = {
     ),
     "a weight to freeze that is none": (
         ["tuner.train_type=full", "tuner.freeze_parameters=[model.layers.9]"],
-        "tuner.freeze_parameters names 'model.layers.9', with which no weight's name begins.",
+        "tuner.freeze_parameters names 'model.layers.9', but no weight's name begins with it.",
     ),
     "the wrong family": (["model.model_type=qwen2_vl"], "model.model_type=qwen2_vl, but config.json of "),
     "rows beyond the model's positions": (

@@ -29,7 +29,7 @@ TARGETS = ["q_proj", "linear_fc1"]
 
 
 @pytest.fixture
-def told(tuner):
+def settings(tuner):
     return tuner(**SCHEDULE, target_modules=TARGETS)
 
 
@@ -53,10 +53,10 @@ def ranks(model):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_run_is_pefts_own_loop(fresh, told, encoder, tiny_dir, tmp_path, accumulation):
+def test_a_run_is_pefts_own_loop(fresh, settings, encoder, tiny_dir, tmp_path, accumulation):
     """Two samples a step, at once or in two passes: cuts follow the optimizer's steps, and the loss has the penalty."""
     torch.manual_seed(0)
-    model = prepare_model(fresh(), told)
+    model = prepare_model(fresh(), settings)
     reference_base = fresh()
     torch.manual_seed(0)
     config = AdaLoraConfig(
@@ -68,7 +68,7 @@ def test_a_run_is_pefts_own_loop(fresh, told, encoder, tiny_dir, tmp_path, accum
         total_step=6,
         lora_alpha=32,
         orth_reg_weight=0.5,
-        target_modules=adapter_targets(fresh(), told),
+        target_modules=adapter_targets(fresh(), settings),
         task_type="CAUSAL_LM",
     )
     reference = get_peft_model(reference_base, config)
@@ -112,8 +112,10 @@ def test_a_run_is_pefts_own_loop(fresh, told, encoder, tiny_dir, tmp_path, accum
     assert ranks(model) == ranks(reference)
 
 
-def test_ranks_end_at_the_target_and_plain_peft_opens_what_is_saved(fresh, told, encoder, tiny_dir, logits, tmp_path):
-    model = prepare_model(fresh(), told)
+def test_ranks_end_at_the_target_and_plain_peft_opens_what_is_saved(
+    fresh, settings, encoder, tiny_dir, logits, tmp_path
+):
+    model = prepare_model(fresh(), settings)
     trainer_of(model, tmp_path / "run", encoder, tiny_dir).train()
     found = ranks(model)
     assert sum(found.values()) == 2 * len(found)
@@ -122,16 +124,16 @@ def test_ranks_end_at_the_target_and_plain_peft_opens_what_is_saved(fresh, told,
     model.save_pretrained(tmp_path / "saved")
     state = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     assert sum(value.shape[0] for key, value in state.items() if "lora_A" in key) == sum(found.values())
-    told = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
-    assert told["total_step"] == 6
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["total_step"] == 6
     again = PeftModel.from_pretrained(fresh(), tmp_path / "saved")
     torch.testing.assert_close(logits(again), trained)
     torch.testing.assert_close(logits(again.merge_and_unload()), trained, rtol=1e-4, atol=1e-5)
 
 
-def test_a_checkpoint_between_two_cuts_holds_what_has_grown_since(fresh, told, train, logits, tmp_path):
+def test_a_checkpoint_between_two_cuts_holds_what_has_grown_since(fresh, settings, train, logits, tmp_path):
     """peft's own save leaves out the ranks of the last cut, although the optimizer has moved them from zero again."""
-    model = prepare_model(fresh(), told)
+    model = prepare_model(fresh(), settings)
     model.begin(10)
     train(model)
     model.after_step(2)
@@ -142,20 +144,20 @@ def test_a_checkpoint_between_two_cuts_holds_what_has_grown_since(fresh, told, t
     torch.testing.assert_close(logits(PeftModel.from_pretrained(fresh(), tmp_path)), trained)
 
 
-def test_a_resumed_run_cuts_as_the_whole_one(fresh, told, encoder, tiny_dir, tmp_path):
-    whole = prepare_model(fresh(), told)
+def test_a_resumed_run_cuts_as_the_whole_one(fresh, settings, encoder, tiny_dir, tmp_path):
+    whole = prepare_model(fresh(), settings)
     start = {name: value.detach().clone() for name, value in whole.named_parameters()}
     trainer_of(whole, tmp_path / "run", encoder, tiny_dir, save_steps=3).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     assert (checkpoint / STATE).is_file()
     torch.manual_seed(5)
-    other = prepare_model(fresh(), told)
+    other = prepare_model(fresh(), settings)
     trainer_of(other, tmp_path / "run", encoder, tiny_dir, save_steps=3).train(resume_from_checkpoint=str(checkpoint))
     found = dict(other.named_parameters())
     assert all(torch.equal(found[name], value) for name, value in whole.named_parameters())
     assert any(not torch.equal(start[name], value) for name, value in whole.named_parameters()), "vacuous"
     (checkpoint / STATE).unlink()
-    best = prepare_model(fresh(), told)
+    best = prepare_model(fresh(), settings)
     best.load_adapter(checkpoint, "default")  # what load_best_model_at_end does, here without the state
     opened = PeftModel.from_pretrained(load_model(tiny_dir, torch_dtype="float32", attn_impl="sdpa"), checkpoint)
     sample = split_labels(next(iter(trainer_of(best, tmp_path / "x", encoder, tiny_dir).get_train_dataloader())))
@@ -194,5 +196,5 @@ def test_schedules_without_room_for_cuts_are_refused(fresh, tuner, encoder, tiny
     )
     with pytest.raises(RecipeError, match=r"adalora_tinit=4 .*adalora_tfinal=2 .* run's 6 .*counts from the end"):
         trainer_of(model, tmp_path, encoder, tiny_dir).train()
-    with pytest.raises(RecipeError, match=r"adalora has no layer to act on"):
+    with pytest.raises(RecipeError, match=r"adalora has no layer to adapt"):
         prepare_model(fresh(), tuner(train_type="adalora", target_regex="^$", modules_to_save=["model.visual.merger"]))

@@ -102,7 +102,7 @@ def test_targets_are_honoured(fresh, tuner, targets, expected):
         ({"adapter_act": "gelo"}, r"unknown tuner\.adapter_act 'gelo'\. Did you mean 'gelu'"),
         ({"target_modules": ["q_proj"]}, r"'q_proj' matches no MLP that a bottleneck could follow.*Known: mlp, model"),
         ({"target_regex": "^$"}, r"'\^\$' matches no MLP"),
-        ({"target_regex": "("}, r"no regular expression"),
+        ({"target_regex": "("}, r"not a regular expression"),
         (
             {"target_regex": ALIGNER, **ONLY["llm"]},
             r"MLPs of merger, which the recipe freezes.*tuner\.freeze_aligner=false",

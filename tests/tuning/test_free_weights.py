@@ -155,26 +155,26 @@ def test_training_moves_what_is_free_and_no_other_bit(fresh, train, kind):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "words"),
     [
         (
             {"freeze_parameters": ["model.layers.9"]},
-            r"freeze_parameters names 'model.layers.9', with which no .*Known: ",
+            r"freeze_parameters names 'model.layers.9', but no .*Known: ",
         ),
-        ({"freeze_parameters": ["embed_token"]}, r"names 'embed_token', with which no weight's name begins"),
+        ({"freeze_parameters": ["embed_token"]}, r"names 'embed_token', but no weight's name begins"),
         ({"trainable_parameters": ["model.nrom"]}, r"trainable_parameters names .* Did you mean 'model.norm'"),
         (
             {"freeze_parameters_regex": "layers.[6-9]"},
-            r"freeze_parameters_regex='layers.\[6-9\]' is found in no weight",
+            r"freeze_parameters_regex='layers.\[6-9\]' matches no weight",
         ),
         ({"trainable_parameters_regex": "("}, r"trainable_parameters_regex='\(' is not a regular expression"),
-        ({"unfreeze_topk_llm": 1}, r"unfreeze_topk_llm=1 is read with tuner.freeze_llm=true"),
+        ({"unfreeze_topk_llm": 1}, r"unfreeze_topk_llm=1 needs tuner.freeze_llm=true"),
         ({"freeze_vit": True, "unfreeze_topk_vit": 9}, r"unfreeze_topk_vit=9, but model.visual.blocks has 4 layers"),
-        ({"freeze_parameters_ratio": 1.0}, r"nothing is left to train: .* all frozen. Freeze less by"),
+        ({"freeze_parameters_ratio": 1.0}, r"nothing is left to train: .* all frozen. Freeze less in"),
     ],
 )
-def test_names_that_mean_nothing_are_one_line(fresh, settings, told):
-    with pytest.raises(RecipeError, match=told) as caught:
+def test_names_that_mean_nothing_are_one_line(fresh, settings, words):
+    with pytest.raises(RecipeError, match=words) as caught:
         prepare_model(fresh(), full(**settings))
     assert "\n" not in str(caught.value)
 

@@ -35,8 +35,8 @@ def test_groups_begin_with_the_sample(length, plain, shifted):
 
 
 @pytest.mark.parametrize("lengths", [[16], [10, 16, 3, 4, 5], [1, 1, 30]])
-@pytest.mark.parametrize("told_by", ["positions", "cu_seqlens"])
-def test_attention_is_softmax_under_the_mask_of_the_paper(lengths, told_by):
+@pytest.mark.parametrize("source", ["positions", "cu_seqlens"])
+def test_attention_is_softmax_under_the_mask_of_the_paper(lengths, source):
     """One query at a time, over the keys that its half of the heads may see, written out as sets of tokens."""
     heads, kv_heads, size, group = 4, 2, 8, 4
     tokens = sum(lengths)
@@ -59,7 +59,7 @@ def test_attention_is_softmax_under_the_mask_of_the_paper(lengths, told_by):
         "positions": {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None]},
         "cu_seqlens": {"cu_seq_lens_q": torch.tensor([*starts, tokens], dtype=torch.int32)},
     }
-    call = {"group_size": group, "scaling": size**-0.5, "dropout": 0.0} | borders[told_by]
+    call = {"group_size": group, "scaling": size**-0.5, "dropout": 0.0} | borders[source]
     found, _ = shifted_attention(module.train(), query, key, value, None, **call)
     torch.testing.assert_close(found, expected)
     full, _ = shifted_attention(module.eval(), query, key, value, None, **call)

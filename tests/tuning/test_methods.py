@@ -15,13 +15,13 @@ AGAIN = [("init_weights: pissa", "dense"), ("adalora", "dense"), ("lora, router 
 def documented():
     lines = [line for line in GUIDE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     start = next(i for i, line in enumerate(lines) if line.startswith("| method | start |"))
-    told = {}
+    rows = {}
     for line in lines[start + 2 :]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) != len(COLUMNS) + 1:
             break
-        told[cells[0]] = dict(zip(COLUMNS, cells[1:], strict=True))
-    return told
+        rows[cells[0]] = dict(zip(COLUMNS, cells[1:], strict=True))
+    return rows
 
 
 DECAYS = [name for name, case in CASES.items() if METHODS[case.tuner.get("train_type", "full")].adapter]
@@ -55,16 +55,16 @@ def test_a_scale_that_decayed_would_not(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), AGAIN)
 def test_a_method_keeps_what_the_table_says(name, kind):
-    told = documented()[name]
+    row = documented()[name]
     for column, found in tried(name, kind).items():
-        dense, _, moe = told[column].partition(" / ")
+        dense, _, moe = row[column].partition(" / ")
         expected = {"dense": dense, "moe": moe or dense}[kind]
         assert found == (expected if (kind, column) != ("dense", "experts") else "none"), column
 
 
 def test_the_table_has_a_row_for_every_method_and_no_other():
-    told = documented()
-    assert list(told) == list(CASES)
+    rows = documented()
+    assert list(rows) == list(CASES)
     types = {case.tuner["train_type"] if "train_type" in case.tuner else "lora" for case in CASES.values()}
     assert types == set(METHODS)
 
@@ -90,11 +90,11 @@ def test_cells_of_both_architectures_are_joined():
 
 def test_the_table_takes_the_place_of_the_last_one():
     document = GUIDE.read_text(encoding="utf-8")
-    told = written(document, table(["| a | yes |"]))
-    assert "| a | yes |" in told
-    assert "| lora |" not in told
-    assert written(told, table([])).count("\n") == told.count("\n") - 1
-    assert told.split(methods_table.END)[1] == document.split(methods_table.END)[1] != ""
+    page = written(document, table(["| a | yes |"]))
+    assert "| a | yes |" in page
+    assert "| lora |" not in page
+    assert written(page, table([])).count("\n") == page.count("\n") - 1
+    assert page.split(methods_table.END)[1] == document.split(methods_table.END)[1] != ""
 
 
 def test_a_weight_that_moves_and_should_not_is_seen():

@@ -212,7 +212,9 @@ def test_lora_plus_multiplies_each_part_s_own_rate(fresh, tuner):
 
 
 def test_lora_plus_without_lora_is_an_error(fresh):
-    with pytest.raises(RecipeError, match=r"lorap_lr_ratio is for LoRA's B matrices, and the model has none"):
+    with pytest.raises(
+        RecipeError, match=r"lorap_lr_ratio applies to LoRA's B matrices, but the model has no trainable"
+    ):
         param_groups(fresh(), learning_rate=1e-4, lora_plus=16.0)
 
 
@@ -248,7 +250,7 @@ def test_under_every_schedule_each_group_keeps_its_share(kind):
 @pytest.mark.parametrize("options", [{}, {"num_cycles": 1.5}])
 def test_options_of_a_schedule_with_a_floor_reach_it(kind, options):
     ours, theirs = optimizer_with(1e-4), optimizer_with(1e-4)
-    told = {"min_lr": 1e-6} | options
-    expected = course(theirs, get_scheduler(kind, theirs, 3, 20, scheduler_specific_kwargs=told), 20)
-    found = course(ours, schedule_with_floor(kind, ours, warmup_steps=3, total_steps=20, **told), 20)
+    settings = {"min_lr": 1e-6} | options
+    expected = course(theirs, get_scheduler(kind, theirs, 3, 20, scheduler_specific_kwargs=settings), 20)
+    found = course(ours, schedule_with_floor(kind, ours, warmup_steps=3, total_steps=20, **settings), 20)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-9, atol=0)

@@ -212,5 +212,5 @@ def test_generation_runs_with_and_without_a_cache(prepared, batch, name):
 def test_every_own_method_is_tried():
     from qwenvl_ft.tuning.methods import METHODS as KNOWN
 
-    assert {told["train_type"] for told in METHODS.values()} == {"adapter", "reft", "llamapro", "longlora"}
-    assert {told["train_type"] for told in METHODS.values()} <= set(KNOWN)
+    assert {settings["train_type"] for settings in METHODS.values()} == {"adapter", "reft", "llamapro", "longlora"}
+    assert {settings["train_type"] for settings in METHODS.values()} <= set(KNOWN)

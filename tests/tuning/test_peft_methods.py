@@ -57,8 +57,8 @@ WRITTEN = {
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_our_keys_are_in_the_saved_config(fresh, tuner, tmp_path, name):
-    told, expected = WRITTEN[name]
-    model = prepare_model(fresh(), tuner(train_type=name, target_modules=["q_proj"], **told))
+    settings, expected = WRITTEN[name]
+    model = prepare_model(fresh(), tuner(train_type=name, target_modules=["q_proj"], **settings))
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {key: written[key] for key in expected} == expected
@@ -73,22 +73,22 @@ def test_vera_shares_matrices_as_large_as_the_largest_layer(fresh, tuner):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "words"),
     [
         ({"train_type": "boft", "boft_block_size": 5}, r"\d+ wide, which tuner.boft_block_size=5 does not divide"),
         ({"train_type": "boft", "boft_block_num": 7}, r"tuner.boft_block_num=7 does not divide"),
-        ({"train_type": "boft", "boft_block_num": 7, "boft_block_size": 8}, r"both cut a layer"),
+        ({"train_type": "boft", "boft_block_num": 7, "boft_block_size": 8}, r"both set the blocks"),
         ({"train_type": "boft", "boft_block_size": 0}, r"boft_block_size=0 needs tuner.boft_block_num"),
         ({"train_type": "fourierft", "fourier_n_frequency": 10**6}, r"frequencies, fewer than tuner.fourier_n_freq"),
         ({"train_type": "bone", "bone_rank": 7, "bone_init": "bat"}, r"tuner.bone_rank=7 does not divide"),
         ({"train_type": "oft", "peft_options": {"oft_blocksize": 8}}, r"no such field. Did you mean 'oft_block_size'"),
         ({"train_type": "oft", "peft_options": {"target_modules": ["x"]}}, r"peft_options.target_modules: .*no such"),
         ({"train_type": "c3a", "peft_options": {"block_size": 48}}, r"tuner.train_type=c3a does not fit the model"),
-        ({"train_type": "hira", "target_regex": "^$", "modules_to_save": ["visual.merger"]}, r"has no layer to act on"),
+        ({"train_type": "hira", "target_regex": "^$", "modules_to_save": ["visual.merger"]}, r"has no layer to adapt"),
     ],
 )
-def test_what_does_not_fit_is_one_line(fresh, tuner, settings, told):
-    with pytest.raises(RecipeError, match=told) as caught:
+def test_what_does_not_fit_is_one_line(fresh, tuner, settings, words):
+    with pytest.raises(RecipeError, match=words) as caught:
         prepare_model(fresh(), tuner(**settings))
     assert "\n" not in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_every_train_type_has_functions_and_keys_that_exist(name):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "words"),
     [
         (["tuner.train_type=vera", "tuner.lora_rank=4"], r"lora_rank=4 is not read by tuner.train_type=vera"),
         (["tuner.vera_rank=4"], r"vera_rank=4 is not read by tuner.train_type=lora.*train_type=vera"),
@@ -124,21 +124,35 @@ def test_every_train_type_has_functions_and_keys_that_exist(name):
         (["tuner.adalora_beta1=1"], r"adalora_beta1: 1 must be above 0 and below 1"),
     ],
 )
-def test_a_key_that_nothing_reads_is_an_error(overrides, told):
-    with pytest.raises(RecipeError, match=told):
+def test_a_key_that_nothing_reads_is_an_error(overrides, words):
+    with pytest.raises(RecipeError, match=words):
         load_recipe(None, overrides)
 
 
 def test_defaults_are_the_guides():
-    told = load_recipe(None, []).tuner
-    assert (told.adalora_target_r, told.adalora_init_r, told.adalora_deltaT) == (8, 12, 1)
-    assert (told.adalora_tinit, told.adalora_tfinal, told.adalora_orth_reg_weight) == (0, 0, 0.5)
-    assert (told.adalora_beta1, told.adalora_beta2) == (0.85, 0.85)
-    assert (told.boft_block_size, told.boft_block_num, told.boft_n_butterfly_factor) == (4, 0, 1)
-    assert (told.vera_rank, told.vera_dropout, told.vera_d_initial, told.boft_dropout) == (256, 0.0, 0.1, 0.0)
-    assert (told.lora_ga_batch_size, told.lora_ga_iters, told.lora_ga_max_length) == (2, 2, 1024)
-    assert (told.lora_ga_direction, told.lora_ga_scale, told.lora_ga_stable_gamma) == ("ArB2r", "stable", 16)
-    assert (told.lora_rank, told.lora_alpha, told.lora_dropout, told.init_weights) == (8, 32, 0.05, True)
+    defaults = load_recipe(None, []).tuner
+    assert (defaults.adalora_target_r, defaults.adalora_init_r, defaults.adalora_deltaT) == (8, 12, 1)
+    assert (defaults.adalora_tinit, defaults.adalora_tfinal, defaults.adalora_orth_reg_weight) == (0, 0, 0.5)
+    assert (defaults.adalora_beta1, defaults.adalora_beta2) == (0.85, 0.85)
+    assert (defaults.boft_block_size, defaults.boft_block_num, defaults.boft_n_butterfly_factor) == (4, 0, 1)
+    assert (defaults.vera_rank, defaults.vera_dropout, defaults.vera_d_initial, defaults.boft_dropout) == (
+        256,
+        0.0,
+        0.1,
+        0.0,
+    )
+    assert (defaults.lora_ga_batch_size, defaults.lora_ga_iters, defaults.lora_ga_max_length) == (2, 2, 1024)
+    assert (defaults.lora_ga_direction, defaults.lora_ga_scale, defaults.lora_ga_stable_gamma) == (
+        "ArB2r",
+        "stable",
+        16,
+    )
+    assert (defaults.lora_rank, defaults.lora_alpha, defaults.lora_dropout, defaults.init_weights) == (
+        8,
+        32,
+        0.05,
+        True,
+    )
 
 
 def test_places_of_sparse_weights_that_peft_keeps_beside_the_state_are_no_strange_keys(

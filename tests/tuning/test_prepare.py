@@ -101,7 +101,7 @@ def test_a_layer_that_shares_its_weight_is_not_copied(fresh, tuner):
 def test_dora_without_a_target_is_said(fresh, tuner, caplog):
     with caplog.at_level(logging.WARNING):
         prepare_model(fresh(), tuner(use_dora=True, **RECIPES["aligner in full, no adapter"]))
-    assert "use_dora has nothing to act on" in caplog.text
+    assert "use_dora has no effect" in caplog.text
 
 
 def test_checkpointed_activations_give_every_adapter_the_same_gradient(fresh, tuner, loss):
@@ -142,7 +142,7 @@ def test_a_recipe_that_trains_nothing_is_one_line(fresh, tuner, settings, words)
 
 def test_preparing_twice_is_refused(fresh, tuner):
     model = prepare_model(fresh(), tuner())
-    with pytest.raises(RecipeError, match=r"carries an adapter already.*model\.model"):
+    with pytest.raises(RecipeError, match=r"has an adapter already.*model\.model"):
         prepare_model(model, tuner())
 
 
@@ -191,7 +191,7 @@ def test_the_table_says_that_an_adapter_does_not_reach_experts(fresh, tuner):
     model = fresh("moe")
     experts = sum(v.numel() for n, v in model.named_parameters() if "experts" in n or n.endswith("mlp.gate.weight"))
     assert experts > 0
-    assert f"not reached by LoRA: experts and routers, no Linear layers, {experts:,} parameters" in trainable_table(
+    assert f"not reached by LoRA: experts and routers (not Linear layers), {experts:,} parameters" in trainable_table(
         prepare_model(model, tuner(target_parameters=[])), rates
     )
     routers = sum(v.numel() for n, v in fresh("moe").named_parameters() if n.endswith("mlp.gate.weight"))

@@ -119,10 +119,10 @@ def test_experts_of_the_first_stage_go_along_into_one_without_any(staged, fresh,
 
 @pytest.mark.parametrize("name", ["vera", "tinylora", "randlora"])
 def test_adapters_with_shared_weights_take_no_more_layers(fresh, tuner, tmp_path, name):
-    told = {"train_type": name, "freeze_vit": True, "freeze_aligner": True}
-    prepare_model(fresh(), tuner(**told, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    more = tuner(**told, target_modules=["q_proj", "up_proj"], resume_from_checkpoint=str(tmp_path))
-    with pytest.raises(RecipeError, match=r"whose layers share weights, and this recipe adds .*up_proj\."):
+    settings = {"train_type": name, "freeze_vit": True, "freeze_aligner": True}
+    prepare_model(fresh(), tuner(**settings, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    more = tuner(**settings, target_modules=["q_proj", "up_proj"], resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(RecipeError, match=r"whose layers share weights, but this recipe adds .*up_proj\."):
         prepare_model(fresh(), more)
 
 
@@ -161,18 +161,18 @@ def test_what_came_along_into_a_frozen_part_stays_bit_for_bit(staged, train, tmp
 
 def test_what_travels_frozen_has_no_dropout(fresh, tuner, tmp_path):
     prepare_model(fresh(), tuner(**ALIGNER)).save_pretrained(tmp_path)
-    told = WIDER | {"freeze_aligner": True, "lora_dropout": 0.5, "resume_from_checkpoint": str(tmp_path)}
+    settings = WIDER | {"freeze_aligner": True, "lora_dropout": 0.5, "resume_from_checkpoint": str(tmp_path)}
     found = {
         (".visual." in name, type(module.lora_dropout["default"]).__name__)
-        for name, module in prepare_model(fresh(), tuner(**told)).named_modules()
+        for name, module in prepare_model(fresh(), tuner(**settings)).named_modules()
         if hasattr(module, "lora_dropout")
     }
     assert found == {(True, "Identity"), (False, "Dropout")}
 
 
 def test_modules_named_again_train_in_a_frozen_part(staged):
-    told = WIDER | {"freeze_aligner": True, "modules_to_save": MERGERS[:1]}
-    _, _, model = staged(FIRST["full mergers"], told)
+    second = WIDER | {"freeze_aligner": True, "modules_to_save": MERGERS[:1]}
+    _, _, model = staged(FIRST["full mergers"], second)
     copies = {name: value.requires_grad for name, value in model.named_parameters() if ".modules_to_save." in name}
     assert {name for name, trains in copies.items() if trains} == {name for name in copies if ".visual.merger." in name}
     assert not all(copies.values())
@@ -183,8 +183,8 @@ def test_modules_named_again_train_in_a_frozen_part(staged):
 def test_every_adapter_can_be_gone_on_with(staged, train, logits, fresh, tmp_path, name, kind):
     from qwenvl_ft.model.load import load_model
 
-    told = {"train_type": name, **AGAIN[name]}
-    _, first, model = staged(told, told, kind)
+    settings = {"train_type": name, **AGAIN[name]}
+    _, first, model = staged(settings, settings, kind)
     torch.testing.assert_close(logits(model), first, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(fresh(kind)), first, atol=1e-4), "vacuous: the first stage changes nothing"
     trained = logits(train(model))
@@ -198,8 +198,8 @@ def test_experts_of_the_first_stage_come_along(staged, logits, train, fresh, tmp
     first = {"freeze_vit": True, "freeze_aligner": True, "lora_rank": 2, "target_modules": ["q_proj"]}
     first["target_parameters"] = ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
     second = {"freeze_vit": True, "lora_rank": 4, "target_modules": ["v_proj"], "target_parameters": []}
-    _, told, model = staged(first, second, "moe")
-    torch.testing.assert_close(logits(model), told, rtol=1e-5, atol=1e-5)
+    _, expected, model = staged(first, second, "moe")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     trained = logits(train(model))
     model.save_pretrained(tmp_path / "stage_2")
     torch.testing.assert_close(
@@ -222,13 +222,13 @@ def test_an_adapter_made_by_peft_alone_is_gone_on_with(fresh, tuner, train, logi
 
 
 def test_two_adapters_that_cannot_be_one_are_refused(fresh, tuner, tmp_path):
-    def refused(error, match, kind="dense", **told):
+    def refused(error, match, kind="dense", **changes):
         with pytest.raises(error, match=match):
-            prepare_model(fresh(kind), tuner(**(WIDER | told), resume_from_checkpoint=str(tmp_path / "a")))
+            prepare_model(fresh(kind), tuner(**(WIDER | changes), resume_from_checkpoint=str(tmp_path / "a")))
 
     prepare_model(fresh(), tuner(**ALIGNER)).save_pretrained(tmp_path / "a")
-    refused(RecipeError, "of type LORA, and this recipe makes one of type VERA", train_type="vera")
-    refused(RecipeError, "trained with use_dora=False, and this recipe says True", use_dora=True)
+    refused(RecipeError, "of type LORA, but this recipe trains one of type VERA", train_type="vera")
+    refused(RecipeError, "trained with use_dora=False, but this recipe sets True", use_dora=True)
     refused(RecipeError, "merger.* in full, but .* has an adapter for it", modules_to_save=MERGERS)
     shutil.rmtree(tmp_path / "a")
     prepare_model(fresh(), tuner(**FIRST["one full merger"])).save_pretrained(tmp_path / "a")
@@ -237,7 +237,7 @@ def test_two_adapters_that_cannot_be_one_are_refused(fresh, tuner, tmp_path):
     refused(CheckpointError, "has no place for .*up_proj", kind="moe")
 
 
-def test_a_folder_that_is_no_adapter_is_told_as_what_it_is(tiny_dir, tmp_path, fresh, tuner):
+def test_an_error_says_what_a_folder_without_an_adapter_is(tiny_dir, tmp_path, fresh, tuner):
     def refused(folder, match):
         with pytest.raises(CheckpointError, match=match):
             prepare_model(fresh(), tuner(resume_from_checkpoint=str(folder)))

@@ -105,7 +105,7 @@ def test_the_empty_regex_asks_for_no_adapter(deep, tuner):
         ({"target_modules": ["qkv"], "freeze_vit": True}, r"only modules of vision.*Set tuner\.freeze_vit=false"),
         (
             {"target_modules": ["merger.linear_fc1"], "modules_to_save": ["model.visual.merger"]},
-            r"modules_to_save trains in full already",
+            r"modules_to_save trains in full",
         ),
         ({"target_regex": "q_proj"}, r"matches no Linear module. It must match a whole name, such as model\."),
         ({"target_regex": "(", "freeze_vit": True}, r"is not a regular expression"),

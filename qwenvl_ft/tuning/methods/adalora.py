@@ -1,9 +1,9 @@
-"""AdaLoRA (Zhang and others 2023, arXiv 2303.10512), by peft: ranks are cut while training, where they matter least.
+"""AdaLoRA (Zhang and others 2023, arXiv 2303.10512), by peft: prunes the least important ranks during training.
 
-peft leaves three things to the loop, which `AdaLoraPeftModel` does when the trainer asks: it learns the run's length,
-adds the orthogonality term to the loss, and cuts ranks after each optimizer step. A checkpoint holds the ranks that are
-not zero, as peft's own do, and beside them ``adalora_state.safetensors`` with all rows and the importance so far, so
-that a resumed run cuts as the uninterrupted one does.
+peft leaves three steps to the training loop. `AdaLoraPeftModel` does them when the trainer calls it: set the length of
+the run, add the orthogonality term to the loss, and prune ranks after each optimizer step. A checkpoint holds the ranks
+that are not zero, as peft's own checkpoints do, and ``adalora_state.safetensors`` with all rows and the importance
+scores so far, so that a resumed run prunes as an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ STATE = "adalora_state.safetensors"
 
 
 def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
-    """Wrap the model in a PeftModel whose layers start with ``adalora_init_r`` ranks.
+    """Wrap the model in a PeftModel whose layers start with rank ``adalora_init_r``.
 
     Raises:
-        RecipeError: the final rank is not below the first, or no layer is there to adapt.
+        RecipeError: the target rank is not below the initial one, or there is no layer to adapt.
     """
     from peft import AdaLoraConfig
 
@@ -37,12 +37,12 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     if tuner.adalora_target_r >= tuner.adalora_init_r:
         raise RecipeError(
             f"tuner.adalora_target_r={tuner.adalora_target_r} is not below tuner.adalora_init_r="
-            f"{tuner.adalora_init_r}, so no rank could be cut. Raise the second, or use tuner.train_type=lora."
+            f"{tuner.adalora_init_r}, so no rank could be pruned. Raise the second, or use tuner.train_type=lora."
         )
     require_whole_weights(model, "train_type=adalora")
-    where = place(model, tuner)
-    if not isinstance(where["target_modules"], list):
-        raise RecipeError("tuner.train_type=adalora has no layer to act on. Use tuner.train_type=lora, or full.")
+    targets = place(model, tuner)
+    if not isinstance(targets["target_modules"], list):
+        raise RecipeError("tuner.train_type=adalora has no layer to adapt. Use tuner.train_type=lora, or full.")
     config = AdaLoraConfig(
         target_r=tuner.adalora_target_r,
         init_r=tuner.adalora_init_r,
@@ -52,12 +52,12 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
         beta1=tuner.adalora_beta1,
         beta2=tuner.adalora_beta2,
         orth_reg_weight=tuner.adalora_orth_reg_weight,
-        total_step=tuner.adalora_tinit + tuner.adalora_tfinal + 1,  # `begin` says the real one
+        total_step=tuner.adalora_tinit + tuner.adalora_tfinal + 1,  # `begin` sets the real one
         lora_alpha=tuner.lora_alpha,
         lora_dropout=tuner.lora_dropout,
         bias=tuner.lora_bias,
         task_type="CAUSAL_LM",
-        **where,
+        **targets,
     )
     wrapped: Any = wrap(model, config, tuner, AdaLoraPeftModel)
     count_trained_ranks(wrapped)
@@ -65,7 +65,7 @@ def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
 
 
 class AdaLoraPeftModel(TrainedPeftModel):
-    """Cuts ranks while it trains; see the module."""
+    """A PeftModel that prunes ranks during training; see the module's docstring."""
 
     @property
     def _config(self) -> Any:
@@ -76,15 +76,17 @@ class AdaLoraPeftModel(TrainedPeftModel):
         if config.tinit + config.tfinal >= total_steps:
             raise RecipeError(
                 f"tuner.adalora_tinit={config.tinit} steps before and tuner.adalora_tfinal={config.tfinal} steps after "
-                f"the cuts leave none of the run's {total_steps} for them. Lower them: adalora_tfinal counts from the "
-                "end of the run."
+                f"pruning leave none of the run's {total_steps} steps to prune in. Lower them: adalora_tfinal counts "
+                "from the end of the run."
             )
         config.total_step = total_steps
         count_trained_ranks(self)
 
     def penalty(self) -> Tensor | None:
-        """``orth_reg_weight`` times the mean distance of the A and B from orthonormal ones, in float32 (source: the
-        paper's equation 4; peft adds it only to a loss that the model itself computes)."""
+        """Return ``orth_reg_weight`` times the mean distance of the A and B from orthonormality, in float32.
+
+        Source: equation 4 of the paper. peft adds it only to a loss that the model itself computes.
+        """
         distances = []
         for name, value in self.named_parameters():
             if value.requires_grad and (".lora_A." in name or ".lora_B." in name):
@@ -99,10 +101,10 @@ class AdaLoraPeftModel(TrainedPeftModel):
         tuner.update_and_allocate(step)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in peft, with the ranks that are in use now; peft would leave out what has grown since the last cut."""
+        """Save as peft does, but with the ranks in use now: peft would drop those that grew since the last pruning."""
         config, kept = self._config, self._config.rank_pattern
-        named = self._adapter_weights()
-        used = {_short(name): (value != 0).flatten().tolist() for name, value in named if ".lora_E." in name}
+        weights = self._adapter_weights()
+        used = {_short(name): (value != 0).flatten().tolist() for name, value in weights if ".lora_E." in name}
         config.rank_pattern = used
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -113,8 +115,8 @@ class AdaLoraPeftModel(TrainedPeftModel):
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in self._adapter_weights()}
-        for kind, kept in memory_of(self).items():
-            tensors |= {f"{kind}/{name}": value for name, value in kept.items()}
+        for kind, scores in memory_of(self).items():
+            tensors |= {f"{kind}/{name}": value for name, value in scores.items()}
         for name, mask in (self._config.rank_pattern or {}).items():
             tensors[f"rank_pattern/{name}"] = torch.tensor(mask)
         save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, folder / STATE)
@@ -142,8 +144,7 @@ class AdaLoraPeftModel(TrainedPeftModel):
                 elif kind == "rank_pattern":
                     pattern[name] = value.tolist()
                 else:
-                    place_of = weights[f"base_model.model.{name}"].device
-                    memory[kind][name] = value.to(place_of)
+                    memory[kind][name] = value.to(weights[f"base_model.model.{name}"].device)
         self._config.rank_pattern = pattern or None
         return result
 
@@ -151,7 +152,7 @@ class AdaLoraPeftModel(TrainedPeftModel):
         return [(name, value) for name, value in self.named_parameters() if ".lora_" in name]
 
     def _padded(self, saved: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-        """A saved adapter with rows of zeros where ranks were left out: the same function."""
+        """Return the weights of a saved adapter with rows of zeros for the pruned ranks; they compute the same."""
         from peft import AdaLoraConfig
 
         config: Any = AdaLoraConfig.from_pretrained(str(folder))
@@ -170,5 +171,5 @@ class AdaLoraPeftModel(TrainedPeftModel):
 
 
 def _short(name: str) -> str:
-    """As peft names weights in ``rank_pattern``."""
+    """Return a weight's name as peft writes it in ``rank_pattern``."""
     return name.removeprefix("base_model.model.")

@@ -1,4 +1,4 @@
-"""Bottleneck adapters after the MLPs of the parts that are not frozen; the aligner's mergers count as MLPs."""
+"""Train type ``adapter``: bottleneck adapters after the MLPs of the unfrozen parts; the mergers count as MLPs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MLPS = re.compile(
     r"model\.language_model\.layers\.\d+\.mlp|model\.visual\.blocks\.\d+\.mlp"
     r"|model\.visual\.merger|model\.visual\.deepstack_merger_list\.\d+"
 )
-"""Modules that a bottleneck can follow, by full name."""
+"""Full names of the modules after which a bottleneck adapter can stand."""
 
 
 def build_adapter(model: nn.Module, tuner: TunerConfig) -> nn.Module:
-    """Wrap the model in a PeftModel whose only trained weights are the bottlenecks and full copies.
+    """Wrap the model in a PeftModel whose only trainable weights are the adapters and ``modules_to_save``.
 
     Raises:
-        RecipeError: an unknown activation, or names that match no MLP in a part that is not frozen.
+        RecipeError: an unknown activation, or names that match no MLP in an unfrozen part.
     """
     from transformers.activations import ACT2FN
 
@@ -50,12 +50,12 @@ def build_adapter(model: nn.Module, tuner: TunerConfig) -> nn.Module:
 
 
 def mlps(model: nn.Module, tuner: TunerConfig) -> list[str]:
-    """Full names of the MLPs that get a bottleneck: those of the unfrozen parts that the targets name.
+    """Return the full names of the MLPs that get an adapter: those in unfrozen parts that the targets name.
 
-    ``all-linear`` is all of them; ``target_regex`` must match a whole name, and may match other modules too.
+    ``all-linear`` means all of them. ``target_regex`` must match a whole name, and may match other modules too.
 
     Raises:
-        RecipeError: a target matches none.
+        RecipeError: a target matches no MLP.
     """
     frozen, saved = frozen_parts(tuner), saved_modules(model, tuner)
     known = [name for name, _ in model.named_modules() if MLPS.fullmatch(name)]
@@ -66,40 +66,41 @@ def mlps(model: nn.Module, tuner: TunerConfig) -> list[str]:
             "Unfreeze a part, e.g. tuner.freeze_llm=false."
         )
     chosen: set[str] = set()
-    for key, told, matches in _targets(tuner):
+    for key, target, matches in _targets(tuner):
         hits = {name for name in free if matches(name)}
         if not hits:
-            raise _unmatched(key, told, [name for name in known if matches(name)], free, frozen)
+            raise _unmatched(key, target, [name for name in known if matches(name)], free, frozen)
         chosen |= hits
     return [name for name in free if name in chosen]
 
 
 def _targets(tuner: TunerConfig) -> list[tuple[str, str, Callable[[str], Any]]]:
-    """What the recipe names: key, value, and the test of a full name."""
+    """Return the recipe's targets: (key, value, test of a module's full name) each."""
     if tuner.target_regex is not None:
         try:
             return [("target_regex", tuner.target_regex, re.compile(tuner.target_regex).fullmatch)]
         except re.error as error:
-            raise RecipeError(f"tuner.target_regex={tuner.target_regex!r} is no regular expression: {error}.") from None
-    return [("target_modules", told, partial(_names, told)) for told in tuner.target_modules]
+            raise RecipeError(
+                f"tuner.target_regex={tuner.target_regex!r} is not a regular expression: {error}."
+            ) from None
+    return [("target_modules", target, partial(_matches, target)) for target in tuner.target_modules]
 
 
-def _names(told: str, name: str) -> bool:
-    return told == ALL_LINEAR or any(f".{name}".endswith(f".{spelt}") for spelt in (told, current_name(told)))
+def _matches(target: str, name: str) -> bool:
+    return target == ALL_LINEAR or any(f".{name}".endswith(f".{spelt}") for spelt in (target, current_name(target)))
 
 
-def _unmatched(key: str, told: str, elsewhere: list[str], free: list[str], frozen: list[str]) -> RecipeError:
+def _unmatched(key: str, target: str, elsewhere: list[str], free: list[str], frozen: list[str]) -> RecipeError:
     parts = sorted({part_of(name) for name in elsewhere} & set(frozen))
     if parts:
         return RecipeError(
-            f"tuner.{key} {told!r} matches only MLPs of {', '.join(parts)}, which the recipe freezes. "
+            f"tuner.{key} {target!r} matches only MLPs of {', '.join(parts)}, which the recipe freezes. "
             f"Set {freeze_flags_of(parts)}."
         )
-    return RecipeError(
-        f"tuner.{key} {told!r} matches no MLP that a bottleneck could follow.{hint(told, {_short(n) for n in free})}"
-    )
+    known = {_short(name) for name in free}
+    return RecipeError(f"tuner.{key} {target!r} matches no MLP that a bottleneck could follow.{hint(target, known)}")
 
 
 def _short(name: str) -> str:
-    """``model.language_model.layers.3.mlp`` -> ``mlp``; a merger by all of its name."""
+    """Shorten ``model.language_model.layers.3.mlp`` to ``mlp``; a merger keeps its full name."""
     return "mlp" if name.endswith(".mlp") else name

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the weights themselves train, as far as parts, names and shares leave them free."""
+"""Train type ``full``: the base weights train, except those frozen by part, by name or by share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUMBER_END = re.compile(r"((?:\d|\\d|\[[^\]]*\d[^\]]*\])(?:[+*?]|\{[^}]*\})?\)*[+*?]?)(?=\.|$)")
-"""In a regular expression: the end of a number, before a dot that stands for anything or at the end."""
+"""Matches, within a regular expression, the end of a number that stands before a dot or at the end."""
 
 
 def build_full(model: nn.Module, tuner: TunerConfig) -> nn.Module:
-    """Let the weights that ``tuner`` leaves free require a gradient, and no others.
+    """Make exactly the parameters that ``tuner`` selects trainable.
 
-    Set on parameters: ``requires_grad`` on a module changes nothing.
+    ``requires_grad`` is set on each parameter, because setting it on a module has no effect.
 
     Raises:
-        RecipeError: a name or pattern that matches nothing, or more layers than there are.
+        RecipeError: a name or pattern that matches nothing, or more layers than the model has.
     """
     free = free_weights(model, tuner)
     for name, parameter in model.named_parameters():
@@ -38,7 +38,7 @@ def build_full(model: nn.Module, tuner: TunerConfig) -> nn.Module:
 
 
 def check_full(model: nn.Module, tuner: TunerConfig) -> None:
-    """Refuse a model in which a weight would train that ``tuner`` freezes."""
+    """Raise RecipeError if a parameter that ``tuner`` freezes is trainable."""
     free = free_weights(model, tuner)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in free:
@@ -50,9 +50,11 @@ def check_full(model: nn.Module, tuner: TunerConfig) -> None:
 
 
 def free_weights(model: nn.Module, tuner: TunerConfig) -> set[str]:
-    """Names of the weights that train: parts first, then what is frozen by share and name, then what trains anyway.
+    """Return the names of the trainable weights.
 
-    A weight that two modules share, as a tied language head, has the name of the first and answers to both.
+    Frozen parts come first, then ``freeze_parameters_ratio`` and ``freeze_parameters``, then what trains in any case:
+    ``trainable_parameters`` and ``modules_to_save``. A weight that two modules share, such as a tied language head,
+    has the name in the first module and is matched by both names.
     """
     frozen, last = frozen_parts(tuner), _last_layers(model, tuner)
     free = {name for name, _ in model.named_parameters() if part_of(name) not in frozen or inside(name, last)}
@@ -64,13 +66,13 @@ def free_weights(model: nn.Module, tuner: TunerConfig) -> set[str]:
 
 
 def _weights(model: nn.Module) -> dict[str, str]:
-    """Every name of a weight -> its first."""
+    """Return a map from every name of a weight to its first name."""
     first = {id(value): name for name, value in model.named_parameters()}
     return {name: first[id(value)] for name, value in model.named_parameters(remove_duplicate=False)}
 
 
 def _last_layers(model: Any, tuner: TunerConfig) -> list[str]:
-    """Names of the layers that ``unfreeze_topk_llm`` and ``unfreeze_topk_vit`` let train in a frozen part."""
+    """Return the names of the layers that ``unfreeze_topk_llm`` and ``unfreeze_topk_vit`` unfreeze in a frozen part."""
     family = family_of(model.config.model_type)
     names: list[str] = []
     for key, flag, stack in (
@@ -79,7 +81,9 @@ def _last_layers(model: Any, tuner: TunerConfig) -> list[str]:
     ):
         count, layers = getattr(tuner, key), len(model.get_submodule(stack))
         if count and not getattr(tuner, flag):
-            raise RecipeError(f"tuner.{key}={count} is read with tuner.{flag}=true; now all of that part trains.")
+            raise RecipeError(
+                f"tuner.{key}={count} needs tuner.{flag}=true, but all of that part trains. Set it, or remove the key."
+            )
         if count > layers:
             raise RecipeError(f"tuner.{key}={count}, but {stack} has {layers} layers.")
         names += [f"{stack}.{index}" for index in range(layers - count, layers)]
@@ -87,7 +91,7 @@ def _last_layers(model: Any, tuner: TunerConfig) -> list[str]:
 
 
 def _lowest(model: nn.Module, share: float) -> set[str]:
-    """The first weights, in the model's order from the pixels upwards, that together are at most ``share`` of all."""
+    """Return the names of the first weights, in the model's order, that are together at most ``share`` of all."""
     sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}
     left, found = share * sum(sizes.values()), set()
     for name, size in sizes.items():
@@ -98,29 +102,31 @@ def _lowest(model: nn.Module, share: float) -> set[str]:
     return found
 
 
-def _named(model: nn.Module, key: str, begins: list[str], pattern: str | None) -> set[str]:
-    """Names of the weights that a list of beginnings, or a pattern, means.
+def _named(model: nn.Module, key: str, prefixes: list[str], pattern: str | None) -> set[str]:
+    """Return the names of the weights that a list of prefixes, or a pattern, matches.
 
     Raises:
-        RecipeError: one of them means none, or the pattern is no regular expression.
+        RecipeError: one of them matches nothing, or the pattern is not a regular expression.
     """
     weights = _weights(model)
     found: set[str] = set()
-    for begin in begins:
-        hits = [name for name in weights if inside(name, [begin.rstrip("."), current_name(begin.rstrip("."))])]
+    for prefix in prefixes:
+        hits = [name for name in weights if inside(name, [prefix.rstrip("."), current_name(prefix.rstrip("."))])]
         if not hits:
-            depth = begin.count(".") + 1
+            depth = prefix.count(".") + 1
             known = {".".join(spelt.split(".")[:depth]) for name in weights for spelt in _spellings(name)}
-            raise RecipeError(f"tuner.{key} names {begin!r}, with which no weight's name begins.{hint(begin, known)}")
-        found |= _tell_shared(key, begin, hits, weights)
+            raise RecipeError(
+                f"tuner.{key} names {prefix!r}, but no weight's name begins with it.{hint(prefix, known)}"
+            )
+        found |= _first_names(key, prefix, hits, weights)
     if pattern is not None:
         hits = _by_pattern(f"{key}_regex", pattern, weights)
-        found |= _tell_shared(f"{key}_regex", pattern, hits, weights)
+        found |= _first_names(f"{key}_regex", pattern, hits, weights)
     return found
 
 
 def _by_pattern(key: str, pattern: str, names: Iterable[str]) -> list[str]:
-    """Names in which the pattern is found. Numbers are whole: ``layers.[0-5].*`` does not mean layer 50."""
+    """Return the names in which the pattern is found. Numbers are whole: ``layers.[0-5].*`` does not match layer 50."""
     try:
         compiled = re.compile(NUMBER_END.sub(r"\1(?!\\d)", pattern))
     except re.error as error:
@@ -128,20 +134,22 @@ def _by_pattern(key: str, pattern: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     hits = [name for name in names if any(compiled.search(spelt) for spelt in _spellings(name))]
     if not hits:
-        raise RecipeError(f"tuner.{key}={pattern!r} is found in no weight's name. The last is {names[-1]}.")
+        raise RecipeError(f"tuner.{key}={pattern!r} matches no weight's name. An example of a name: {names[-1]}.")
     return hits
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """A weight's name, and as guides write those of the language model: ``model.layers.0``."""
+    """Return a weight's name and, for the language model, the short form that guides use: ``model.layers.0``."""
     short = name.replace("model.language_model.", "model.", 1)
     return (name,) if short == name else (name, short)
 
 
-def _tell_shared(key: str, wanted: str, hits: list[str], weights: dict[str, str]) -> set[str]:
-    """The weights behind the names; that one is shared with another module is said."""
+def _first_names(key: str, value: str, hits: list[str], weights: dict[str, str]) -> set[str]:
+    """Return the first names of the matched weights, with a warning for those shared with an unmatched module."""
     found = {weights[name] for name in hits}
     for name in hits:
         if weights[name] != name and weights[name] not in hits:
-            logger.warning("tuner.%s %r: %s shares its weight with %s, which follows", key, wanted, name, weights[name])
+            logger.warning(
+                "tuner.%s %r: %s shares its weight with %s, which is treated alike", key, value, name, weights[name]
+            )
     return found

@@ -1,12 +1,12 @@
-"""LLaMA Pro (Wu and others 2024, arXiv 2401.02415): new blocks in the language model, and only they train.
+"""LLaMA Pro (Wu and others 2024, arXiv 2401.02415): adds new blocks to the language model and trains only those.
 
-The layers are divided into as many groups as there are new blocks, and the last layer of each group is copied behind
-it. What a copy adds to the residual stream starts at zero (``o_proj`` and the MLP's ``down_proj``), so it is the
-identity, and the larger model gives the outputs of the smaller one. The result is a plain model with more layers: its
-config.json says how many, and under ``llamapro_new_blocks`` which are new.
+The layers are divided into as many groups as there are new blocks, and a copy of each group's last layer is inserted
+after it. The weights that write to the residual stream (``o_proj`` and the MLP's ``down_proj``) are zero in the copy,
+so it is the identity, and the larger model gives the same outputs as the original. The result is a plain model with
+more layers: config.json holds their number, and the indices of the new ones under ``llamapro_new_blocks``.
 
-Features of the deepstack mergers are added behind the first layers, counted from the bottom. No block goes between
-those, so each feature keeps its layer, also in plain transformers.
+The features of the deepstack mergers are added after the first layers. No block is inserted between those, so each
+feature keeps its layer, in plain transformers too.
 """
 
 from __future__ import annotations
@@ -26,40 +26,41 @@ if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
 
 MARK = "llamapro_new_blocks"
-"""Key in config.json: indices of the new blocks."""
+"""Key in config.json that holds the indices of the new blocks."""
 
 
 def build_llamapro(model: Any, tuner: TunerConfig) -> nn.Module:
-    """Add the blocks, unless the model has them already, and let only them and ``modules_to_save`` train.
+    """Add the blocks, unless the model has them already, and make only them and ``modules_to_save`` trainable.
 
-    ``modules_to_save`` are named as in the larger model.
+    Names in ``modules_to_save`` are those of the larger model.
 
     Raises:
-        RecipeError: the model was expanded by another number of blocks, or keys that the method cannot honour.
+        RecipeError: the model was expanded by another number of blocks, or the recipe has keys that the method cannot
+            use.
     """
     require_language_model_only(tuner)
-    wanted = tuner.llamapro_num_new_blocks
+    count = tuner.llamapro_num_new_blocks
     known = new_blocks(model)
-    if known and len(known) != wanted:
+    if known and len(known) != count:
         raise RecipeError(
-            f"tuner.llamapro_num_new_blocks={wanted}, but the model has {len(known)} new blocks from an earlier run. "
+            f"tuner.llamapro_num_new_blocks={count}, but the model has {len(known)} new blocks from an earlier run. "
             f"Set it to {len(known)}, or start from the model without them."
         )
     if not known:
-        expand(model, wanted)
-    own = _own(model, tuner)
+        expand(model, count)
+    trainable = _trainable_modules(model, tuner)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(inside(name, own))
+        parameter.requires_grad_(inside(name, trainable))
     return model
 
 
 def new_blocks(model: Any) -> list[int]:
-    """Indices of the blocks that were added; empty for a model as it was released."""
+    """Return the indices of the new blocks; empty for a model without any."""
     return list(getattr(model.config, MARK)) if hasattr(model.config, MARK) else []
 
 
 def insertion_points(model: Any, count: int) -> list[int]:
-    """How many of the model's layers lie below each new block.
+    """Return, for each new block, how many of the model's layers lie below it.
 
     Example:
         36 layers and 4 blocks: 9, 18, 27, 36. 4 layers of which 3 take a deepstack feature: 3, 3, 3, 4.
@@ -71,7 +72,7 @@ def insertion_points(model: Any, count: int) -> list[int]:
 
 
 def expand(model: Any, count: int) -> None:
-    """Put ``count`` identity blocks into the language model and say so in its config."""
+    """Insert ``count`` identity blocks into the language model, and record them in its config."""
     text, config = model.model.language_model, model.config.get_text_config()
     points = insertion_points(model, count)
     layers: list[Any] = []
@@ -99,21 +100,22 @@ def expand(model: Any, count: int) -> None:
 
 
 def check_llamapro(model: Any, tuner: TunerConfig) -> None:
-    """Raises RecipeError if more than the new blocks would train."""
-    own = _own(model, tuner)
-    astray = [name for name, value in model.named_parameters() if value.requires_grad and not inside(name, own)]
-    if astray:
+    """Raise RecipeError if a weight outside of the new blocks and ``modules_to_save`` is trainable."""
+    trainable = _trainable_modules(model, tuner)
+    others = [name for name, value in model.named_parameters() if value.requires_grad and not inside(name, trainable)]
+    if others:
         raise RecipeError(
-            f"tuner.train_type=llamapro, but {len(astray)} weights outside of the new blocks would train, the first is "
-            f"{astray[0]}. Call prepare_model(model, recipe.tuner) and hand its result to the trainer."
+            f"tuner.train_type=llamapro, but {len(others)} weights outside of the new blocks would train, the first is "
+            f"{others[0]}. Call prepare_model(model, recipe.tuner) and pass its result to the trainer."
         )
 
 
-def _own(model: Any, tuner: TunerConfig) -> list[str]:
+def _trainable_modules(model: Any, tuner: TunerConfig) -> list[str]:
     return [f"model.language_model.layers.{index}" for index in new_blocks(model)] + saved_modules(model, tuner)
 
 
 def _identity_block(layer: nn.Module) -> nn.Module:
+    """Copy a decoder layer and zero the weights that write to the residual stream."""
     block: Any = copy.deepcopy(layer)
     written = [block.self_attn.o_proj, block.mlp.experts if hasattr(block.mlp, "experts") else block.mlp.down_proj]
     with torch.no_grad():

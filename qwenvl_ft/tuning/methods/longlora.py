@@ -1,19 +1,19 @@
 """LongLoRA (Chen and others 2023, arXiv 2309.12307): LoRA for long samples, with attention in shifted groups.
 
-While training, half of the heads attend within groups of G tokens, and the other half within groups shifted by G / 2,
-so that what one half separates the other joins. Groups are counted from each sample's first token and end with it: no
-token sees another sample, and a packed sample is computed as it is alone. The last and the shifted first group are
-shorter, where the paper's figure lets the ends of the sequence meet: joined, early tokens would see late ones. A
-sample of no more than G tokens has one group. In evaluation and generation attention is full, and the checkpoint is an
-ordinary LoRA adapter.
+In training, half of the heads attend within groups of G tokens, and the other half within groups shifted by G / 2, so
+that neighbouring groups exchange information. Groups start at each sample's first token and end with the sample: no
+token sees another sample, and a packed sample is computed as it is alone. The last group and the first shifted group
+are shorter; the paper's figure joins them instead, but then early tokens would see late ones. A sample of at most G
+tokens has one group. Attention is full in evaluation and generation, and the checkpoint is an ordinary LoRA adapter.
 
-Besides LoRA, the paper trains embeddings and normalisation layers. They are saved in full beside it.
+Besides LoRA, the paper trains embeddings and normalisation layers. They are saved in full beside the adapter.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,21 +33,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_longlora(model: Any, tuner: TunerConfig, *, batches: Any = None) -> nn.Module:
-    """LoRA as the recipe says, with the language model's attention in shifted groups while it trains.
+def build_longlora(model: Any, tuner: TunerConfig, *, batches: Sequence[Any] | None = None) -> nn.Module:
+    """Wrap the model with LoRA, and make the language model attend in shifted groups in training mode.
+
+    Args:
+        batches: see `build_lora`.
 
     Raises:
-        RecipeError: the language model is frozen, or has an odd number of key heads.
+        RecipeError: the language model is frozen or has an odd number of key heads, or the group size is odd.
     """
     if tuner.freeze_llm:
         raise RecipeError("tuner.train_type=longlora adapts the language model. Set tuner.freeze_llm=false.")
     heads = model.config.get_text_config().num_key_value_heads
     if heads % 2:
         raise RecipeError(
-            f"tuner.train_type=longlora halves the heads, and this model has {heads} key heads. Use lora."
+            f"tuner.train_type=longlora needs an even number of key heads, but this model has {heads}. Use lora."
         )
     if tuner.longlora_group_size % 2:
-        raise RecipeError(f"tuner.longlora_group_size={tuner.longlora_group_size} has no half. Give an even number.")
+        raise RecipeError(f"tuner.longlora_group_size={tuner.longlora_group_size} is odd. Set an even number.")
     if tuner.longlora_embeddings_and_norms:
         saved = saved_modules(model, tuner)
         more = [name for name in embeddings_and_norms(model) if not inside(name, saved)]
@@ -63,7 +66,7 @@ def longlora_place(model: nn.Module, tuner: TunerConfig) -> dict[str, Any]:
 
 
 def embeddings_and_norms(model: Any) -> list[str]:
-    """Full names of the language model's embedding and normalisation layers."""
+    """Return the full names of the language model's embedding and normalisation layers."""
     return [
         name
         for name, module in model.named_modules()
@@ -73,7 +76,7 @@ def embeddings_and_norms(model: Any) -> list[str]:
 
 
 def use_shifted_attention(model: Any, group_size: int) -> None:
-    """Let the language model of a loaded model attend in shifted groups while it is in training mode."""
+    """Make the language model of a loaded model attend in shifted groups in training mode."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = f"longlora_{group_size}"
@@ -81,7 +84,7 @@ def use_shifted_attention(model: Any, group_size: int) -> None:
     AttentionMaskInterface.register(name, packed_mask)
     text = model.config.get_text_config()
     logger.info(
-        "longlora: text attention by torch's SDPA in groups of %d, in place of %s",
+        "longlora: text attention runs torch's SDPA in groups of %d tokens, instead of %s",
         group_size,
         attention_of(text),
     )
@@ -100,11 +103,11 @@ def shifted_attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, ``[B, H, T, D]`` -> ``[B, T, H, D]``: in groups while training, else full."""
+    """Attention with transformers' interface, ``[B, H, T, D]`` -> ``[B, T, H, D]``: grouped in training, else full."""
     rows, heads, tokens, _ = query.shape
     if not module.training or attention_mask is not None or key.shape[2] != tokens:
-        told = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q} | kwargs
-        return packed_attention(module, query, key, value, attention_mask, **told)
+        borders = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q}
+        return packed_attention(module, query, key, value, attention_mask, **(borders | kwargs))
     plans = _plans_of(cu_seq_lens_q, position_ids, rows, tokens, group_size, query.device)
     flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # [H, B * T, D]
     halves = zip(*(x.chunk(2) for x in flat), strict=True)
@@ -114,7 +117,7 @@ def shifted_attention(
 
 
 def group_lengths(length: int, group_size: int, *, shifted: bool) -> list[int]:
-    """How a sample of ``length`` tokens is cut for one half of the heads.
+    """Return the sizes of the groups into which a sample of ``length`` tokens is cut for one half of the heads.
 
     Example:
         10 tokens in groups of 4: ``[4, 4, 2]``, and shifted ``[2, 4, 4]``; 4 tokens: ``[4]`` for both.
@@ -132,7 +135,7 @@ def _plans_of(
     group_size: int,
     device: torch.device,
 ) -> list[Plan]:
-    """The plans of both halves of the heads, made once a pass: all layers get the same tensor."""
+    """Return the plans of both halves of the heads; all layers get the same tensor, so they are made once per pass."""
     source = cu_seqlens if cu_seqlens is not None else position_ids
 
     def make() -> list[Plan]:
@@ -152,4 +155,4 @@ def _plans_of(
 
 
 _PLANS = KeptFor()
-"""For a tensor of borders: group size -> plans."""
+"""Cache per boundary tensor: group size -> plans."""

@@ -1,7 +1,7 @@
-"""Methods that peft has and that need no more than a config: one table from our keys to peft's.
+"""Train types that peft implements and that need nothing but a config, which is built here from the recipe's keys.
 
-A train type with keys of its own (``vera_rank``) stands in `OWN_KEYS`; all others take peft's own fields through
-``tuner.peft_options``. Where a layer's size does not suit a method, the error names the layer before peft stumbles.
+A train type with recipe keys of its own (``vera_rank``) is listed in `OWN_KEYS`; all others take peft's fields through
+``tuner.peft_options``. If a method does not support the size of a layer, the error names the layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
 
 Sizes = Callable[[Any, int, int], str | None]
-"""(config, in_features, out_features) -> what is wrong, or None."""
+"""(config, in_features, out_features) -> why the method does not support that size, or None if it does."""
 
 
 def _vera(tuner: TunerConfig) -> dict[str, Any]:
@@ -32,12 +32,12 @@ def _boft(tuner: TunerConfig) -> dict[str, Any]:
     if tuner.boft_block_num:
         if size not in (0, 4):
             raise RecipeError(
-                f"tuner.boft_block_size={size} and tuner.boft_block_num={tuner.boft_block_num} both cut a layer into "
-                "blocks. Keep one."
+                f"tuner.boft_block_size={size} and tuner.boft_block_num={tuner.boft_block_num} both set the blocks of "
+                "a layer. Keep one."
             )
         size = 0
     elif not size:
-        raise RecipeError("tuner.boft_block_size=0 needs tuner.boft_block_num. Give one of them.")
+        raise RecipeError("tuner.boft_block_size=0 needs tuner.boft_block_num. Set one of them.")
     return {
         "boft_block_size": size,
         "boft_block_num": tuner.boft_block_num,
@@ -77,25 +77,25 @@ def _bat_size(config: Any, width: int, height: int) -> str | None:
     return None
 
 
-OWN_KEYS: dict[str, tuple[str, Callable[[Any], dict[str, Any]], Sizes | None]] = {
+OWN_KEYS: dict[str, tuple[str, Callable[[TunerConfig], dict[str, Any]], Sizes | None]] = {
     "vera": ("VERA", _vera, None),
     "boft": ("BOFT", _boft, _boft_size),
     "fourierft": ("FOURIERFT", _fourierft, _fourier_size),
     "bone": ("MISS", _bone, _bat_size),
 }
-"""Train type -> peft's name, our keys as peft's fields, and the sizes that suit. Bone is called MiSS in peft."""
+"""Train type -> (peft's name, function that builds peft's fields, check of sizes). Bone is called MiSS in peft."""
 
 PLACED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type")
-"""Fields of peft's configs that follow from our keys."""
+"""Fields of peft's configs that follow from keys of the recipe's ``tuner`` section."""
 DEFAULTS: dict[str, dict[str, Any]] = {"ia3": {"feedforward_modules": []}}
-"""Fields that peft cannot guess for these models. IA3 scales outputs."""
+"""Fields for which peft has no default for these models. IA3 scales outputs."""
 
 
 def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     """Wrap the model in a PeftModel of the method that ``train_type`` names.
 
     Raises:
-        RecipeError: as `fitting_config`, and what peft finds wrong while it wraps.
+        RecipeError: as `fitting_config`, or an error of peft while it wraps the model.
     """
     kind, factors = tuner.train_type, tuner.boft_n_butterfly_factor
     config = fitting_config(model, tuner)
@@ -105,48 +105,48 @@ def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
         raise RecipeError(f"tuner.train_type={kind} does not fit the model: {one_line(error)}") from error
     if kind == "boft" and factors > 1 and not all(getattr(m, "fbd_cuda_available", True) for m in wrapped.modules()):
         raise RecipeError(
-            f"tuner.boft_n_butterfly_factor={factors} needs peft's CUDA extension, which it could not build here (a "
-            "GPU, nvcc and ninja); without it peft would use 1. Set it to 1."
+            f"tuner.boft_n_butterfly_factor={factors} needs peft's CUDA extension, which could not be built (it needs "
+            "a GPU, nvcc and ninja); without it peft would use 1. Set it to 1."
         )
     return wrapped
 
 
 def fitting_config(model: nn.Module, tuner: TunerConfig) -> Any:
-    """The peft config of a method; the model is looked at for names and sizes only.
+    """Return the peft config of a method. Only names and sizes of the model are read, so it may be on the meta device.
 
     Raises:
-        RecipeError: an option that the method does not have or refuses, a layer that does not suit it, or no target.
+        RecipeError: an option that the method does not have or rejects, a layer of an unsupported size, or no target.
     """
     import peft
 
-    kind, options, suits = tuner.train_type, dict(tuner.peft_options), None
+    kind, options, check_size = tuner.train_type, dict(tuner.peft_options), None
     if kind in OWN_KEYS:
-        name, told, suits = OWN_KEYS[kind]
-        options = told(tuner)
+        name, build_options, check_size = OWN_KEYS[kind]
+        options = build_options(tuner)
     else:
         name = kind.upper()
     config_class = config_class_of(name, f"tuner.train_type={kind}")
     _check_options(kind, options, config_class)
-    where = place(model, tuner)
-    if not isinstance(where["target_modules"], list):
+    targets = place(model, tuner)
+    if not isinstance(targets["target_modules"], list):
         raise RecipeError(
-            f"tuner.train_type={kind} has no layer to act on: only tuner.modules_to_save would train. Use "
+            f"tuner.train_type={kind} has no layer to adapt: only tuner.modules_to_save would train. Use "
             "tuner.train_type=lora with target_regex '^$', or full."
         )
     try:
-        config = config_class(task_type="CAUSAL_LM", **(DEFAULTS.get(kind, {}) | options), **where)
+        config = config_class(task_type="CAUSAL_LM", **(DEFAULTS.get(kind, {}) | options), **targets)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"tuner.train_type={kind}: {one_line(error)} (peft {peft.__version__})") from error
-    for target in where["target_modules"]:
+    for target in targets["target_modules"]:
         layer: Any = model.get_submodule(target)
-        wrong = suits(config, layer.in_features, layer.out_features) if suits else None
-        if wrong:
-            raise RecipeError(f"tuner.train_type={kind}: {target} {wrong}. Change it, or leave the layer out.")
+        problem = check_size(config, layer.in_features, layer.out_features) if check_size else None
+        if problem:
+            raise RecipeError(f"tuner.train_type={kind}: {target} {problem}. Change it, or leave the layer out.")
     return config
 
 
 def option_names(config_class: Any) -> Iterator[str]:
-    """The fields of a peft config that ``tuner.peft_options`` may set."""
+    """Yield the fields of a peft config that ``tuner.peft_options`` may set."""
     from peft import PeftConfig
 
     common = {entry.name for entry in fields(PeftConfig)}

@@ -1,4 +1,4 @@
-"""ReFT on the language model: low-rank edits of hidden states at the first and last tokens of prompts."""
+"""Train type ``reft``: low-rank edits of the language model's hidden states at first and last tokens of prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def build_reft(model: Any, tuner: TunerConfig) -> nn.Module:
-    """Wrap the model in a PeftModel whose only trained weights are the edits and full copies.
+    """Wrap the model in a PeftModel whose only trainable weights are the edits and ``modules_to_save``.
 
     Raises:
-        RecipeError: an unknown kind of edit, layers or positions that are not there, or keys that ReFT cannot honour.
+        RecipeError: an unknown kind of edit, invalid layers or positions, or keys that ReFT cannot use.
     """
     from qwenvl_ft.model.adapters.interventions import INTERVENTIONS, ReftConfig, parse_positions
 
@@ -41,22 +41,22 @@ def build_reft(model: Any, tuner: TunerConfig) -> nn.Module:
 
 
 def layers(model: Any, tuner: TunerConfig) -> list[str]:
-    """Full names of the decoder layers whose output is edited; all of them if none are named.
+    """Return the full names of the decoder layers whose output is edited; all of them if the recipe names none.
 
     Raises:
         RecipeError: the model has no such layer, or one is trained in full.
     """
     count = len(model.model.language_model.layers)
-    told = list(range(count)) if tuner.reft_layers is None else tuner.reft_layers
-    wrong = [layer for layer in told if not 0 <= layer < count]
-    if wrong or not told:
-        raise RecipeError(f"tuner.reft_layers={told}: the language model has layers 0 to {count - 1}.")
-    names = [f"model.language_model.layers.{layer}" for layer in dict.fromkeys(told)]
+    indices = list(range(count)) if tuner.reft_layers is None else tuner.reft_layers
+    wrong = [layer for layer in indices if not 0 <= layer < count]
+    if wrong or not indices:
+        raise RecipeError(f"tuner.reft_layers={indices}: the language model has layers 0 to {count - 1}.")
+    names = [f"model.language_model.layers.{layer}" for layer in dict.fromkeys(indices)]
     saved = saved_modules(model, tuner)
     clash = [name for name in names if inside(name, saved) or any(inside(other, [name]) for other in saved)]
     if clash:
         raise RecipeError(
-            f"tuner.modules_to_save trains {clash[0]} in full, or something in it, and ReFT would edit the output of "
-            "that layer. Leave the layer out of tuner.reft_layers."
+            f"tuner.modules_to_save trains {clash[0]} in full, or a module in it, but ReFT edits the output of that "
+            "layer. Leave the layer out of tuner.reft_layers."
         )
     return names

@@ -1,4 +1,4 @@
-"""A PeftModel that takes part in training, beyond holding weights: what the trainer asks of it, and when."""
+"""The interface through which the trainer calls a PeftModel whose method takes part in training."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from qwenvl_ft.upstream.peft import PeftModelForCausalLM
 
 
 class TrainedPeftModel(PeftModelForCausalLM):
-    """The base of such models; each of these does nothing here."""
+    """Base class of such models. Its hooks do nothing; subclasses override those that they need."""
 
     def begin(self, total_steps: int) -> None:
-        """Called once before the first step, with the run's last step.
+        """Called once before the first step, with the number of optimizer steps of the run.
 
         Raises:
             RecipeError: the method's schedule does not fit into the run.
         """
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss of each optimizer step, a scalar."""
+        """Return a scalar to add to the loss of each optimizer step, or None."""
         return None
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer's step number ``step`` (from 1), before gradients are cleared."""
+        """Called after optimizer step number ``step`` (from 1), before gradients are cleared."""
 
     def save_state(self, folder: Path) -> None:
-        """Write what a resumed run needs beside the adapter; `load_adapter` reads it."""
+        """Write to a checkpoint what a resumed run needs besides the adapter; `load_adapter` reads it."""
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in peft, but an adapter that this model trains is put back to where the checkpoint left it."""
+        """Load as peft does, except that an adapter in training is restored with `restore`."""
         if adapter_name in self.peft_config and (Path(str(model_id)) / "adapter_model.safetensors").is_file():
             return self.restore(Path(str(model_id)), adapter_name)
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     def restore(self, folder: Path, adapter_name: str) -> Any:
-        """Put a saved adapter's weights in place of the trained ones; returns peft's load result.
+        """Replace the weights in training by a saved adapter's, and return peft's load result.
 
-        What the weights are held in stays; peft's own way would make float32 of them.
+        The weights keep their dtype; peft's own method would convert them to float32.
         """
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 

@@ -1,7 +1,7 @@
-"""Everything that is borrowed from other libraries: private names, replaced methods, tricks by name; a file for each.
+"""Everything that this package borrows from other libraries beyond their public interfaces, one file for each thing.
 
-The rest of the package uses only the public interfaces of transformers, accelerate, peft, torch and the standard
-library, and what this folder offers under names of its own; a test checks it. The first lines of each file say what is
-borrowed, why, which versions have it in which shape, and what happens where it is missing. `probe.FEATURES` asks the
-installed versions.
+Borrowed are private names, replaced methods, and behaviour that depends on names. The rest of the package uses only
+public interfaces of transformers, accelerate, peft, torch and the standard library, and the functions of this folder; a
+test checks that. The first lines of each file state what is borrowed, why, which versions have it in which form, and
+what happens if it is missing. `probe.features` checks the installed versions.
 """

@@ -1,9 +1,9 @@
-"""Borrowed: the names of TrainingArguments' fields, which change between versions while recipes do not.
+"""Borrowed: the names of TrainingArguments' fields, which change between versions of transformers, unlike recipes.
 
-``activation_checkpointing`` and its ``_kwargs`` are ``gradient_checkpointing`` before transformers 5.23, which keeps
-the old name as an alias up to 6. ``offload`` and ``every_n_layers`` among the ``_kwargs`` are there from 5.17 on. A
-recipe uses the newest name; `installed_name` says what the installed version calls it. A field that this version does
-not have yet is refused with its key, as an unknown one is.
+``activation_checkpointing`` and ``activation_checkpointing_kwargs`` are called ``gradient_checkpointing...`` before
+transformers 5.23, which keeps the old names as aliases until 6. The keys ``offload`` and ``every_n_layers`` of the
+``_kwargs`` exist since 5.17. Recipes use the newest name, and `installed_name` translates it to the installed
+version's. A field that the installed version lacks is an error that names its key, like an unknown field.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ RENAMED = {
 }
 """Field -> its name in earlier versions."""
 CHECKPOINTING_OPTIONS = "every_n_layers", "offload"
-"""Keys of ``activation_checkpointing_kwargs`` that transformers takes; the others are torch's."""
+"""Keys of ``activation_checkpointing_kwargs`` that transformers handles; it passes all others to torch."""
 
 
 @cache
 def field_types() -> dict[str, Any]:
-    """Annotation of every field of TrainingArguments that can be set, under the newest name."""
+    """Return the type annotation of every field of TrainingArguments that can be set, by its newest name."""
     kind = _arguments()
     hints = get_type_hints(kind)
     found = {entry.name: hints[entry.name] for entry in fields(kind) if entry.init}
@@ -38,35 +38,38 @@ def field_types() -> dict[str, Any]:
 
 
 def installed_name(name: str) -> str:
-    """What the installed version calls a field."""
+    """Return the installed version's name of a field."""
     known = {entry.name for entry in fields(_arguments())}
     return RENAMED[name] if name in RENAMED and name not in known else name
 
 
 def field_value(args: Any, name: str) -> Any:
-    """A field of TrainingArguments, by its newest name."""
+    """Return a field of TrainingArguments, by its newest name."""
     return getattr(args, installed_name(name))
 
 
 def recomputes(args: Any) -> bool:
-    """Whether activations are computed again in the backward pass."""
+    """Return True if activation checkpointing is on."""
     return bool(field_value(args, "activation_checkpointing"))
 
 
 def is_reentrant(args: Any) -> bool:
-    """Whether layers are computed again in torch's older way, which takes no gradient through keyword arguments."""
+    """Return True if checkpointing uses torch's reentrant form, which gives keyword arguments no gradient."""
     options = field_value(args, "activation_checkpointing_kwargs") or {}
     return recomputes(args) and bool(options.get("use_reentrant"))
 
 
-def require_checkpointing_options(given: dict[str, Any]) -> None:
-    """Raises RecipeError if ``activation_checkpointing_kwargs`` has a key that this transformers hands on to torch."""
+def require_checkpointing_options(options: dict[str, Any]) -> None:
+    """Raise RecipeError if ``activation_checkpointing_kwargs`` has a key that is too new for this transformers.
+
+    It would pass the key to torch.
+    """
     from transformers import PreTrainedModel
 
     enable = getattr(PreTrainedModel, installed_name("activation_checkpointing") + "_enable")
     known = inspect.signature(enable).parameters
     for name in CHECKPOINTING_OPTIONS:
-        if name in given and name not in known:
+        if name in options and name not in known:
             raise RecipeError(
                 f"training.activation_checkpointing_kwargs.{name}: {installed(('transformers',))} does not have it. "
                 "Remove the key, or install transformers 5.17 or later."
@@ -74,18 +77,18 @@ def require_checkpointing_options(given: dict[str, Any]) -> None:
 
 
 def worker_context(args: Any) -> str | None:
-    """How loader workers are started; transformers 5.12 and before let the platform choose."""
+    """Return the start method of dataloader workers; None up to transformers 5.12, which uses Python's default."""
     name = "dataloader_multiprocessing_context"
     return getattr(args, name) if hasattr(args, name) else None
 
 
 def _arguments() -> Any:
-    import qwenvl_ft.upstream.peft  # noqa: F401  # isort: skip - transformers would import all that peft does
+    import qwenvl_ft.upstream.peft  # noqa: F401  # isort: skip - else transformers imports peft with bitsandbytes
     from transformers import TrainingArguments  # isort: skip
 
     return TrainingArguments
 
 
 def as_installed(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields by their newest names -> by those of the installed version."""
+    """Rename fields from their newest names to the installed version's."""
     return {installed_name(name): value for name, value in values.items()}

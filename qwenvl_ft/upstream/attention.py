@@ -1,17 +1,17 @@
-"""Borrowed: which function computes attention, by config; and the vision tower's way of handing borders over.
+"""Borrowed: the setting that selects a config's attention function, and the name for which borders are passed to it.
 
-- ``config._attn_implementation`` (a property) and ``_attn_implementation_internal`` (what it reads), transformers 5.5
-  to 5.24. The setter of the first walks into the parts of a config; the second sets one part alone.
-  `PreTrainedModel.set_attn_implementation` is public, but takes a name with "flash" in it for a package to import.
-- The vision tower hands ``cu_seqlens`` to the attention function only if the name of its implementation has "flash" in
-  it (`transformers.utils.generic.is_flash_attention_requested`, 5.5 to 5.24). For any other name it asks the device
-  for the lengths and calls the function once for each frame, in each layer.
-- `torch.nn.attention.varlen.varlen_attn` is public, but young: torch 2.11 has it with a window, 2.12 with
-  ``enable_gqa``.
-- ``function._torchdynamo_disable``, by which torch 2.8 to 2.15 marks what `torch.compiler.disable` has wrapped.
+- ``config._attn_implementation`` (a property) and ``_attn_implementation_internal`` (the attribute that it reads),
+  transformers 5.5 to 5.24. The property's setter also changes the sub-configs; the attribute changes one config alone.
+  `PreTrainedModel.set_attn_implementation` is public, but treats a name that contains "flash" as a package to import.
+- The vision tower passes ``cu_seqlens`` to the attention function only if the implementation's name contains "flash"
+  (`transformers.utils.generic.is_flash_attention_requested`, 5.5 to 5.24). For any other name it reads the lengths from
+  the device and calls the function once per frame, in each layer.
+- `torch.nn.attention.varlen.varlen_attn` is public but new: it has ``window_size`` since torch 2.11 and ``enable_gqa``
+  since 2.12.
+- ``function._torchdynamo_disable``, with which torch 2.8 to 2.15 marks functions wrapped by `torch.compiler.disable`.
 
-Where the trick by name no longer works, the vision tower gets the text model's name: it attends frame by frame, which
-is as exact and slower.
+If a name with "flash" no longer has this effect, the vision tower gets the text model's name and attends frame by
+frame: equally exact, but slower.
 """
 
 from __future__ import annotations
@@ -27,18 +27,25 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.probe import Feature, installed, lacks, takes
 
 VISION_SUFFIX = "_in_place_of_flash"
-"""What makes the vision tower hand ``cu_seqlens`` to a function that is no flash-attention package."""
+"""Name suffix that makes the vision tower pass ``cu_seqlens`` to a function of this package."""
 
 Value = TypeVar("Value")
 
 
 def attention_of(config: Any) -> str:
-    """The name of the attention implementation of one config, without its parts."""
+    """Return the name of one config's attention implementation; sub-configs may have others."""
     return str(config._attn_implementation)
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Set the implementation of one config, not of its parts; the name must be registered."""
+    """Set the attention implementation of one config, without its sub-configs.
+
+    Args:
+        name: a registered implementation.
+
+    Raises:
+        RecipeError: this transformers does not accept it.
+    """
     if attention_of(config) == name:
         return
     if hasattr(config, "_attn_implementation_internal"):
@@ -47,18 +54,18 @@ def set_attention(config: Any, name: str) -> None:
         config._attn_implementation = name
     if attention_of(config) != name:
         raise RecipeError(
-            f"{installed(('transformers',))} does not take the attention implementation {name!r} for a "
+            f"{installed(('transformers',))} does not accept the attention implementation {name!r} for a "
             f"{type(config).__name__}. Set model.attn_impl=sdpa, or install a version that docs/compatibility.md lists."
         )
 
 
 def vision_name(text_name: str) -> str:
-    """The name to register the vision tower's attention by: one that gets borders, where the trick works."""
+    """Return the name under which to register the vision tower's attention, so that it gets ``cu_seqlens``."""
     return text_name if BORDERS.missing() else text_name + VISION_SUFFIX
 
 
 def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, left out of what torch.compile compiles."""
+    """Return the function wrapped so that torch.compile does not compile it."""
     import torch
 
     if hasattr(function, "_torchdynamo_disable"):
@@ -67,7 +74,7 @@ def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def varlen_kernel() -> Callable[..., Tensor]:
-    """``varlen_attn`` of torch, which attends within samples of unequal lengths in one call on CUDA."""
+    """Return torch's ``varlen_attn``, which computes attention in samples of unequal lengths in one call on CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
     kernel: Any = varlen_attn
@@ -75,16 +82,16 @@ def varlen_kernel() -> Callable[..., Tensor]:
 
 
 class KeptFor:
-    """Values that belong to tensors, each for as long as its tensor lives.
+    """A cache of values by tensor identity; an entry lives as long as its tensor.
 
-    All layers of a pass get the same tensor of borders, so that what is computed of it is computed once.
+    All layers of a pass get the same boundary tensor, so values derived from it are computed once.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
 
     def get(self, tensor: Tensor, make: Callable[[], Value]) -> Value:
-        """What was made for this very tensor before, or is made now."""
+        """Return the value for this tensor object; compute it on the first call."""
         key = id(tensor)
         kept = self._kept.get(key)
         if kept is not None and kept[0]() is tensor:
@@ -111,7 +118,7 @@ def _no_borders() -> str:
         requested = is_flash_attention_requested(config)
     except (TypeError, AttributeError, ValueError) as error:
         return f"has another is_flash_attention_requested ({error})"
-    return "" if requested else "does not take a registered function for flash-attention by its name"
+    return "" if requested else "does not treat a registered function as flash-attention because of its name"
 
 
 BORDERS = Feature(

@@ -1,10 +1,10 @@
-"""Borrowed: the place where accelerate keeps the autocast of mixed precision, the attribute ``forward`` of an instance.
+"""Borrowed: the instance attribute ``forward``, in which accelerate keeps the autocast of mixed precision.
 
-`Accelerator.prepare_model` puts a wrapped ``forward`` onto the model it is given, and leaves it there after training
-(accelerate 1.10, 1.12 and 1.15): every later call computes in 16 bits, whatever context it is made in. Its own
-`unwrap_model(keep_fp32_wrapper=False)` goes too far: it also takes off the decorators that transformers has put around
-the class's ``forward``, which rename old arguments. `forward_restored` puts back what was there. An accelerate that
-wraps elsewhere, or cleans up, leaves it nothing to do.
+`Accelerator.prepare_model` sets a wrapped ``forward`` on the model and leaves it there after training (accelerate 1.10,
+1.12 and 1.15), so every later call computes in 16 bits, in any autocast context. accelerate's own
+`unwrap_model(keep_fp32_wrapper=False)` removes too much: also the decorators with which transformers wraps the class's
+``forward`` to rename old arguments. `forward_restored` restores the previous attribute. It has no effect with an
+accelerate that wraps elsewhere or cleans up.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import nn
 
 @contextmanager
 def forward_restored(model: nn.Module) -> Iterator[None]:
-    """Let a model be prepared for training inside, and call what it called before afterwards."""
-    own = vars(model)
-    before = own["forward"] if "forward" in own else None
+    """Restore the model's ``forward`` on exit, whatever a preparation for training inside has set."""
+    attributes = vars(model)
+    before = attributes["forward"] if "forward" in attributes else None
     try:
         yield
     finally:
-        own.pop("forward", None)
+        attributes.pop("forward", None)
         if before is not None:
-            own["forward"] = before
+            attributes["forward"] = before

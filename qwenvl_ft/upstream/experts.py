@@ -1,8 +1,9 @@
-"""Borrowed: transformers' choice of how experts are computed, which is grouped products by default.
+"""Borrowed: transformers' default implementation of experts, grouped matrix products.
 
-``torch.nn.functional.grouped_mm`` (torch 2.10 and later) or ``torch._grouped_mm`` (before) is what transformers 5.5 to
-5.24 calls for it wherever one of them exists, also where it has no kernel: torch 2.8 has none for a CPU. So it is
-tried, and where it fails a model is loaded with ``experts_implementation="eager"`` (public): one expert after another.
+transformers 5.5 to 5.24 calls ``torch.nn.functional.grouped_mm`` (torch 2.10 and later) or ``torch._grouped_mm``
+(before) wherever one of them exists, even if it has no kernel for the device: torch 2.8 has none for a CPU. So it is
+tried once, and if it fails, models are loaded with ``experts_implementation="eager"`` (public), which runs one expert
+after another.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def experts_implementation(config: Any, dtype: str) -> dict[str, str]:
-    """What `from_pretrained` is to be given for a model's experts; empty for models without, and for the default.
+    """Return the arguments of `from_pretrained` that select a model's expert implementation; empty for the default.
 
     Args:
-        dtype: of the weights, as ``bfloat16``; any other text counts as that.
+        dtype: name of the weights' dtype; a text that is no dtype (``auto``) counts as ``bfloat16``.
     """
     if not hasattr(config.get_text_config(), "num_experts"):
         return {}
@@ -31,16 +32,16 @@ def experts_implementation(config: Any, dtype: str) -> dict[str, str]:
     missing = no_grouped_product(kind if isinstance(kind, torch.dtype) else torch.bfloat16)
     if not missing:
         return {}
-    logger.warning("%s %s: experts are computed one after another, which takes longer", installed(("torch",)), missing)
+    logger.warning("%s %s: experts run one after another, which is slower", installed(("torch",)), missing)
     return {"experts_implementation": "eager"}
 
 
 @cache
 def no_grouped_product(dtype: torch.dtype) -> str:
-    """Why grouped products do not run on this machine's device; empty if they do."""
+    """Return the reason why grouped products do not run on this machine's device; empty if they do."""
     product: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if product is None:
-        return ""  # transformers has a loop of its own for it
+        return ""  # transformers then uses a loop of its own
     device = _device()
     try:
         rows = torch.ones(16, 16, dtype=dtype, device=device)
@@ -53,7 +54,7 @@ def no_grouped_product(dtype: torch.dtype) -> str:
 
 
 def _device() -> torch.device:
-    """The one that this process will train on."""
+    """Return the device that this process will train on."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")

@@ -1,14 +1,15 @@
-"""Borrowed: how a module computes. Its forward is replaced in place, so that names, weights, hooks and files stay.
+"""Borrowed: replacement of a module's forward in place, so that names, weights, hooks and saved files do not change.
 
-- A module's ``forward`` (an instance attribute before the class's method) and ``__class__``: plain Python, any version.
-- ``layer._gradient_checkpointing_func``, by which a `GradientCheckpointingLayer` is computed again, transformers 5.5 to
-  5.24. Up to 5.21 the layer's ``__call__`` does so around its hooks and its forward; from 5.23 on a wrapper around the
-  class's ``forward``, below which ``__wrapped__`` leads to the plain one.
+- A module's ``forward`` (an instance attribute takes precedence over the class's method) and ``__class__``: plain
+  Python, any version.
+- ``layer._gradient_checkpointing_func``, with which transformers 5.5 to 5.24 recomputes a `GradientCheckpointingLayer`.
+  Up to 5.21 the layer's ``__call__`` does so, around its hooks and its forward. Since 5.23 a wrapper around the class's
+  ``forward`` does, whose ``__wrapped__`` is the plain one.
 - ``torch._dynamo.config.recompile_limit``, torch 2.6 to 2.15.
-- The rotation of transformers' attention layers is a global name of their module, ``apply_rotary_pos_emb``, up to 5.24;
-  a copy of the forward's code with another value for it is the same forward with another rotation.
+- The rotary embedding of transformers' attention layers is a global name of their module, ``apply_rotary_pos_emb``, up
+  to 5.24. A copy of the forward's code with another value for that name is the same forward with another rotation.
 
-Where a layer cannot be compiled alone, `COMPILED` refuses ``torch_compile``; where the rotation is no global name,
+If layers cannot be compiled one by one, `COMPILED` refuses ``torch_compile``. If the rotation is not a global name,
 `with_rotation` returns None and the layer keeps its own.
 """
 
@@ -30,12 +31,12 @@ RECOMPUTE = "_gradient_checkpointing_func"
 
 
 def stand_in(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let another callable compute what a module's forward does."""
+    """Replace a module's forward by another callable."""
     module.forward = forward  # type: ignore[method-assign]
 
 
 def standing_in(module: nn.Module) -> Any:
-    """What stands in for a module's forward, ours or another library's; None if its class's forward runs."""
+    """Return the replacement of a module's forward, ours or another library's; None if its class's forward runs."""
     return vars(module)["forward"] if "forward" in vars(module) else None
 
 
@@ -45,22 +46,22 @@ def step_aside(module: nn.Module) -> None:
 
 
 def is_plain_linear(forward: Any) -> bool:
-    """Whether a bound forward is `nn.Linear`'s own."""
+    """Return True if a bound forward is `nn.Linear`'s."""
     return getattr(forward, "__func__", None) is nn.Linear.forward
 
 
 def owner_of(forward: Any) -> Any:
-    """The module that a bound forward belongs to; None if it is bound to none."""
+    """Return the module that a forward is bound to; None if it is unbound."""
     return getattr(forward, "__self__", None)
 
 
 def compute_as(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Let a module compute as a subclass of its class does; parameters, hooks and its place stay."""
+    """Turn a module into an instance of a subclass of its class; it keeps its parameters, hooks and place."""
     module.__class__ = kind
 
 
 def with_rotation(module: nn.Module, rotation: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The forward of an attention layer, the same code with another rotation; None for modules without one."""
+    """Return an attention layer's forward with another rotation; None for modules without a rotation."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
         return None
@@ -75,7 +76,7 @@ def with_rotation(module: nn.Module, rotation: Callable[..., Any]) -> Callable[.
 
 
 def plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """A layer's forward below every wrapper, as the one by which transformers computes it again."""
+    """Return a layer's forward without wrappers, such as the one with which transformers recomputes it."""
     forward = kind.forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
@@ -83,8 +84,8 @@ def plain_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def call_layer(layer: Any, compute: Callable[..., Tensor], hidden: Tensor, options: dict[str, Any]) -> Tensor:
-    """``compute(layer, hidden, **options)`` in place of a layer's forward: computed again in the backward pass if the
-    forward would be."""
+    """Run ``compute(layer, hidden, **options)`` in place of a layer's forward, with activation checkpointing if the
+    layer uses it."""
     inside = layer.training and layer.gradient_checkpointing and torch.is_grad_enabled()
     if inside and not _recomputes_around_forward():
         return getattr(layer, RECOMPUTE)(partial(compute, layer, **options), hidden)
@@ -93,12 +94,12 @@ def call_layer(layer: Any, compute: Callable[..., Tensor], hidden: Tensor, optio
 
 @cache
 def _recomputes_around_forward() -> bool:
-    """Whether a layer's ``__call__`` computes its forward again, so that what stands in for it need not."""
+    """Return True if a layer's ``__call__`` handles checkpointing, so that a replaced forward need not."""
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def allow_recompiling(times: int) -> None:
-    """Let one function be compiled so often before torch gives it up."""
+    """Raise the number of times that torch recompiles one function before it gives up."""
     config: Any = torch._dynamo.config  # type: ignore[attr-defined]
     config.recompile_limit = max(config.recompile_limit, times)
 
@@ -113,9 +114,9 @@ def _not_compiled() -> str:
     except ImportError:
         return "has no Qwen3VLTextDecoderLayer"
     if not issubclass(Layer, GradientCheckpointingLayer):
-        return "has a decoder layer that is no GradientCheckpointingLayer"
+        return "has a decoder layer that is not a GradientCheckpointingLayer"
     if not _recomputes_around_forward() and not hasattr(Layer.forward, "__wrapped__"):
-        return "computes layers again in another way"
+        return "recomputes layers in another way"
     return takes(plain_forward(Layer), "hidden_states", "position_embeddings", "attention_mask", "position_ids")
 
 

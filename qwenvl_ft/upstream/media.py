@@ -1,21 +1,21 @@
-"""Borrowed: the order in which ``Qwen3VLModel.forward`` puts media into a row, and the vision tower's own tables.
+"""Borrowed: the way in which ``Qwen3VLModel.forward`` inserts media features into a row, and the vision tower's tables.
 
-transformers finds the tokens of images by comparing ids, counts them, and asks the device how many patches and which
-positions each image has: a dozen waits in a training step. Public hooks put the media in instead, without a copy of any
-upstream body:
+transformers finds image tokens by comparing ids, counts them, and asks the device for the number and positions of each
+image's patches: about a dozen synchronisations per training step. Public hooks insert the features instead, without a
+copy of any upstream code:
 
-- a forward pre-hook of ``Qwen3VLModel`` runs ``visual``, places its ``pooler_output`` in ``inputs_embeds``, and hands
-  the ``deepstack_features`` on as a keyword argument, which the text model passes to each of its layers;
-- a forward pre-hook of each decoder layer takes that argument off, and adds the features of the layer before to its
-  input, where ``Qwen3VLTextModel.forward`` adds them to the output of the layer before.
+- A forward pre-hook of ``Qwen3VLModel`` runs ``visual``, writes its ``pooler_output`` to ``inputs_embeds``, and passes
+  the ``deepstack_features`` on as a keyword argument, which the text model passes to each of its layers.
+- A forward pre-hook of each decoder layer removes that argument and adds the features that belong to the previous layer
+  to its input; ``Qwen3VLTextModel.forward`` adds them to the previous layer's output.
 
-What is counted on: the first keyword arguments of ``Qwen3VLModel.forward``; keyword arguments that travel through the
-text model into its layers; ``visual(pixels, grid_thw=...)`` with ``pooler_output`` and ``deepstack_features``: the same
+This relies on the first keyword arguments of ``Qwen3VLModel.forward``, on the text model passing keyword arguments to
+its layers, and on ``visual(pixels, grid_thw=...)`` with ``pooler_output`` and ``deepstack_features``. All are the same
 in transformers 5.5 to 5.24, dense and MoE. The tables (``position_ids``, ``interp_indices``, ``interp_weights``,
-``cu_seqlens``, ``max_seqlen`` as keyword arguments of ``visual``, and the functions of ``transformers.vision_utils``
-that make them) are there from 5.15 on; before, the tower computes them itself.
+``cu_seqlens`` and ``max_seqlen`` as keyword arguments of ``visual``, and the functions of ``transformers.vision_utils``
+that compute them) exist since 5.15; before, the vision tower computes them itself.
 
-Where the shape is another, batches go transformers' own way (`PLACES`).
+If any of this differs, batches take transformers' own path (`PLACES`).
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Medium -> the argument that holds its patches."""
 TABLES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
-"""What the vision tower takes instead of computing it; in a batch ``image_`` or ``video_`` stands before each."""
+"""Arguments that the vision tower accepts instead of computing them; a batch has each with ``image_`` or ``video_``."""
 TEXT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "predicting")
-"""What is said of the row's tokens: not for the vision tower, which reads borders as its own before 5.19."""
+"""Arguments about the row's tokens, not meant for the vision tower, which before 5.19 reads the borders as its own."""
 KNOWN = "bilinear", True
-"""How learned positions are interpolated, and whether between the corners."""
+"""Interpolation mode and ``align_corners`` of learned positions for which the tables are computed."""
 ADDED = "placed_features"
-"""The keyword argument by which features travel to the layers."""
+"""Keyword argument that carries features to the layers."""
 MARK = "qwenvl_ft_placing"
-"""Set on a module that has its hook. A copy of it has both; a wrapper around it has neither."""
+"""Attribute set on modules that have the hook. A copy of such a module has both, a wrapper around it neither."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Features that are added to hidden states on the way through the text model."""
+    """Deepstack features of a row, for the layers of the text model to add."""
 
     tokens: Tensor
-    """int64[V], the media's tokens in the row."""
+    """int64[V], indices of the media tokens in the row."""
     inputs: dict[nn.Module, Tensor]
-    """Layer -> [V, D], added to its input."""
+    """Layer -> [V, D], to add to its input."""
     added: set[nn.Module] = field(default_factory=set)
-    """Layers that have taken theirs."""
+    """Layers that have added theirs."""
 
 
 def place_media(model: nn.Module, borders_suffice: Callable[[Any], bool]) -> int:
-    """Let each Qwen3-VL in ``model``, dense or MoE, take rows whose media's places are known; how many there are.
+    """Let each Qwen3-VL in ``model``, dense or MoE, accept rows with known places of media, and return their number.
 
     Args:
-        borders_suffice: the text model's config -> whether its attention needs no text positions beside the borders
-            of the samples (with both, transformers looks for borders itself, and waits).
+        borders_suffice: called with the text model's config; returns True if its attention isolates samples without
+            text positions. (With both, transformers searches for borders itself, and synchronises.)
     """
     found = 0
     for module in model.modules():
@@ -82,7 +82,7 @@ def place_media(model: nn.Module, borders_suffice: Callable[[Any], bool]) -> int
 
 
 def placing_model(model: nn.Module) -> Any:
-    """The Qwen3-VL inside wrappers that `place_media` prepared, or a copy of one; None if there is none."""
+    """Return the Qwen3-VL, inside any wrappers, that `place_media` prepared (or its copy); None if there is none."""
     return next((module for module in model.modules() if MARK in vars(module)), None)
 
 
@@ -94,20 +94,23 @@ def _is_model(module: nn.Module) -> bool:
 
 
 def vision_tables(visual: Any) -> Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None:
-    """(height, width) in patches -> ``position_ids`` int64[P, 2], ``interp_indices`` int64[P, 4] and
-    ``interp_weights`` float32[P, 4] of a frame; None if the tower computes them itself."""
+    """Return a function that computes the tables of a frame; None if the vision tower must compute them itself.
+
+    The function maps (height, width) in patches to ``position_ids`` int64[P, 2], ``interp_indices`` int64[P, 4] and
+    ``interp_weights`` float32[P, 4].
+    """
     interpolation = getattr(visual, "interpolation_mode", ""), getattr(visual, "interpolation_align_corners", None)
     return frame_tables(visual.spatial_merge_size, visual.num_grid_per_side) if interpolation == KNOWN else None
 
 
 def frame_tables(merge: int, side: int) -> Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None:
-    """`vision_tables` of a tower that merges ``merge * merge`` patches and has ``side * side`` learned positions."""
+    """Return `vision_tables` for a tower that merges ``merge * merge`` patches and has ``side * side`` positions."""
     return None if _no_tables() else _Tables(merge, side)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """An object, because loader workers that are spawned take it along."""
+    """A picklable function, because spawned dataloader workers receive it."""
 
     merge: int
     side: int
@@ -129,25 +132,25 @@ def _frame(height: int, width: int, merge: int, side: int) -> tuple[Tensor, Tens
 
 
 class _Placing:
-    """Forward pre-hook of a ``Qwen3VLModel``; does nothing to a batch without places."""
+    """Forward pre-hook of a ``Qwen3VLModel``; leaves a batch without places unchanged."""
 
     def __init__(self, borders_suffice: Callable[[Any], bool]) -> None:
         self.borders_suffice = borders_suffice
 
-    def __call__(self, model: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        kinds = [kind for kind in KINDS if f"{kind}_places" in given]
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kinds = [kind for kind in KINDS if f"{kind}_places" in kwargs]
         if not kinds:
             return None
-        given = named(model, arguments, given)
-        own = tuple(f"{kind}_" for kind in KINDS)
-        rest = {name: value for name, value in given.items() if not name.startswith(own)}
+        kwargs = named(model, args, kwargs)
+        prefixes = tuple(f"{kind}_" for kind in KINDS)
+        rest = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
         for name in ("input_ids", "mm_token_type_ids", *KINDS.values()):
             rest.pop(name, None)
         if "cu_seq_lens_q" in rest and self.borders_suffice(model.config.get_text_config()):
             rest["position_ids"] = rest["position_ids"][-3:]
-        embeds = model.get_input_embeddings()(given["input_ids"])  # [1, T, D]
-        tokens = torch.cat([given[f"{kind}_places"] for kind in kinds]).to(embeds.device)
-        features = (_features(model, kind, given) for kind in kinds)
+        embeds = model.get_input_embeddings()(kwargs["input_ids"])  # [1, T, D]
+        tokens = torch.cat([kwargs[f"{kind}_places"] for kind in kinds]).to(embeds.device)
+        features = (_features(model, kind, kwargs) for kind in kinds)
         merged, *deep = (torch.cat(parts).to(embeds.device, embeds.dtype) for parts in zip(*features, strict=True))
         layers = _hooked_layers(model)
         rest["inputs_embeds"] = embeds.index_copy(1, tokens, merged[None])
@@ -155,16 +158,16 @@ class _Placing:
         return (), rest
 
 
-def _features(model: Any, kind: str, given: dict[str, Any]) -> list[Tensor]:
-    """Features of a kind's media: those that take the tokens' places, and those that are added to deeper layers."""
-    tables = {name: given[f"{kind}_{name}"] for name in TABLES if f"{kind}_{name}" in given and not _no_tables()}
-    pixels = given[KINDS[kind]].type(model.visual.dtype)
-    seen = model.visual(pixels, grid_thw=given[f"{kind}_grid_thw"], return_dict=True, **tables)
-    return [seen.pooler_output, *seen.deepstack_features]
+def _features(model: Any, kind: str, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the features of images or videos: those for the input embeddings, then those for each deepstack layer."""
+    tables = {name: kwargs[f"{kind}_{name}"] for name in TABLES if f"{kind}_{name}" in kwargs and not _no_tables()}
+    pixels = kwargs[KINDS[kind]].type(model.visual.dtype)
+    output = model.visual(pixels, grid_thw=kwargs[f"{kind}_grid_thw"], return_dict=True, **tables)
+    return [output.pooler_output, *output.deepstack_features]
 
 
 def _hooked_layers(model: Any) -> list[nn.Module]:
-    """The layers of the text model as they are now (adapters wrap them, others are put between), each with its hook."""
+    """Return the current layers of the text model, each with its hook; adapters may have wrapped or added some."""
     layers = list(model.language_model.layers)
     for layer in layers:
         if MARK not in vars(layer):
@@ -173,39 +176,39 @@ def _hooked_layers(model: Any) -> list[nn.Module]:
     return layers
 
 
-def _add(layer: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """Forward pre-hook of a decoder layer: add what was placed for it, and take the argument off."""
-    if ADDED not in given:
+def _add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a decoder layer: add its features to its input, and remove the argument that carries them."""
+    if ADDED not in kwargs:
         return None
-    placed: Placed = given[ADDED]
-    rest = {name: value for name, value in given.items() if name != ADDED}
+    placed: Placed = kwargs[ADDED]
+    rest = {name: value for name, value in kwargs.items() if name != ADDED}
     features = placed.inputs.get(layer)
     if features is None:
-        return arguments, rest
+        return args, rest
     placed.added.add(layer)
     name = "hidden_states"
-    hidden = rest[name] if name in rest else arguments[0]
+    hidden = rest[name] if name in rest else args[0]
     tokens, features = placed.tokens.to(hidden.device), features.to(hidden.device, hidden.dtype)
     summed = hidden.index_copy(1, tokens, hidden.index_select(1, tokens) + features[None])
-    return (arguments, rest | {name: summed}) if name in rest else ((summed, *arguments[1:]), rest)
+    return (args, rest | {name: summed}) if name in rest else ((summed, *args[1:]), rest)
 
 
-def _require_added(text: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
-    """Forward hook of the text model: each layer has taken its features, or the hidden states are wrong."""
-    if ADDED in given and len(given[ADDED].added) != len(given[ADDED].inputs):
+def _require_added(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the text model: raise unless every layer has added its features."""
+    if ADDED in kwargs and len(kwargs[ADDED].added) != len(kwargs[ADDED].inputs):
         raise AssertionError("features of images were not added to the layers that they belong to")
 
 
-def _without_text_borders(visual: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """Forward pre-hook of the vision tower: what is said of the row's samples is not said of its frames."""
-    return arguments, {name: value for name, value in given.items() if name not in TEXT_ONLY}
+def _without_text_borders(visual: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the vision tower: remove arguments about the row's samples."""
+    return args, {name: value for name, value in kwargs.items() if name not in TEXT_ONLY}
 
 
 @cache
 def differs(model_class: Any, config_class: Any) -> str:
-    """Why rows whose places are known cannot take the fast way through a class of model; empty if they can.
+    """Return the reason why the hooks do not work with a class of model; empty if they do.
 
-    A model of a few hundred weights is run both ways: whatever a release changes shows in the numbers.
+    A model of a few hundred weights runs with and without the hooks, so any change of a release shows in the numbers.
     """
     from transformers import AutoModel
 
@@ -218,17 +221,17 @@ def differs(model_class: Any, config_class: Any) -> str:
             experts = {"experts_implementation": "eager"} if hasattr(config.text_config, "num_experts") else {}
             model = AutoModel.from_config(config, **experts).float().eval()
             if type(model) is not model_class:
-                return f"has no {model_class.__name__} of its config"
+                return f"does not build {model_class.__name__} from its config"
             plain, placed = _both_ways(model)
     except Exception as error:
         return f"runs another Qwen3-VL ({type(error).__name__}: {one_line(error, 80)})"
     if not torch.allclose(plain, placed, rtol=1e-4, atol=1e-5):
-        return "gives a Qwen3-VL other hidden states than its hooks do"
+        return "computes other hidden states than the hooks do"
     return ""
 
 
 def _both_ways(model: Any) -> tuple[Tensor, Tensor]:
-    """Hidden states of a row with an image by transformers' own way, and by the hooks."""
+    """Return the hidden states of a row with an image, without and with the hooks."""
     image = model.config.image_token_id
     ids = torch.tensor([[1, *[image] * 4, 2, 3]])
     positions = torch.arange(ids.shape[1]).expand(4, 1, -1)
@@ -250,7 +253,7 @@ def _both_ways(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _small(config_class: Any) -> Any:
-    """The config of the smallest model with three deepstack features, dense or MoE."""
+    """Return the config of the smallest model with three deepstack features, dense or MoE."""
     wide, rotary = 8, {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     text: dict[str, Any] = {
         "vocab_size": 8,
@@ -279,15 +282,15 @@ def _small(config_class: Any) -> Any:
 
 
 def takes_keywords(function: Callable[..., Any]) -> str:
-    """Why a model's forward cannot be called as it is here."""
+    """Return the reason why a model's forward cannot be called as it is here; empty if it can."""
     return takes(function, "input_ids", "inputs_embeds", "position_ids", "pixel_values", "image_grid_thw", ADDED)
 
 
 def _zero3() -> str:
-    """DeepSpeed shards every model that is made while it is on, the small one too: asked before, or not at all."""
+    """Return a reason not to build the small model while DeepSpeed would shard it; empty without ZeRO-3."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    return "was not tried before DeepSpeed began to shard new models" if is_deepspeed_zero3_enabled() else ""
+    return "was not tested before DeepSpeed began to shard new models" if is_deepspeed_zero3_enabled() else ""
 
 
 @cache
@@ -298,9 +301,9 @@ def _no_tables() -> str:
         return missing
     from transformers import vision_utils
 
-    given = "grid_thw", "num_grid_per_side", "mode", "align_corners", "spatial_merge_size", "kwargs"
+    needed = "grid_thw", "num_grid_per_side", "mode", "align_corners", "spatial_merge_size", "kwargs"
     return first(
-        takes(vision_utils.get_vision_interpolation_indices_and_weights, *given),
+        takes(vision_utils.get_vision_interpolation_indices_and_weights, *needed),
         takes(vision_utils.get_vision_position_ids, "grid_thw", "spatial_merge_size", "kwargs"),
     )
 

@@ -1,18 +1,18 @@
-"""What we take from peft beyond its documented use: importing it lightly, tables of types, the base of a tuner, names.
+"""Borrowed from peft: importing it without bitsandbytes, its tables of adapter types, the base class of tuners, names.
 
-| borrowed | shape, read in peft 0.17.1 to 0.21.2 | where it is missing |
+| borrowed | form in peft 0.17.1 to 0.21.2 | if it is missing |
 |---|---|---|
-| the tables of `peft.mapping`, written to | the same in all; no way to add a type of one's own in any | RecipeError |
-| members of the enumeration `PeftType` | up to 0.20 no type outside of it can be saved | nothing is added |
+| the tables of `peft.mapping`, which we extend | the same in all; none has a public way to add a type | RecipeError |
+| members of the enumeration `PeftType` | up to 0.20, a type must be a member to be saved | nothing is added |
 | ``BaseTuner.forward`` | up to 0.20 it calls the model's forward, without hooks | ours calls the model |
-| ``BaseTuner._create_and_replace``, ``_replace_module`` | to be overridden by a tuner, as its docstring says; 0.17 | |
-| | has no ``_replace_module`` in the base class | ours runs: it needs none of peft's |
-| `peft.utils.other.get_pattern_key` | the same in all | ImportError where patterns are used |
+| ``BaseTuner._create_and_replace``, ``_replace_module`` | its docstring says that tuners override them; 0.17 | |
+| | has no ``_replace_module`` in the base class | ours runs and does not need peft's |
+| `peft.utils.other.get_pattern_key` | the same in all | ImportError if patterns are used |
 | `peft.utils.constants.DUMMY_TARGET_MODULES` | the same in all | RecipeError by peft: no target |
 | `ParamWrapper` of LoRA, for weights outside of layers | since 0.17 | no layer counts as one |
-| peft without bitsandbytes | 0.20 and later import it at once, all of them to wrap by LoRA | it is imported |
+| peft without bitsandbytes | imported by all to wrap with LoRA, and at once since 0.20 | it is imported |
 
-peft 0.17 does not import with transformers 5: 0.18.0 is the oldest that can be used.
+peft 0.17 cannot be imported with transformers 5, so 0.18.0 is the oldest usable version.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SINCE = {
     **dict.fromkeys(("BEFT", "FROD", "GLORA", "UNILORA", "HIRA", "DEFT"), "0.20.0"),
     **dict.fromkeys(("SHADOW", "SUPERTUNING"), "0.21.0"),
 }
-"""peft's name of a method, or our name of a start -> the first release that has it; the others are in 0.18.0."""
+"""peft's name of a method, or our name of an initialisation -> the first release with it. All others are in 0.18.0."""
 
 
 @contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Let peft believe that bitsandbytes is not installed, unless it is in use already.
+    """Make peft believe that bitsandbytes is not installed, unless it is imported already.
 
-    peft imports it wherever it is installed, which takes a second and prints of missing libraries. A layer can only be
-    one of bitsandbytes' if that was imported, so there is nothing to miss. Python says that a package whose entry in
-    ``sys.modules`` is None cannot be imported; what peft remembers of the answer is cleared.
+    peft imports it wherever it is installed, which takes a second and prints warnings about missing libraries. No layer
+    can be one of bitsandbytes' unless that was imported, so nothing is lost. A package whose entry in ``sys.modules``
+    is None cannot be imported. peft caches the answer; the cache is cleared on exit.
     """
     if BITS in sys.modules:
         yield
@@ -55,11 +55,11 @@ def without_bitsandbytes() -> Iterator[None]:
         yield
     finally:
         del sys.modules[BITS]
-        asked = sys.modules["peft.import_utils"] if "peft.import_utils" in sys.modules else None
+        import_utils = sys.modules["peft.import_utils"] if "peft.import_utils" in sys.modules else None
         for name in ("is_bnb_available", "is_bnb_4bit_available"):
-            answer: Any = getattr(asked, name, None)
-            if hasattr(answer, "cache_clear"):
-                answer.cache_clear()
+            function: Any = getattr(import_utils, name, None)
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
 
 
 with without_bitsandbytes():
@@ -71,10 +71,15 @@ with without_bitsandbytes():
 
 
 def register_type(kind: str, config: type, tuner: type) -> None:
-    """Make an adapter type of our own known to peft, by its ``peft_type``.
+    """Register an adapter type of this package with peft.
+
+    Args:
+        kind: its ``peft_type``.
+        config: its config class.
+        tuner: its tuner class.
 
     Raises:
-        RecipeError: the installed peft would not ask its tuner, or has no table to be written into.
+        RecipeError: the installed peft would not call the tuner, or has no table to extend.
     """
     OWN_TYPES.require(f"an adapter of type {kind}")
     for table, value in (("CONFIG", config), ("TUNER", tuner), ("PREFIX", tuner.prefix)):  # type: ignore[attr-defined]
@@ -88,14 +93,14 @@ def register_type(kind: str, config: type, tuner: type) -> None:
 
 
 class _Asking:
-    """As much of a PeftModel as peft looks at before it refuses a type."""
+    """The attributes of a PeftModel that peft reads before it rejects an unknown type."""
 
     def __init__(self, kind: str) -> None:
         self.peft_config = {"": SimpleNamespace(peft_type=kind, is_prompt_learning=False)}
 
 
 def _name_type(kind: str) -> None:
-    """Add a member to peft's enumeration of types, without which peft up to 0.20 does not save an adapter."""
+    """Add a member to peft's enumeration of types; up to 0.20, peft does not save an adapter without it."""
     types: Any = peft.PeftType
     if kind not in types.__members__:
         member = str.__new__(types, kind)
@@ -105,11 +110,11 @@ def _name_type(kind: str) -> None:
 
 
 def config_class_of(name: str, key: str) -> Any:
-    """peft's config class of a method.
+    """Return peft's config class of a method.
 
     Args:
-        name: of the method in peft, in capitals.
-        key: the setting that asks for it, for the error.
+        name: peft's name of the method, in capitals.
+        key: the recipe key that selects it, for the error.
 
     Raises:
         RecipeError: the installed peft does not have the method.
@@ -118,15 +123,19 @@ def config_class_of(name: str, key: str) -> Any:
     return next(value for kind, value in _table("CONFIG").items() if str(getattr(kind, "value", kind)) == name)
 
 
-def require(name: str, key: str, there: bool) -> None:
-    """Raises RecipeError with the release to install, unless the installed peft has ``name``: see ``SINCE``."""
-    if not there:
+def require(name: str, key: str, available: bool) -> None:
+    """Raise RecipeError with the release to install (see ``SINCE``), unless ``name`` is available."""
+    if not available:
         fix = f"pip install 'peft>={SINCE[name]}'" if name in SINCE else "install peft 0.21.2"
         raise RecipeError(f"{key} is not in peft {peft.__version__}. To use it, {fix}.")
 
 
 def public(name: str, key: str, feature: str) -> Any:
-    """``peft.<name>``.
+    """Return ``peft.<name>``.
+
+    Args:
+        key: the recipe key that needs it, for the error.
+        feature: a key of ``SINCE``.
 
     Raises:
         RecipeError: the installed peft does not have it.
@@ -136,43 +145,43 @@ def public(name: str, key: str, feature: str) -> Any:
 
 
 def prefix_of(kind: Any) -> str:
-    """How the names of an adapter type's own weights begin, as ``lora_``."""
+    """Return the prefix of an adapter type's weights, such as ``lora_``."""
     return str(_table("PREFIX")[kind])
 
 
 def tuner_of(kind: Any) -> Any:
-    """The tuner class of an adapter type; None for types that have none."""
+    """Return the tuner class of an adapter type; None for types without one."""
     return _table("TUNER").get(kind)
 
 
 def pattern_of(patterns: Any, name: str) -> str:
-    """The first of ``patterns`` that a module's full name ends with, as peft looks ranks up; else the name."""
+    """Return the first of ``patterns`` that a module's full name ends with, by peft's rule for ranks; else the name."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(list(patterns), name))
 
 
 def no_target() -> str:
-    """The one target that peft lets match nothing; it refuses an empty list."""
+    """Return the target name that peft accepts although it matches nothing; peft rejects an empty list."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     return DUMMY_TARGET_MODULES
 
 
 def is_full_copy(module: Any) -> bool:
-    """Whether a module is the pair of an original and the copy of it that trains."""
+    """Return True for peft's wrapper that holds an original module and its trainable copy (``modules_to_save``)."""
     from peft.utils import ModulesToSaveWrapper
 
     return isinstance(module, ModulesToSaveWrapper)
 
 
 def is_adapted(module: Any) -> bool:
-    """Whether a module is one of the base model's with an adapter of any type around it."""
+    """Return True for a module of the base model that is wrapped by an adapter of any type."""
     return isinstance(module, BaseTunerLayer)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers with LoRA around them, by name; not those of single weights, as of experts."""
+    """Yield (name, layer) of the layers wrapped by LoRA, except wrappers of single weights, such as experts."""
     from peft.tuners.lora import LoraLayer
 
     single = getattr(import_module("peft.tuners.lora.layer"), "ParamWrapper", ())
@@ -182,7 +191,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def load_onto(model: Any, folder: str, adapter_name: str) -> Any:
-    """The PeftModel of a model with a saved adapter; of a PeftModel, itself with one more."""
+    """Load a saved adapter onto a model, and return the PeftModel; a PeftModel gets one more adapter."""
     with without_bitsandbytes():
         if not isinstance(model, peft.PeftModel):
             return peft.PeftModel.from_pretrained(model, folder, adapter_name=adapter_name)
@@ -191,39 +200,41 @@ def load_onto(model: Any, folder: str, adapter_name: str) -> Any:
 
 
 def unmatched(model: Any, folder: str, adapter_name: str) -> tuple[list[str], list[str]]:
-    """Names of weights that an adapter's folder lacks, and of those for which the loaded model has no place.
+    """Compare an adapter's folder with the model that it was loaded onto; peft itself only warns.
 
-    The first is what saving the adapter would write and the folder does not have. peft only warns of it.
+    Returns:
+        Names of weights that the folder lacks (saving the adapter would write them), and names of weights in the folder
+        for which the model has no place.
     """
     from peft.utils import load_peft_weights
 
-    # What peft leaves out of names in the file, or did in earlier releases.
-    own = re.compile(rf"(\.modules_to_save)?\.{re.escape(adapter_name)}(?=\.|$)|\.weight$")
+    # Parts of names that peft omits in the file, or omitted in earlier releases.
+    omitted = re.compile(rf"(\.modules_to_save)?\.{re.escape(adapter_name)}(?=\.|$)|\.weight$")
     saved = load_peft_weights(folder, device="cpu")
     written = peft.get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    # Of types that it does not know, peft up to 0.20 gives the weights of every adapter.
+    # For types that it does not know, peft up to 0.20 returns the weights of every adapter.
     others = [re.compile(rf"\.{re.escape(name)}(\.|$)") for name in model.peft_config if name != adapter_name]
     written = [key for key in written if not any(other.search(key) for other in others)]
-    there = {own.sub("", key) for key in saved}
-    known = {own.sub("", key) for key in [*model.state_dict(), *written]}
-    missing = sorted(key for key in written if own.sub("", key) not in there)
-    return missing, sorted(key for key in saved if own.sub("", key) not in known)
+    found = {omitted.sub("", key) for key in saved}
+    known = {omitted.sub("", key) for key in [*model.state_dict(), *written]}
+    missing = sorted(key for key in written if omitted.sub("", key) not in found)
+    return missing, sorted(key for key in saved if omitted.sub("", key) not in known)
 
 
 class WrappingTuner(BaseTuner):
-    """A tuner that puts a module of ours around each target; `wrapped` is all that it needs to have.
+    """Base class of tuners that wrap each target module; subclasses implement `wrapped` only.
 
-    The wrapper's weights go to the device of what it wraps.
+    The wrapper's weights are moved to the device of the wrapped module.
     """
 
     target_module_mapping: dict[str, Any] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """By the model's ``__call__``, with its hooks, which peft up to 0.20 leaves out."""
+        """Call the model with its hooks, which peft up to 0.20 bypasses."""
         return self.model(*args, **kwargs)
 
     def wrapped(self, module: nn.Module, adapter_name: str, config: Any) -> nn.Module:
-        """``module`` with the weights of an adapter; it may have a wrapper of ours around it already."""
+        """Return ``module``, wrapped unless it is a wrapper already, with the weights of a new adapter."""
         raise NotImplementedError
 
     def _create_and_replace(
@@ -233,20 +244,20 @@ class WrappingTuner(BaseTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        *told: Any,
-        **more: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         layer = self.wrapped(target, adapter_name, peft_config)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """peft's own hands the child's weight on, which a module of several layers does not have."""
+        """Replace a module by its wrapper. peft's own method needs ``child.weight``, which a block of layers lacks."""
         setattr(parent, child_name, new_module)
-        place = next(iter(child.parameters())).device
+        device = next(iter(child.parameters())).device
         for name, module in new_module.named_modules():
             if self.prefix in name and not any(value.is_meta for value in module.parameters()):
-                module.to(place)
+                module.to(device)
 
 
 OWN_TYPES = Feature(
@@ -258,11 +269,11 @@ OWN_TYPES = Feature(
 FEATURES = (OWN_TYPES,)
 
 
-def _table(what: str) -> dict[Any, Any]:
-    """One of peft's tables of adapter types: CONFIG, TUNER or PREFIX."""
-    name = f"PEFT_TYPE_TO_{what}_MAPPING"
-    for place in (import_module("peft.mapping"), peft):
-        if hasattr(place, name):
-            found: dict[Any, Any] = getattr(place, name)
+def _table(kind: str) -> dict[Any, Any]:
+    """Return one of peft's tables of adapter types: CONFIG, TUNER or PREFIX."""
+    name = f"PEFT_TYPE_TO_{kind}_MAPPING"
+    for module in (import_module("peft.mapping"), peft):
+        if hasattr(module, name):
+            found: dict[Any, Any] = getattr(module, name)
             return found
-    raise RecipeError(f"peft {peft.__version__} keeps no table {name}, which this package reads. Install peft 0.21.2.")
+    raise RecipeError(f"peft {peft.__version__} has no table {name}, which this package needs. Install peft 0.21.2.")

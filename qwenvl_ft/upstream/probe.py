@@ -1,7 +1,7 @@
-"""Which of the borrowed features the installed versions have, and what runs in place of those that they lack.
+"""Checks which borrowed features the installed versions support, and what runs instead of the others.
 
-A feature asks for the shape that it was proven on (a method, its parameters, a function), never for a version's number.
-Where the shape is missing, the plain public path runs and one line says so; a feature without one is refused.
+A feature checks for the interface that it was proven with (a method, its parameters, a function), never for a version
+number. If that is missing, a plain public path runs and one line reports it; a feature without such a path is refused.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ class Feature:
     """A borrowed feature."""
 
     name: str
-    """What it does, for people."""
+    """Its purpose, for messages."""
     packages: tuple[str, ...]
-    """The libraries that it depends on; none of Python itself."""
+    """The libraries that it depends on; empty for the standard library."""
     missing: Callable[[], str]
-    """Why the installed versions do not have the shape that it was proven on; empty if they do."""
+    """Returns the reason why the installed versions do not support it; empty if they do."""
     instead: str
-    """What runs in its place and what that costs; empty if nothing does."""
+    """The replacement and its cost; empty if there is none."""
 
     def line(self) -> str:
-        """What a run says of it; empty where it is there."""
+        """Return the line that a run logs if the feature is missing; empty if it is supported."""
         reason = self.missing()
         if not reason:
             return ""
-        who = f"{installed(self.packages)} " if self.packages else ""
-        return f"{self.name}: {who}{reason}; {self.instead or 'it is refused'}"
+        versions = f"{installed(self.packages)} " if self.packages else ""
+        return f"{self.name}: {versions}{reason}; {self.instead or 'it is refused'}"
 
     def require(self, key: str) -> None:
-        """Raises RecipeError in one line where it is missing.
+        """Raise RecipeError in one line if the feature is missing.
 
         Args:
-            key: what the user asked for, as ``training.torch_compile=true``.
+            key: the recipe key that needs it, such as ``training.torch_compile=true``.
         """
         if reason := self.missing():
             raise RecipeError(
@@ -51,7 +51,7 @@ class Feature:
 
 
 def features() -> tuple[Feature, ...]:
-    """All of them; imports what they are borrowed from."""
+    """Return all features; imports the libraries that they are borrowed from."""
     from qwenvl_ft.upstream import attention, layers, media, processors, templates, trainer, workers
 
     borrowed = attention, layers, media, processors, templates, trainer, workers
@@ -59,12 +59,12 @@ def features() -> tuple[Feature, ...]:
 
 
 def fallbacks() -> list[str]:
-    """A line for each feature that the installed versions lack."""
+    """Return one line for each feature that the installed versions lack."""
     return [line for feature in features() if (line := feature.line())]
 
 
 def installed(packages: Iterable[str]) -> str:
-    """Names and versions, as ``transformers 5.24.0 and torch 2.15.0``."""
+    """Return names and versions, such as ``transformers 5.24.0 and torch 2.15.0``."""
     return " and ".join(f"{name} {_version(name)}" for name in packages)
 
 
@@ -76,10 +76,10 @@ def _version(name: str) -> str:
 
 
 def lacks(owner: Any, attributes: Iterable[str]) -> str:
-    """``has no NAME`` for the first attribute that an object lacks; empty if it has all.
+    """Return ``has no NAME`` for the first attribute that an object lacks; empty if it has all.
 
     Args:
-        owner: an object, or a module's full name, which is imported.
+        owner: an object, or the full name of a module to import.
     """
     where = owner if isinstance(owner, str) else getattr(owner, "__name__", type(owner).__name__)
     if isinstance(owner, str):
@@ -90,24 +90,24 @@ def lacks(owner: Any, attributes: Iterable[str]) -> str:
     return next((f"has no {where}.{name}" for name in attributes if not hasattr(owner, name)), "")
 
 
-def takes(function: Callable[..., Any], *given: str) -> str:
-    """Why a function cannot be called with exactly these arguments by name; empty if it can."""
+def takes(function: Callable[..., Any], *arguments: str) -> str:
+    """Return the reason why a function cannot be called with exactly these keyword arguments; empty if it can."""
     parameters = inspect.signature(function).parameters
     name = getattr(function, "__qualname__", str(function))
     open_ended = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
-    strange = [argument for argument in given if argument not in parameters and not open_ended]
-    if strange:
-        return f"has a {name} without {strange[0]!r}"
+    unknown = [argument for argument in arguments if argument not in parameters and not open_ended]
+    if unknown:
+        return f"has a {name} without {unknown[0]!r}"
     needed = [
         entry.name
         for entry in parameters.values()
         if entry.default is entry.empty
         and entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
-        and entry.name not in (*given, "self")
+        and entry.name not in (*arguments, "self")
     ]
     return f"has a {name} that needs {needed[0]!r}" if needed else ""
 
 
 def first(*reasons: str) -> str:
-    """The first reason that is not empty."""
+    """Return the first reason that is not empty."""
     return next(filter(None, reasons), "")

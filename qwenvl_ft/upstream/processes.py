@@ -1,8 +1,8 @@
-"""Borrowed: accelerate's memory of how the process computes, which outlives its Accelerator.
+"""Borrowed: accelerate's process-wide settings, which outlive an Accelerator.
 
-``AcceleratorState._reset_state``, accelerate 1.0 to 1.15: without it a second run of the same process keeps the
-precision and the DeepSpeed or FSDP settings of the first, or refuses others. Where it is missing, phases that follow
-one another in a process are refused.
+``AcceleratorState._reset_state``, accelerate 1.0 to 1.15. Without it, a second run in the same process keeps the
+precision and the DeepSpeed or FSDP settings of the first, or rejects other ones. If it is missing, several phases in
+one process are refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from qwenvl_ft.upstream.probe import installed, lacks
 
 
 def forget_precision() -> None:
-    """Let the next Accelerator of this process have settings of its own; the process group stays.
+    """Reset accelerate's settings for the next Accelerator of this process; the process group is kept.
 
     Raises:
-        RecipeError: this accelerate has no way to.
+        RecipeError: this accelerate cannot do so.
     """
     if reason := lacks(AcceleratorState, ("_reset_state",)):
         raise RecipeError(

@@ -1,17 +1,17 @@
-"""Borrowed: the rules by which transformers' Qwen processors resize images and videos, and where processors differ.
+"""Borrowed: the rules by which transformers' Qwen processors resize images and videos, and their differences.
 
-Grids are planned from headers by the processors' own functions, so that a run shows a medium as inference with the same
-transformers shows it.
+Grids are planned from file headers with the processors' own functions, so that training resizes media as inference with
+the same transformers does.
 
-- ``smart_resize`` of ``models.qwen2_vl.image_processing_qwen2_vl`` and ``models.qwen3_vl.video_processing_qwen3_vl``,
-  public names in the files of models: 5.5 to 5.24. The one of videos counts an odd number of frames as one more up to
-  5.12, and refuses frames smaller than a token; from 5.15 on it rounds to even and enlarges. Where a name is gone, a
-  copy of the rule of 5.24 stands in (`RESIZING`), if the processors' public counts of patches agree with it.
-- ``Qwen3VLVideoProcessor.cap_pixels_per_frame`` and ``max_video_tokens``: 5.16 to 5.24, and announced to go, as the cap
-  becomes the rule. Before 5.16 there is no cap, and a recipe that asks for one is refused. A processor that has the
-  number and no switch caps always.
+- ``smart_resize`` of ``models.qwen2_vl.image_processing_qwen2_vl`` and ``models.qwen3_vl.video_processing_qwen3_vl``:
+  public names in model files, 5.5 to 5.24. The rule for videos counts an odd number of frames as one more and rejects
+  frames smaller than a token up to 5.12; since 5.15 it rounds to even and enlarges such frames. If a name is missing, a
+  copy of 5.24's rule is used (`RESIZING`), provided that the processors' public counts of patches agree with it.
+- ``Qwen3VLVideoProcessor.cap_pixels_per_frame`` and ``max_video_tokens``: 5.16 to 5.24. The switch is announced to be
+  removed, with the cap always on. Before 5.16 there is no cap, and a recipe that sets one is refused. A processor with
+  the number but without the switch always applies the cap.
 - ``transformers.image_utils.pil_torch_interpolation_mapping`` is not borrowed: `interpolation` has the same six pairs.
-- An image processor is of torchvision if its ``backend`` says so: a public property, 5.5 to 5.24.
+- ``backend``, a public property of image processors in 5.5 to 5.24, is "torchvision" for those based on torchvision.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ INTERPOLATIONS = {
     Resampling.BICUBIC: InterpolationMode.BICUBIC,
     Resampling.LANCZOS: InterpolationMode.LANCZOS,
 }
-"""A processor's ``resample``, a number of PIL -> what its torchvision backend resizes tensors by."""
+"""A processor's ``resample`` (PIL's enumeration) -> the mode with which its torchvision backend resizes tensors."""
 
 IMAGE_RULE = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
 VIDEO_RULE = "transformers.models.qwen3_vl.video_processing_qwen3_vl"
 PROBE_SIZES = (17, 40), (480, 641), (3000, 2000)
-"""(height, width) of what the copied rules are compared on: enlarged, rounded, shrunk."""
+"""(height, width) on which the copied rules are compared: one is enlarged, one rounded, one shrunk."""
 PROBE_FRAMES = 6
-"""Even: the public count of 5.16 to 5.18 forgets the frame that is added to an odd number."""
+"""Even, because the public count of 5.16 to 5.18 omits the frame that is added to an odd number."""
 RULE_ARGUMENTS = ("height", "width", "factor", "min_pixels", "max_pixels")
 
 
 def image_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) after resizing, in whole tokens of ``factor`` pixels.
+    """Return (height, width) of an image after resizing, as multiples of ``factor`` pixels.
 
     Raises:
-        ValueError: the image is too long and thin.
+        ValueError: the aspect ratio is too large.
     """
     return _rule(IMAGE_RULE)(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
 
@@ -61,10 +61,10 @@ def image_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
 def video_size(
     frames: int, height: int, width: int, *, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(height, width) of each frame after resizing; the areas are of all frames together.
+    """Return (height, width) of each frame after resizing; the areas are those of all frames together.
 
     Raises:
-        ValueError: the frames are too long and thin, or too small for this transformers.
+        ValueError: the aspect ratio is too large, or the frames are too small for this transformers.
     """
     return _rule(VIDEO_RULE)(
         num_frames=frames,
@@ -78,10 +78,10 @@ def video_size(
 
 
 def require_known_rule(processor: Any) -> None:
-    """Where the processors' own rules are not found: theirs must count as many patches as the copies here.
+    """If the processors' rules are missing, check that a processor counts as many patches as the copied rules.
 
     Raises:
-        RecipeError: they do not.
+        RecipeError: it does not.
     """
     if not RESIZING.missing():
         return
@@ -93,43 +93,44 @@ def require_known_rule(processor: Any) -> None:
             steps = -(-frames // part.temporal_patch_size)
             size = _probed(part, frames, height, width)
             ours = steps * size[0] * size[1] // part.patch_size**2
-            given = (height, width) if frames == 1 else (frames, height, width)
-            theirs = getattr(part, count)(*given, {}) if hasattr(part, count) else None
+            shape = (height, width) if frames == 1 else (frames, height, width)
+            theirs = getattr(part, count)(*shape, {}) if hasattr(part, count) else None
             if theirs != ours:
                 raise RecipeError(
                     f"{type(part).__name__} of {installed(('transformers',))} makes {theirs} patches of {width} x "
-                    f"{height} pixels, {ours} are expected. Install a version that docs/compatibility.md lists."
+                    f"{height} pixels, but {ours} are expected. Install a version that docs/compatibility.md lists."
                 )
 
 
 def _probed(part: Any, frames: int, height: int, width: int) -> tuple[int, int]:
-    told = {"factor": part.patch_size * part.merge_size, "min_pixels": part.size["shortest_edge"]}
+    """Return the size after resizing by the rules in use, with a processor's settings."""
+    settings = {"factor": part.patch_size * part.merge_size, "min_pixels": part.size["shortest_edge"]}
     if frames == 1:
-        return image_size(height, width, max_pixels=part.size["longest_edge"], **told)
+        return image_size(height, width, max_pixels=part.size["longest_edge"], **settings)
     most = most_of_video(part, frames)
-    return video_size(frames, height, width, temporal_factor=part.temporal_patch_size, max_pixels=most, **told)
+    return video_size(frames, height, width, temporal_factor=part.temporal_patch_size, max_pixels=most, **settings)
 
 
 def interpolation(processor: Any) -> Any:
-    """How a processor resizes, as torchvision takes it."""
+    """Return torchvision's interpolation mode of a processor."""
     mode = INTERPOLATIONS.get(processor.resample, processor.resample)
     return _lanczos() if mode is InterpolationMode.LANCZOS else mode
 
 
 def is_torchvision(image_processor: Any) -> bool:
-    """Whether an image processor resizes by torchvision."""
+    """Return True if an image processor resizes with torchvision."""
     return getattr(image_processor, "backend", "") == "torchvision"
 
 
 def shows_videos(video_processor: Any) -> bool:
-    """Whether it is one of Qwen3-VL, which says the time of each frame."""
+    """Return True for the video processor of Qwen3-VL, whose text gives the time of each frame."""
     from transformers import Qwen3VLVideoProcessor
 
     return isinstance(video_processor, Qwen3VLVideoProcessor)
 
 
 def most_of_video(processor: Any, frames: int) -> int:
-    """Largest area of all frames of a video together: the processor's, and its cap per frame where that is on."""
+    """Return the largest area of all frames of a video together, with the processor's cap per frame if it is on."""
     least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
     if not _caps(processor):
         return int(most)
@@ -138,7 +139,7 @@ def most_of_video(processor: Any, frames: int) -> int:
 
 
 def set_frame_cap(processor: Any, tokens: int) -> None:
-    """Show no frame in more tokens.
+    """Limit every frame to this number of tokens.
 
     Raises:
         RecipeError: this transformers has no cap.
@@ -151,22 +152,23 @@ def set_frame_cap(processor: Any, tokens: int) -> None:
 
 
 def video_patches(processor: Any, clips: Sequence[torch.Tensor], rates: Sequence[float]) -> Any:
-    """What a processor makes of frames that are chosen and resized already.
+    """Process frames that are sampled and resized already.
 
     Args:
         clips: uint8[F, 3, H, W] each.
-        rates: frames a second of each film; their times are in the text, so nothing depends on it.
+        rates: frames per second of each clip; the result does not depend on them, because the text has the times.
     """
     from transformers.video_utils import VideoMetadata
 
-    told: dict[str, Any] = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
+    options: dict[str, Any] = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
     if hasattr(processor, "cap_pixels_per_frame"):
-        told["cap_pixels_per_frame"] = False  # it has no part without resizing, and warns if nothing is said
+        options["cap_pixels_per_frame"] = False  # no effect without resizing, but transformers warns if it is not set
     metadata = [VideoMetadata(total_num_frames=len(clip), fps=rate) for clip, rate in zip(clips, rates, strict=True)]
-    return processor(videos=list(clips), video_metadata=metadata, **told)
+    return processor(videos=list(clips), video_metadata=metadata, **options)
 
 
 def _caps(processor: Any) -> bool:
+    """Return True if the cap per frame is on."""
     if not hasattr(processor, "max_video_tokens"):
         return False
     return bool(getattr(processor, "cap_pixels_per_frame", True))
@@ -174,7 +176,7 @@ def _caps(processor: Any) -> bool:
 
 @cache
 def _lanczos() -> InterpolationMode:
-    """Before 0.27, torchvision resizes no tensor so, and transformers takes the nearest that it has."""
+    """Return LANCZOS, or BICUBIC before torchvision 0.27, which lacks it for tensors; transformers does the same."""
     try:
         resize(torch.zeros(3, 4, 4, dtype=torch.uint8), [2, 2], interpolation=InterpolationMode.LANCZOS)
     except (ValueError, TypeError, NotImplementedError):
@@ -184,6 +186,7 @@ def _lanczos() -> InterpolationMode:
 
 @cache
 def _rule(module: str) -> Callable[..., tuple[int, int]]:
+    """Return ``smart_resize`` of a module of transformers, or its copy if it is missing."""
     if _no_rule(module):
         return _image_rule if module == IMAGE_RULE else _video_rule
     rule: Callable[..., tuple[int, int]] = import_module(module).smart_resize

@@ -1,6 +1,6 @@
-"""Which versions of the libraries below the contract of tests/upstream was run with, and how it went.
+"""Results of the contract tests (tests/upstream) with several versions of the libraries that this package uses.
 
-`make upstream` writes proven.json beside this file and docs/compatibility.md from it. Nothing is borrowed here.
+`make upstream` writes proven.json beside this file, and docs/compatibility.md from it. Nothing is borrowed here.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
-"""The libraries whose behaviour the contract tests."""
+"""Libraries whose behaviour the contract covers."""
 RECORD = Path(__file__).with_name("proven.json")
 
 
 @cache
 def runs() -> dict[str, dict[str, Any]]:
-    """Name of an environment -> its last run: python, versions, date, passed, failed, skipped, fallbacks, fault."""
+    """Return environment -> its last run: python, versions, date, passed, failed, skipped, fallbacks, fault."""
     return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 def held(run: dict[str, Any]) -> bool:
-    """Whether the contract was run in an environment, and nothing in it failed."""
+    """Return True if the contract ran in an environment and nothing failed."""
     return bool(run["passed"]) and not run["failed"] and not run["fault"]
 
 
 def result(name: str) -> str:
-    """What came of an environment's run, as ``61 passed, 2 skipped``."""
+    """Return the result of an environment's run, such as ``61 passed, 2 skipped``."""
     run = runs()[name]
-    counts = [f"{run[what]} {what}" for what in ("failed", "passed", "skipped") if run[what]]
+    counts = [f"{run[outcome]} {outcome}" for outcome in ("failed", "passed", "skipped") if run[outcome]]
     return run["fault"] or ", ".join(counts)
 
 
 def here() -> dict[str, str]:
-    """The installed versions of PACKAGES, without what a build adds (``2.14.0+cu130`` is ``2.14.0``)."""
+    """Return the installed versions of PACKAGES, without build suffixes (``2.14.0+cu130`` is ``2.14.0``)."""
     found = {}
     for name in PACKAGES:
         try:
@@ -47,12 +47,12 @@ def here() -> dict[str, str]:
 
 
 def proven(package: str) -> list[str]:
-    """The versions of a package that the contract held with, oldest first."""
+    """Return the versions of a package with which the contract passed, oldest first."""
     return sorted({run["versions"][package] for run in runs().values() if held(run)}, key=_order)
 
 
 def unproven() -> dict[str, list[str]]:
-    """Installed packages whose very version no run had -> the nearest older and newer versions that one had."""
+    """Return installed packages whose exact version was in no run -> the nearest older and newer versions in a run."""
     result = {}
     for name, installed in here().items():
         known = proven(name)
@@ -64,7 +64,7 @@ def unproven() -> dict[str, list[str]]:
 
 
 def unproven_line() -> str:
-    """What a training run says of versions that the contract was not run with; empty where it was run with each."""
+    """Return the line that a training run logs about untested versions or combinations; empty if there are none."""
     installed = here()
     parts = [
         f"{name} {installed[name]}" + (f" (nearest: {', '.join(nearest)})" if nearest else "")
@@ -78,7 +78,7 @@ def unproven_line() -> str:
 
 
 def same_versions() -> list[str]:
-    """The environments whose runs had every version that is installed here, Python's first two numbers included."""
+    """Return the environments whose runs had exactly the installed versions, including Python's first two numbers."""
     python = platform.python_version_tuple()[:2]
     return [
         name
@@ -88,7 +88,7 @@ def same_versions() -> list[str]:
 
 
 def _order(text: str) -> tuple[int, ...]:
-    """A version as numbers that sort; a pre-release sorts as its release."""
+    """Return a version as numbers to sort by; a pre-release sorts like its release."""
     numbers = []
     for part in text.split("."):
         digits = "".join(character for character in part.partition("rc")[0] if character.isdigit())

@@ -1,10 +1,10 @@
-"""AdaLoRA's allocator of ranks, shown what trains only, and its memory put away and back.
+"""Borrowed: AdaLoRA's rank allocator, which is restricted to trainable layers, and whose state is saved and restored.
 
-Borrowed from `peft.tuners.adalora.RankAllocator`, whose shape is the same in peft 0.17.1 to 0.21.2:
-``RankAllocator(model, peft_config, adapter_name)`` counts the ranks of all layers of a model when it is made;
-``update_and_allocate`` and ``mask_using_rank_pattern`` walk over ``model.named_parameters()``; ``ipt``, ``exp_avg_ipt``
-and ``exp_avg_unc`` are dicts by a weight's name; ``BaseTuner.rankallocator`` is the one that is asked. Where one of
-these is missing, AdaLoRA is refused in one line.
+`peft.tuners.adalora.RankAllocator` is the same in peft 0.17.1 to 0.21.2: ``RankAllocator(model, peft_config,
+adapter_name)`` counts the ranks of all layers when it is created; ``update_and_allocate`` and
+``mask_using_rank_pattern`` iterate over ``model.named_parameters()``; ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc`` are
+dicts by parameter name; ``BaseTuner.rankallocator`` is the instance in use. If any of these is missing, AdaLoRA is
+refused in one line.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from qwenvl_ft.upstream.probe import Feature, lacks, takes
 
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""What the allocator keeps for each weight."""
+"""Attributes in which the allocator keeps importance scores by parameter name."""
 
 
 class _Trained:
-    """A model as far as it trains: layers of an earlier stage in frozen parts keep their ranks, and cost no budget."""
+    """A view of a model with only its trainable parameters: frozen layers keep their ranks, outside the budget."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -31,10 +31,10 @@ class _Trained:
 
 
 def count_trained_ranks(model: Any) -> None:
-    """Let AdaLoRA's budget be that of the layers of ``model``, a PeftModel, that train now; its memory is kept.
+    """Set AdaLoRA's rank budget to the trainable layers of ``model``, a PeftModel; importance scores are kept.
 
     Raises:
-        RecipeError: the installed peft's allocator has another shape.
+        RecipeError: the installed peft's allocator has another interface.
     """
     RANKS.require("tuner.train_type=adalora")
     from peft.tuners.adalora import RankAllocator
@@ -54,15 +54,15 @@ def count_trained_ranks(model: Any) -> None:
 
 
 def memory_of(model: Any) -> dict[str, dict[str, Tensor]]:
-    """Kind -> weight's name -> what the allocator remembers of it; these are the dicts themselves."""
+    """Return kind of score -> parameter name -> score; the inner dicts are the allocator's own, not copies."""
     return {kind: getattr(model.base_model.rankallocator, kind) for kind in MEMORY}
 
 
 def _other_allocator() -> str:
     from peft.tuners import adalora
 
-    asked = "update_and_allocate", "mask_using_rank_pattern", "reset_ipt"
-    if reason := lacks("peft.tuners.adalora", ("RankAllocator",)) or lacks(adalora.RankAllocator, asked):
+    methods = "update_and_allocate", "mask_using_rank_pattern", "reset_ipt"
+    if reason := lacks("peft.tuners.adalora", ("RankAllocator",)) or lacks(adalora.RankAllocator, methods):
         return reason
     return takes(adalora.RankAllocator, "model", "peft_config", "adapter_name")
 

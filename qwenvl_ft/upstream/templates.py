@@ -1,12 +1,13 @@
-"""How a chat template is rendered: by jinja2's public interface, in the environment that transformers gives templates.
+"""Renders chat templates with jinja2's public interface, in the same environment as transformers.
 
-`tokenizer.apply_chat_template` copies all it is given and costs as much again as the rendering, for each record of a
-plan. A template is compiled here once, and rendered from messages that hold nothing but texts and kinds of media.
+`tokenizer.apply_chat_template` copies its input and takes twice as long as the rendering alone, for each record of a
+plan. Here a template is compiled once, and rendered from messages that contain nothing but texts and kinds of media.
 
-Nothing private is borrowed; what is counted on is what a template can name (transformers 5.5 to 5.24): trimmed blocks,
-loop controls, ``{% generation %}`` blocks, ``tojson`` without HTML escapes, ``raise_exception``, ``strftime_now``, and
-since 5.23 a ``dict`` and a ``namespace`` that hide what is Python's. A template of which a later transformers makes
-another text is rendered by `tokenizer.apply_chat_template` itself: each is compared when it is first used.
+Nothing private is borrowed. The code relies on the features that transformers 5.5 to 5.24 offers to templates: trimmed
+blocks, loop controls, ``{% generation %}`` blocks, ``tojson`` without HTML escapes, ``raise_exception``,
+``strftime_now``, and since 5.23 a ``dict`` and a ``namespace`` that hide Python's own. Each template is compared with
+`tokenizer.apply_chat_template` when it is first used; if a later transformers renders another text, that method is
+used.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TURNS: list[dict[str, Any]] = [
     {"role": "assistant", "content": [{"type": "text", "text": " One.\n"}]},
     {"role": "user", "content": [{"type": "text", "text": "And?"}]},
 ]
-"""What a template is compared on."""
+"""Messages on which the two ways of rendering a template are compared."""
 
 PROBE = """
 {%- set seen = namespace(images=0) %}
@@ -55,49 +56,56 @@ PROBE = """
     {{ raise_exception('no') }}
 {% endif %}
 """
-"""A template that names what there is to name."""
+"""A template that uses every feature listed above."""
 
 
 class TemplateRenderer:
-    """Renders messages of nothing but texts and kinds of media as ``tokenizer.apply_chat_template`` does.
+    """Renders messages of texts and kinds of media as ``tokenizer.apply_chat_template`` does.
 
     Raises:
-        jinja2.TemplateError: in a call, as the template wants it.
+        jinja2.TemplateError: in a call, if the template raises it.
     """
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.template = template
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        """Those that the tokenizer has now; templates may name them."""
+        """The tokenizer's special tokens at construction; templates may use them by name."""
         self._tokenizer = tokenizer
         self.is_compiled = _agree(self._compiled, self._public)
 
-    def __call__(self, messages: list[dict[str, Any]], **told: Any) -> str:
-        return (self._compiled if self.is_compiled else self._public)(messages, **told)
+    def __call__(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        return (self._compiled if self.is_compiled else self._public)(messages, **variables)
 
-    def _compiled(self, messages: list[dict[str, Any]], **told: Any) -> str:
-        named = self.special_tokens | told
-        return compiled_template(self.template).render(messages=messages, tools=None, documents=None, **named)
+    def _compiled(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        names = self.special_tokens | variables
+        return compiled_template(self.template).render(messages=messages, tools=None, documents=None, **names)
 
-    def _public(self, messages: list[dict[str, Any]], **told: Any) -> str:
-        return render_with_tools(self._tokenizer, self.template, messages, None, **told)
-
-
-def render_with_tools(tokenizer: Any, template: str, messages: list[Any], tools: Any, **told: Any) -> str:
-    """transformers' own rendering, which takes any objects."""
-    return str(tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False, **told))
+    def _public(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        return render_with_tools(self._tokenizer, self.template, messages, None, **variables)
 
 
-def _agree(ours: Callable[..., str], theirs: Callable[..., str]) -> bool:
-    return all(
-        _shown(ours, TURNS[first:last], invite) == _shown(theirs, TURNS[first:last], invite)
-        for first, last, invite in ((0, 4, True), (1, 3, False))
+def render_with_tools(tokenizer: Any, template: str, messages: list[Any], tools: Any, **variables: Any) -> str:
+    """Render with transformers' own method, which accepts any objects in messages and tools.
+
+    Args:
+        variables: further variables of the template, such as ``add_generation_prompt``.
+    """
+    return str(
+        tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False, **variables)
     )
 
 
-def _shown(render: Callable[..., str], messages: list[dict[str, Any]], invite: bool) -> Any:
+def _agree(ours: Callable[..., str], theirs: Callable[..., str]) -> bool:
+    """Return True if both render the same text, or raise the same type of error, for the probe messages."""
+    return all(
+        _outcome(ours, TURNS[first:last], flag) == _outcome(theirs, TURNS[first:last], flag)
+        for first, last, flag in ((0, 4, True), (1, 3, False))
+    )
+
+
+def _outcome(render: Callable[..., str], messages: list[dict[str, Any]], flag: bool) -> Any:
     try:
-        return render(messages, add_generation_prompt=invite, add_vision_id=invite)
+        return render(messages, add_generation_prompt=flag, add_vision_id=flag)
     except (TemplateError, TypeError, ValueError) as error:
         return type(error)
 
@@ -109,12 +117,12 @@ def _renders_otherwise() -> str:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="<end>")
-    return "" if TemplateRenderer(tokenizer, PROBE).is_compiled else "makes another text of a chat template"
+    return "" if TemplateRenderer(tokenizer, PROBE).is_compiled else "renders a chat template to another text"
 
 
 @lru_cache(maxsize=32)
 def compiled_template(template: str) -> jinja2.Template:
-    """A template in the environment that transformers gives it; compiled once a process."""
+    """Return a template compiled in transformers' environment; cached, so it is compiled once per process."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -129,37 +137,37 @@ def compiled_template(template: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what an assistant says; it changes nothing of the text."""
+    """The tag ``{% generation %}``, which marks an assistant's turn and does not change the text."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(self.call_method("render"), [], [], body).set_lineno(line)
 
-    def said(self, caller: Callable[[], str]) -> str:
+    def render(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
 class _Dict:
-    """``dict`` of templates, with no way to Python's type."""
+    """``dict`` of templates, which gives no access to Python's type."""
 
-    def __call__(self, *arguments: Any, **named: Any) -> dict[Any, Any]:
-        return dict(*arguments, **named)
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
 
-    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*arguments)
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """``namespace`` of templates, which holds no name with an underscore in front."""
+    """``namespace`` of templates, which accepts no name that begins with an underscore."""
 
-    def __init__(*arguments: Any, **named: Any) -> None:
-        self, given = arguments[0], dict(*arguments[1:], **named)
-        for name in given:
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
             _refuse_hidden(name)
-        jinja2.utils.Namespace.__init__(self, given)
+        jinja2.utils.Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _refuse_hidden(name)

@@ -1,11 +1,11 @@
-"""Borrowed: the steps of transformers' training loop that have no public hook, as hooks with names of ours.
+"""Borrowed: steps of transformers' training loop that have no public hook; this file gives them hooks with our names.
 
 `PlannedTrainer` overrides five private methods of `transformers.Trainer` (`OVERRIDDEN`), which have the same names and
-parameters in transformers 5.5 to 5.24, and reads ``_train_batch_size`` and sets ``_created_lr_scheduler``. Each
-override calls a hook that says what it is for, and then the method it overrides.
+parameters in transformers 5.5 to 5.24. It also reads ``_train_batch_size`` and sets ``_created_lr_scheduler``. Each
+override calls a hook, whose name states its purpose, and the method that it overrides.
 
-A release that renames one of them would call ours no longer, and train by other rows than planned without a word.
-There is no other path, so `LOOP` is asked before a trainer is made, and refuses in one line.
+A release that renames one of these methods would no longer call ours, and would silently train on other rows than
+planned. There is no other path, so `LOOP` is checked before a trainer is built, and refuses in one line.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_save_checkpoint": ("model", "trial"),
     "_save_optimizer_and_scheduler": ("output_dir",),
 }
-"""Private method of Trainer -> its parameters, all of which it is given by name or in this order."""
+"""Private method of Trainer -> its parameters, which Trainer passes by name or in this order."""
 CALLED: dict[str, tuple[str, ...]] = {
     "get_train_dataloader": (),
     "get_eval_dataloader": ("eval_dataset",),
@@ -68,24 +68,24 @@ CALLED: dict[str, tuple[str, ...]] = {
     "log": ("logs", "start_time"),
     "save_model": ("output_dir",),
 }
-"""Public method of Trainer that a subclass of ours overrides -> its parameters. One that is gone is not called."""
+"""Public method of Trainer that our subclass overrides -> its parameters. If one were removed, ours would not run."""
 
 
 @dataclass(frozen=True)
 class EpochLength:
-    """How much an epoch has."""
+    """The length of an epoch."""
 
     passes: int
-    """Batches of this process."""
+    """Micro-batches of this rank."""
     steps: int
     """Optimizer steps."""
 
 
 class PlannedTrainer(Trainer):
-    """transformers' Trainer with hooks where a plan of rows needs them; a subclass fills them in.
+    """transformers' Trainer with the hooks that a plan of rows needs, for a subclass to implement.
 
     Raises:
-        RecipeError: this transformers runs another loop.
+        RecipeError: this transformers has another training loop.
     """
 
     def __init__(self, model: Any, args: Any, **options: Any) -> None:
@@ -93,46 +93,48 @@ class PlannedTrainer(Trainer):
             raise RecipeError(f"{LOOP.name} does not work: transformers {reason}. {LOOP.instead}")
         with _without_compiling(args):
             super().__init__(model, args, **options)
-        # transformers 5.5.0 lets accelerate divide the loss by these steps, although the loop has done so. Later
-        # releases set 1 themselves.
+        # transformers 5.5.0 lets accelerate divide the loss by the accumulation steps once more, after the loop has
+        # done so. Later releases set 1 themselves.
         self.accelerator.gradient_accumulation_steps = 1
         self.is_prepared = False
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def before_wrapping(self) -> None:
-        """Training begins: checkpointing is on, the model is not yet wrapped, no optimizer exists."""
+        """Called when training begins: checkpointing is on, the model is not yet wrapped, no optimizer exists."""
 
     def resume_at(self, step: int) -> tuple[int, int]:
-        """An optimizer step -> epochs that are over, and passes that are done in the next one."""
+        """Return for an optimizer step the finished epochs, and the finished micro-batches of the next epoch."""
         raise NotImplementedError
 
     def begin_epoch(self, epoch: int) -> EpochLength | None:
-        """An epoch begins; None if nothing is left to train."""
+        """Called when an epoch begins; returns its length, or None if nothing is left to train."""
         raise NotImplementedError
 
     def end_epoch(self, epoch: int) -> None:
-        """An epoch is over."""
+        """Called when an epoch is over."""
 
     def saving(self) -> AbstractContextManager[None]:
-        """Entered before a checkpoint is written, left when it is complete."""
+        """Return a context that is entered before a checkpoint is written and left when it is complete."""
         return nullcontext()
 
     def save_beside_optimizer(self, folder: str) -> None:
-        """The optimizer's state stands in a checkpoint's folder; what else a resumed run needs goes there too. After
-        it come the random states and, last, the trainer's own."""
+        """Called after the optimizer's state is saved in a checkpoint, to save what else a resumed run needs.
+
+        The random states follow and, last, the trainer's own state.
+        """
 
     @property
     def rows_per_pass(self) -> int:
-        """``per_device_train_batch_size``, or what ``auto_find_batch_size`` has found."""
+        """``per_device_train_batch_size``, or the size that ``auto_find_batch_size`` has found."""
         return int(self._train_batch_size)
 
     def use_scheduler(self, scheduler: Any) -> None:
-        """Train with a schedule of our own; a second `train` makes a new one, as of transformers'."""
+        """Train with the given schedule. A second call of `train` makes a new one, as with transformers' own."""
         self.lr_scheduler = scheduler
         self._created_lr_scheduler = True
 
-    # -- what calls them -------------------------------------------------------------------------------------------
+    # -- overrides that call the hooks -----------------------------------------------------------------------------
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
         self.before_wrapping()
@@ -164,9 +166,9 @@ class PlannedTrainer(Trainer):
 
 @contextmanager
 def _without_compiling(args: Any) -> Iterator[None]:
-    """Build the accelerator as if nothing were compiled: it would wrap the model and change the names of its weights.
+    """Hide ``torch_compile`` from accelerate, which would wrap the model and change the names of its weights.
 
-    TrainingArguments has put the same settings into the environment, where accelerate finds them too.
+    TrainingArguments has also set environment variables, which accelerate reads; they are hidden too.
     """
     kept = {name: getattr(args, name) for name in COMPILING}
     variables = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")

@@ -1,12 +1,12 @@
-"""Borrowed: how accelerate, transformers and peft ask whether a package is installed, so that what is unused stays out.
+"""Borrowed: the way in which accelerate, transformers and peft check for optional packages, to keep unused ones out.
 
-accelerate imports deepspeed wherever it is installed to save a model, and peft from 0.20 on bitsandbytes to be imported
-itself; both take seconds and print of compilers and libraries that nobody asked for. All of them ask
+accelerate imports deepspeed, if it is installed, to save a model; peft imports bitsandbytes since 0.20 when it is
+imported itself. Both take seconds and print warnings about compilers and libraries. All three call
 `importlib.util.find_spec` or try the import (accelerate 1.0 to 1.15, transformers 5.5 to 5.24, peft 0.18 to 0.21), and
-Python says that a package whose entry in ``sys.modules`` is None is neither found nor imported.
+Python neither finds nor imports a package whose entry in ``sys.modules`` is None.
 
-A release that asks in another way imports the package again: slower, and right. bitsandbytes is in
-`qwenvl_ft.upstream.peft`, which remembers more.
+A release that checks in another way imports the package again, which is slower but correct. bitsandbytes is handled in
+`qwenvl_ft.upstream.peft`, because peft caches the answer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from contextlib import contextmanager
 from importlib import import_module
 
 ASK_ONCE = {"deepspeed": ("accelerate", "transformers.integrations.deepspeed")}
-"""Package -> modules that ask for it when they are imported, and never again."""
+"""Package -> modules that check for it once, when they are imported."""
 
 
 @contextmanager
 def unused(*packages: str) -> Iterator[None]:
-    """Inside, packages count as not installed, unless they are in use already."""
+    """Make packages count as not installed inside this context, unless they are imported already."""
     hidden = [name for name in packages if name not in sys.modules]
     for name in hidden:
-        for asker in ASK_ONCE[name] if name in ASK_ONCE else ():
-            import_module(asker)
+        for module in ASK_ONCE[name] if name in ASK_ONCE else ():
+            import_module(module)
     hidden = [name for name in hidden if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -1,11 +1,11 @@
-"""Borrowed: what a process does when it cannot put something in a queue of `multiprocessing`.
+"""Borrowed: the handler that `multiprocessing` calls when an item cannot be pickled into a queue.
 
-``multiprocessing.queues.Queue._on_queue_feeder_error(error, item)``, a static method that the standard library keeps
-for `concurrent.futures` to override: Python 3.7 to 3.14. It runs in the queue's feeding thread; by itself it prints the
-error, and the queue goes on without the item. There is no public way to hear of it: the queue pickles what it is given
-later, in that thread.
+``multiprocessing.queues.Queue._on_queue_feeder_error(error, item)`` is a static method that the standard library has
+for `concurrent.futures` to override, Python 3.7 to 3.14. It runs in the queue's feeder thread. By default it prints the
+error, and the queue continues without the item. There is no public way to catch the error, because the queue pickles
+items later, in that thread.
 
-Where it is missing, a batch that cannot be handed over is only printed, and the run waits for it (`LOUD`).
+If it is missing, the error about a lost batch is only printed, and the run waits for the batch (`LOUD`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOOK = "_on_queue_feeder_error"
 
 
 def end_with_lost_items() -> None:
-    """From now on, this process ends where an item cannot be put in a queue."""
+    """Make this process exit, from now on, when an item cannot be put in a queue."""
     if not LOUD.missing():
         setattr(multiprocessing.queues.Queue, HOOK, staticmethod(_end))
 

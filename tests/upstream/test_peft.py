@@ -85,8 +85,8 @@ def test_the_weights_that_peft_saves_are_those_that_are_expected(tmp_path, name)
 
     more = {"ia3": {"feedforward_modules": []}, "vblora": {"vector_length": 2, "num_vectors": 4}}.get(name, {})
     more |= {"adalora": {"total_step": 10}, "shira": {"r": 1}}.get(name, {})
-    told = borrowed.config_class_of(name.upper(), "key")(target_modules=["1"], modules_to_save=["0"], **more)
-    peft.get_peft_model(two_layers(), told).save_pretrained(tmp_path)
+    config = borrowed.config_class_of(name.upper(), "key")(target_modules=["1"], modules_to_save=["0"], **more)
+    peft.get_peft_model(two_layers(), config).save_pretrained(tmp_path)
     again = borrowed.load_onto(two_layers(), str(tmp_path), "default")
     assert borrowed.unmatched(again, str(tmp_path), "default") == ([], [])
     path = tmp_path / "adapter_model.safetensors"
@@ -114,7 +114,7 @@ def test_what_an_older_peft_lacks_is_one_line_with_the_release_to_install(monkey
 def test_a_release_without_its_tables_is_one_line(monkeypatch):
     for place in (sys.modules["peft.mapping"], peft):
         monkeypatch.delattr(place, "PEFT_TYPE_TO_PREFIX_MAPPING", raising=False)
-    with pytest.raises(RecipeError, match="keeps no table PEFT_TYPE_TO_PREFIX_MAPPING"):
+    with pytest.raises(RecipeError, match="has no table PEFT_TYPE_TO_PREFIX_MAPPING"):
         borrowed.prefix_of("LORA")
 
 
@@ -127,8 +127,8 @@ def test_a_release_that_asks_tuners_otherwise_is_one_line(monkeypatch):
 
 
 def test_ranks_are_counted_over_what_trains():
-    told = peft.AdaLoraConfig(target_modules=["0", "1"], init_r=4, target_r=1, total_step=10, tinit=1, tfinal=1)
-    model = peft.get_peft_model(two_layers(), told)
+    config = peft.AdaLoraConfig(target_modules=["0", "1"], init_r=4, target_r=1, total_step=10, tinit=1, tfinal=1)
+    model = peft.get_peft_model(two_layers(), config)
     ranks.count_trained_ranks(model)
     allocator = model.base_model.rankallocator
     assert (allocator.init_bgt, allocator.target_bgt) == (8, 2)

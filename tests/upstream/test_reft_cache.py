@@ -86,8 +86,8 @@ def test_arguments_by_position_have_their_names():
 @pytest.fixture
 def adapted(tiny_dir):
     torch.manual_seed(0)
-    told = TunerConfig(train_type="reft", reft_positions="l1", freeze_vit=True, freeze_aligner=True)
-    model = prepare_model(load_model(tiny_dir, torch_dtype="float32", attn_impl="sdpa"), told).eval()
+    tuner = TunerConfig(train_type="reft", reft_positions="l1", freeze_vit=True, freeze_aligner=True)
+    model = prepare_model(load_model(tiny_dir, torch_dtype="float32", attn_impl="sdpa"), tuner).eval()
     with torch.no_grad():
         for value in model.parameters():
             value += torch.randn_like(value) * 0.3 * value.requires_grad
@@ -95,9 +95,9 @@ def adapted(tiny_dir):
 
 
 def answered(model):
-    told = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     ids = torch.arange(5, 12)[None]
-    found = model.generate(input_ids=ids, **told, output_logits=True, return_dict_in_generate=True)
+    found = model.generate(input_ids=ids, **settings, output_logits=True, return_dict_in_generate=True)
     return torch.stack(found.logits)
 
 
@@ -109,15 +109,15 @@ def renamed(model, monkeypatch, change):
     prepare, forward = base.prepare_inputs_for_generation, base.forward
 
     @wraps(prepare)
-    def changed(*args, **told):
-        return change(prepare(*args, **told), name)
+    def changed(*args, **kwargs):
+        return change(prepare(*args, **kwargs), name)
 
     monkeypatch.setattr(base, "prepare_inputs_for_generation", changed)
 
     @wraps(forward)
-    def knows(input_ids=None, attention_mask=None, memory=None, **told):
+    def knows(input_ids=None, attention_mask=None, memory=None, **kwargs):
         held = {} if memory is None else {name: getattr(memory, "held", memory)}
-        return forward(input_ids=input_ids, attention_mask=attention_mask, **told, **held)
+        return forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **held)
 
     monkeypatch.setattr(base, "forward", knows)
 
@@ -152,8 +152,8 @@ def test_a_release_whose_cache_nobody_knows_gives_the_same_answers_or_one_line(a
     torch.testing.assert_close(answered(adapted), expected)
 
     def bare(inputs, name):
-        told = change(inputs, name)
-        return {key: value for key, value in told.items() if key in ("input_ids", "memory")}
+        changed = change(inputs, name)
+        return {key: value for key, value in changed.items() if key in ("input_ids", "memory")}
 
     monkeypatch.undo()
     renamed(adapted, monkeypatch, bare)

@@ -27,17 +27,17 @@ HOSTILE = (
 )
 
 
-def public(processor, template, messages, **told):
-    return processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **told)
+def public(processor, template, messages, **variables):
+    return processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **variables)
 
 
 @pytest.mark.parametrize("invite", [False, True])
 def test_the_checkpoints_own_template_is_compiled_and_says_the_same(processor, invite):
     renderer = TemplateRenderer(processor.tokenizer, processor.chat_template)
     assert renderer.is_compiled
-    told = {"add_generation_prompt": invite, "add_vision_id": True}
-    assert renderer(TURNS, **told) == public(processor, processor.chat_template, TURNS, **told)
-    assert renderer(TURNS, **told) == processor.apply_chat_template(TURNS, tokenize=False, **told)
+    variables = {"add_generation_prompt": invite, "add_vision_id": True}
+    assert renderer(TURNS, **variables) == public(processor, processor.chat_template, TURNS, **variables)
+    assert renderer(TURNS, **variables) == processor.apply_chat_template(TURNS, tokenize=False, **variables)
 
 
 @pytest.mark.parametrize("template", ODD)

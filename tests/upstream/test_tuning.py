@@ -36,9 +36,9 @@ ON_EXPERTS = ("lora", "lora, router too", "full")
 
 def settings(name):
     """As in the table, with nothing frozen unless it says so."""
-    told = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
+    common = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
     few = {"target_modules": ["q_proj"], "lora_rank": 2} if needs_data(name) else {}  # the batches have few tokens
-    return TunerConfig(**(told | few | FAMILIES[name]))
+    return TunerConfig(**(common | few | FAMILIES[name]))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def rows(encoder, mixed_records):
 def asked(processor, mixed_records):
     """A conversation with an image as plain transformers takes it."""
     content = [{"type": "image", "image": mixed_records[0]["image"][0]}, {"type": "text", "text": "What is it?"}]
-    told = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    return dict(processor.apply_chat_template([{"role": "user", "content": content}], **told))
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    return dict(processor.apply_chat_template([{"role": "user", "content": content}], **options))
 
 
 def prepared(base, name, rows):

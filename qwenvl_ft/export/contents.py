@@ -112,11 +112,11 @@ def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Content
     config = json.loads(config_file.read_text(encoding="utf-8"))
     adapter = config_file.name == "adapter_config.json"
     copies = [f".{name}." for name in config["modules_to_save"] or []] if adapter else []
-    own, full = {row: Weights() for row in ROWS}, {row: Weights() for row in ROWS}
+    trained, full = {row: Weights() for row in ROWS}, {row: Weights() for row in ROWS}
     ranks: Counter[int] = Counter()
     listed: list[tuple[str, list[int], str, float]] = []
     for name, value in _tensors(folder, adapter):
-        (full if any(copy in name for copy in copies) else own)[_row(name)].add(value)
+        (full if any(copy in name for copy in copies) else trained)[_row(name)].add(value)
         if name.endswith((".lora_A.weight", ".lora_A", ".lora_embedding_A")):
             ranks[_rank(name, value, config)] += 1
         if keys is not None and keys in name:
@@ -130,7 +130,7 @@ def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Content
         method=config["peft_type" if adapter else "model_type"],
         recipe=_main_settings(folder),
         base=config["base_model_name_or_path"] if adapter else None,
-        weights={row: found.counts for row, found in own.items() if found.tensors},
+        weights={row: found.counts for row, found in trained.items() if found.tensors},
         in_full={row: found.counts for row, found in full.items() if found.tensors},
         ranks=dict(sorted(ranks.items())),
         modules_to_save=[copy.strip(".") for copy in copies],

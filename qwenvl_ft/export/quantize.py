@@ -101,7 +101,7 @@ def quantize(
     shutil.rmtree(partial, ignore_errors=True)
     loaded.save(str(partial))
     written = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-    written.pop("use_cache", None)  # gptqmodel leaves it off
+    written.pop("use_cache", None)  # gptqmodel writes false
     if method == "awq":  # else transformers looks for packed weights in the vision tower
         written["quantization_config"]["modules_to_not_convert"] = UNTOUCHED
     (partial / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")

@@ -24,9 +24,9 @@ from qwenvl_ft.upstream.layers import (
     allow_recompiling,
     call_layer,
     plain_forward,
-    stand_in,
-    standing_in,
-    step_aside,
+    replace_forward,
+    replaced_forward,
+    restore_forward,
 )
 
 RECOMPILES = 8
@@ -66,22 +66,22 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
     if name in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, without_compiling(ALL_ATTENTION_FUNCTIONS[name]))
     layers = list(_layers(inner))
-    allow_recompiling(RECOMPILES + len(layers))  # each may have a rank of its own
+    allow_recompiling(RECOMPILES + len(layers))  # each layer may have its own LoRA rank
     compiled: dict[Callable[..., Any], Callable[..., Tensor]] = {}
     for layer in layers:
-        if standing_in(layer) is None:
+        if replaced_forward(layer) is None:
             plain = plain_forward(type(layer))
             if plain not in compiled:
                 compiled[plain] = torch.compile(plain, backend=backend, mode=mode, dynamic=True)
-            stand_in(layer, CompiledForward(layer, compiled[plain]))
+            replace_forward(layer, CompiledForward(layer, compiled[plain]))
     return len(layers)
 
 
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`, for generation, which would recompile at each step."""
     for layer in _layers(_inner(model)):
-        if isinstance(standing_in(layer), CompiledForward):
-            step_aside(layer)
+        if isinstance(replaced_forward(layer), CompiledForward):
+            restore_forward(layer)
 
 
 def _inner(model: nn.Module) -> Any:

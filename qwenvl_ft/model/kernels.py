@@ -18,7 +18,7 @@ from transformers.activations import SiLUActivation
 
 from qwenvl_ft.errors import RecipeError, one_line
 from qwenvl_ft.model.anatomy import part_of
-from qwenvl_ft.upstream.layers import stand_in, standing_in, with_rotation
+from qwenvl_ft.upstream.layers import replace_forward, replaced_forward, with_rotation
 
 KEY = "training.use_liger_kernel=true"
 DEVICES = ("cuda", "xpu")
@@ -172,8 +172,8 @@ def _put(model: nn.Module, forward: Callable[[Any, Any], Callable[..., Any] | No
     count = 0
     for name, module in model.named_modules():
         of_text = "language_model." in name and part_of(name) == "llm"
-        if of_text and standing_in(module) is None and (fused := forward(module, function)) is not None:
-            stand_in(module, fused)
+        if of_text and replaced_forward(module) is None and (fused := forward(module, function)) is not None:
+            replace_forward(module, fused)
             count += 1
     return count
 

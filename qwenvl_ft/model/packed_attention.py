@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenvl_ft.upstream.attention import VARLEN, KeptFor, set_attention, varlen_kernel, vision_name
+from qwenvl_ft.upstream.attention import VARLEN, TensorCache, set_attention, varlen_kernel, vision_name
 
 TEXT_NAME = "packed_sdpa"
 
@@ -172,8 +172,8 @@ def _varlen(
     return kernel(query, key, value, borders, borders, longest, longest, **options)
 
 
-_PLANS = KeptFor()
-_LONGEST = KeptFor()
+_PLANS = TensorCache()
+_LONGEST = TensorCache()
 
 
 def _plan_of(cu_seqlens: Tensor | None, position_ids: Tensor | None, rows: int, tokens: int) -> Plan | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwenvl_ft.upstream.layers import compute_as
+from qwenvl_ft.upstream.layers import change_class
 
 PATCH_EMBEDS = ("linear", "conv3d")
 """Values of ``model.patch_embed``."""
@@ -45,7 +45,7 @@ def use_linear_patch_embed(model: nn.Module) -> int:
         if name.endswith("patch_embed.proj") and type(module) is nn.Conv3d:
             if module.stride != module.kernel_size or module.padding != (0, 0, 0) or module.groups != 1:
                 raise AssertionError(f"{name} is not a convolution over single patches: {module}")
-            compute_as(module, PatchConv3d)
+            change_class(module, PatchConv3d)
             found += 1
     return found
 

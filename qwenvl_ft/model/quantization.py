@@ -17,7 +17,7 @@ from qwenvl_ft.recipe.methods import LORAS, over_quantized
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from qwenvl_ft.recipe.schema import QuantizationConfig, TunerConfig
 
@@ -87,7 +87,7 @@ def require_kernels(config: PreTrainedConfig) -> None:
         )
 
 
-def log_quantized(model: Any) -> None:
+def log_quantized(model: PreTrainedModel) -> None:
     """Log the quantised parts, and a warning for a MoE model, whose experts are not quantised."""
     names = quantized_modules(model)
     if not names:

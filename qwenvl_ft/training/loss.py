@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qwenvl_ft.data.conversation import IGNORE
-from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, stand_in
+from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, replace_forward
 
 HEAD_CHUNK = 1_024
 """Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words."""
@@ -301,5 +301,5 @@ def _head_loss(model: nn.Module) -> HeadLoss:
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     head: Any = inner.get_output_embeddings()
     if not isinstance(head.forward, HeadLoss):
-        stand_in(head, HeadLoss(head.forward))
+        replace_forward(head, HeadLoss(head.forward))
     return head.forward

@@ -171,10 +171,10 @@ def _kind_of(name: str, norms: set[str], kinds: dict[str, Any]) -> str:
     return "no_decay" if exempt else "decay"
 
 
-def _projected(groups: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split off from ``groups`` the parameters for which ``theirs`` sets a projection rank."""
+def _projected(groups: list[dict[str, Any]], selected: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split off from ``groups`` the parameters for which ``selected`` sets a projection rank."""
     projections = {
-        id(p): {k: v for k, v in group.items() if k != "params"} for group in theirs for p in group["params"]
+        id(p): {k: v for k, v in group.items() if k != "params"} for group in selected for p in group["params"]
     }
     split: list[dict[str, Any]] = []
     for group in groups:

@@ -91,22 +91,22 @@ class Earlier:
                 in full what the other adapts.
         """
         self._require_same_method(config)
-        ours, theirs = list(config.modules_to_save or []), self.saved(model)
+        current, earlier = list(config.modules_to_save or []), self.saved(model)
         new = set() if isinstance(config.target_modules, str) else set(config.target_modules or [])
         for layer in self.layers:
-            if inside(layer, ours):
+            if inside(layer, current):
                 raise RecipeError(
                     f"tuner.modules_to_save trains {layer} in full, but {self.folder} has an adapter for it. Leave it "
                     "out, or merge that adapter first (qwenvl-ft merge) and start from the merged model."
                 )
-        for name in ours:
-            clash = [other for other in theirs if other != name and (inside(other, [name]) or inside(name, [other]))]
+        for name in current:
+            clash = [other for other in earlier if other != name and (inside(other, [name]) or inside(name, [other]))]
             if clash:
                 raise RecipeError(
                     f"tuner.modules_to_save names {name}, but {self.folder} was trained with {clash[0]} in full. Name "
                     "the same modules."
                 )
-        wide = {name for name in new if not inside(name, theirs)} | set(self.layers)
+        wide = {name for name in new if not inside(name, earlier)} | set(self.layers)
         more = sorted(wide - set(self.layers))
         if more and self.config.peft_type.value in SHARING:
             raise RecipeError(
@@ -114,7 +114,7 @@ class Earlier:
                 "the same layers, or merge it first (qwenvl-ft merge) and start from the merged model."
             )
         config.target_modules = wide or config.target_modules
-        config.modules_to_save = list(dict.fromkeys([*ours, *theirs])) or None
+        config.modules_to_save = list(dict.fromkeys([*current, *earlier])) or None
         if hasattr(config, "ensure_weight_tying"):
             config.ensure_weight_tying = config.ensure_weight_tying or self.config.ensure_weight_tying
         if config.peft_type.value == "LORA":

@@ -81,7 +81,7 @@ def varlen_kernel() -> Callable[..., Tensor]:
     return kernel
 
 
-class KeptFor:
+class TensorCache:
     """A cache of values by tensor identity; an entry lives as long as its tensor.
 
     All layers of a pass get the same boundary tensor, so values derived from it are computed once.

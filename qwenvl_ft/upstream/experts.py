@@ -11,16 +11,19 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenvl_ft.upstream.probe import installed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 logger = logging.getLogger(__name__)
 
 
-def experts_implementation(config: Any, dtype: str) -> dict[str, str]:
+def experts_implementation(config: PreTrainedConfig, dtype: str) -> dict[str, str]:
     """Return the arguments of `from_pretrained` that select a model's expert implementation; empty for the default.
 
     Args:

@@ -30,18 +30,18 @@ ROTATION = "apply_rotary_pos_emb"
 RECOMPUTE = "_gradient_checkpointing_func"
 
 
-def stand_in(module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Replace a module's forward by another callable."""
     module.forward = forward  # type: ignore[method-assign]
 
 
-def standing_in(module: nn.Module) -> Any:
+def replaced_forward(module: nn.Module) -> Any:
     """Return the replacement of a module's forward, ours or another library's; None if its class's forward runs."""
     return vars(module)["forward"] if "forward" in vars(module) else None
 
 
-def step_aside(module: nn.Module) -> None:
-    """Undo `stand_in`."""
+def restore_forward(module: nn.Module) -> None:
+    """Undo `replace_forward`."""
     del module.forward
 
 
@@ -55,7 +55,7 @@ def owner_of(forward: Any) -> Any:
     return getattr(forward, "__self__", None)
 
 
-def compute_as(module: nn.Module, kind: type[nn.Module]) -> None:
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Turn a module into an instance of a subclass of its class; it keeps its parameters, hooks and place."""
     module.__class__ = kind
 

@@ -88,7 +88,7 @@ def register_type(kind: str, config: type, tuner: type) -> None:
         peft.get_peft_model_state_dict(_Asking(kind), state_dict={}, adapter_name="")  # type: ignore[arg-type]
     except ValueError:  # "Unknown PEFT type"
         _name_type(kind)
-    except Exception:  # it went on to what a model has and this has not
+    except Exception:  # peft accepted the type, and then failed on an attribute that `_Asking` lacks
         pass
 
 

@@ -10,11 +10,14 @@ refused in one line.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from qwenvl_ft.upstream.probe import Feature, lacks, takes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """Attributes in which the allocator keeps importance scores by parameter name."""
@@ -30,7 +33,7 @@ class _Trained:
         return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
 
 
-def count_trained_ranks(model: Any) -> None:
+def count_trained_ranks(model: PeftModel) -> None:
     """Set AdaLoRA's rank budget to the trainable layers of ``model``, a PeftModel; importance scores are kept.
 
     Raises:
@@ -46,14 +49,15 @@ def count_trained_ranks(model: Any) -> None:
         def mask_using_rank_pattern(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             return super().mask_using_rank_pattern(_Trained(model), *args, **kwargs)
 
-    tuner, adapter = model.base_model, model.active_adapter
+    tuner: Any = model.base_model
+    adapter = model.active_adapter
     ranks = TrainedRanks(_Trained(tuner.model), model.peft_config[adapter], adapter)
     for kind, kept in memory_of(model).items():
         setattr(ranks, kind, kept)
     tuner.rankallocator = ranks
 
 
-def memory_of(model: Any) -> dict[str, dict[str, Tensor]]:
+def memory_of(model: PeftModel) -> dict[str, dict[str, Tensor]]:
     """Return kind of score -> parameter name -> score; the inner dicts are the allocator's own, not copies."""
     return {kind: getattr(model.base_model.rankallocator, kind) for kind in MEMORY}
 

@@ -1,4 +1,4 @@
-"""`inspect` counts what is in the files, by part, and says what opens them."""
+"""`inspect` counts the weights of a checkpoint by part, and names the library that opens it."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def saved(folder, checkpoint, **settings):
 
 
 def by_hand(tensors, *words, but=()):
-    """Counts over the tensors whose name has one of ``words``."""
+    """Count the tensors whose name contains one of ``words``."""
     chosen = [v for k, v in tensors.items() if any(w in k for w in words) and not any(w in k for w in but)]
     return {
         "tensors": len(chosen),

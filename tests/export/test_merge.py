@@ -1,4 +1,4 @@
-"""A merged model, opened by plain transformers in another process, says what the adapter on its base said."""
+"""A merged model, opened by plain transformers in another process, generates what the adapter on its base does."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ BY_PEFT = {
     "ia3": ("IA3Config", {"feedforward_modules": []}),
     "hira": ("HiraConfig", {"r": 4}),
 }
-"""Name -> class of peft's config, its own fields."""
+"""Name -> (class of peft's config, its fields)."""
 CASES = [(name, "dense") for name in (*BY_RECIPE, *BY_PEFT)]
 CASES += [(name, "moe") for name in ("lora", "dora beside full mergers", "longlora with embeddings", "experts")]
 READER = """
@@ -74,7 +74,7 @@ def inputs(processor):
 
 
 def adapted(name, kind, checkpoints):
-    """An adapter whose weights are off their start, on its base model."""
+    """Return an adapter whose weights differ from their initial values, on its base model."""
     import peft
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def said(model, inputs):
 
 @pytest.fixture(scope="module")
 def merged(checkpoints, inputs, tmp_path_factory):
-    """All cases: case -> (logits and tokens of the adapter model, what another process found, the folder)."""
+    """Return case -> (logits and tokens of the adapter model, those of another process, the folder), for all cases."""
     root, expected = tmp_path_factory.mktemp("merged"), {}
     for number, (name, kind) in enumerate(CASES):
         model = adapted(name, kind, checkpoints)

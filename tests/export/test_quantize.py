@@ -1,4 +1,4 @@
-"""Writing GPTQ and AWQ: what is asked of gptqmodel, and what is refused before it is asked."""
+"""Quantising by GPTQ and AWQ: the calls to gptqmodel, and the errors before them."""
 
 import json
 import shutil
@@ -115,7 +115,7 @@ def test_a_quantised_model_is_not_quantised_again(tiny_dir, tmp_path, capsys, mo
 
 
 def test_layers_that_are_no_subclass_of_linear_are_targets():
-    """As GPTQ's are: a buffer of packed integers, and no weight that is a tensor."""
+    """A layer like GPTQ's: a buffer of packed integers, and no tensor as weight."""
     layer = torch.nn.Module()
     layer.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
     layer.weight = object()

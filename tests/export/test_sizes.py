@@ -1,4 +1,4 @@
-"""The documentation's table of checkpoint sizes, counted on the released dimensions, and the file it stands for."""
+"""The documentation's table of checkpoint sizes equals counts on the released dimensions, and sizes of files."""
 
 from pathlib import Path
 
@@ -31,12 +31,12 @@ ROWS = {
     "`ia3`": {"train_type": "ia3"},
 }
 BY_LAYER = {name: {"train_type": name} for name in ("adalora", "boft", "bone", "fourierft")}
-"""Methods whose count is a layer's times the layers, and which peft cannot build quickly without weights."""
+"""Methods that peft cannot build quickly without weights; their count is that of one layer times the layers."""
 NOTES = {"adalora": ", before ranks are cut"}
 
 
 def one_layer():
-    """The 4B with one layer of the language model, its width as released, and little else."""
+    """Build the 4B with one layer of the language model at its released width, and little else."""
     config = make_config("4b")
     config.text_config.num_hidden_layers, config.text_config.vocab_size = 1, 600
     config.vision_config.depth, config.vision_config.deepstack_visual_indexes = 1, [0]

@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1: losses and gradients of plain models and of the same ones with Liger's kernels."""
+"""Computes losses and gradients of models without and with Liger's kernels; run with TRITON_INTERPRET=1."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ LORA = {
 
 
 def as_compiled() -> None:
-    """What the interpreter of triton 3.9 lacks: fractions handed over as tensors, as compiled kernels get them, and the
+    """Add what the interpreter of triton 3.9 lacks: fractions passed as tensors, as compiled kernels get them, and the
     device's own square root."""
     rms_norm.rsqrt = lambda value: language.rsqrt(value)
     plain = interpreter._implicit_cvt
@@ -57,7 +57,7 @@ def step(model, batch, **options):
 
 
 def fresh(folder, kind="full", *, checkpointing=False):
-    """Two layers are enough for the interpreter, which takes a millisecond for each row of each kernel."""
+    """Load two layers only: the interpreter takes a millisecond for each row of each kernel."""
     torch.manual_seed(0)
     model = load_model(str(folder), torch_dtype="float32", attn_impl="packed_sdpa").train()
     model.model.language_model.layers = model.model.language_model.layers[:2]
@@ -69,7 +69,7 @@ def fresh(folder, kind="full", *, checkpointing=False):
 
 
 def in_modules(model, batch, *, epsilon=None):
-    """Norms, MLPs and rotations by Liger, beside the plain ones."""
+    """Compare Liger's norms, MLPs and rotations with the plain ones."""
     names = list(model.state_dict())
     results = {"plain": step(model, batch)}
     fused = use_liger(model, CPU)
@@ -82,7 +82,7 @@ def in_modules(model, batch, *, epsilon=None):
 
 
 def in_loss(model, batch, *, untied=False, **options):
-    """The head's loss by Liger, several chunks long, beside our own."""
+    """Compare Liger's loss of the language head, over several chunks, with our own."""
     if untied:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
     weights = torch.linspace(0.5, 2, len(batch["targets"]), dtype=torch.float64)
@@ -108,7 +108,7 @@ def in_loss(model, batch, *, untied=False, **options):
 
 
 def run(folder, checkpoint, encoder, **arguments):
-    """A step of the trainer; two layers would not be the checkpoint's, so only some of the pieces."""
+    """Run a step of the trainer with some of the pieces; all layers are needed here, to match the checkpoint."""
     trainer = make_trainer(folder, checkpoint, encoder, records=TEXT, learning_rate=1e-1, optim="sgd", **arguments)
     trainer.train()
     trainer.save_model(str(folder / "saved"))

@@ -19,7 +19,7 @@ from qwenvl_ft.model.anatomy import (
 
 
 def skeleton(model_type):
-    """The real class with two layers a tower, without weights."""
+    """Build the real class with two layers per tower, without weights."""
     config = CONFIG_MAPPING[model_type]()
     config.text_config.num_hidden_layers = 2
     config.vision_config.depth = 2
@@ -35,7 +35,7 @@ def family(request):
 
 
 def test_parts_are_the_modules_upstream_calls_so(family):
-    """The reference is the module tree itself, not names: what is reachable from each module is its part."""
+    """The reference is the module tree, not names: a parameter belongs to the part from which it is reachable."""
     model_type, model = family
     visual = model.model.visual
     mergers = [visual.merger, *(visual.deepstack_merger_list if model_type.startswith("qwen3") else [])]

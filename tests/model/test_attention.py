@@ -1,4 +1,4 @@
-"""``attn_impl``: the best that is there, or a refusal that says how to get it."""
+"""``attn_impl`` selects the best installed implementation, or raises an error with the command to install one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from qwenvl_ft.model.attention import resolve_attn_impl
 
 @pytest.fixture
 def device(monkeypatch):
-    """Pretend that a GPU of a compute capability and some packages are there: what this table must answer."""
+    """Pretend that a GPU of a compute capability and some packages exist."""
 
     def pretend(capability, *packages):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)

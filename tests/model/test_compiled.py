@@ -1,4 +1,4 @@
-"""Compiled layers give the loss and gradients of the plain ones, in few compilations, and leave names as they were."""
+"""Compiled layers give the same loss and gradients as plain ones, in few compilations, and keep their names."""
 
 import shutil
 
@@ -19,7 +19,7 @@ from qwenvl_ft.tuning.prepare import prepare_model
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Each test counts its own compilations."""
+    """Reset the compiler, so that each test counts its own compilations."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -28,13 +28,13 @@ def forget():
 
 @pytest.fixture(scope="module")
 def batches(encoder):
-    """Rows of other lengths, numbers of samples and longest samples."""
+    """Return rows that differ in length, number of samples and longest sample."""
     rows = [RECORDS[:4], RECORDS[2:5], RECORDS[:6], RECORDS[1:8], RECORDS[3:5]]
     return [split_labels(QwenVLCollator()([encoder(record) for record in row])) for row in rows]
 
 
 class Seen(TrainerCallback):
-    """Whether layers are compiled while a step runs."""
+    """Records during each step if layers are compiled."""
 
     compiled = False
 
@@ -78,7 +78,7 @@ def test_layers_that_an_adapter_wraps_whole_are_compiled_below_it(tiny_dir, batc
 
 
 def test_layers_of_other_ranks_are_all_compiled(tiny_dir, batches, monkeypatch):
-    """dynamo gives up after so many compilations of one function, and every rank is one."""
+    """dynamo gives up after a number of compilations of one function, and each LoRA rank needs one."""
     ranks = {f"layers\\.{layer}\\..*": layer + 1 for layer in range(4)}
     model = load_model(str(tiny_dir), torch_dtype="float32", attn_impl="packed_sdpa").train()
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], rank_pattern=ranks))
@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_those_of_plain_layers(checkpoints, batches, kind
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_the_compiled_code_is_what_runs(tiny_dir, batches, checkpointing):
-    """A backend that computes something else would be seen."""
+    """A backend that computes something else is detected."""
     seen = []
 
     def doubling(graph, _):

@@ -55,7 +55,7 @@ def test_dynamic_scaling_stretches_only_beyond_the_trained_length(tiny_dir, tmp_
 
 
 def test_dynamic_scaling_leaves_packed_samples_alone_up_to_the_trained_length_only(tiny_dir, tmp_path):
-    """Why a recipe with dynamic scaling may not have rows beyond it: one long sample would move all others."""
+    """A recipe with dynamic scaling must not have longer rows: one long sample would change all others."""
 
     def shorten(config):
         config["text_config"]["max_position_embeddings"] = 16

@@ -1,4 +1,4 @@
-"""Liger's kernels give what transformers computes, under Triton's interpreter; each is left out where it cannot be."""
+"""Liger's kernels give the same results as transformers, under Triton's interpreter; unusable ones are left out."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="lige
 
 @pytest.fixture(scope="module")
 def measured(checkpoints, tmp_path_factory):
-    """What tests/model/liger_on_cpu.py measured; Triton has to know of its interpreter before it is imported."""
+    """Return the results of liger_on_cpu.py, run as a process: Triton reads TRITON_INTERPRET when it is imported."""
     folder = tmp_path_factory.mktemp("liger")
     script = Path(__file__).with_name("liger_on_cpu.py")
     words = [sys.executable, str(script), str(checkpoints["dense"]), str(checkpoints["moe"]), str(folder)]
@@ -32,7 +32,7 @@ def measured(checkpoints, tmp_path_factory):
 
 
 def differs(found, expected, tolerance=2e-5):
-    """Names of what is not the same, ``loss`` among them."""
+    """Return the names of gradients that differ, and ``loss`` if it does."""
     assert found["grads"].keys() == expected["grads"].keys()
     names = [
         name
@@ -139,7 +139,7 @@ def test_a_kernel_that_does_not_import_is_left_out_and_named(tiny_dir, monkeypat
 @pytest.mark.gpu
 @needs_liger
 def test_on_a_gpu_the_loss_is_that_of_plain_modules(tiny_dir, encoder):
-    """In bfloat16, as trained: within its rounding of the plain loss and its gradients."""
+    """In bfloat16, as in training, loss and gradients equal the plain ones up to rounding."""
     from cases import RECORDS
 
     from qwenvl_ft.data.collate import QwenVLCollator

@@ -1,4 +1,4 @@
-"""Loading goes by config.json, keeps the cache off, and says in one line what is wrong with a checkpoint."""
+"""Loading follows config.json, turns the cache off, and reports a bad checkpoint in one line."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def test_model_type_is_checked_and_may_be_an_alias(tiny_dir):
 
 
 def test_revision_reaches_the_hub(tiny_dir):
-    """A local directory has no revisions; a hub id that is not there is named together with the cause."""
+    """A local directory has no revisions; the error about a missing hub id names it and the cause."""
     assert load_model(tiny_dir, revision="main") is not None
     message = last_error(CheckpointError, lambda: load_model("nobody/no-such-model", revision="v2"))
     assert "'nobody/no-such-model'" in message
@@ -176,7 +176,7 @@ def test_pickled_weights_are_refused(tiny_dir, tmp_path):
 
 @pytest.fixture
 def adapter(tiny_dir, tmp_path):
-    """A LoRA of the tiny model whose B matrices are not zero, saved by plain peft, and its logits."""
+    """Return a LoRA of the tiny model whose B is not zero, saved by plain peft, with its inputs and logits."""
     model = load_model(tiny_dir, torch_dtype="float32").eval()
     peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     peft_model.save_pretrained(tmp_path / "adapter")

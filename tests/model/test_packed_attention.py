@@ -1,4 +1,4 @@
-"""SDPA per sample gives every sample of a row what it gets alone, in both passes, without a mask."""
+"""SDPA per sample gives every sample of a row the results that it has alone, forward and backward, without a mask."""
 
 import inspect
 
@@ -17,7 +17,7 @@ PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_t
 
 @pytest.fixture(scope="module")
 def samples(encoder, mixed_records):
-    """Images, several images, a video, text alone: and one of them twice, so that lengths repeat."""
+    """Return samples with one image, several, a video and none, one of them twice, so that lengths repeat."""
     return [encoder(record) for record in [*mixed_records, mixed_records[0], mixed_records[1]]]
 
 
@@ -26,7 +26,7 @@ def inputs(batch):
 
 
 def loss_of(model, batch):
-    """Sum of the losses of the supervised tokens: samples add up to their row."""
+    """Return the loss summed over supervised tokens, so that the samples' losses add up to the row's."""
     logits, labels = model(**inputs(batch)).logits[0, :-1], batch["labels"][0, 1:]
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
 
@@ -80,7 +80,7 @@ def test_borders_may_come_as_cu_seq_lens(checkpoints, samples):
 
 
 def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """The signature of torch 2.11's kernel and its meaning, computed sample by sample with a softmax in float64."""
+    """A reference kernel with the signature of torch 2.11's, computed sample by sample with a softmax in float64."""
     assert cu_seq_q is cu_seq_k, "cuDNN needs the same tensor"
     assert cu_seq_q.dtype == torch.int32
     assert query.shape == key.shape == value.shape
@@ -97,7 +97,7 @@ def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
 
 
 def grouped_kernel(query, key, value, *more, enable_gqa=False, **options):
-    """The signature of torch 2.12 and later, which repeats no keys."""
+    """The reference kernel with the signature of torch 2.12 and later, which does not need repeated keys."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -106,7 +106,7 @@ def grouped_kernel(query, key, value, *more, enable_gqa=False, **options):
 
 @pytest.mark.parametrize("kernel", [reference_kernel, grouped_kernel])
 def test_the_kernel_for_unequal_lengths_is_called_as_it_wants_to_be(checkpoints, samples, monkeypatch, kernel):
-    """Stands in for the kernel, which needs a GPU: text is causal, images are not, both get their borders."""
+    """With a reference for the kernel, which needs a GPU: text is causal, images are not, both get their borders."""
     calls = []
 
     def counted(*args, **options):
@@ -136,7 +136,7 @@ def test_the_kernel_for_unequal_lengths_is_called_as_it_wants_to_be(checkpoints,
 
 
 def test_values_do_not_keep_the_queries_and_keys_of_their_block():
-    """As the vision tower makes them: one product, of which queries and keys go on turned and values as they are."""
+    """The vision tower computes all three in one product, and rotates queries and keys but not values."""
     tokens, heads, size = 48, 4, 16
     borders = torch.tensor([0, 16, 32, 48], dtype=torch.int32)
     module = torch.nn.Module()
@@ -164,7 +164,7 @@ def test_values_do_not_keep_the_queries_and_keys_of_their_block():
     ("causal", "heads", "size"), [(True, (8, 2), 128), (False, (16, 16), 72), (False, (16, 16), 64)]
 )
 def test_the_kernel_equals_sdpa_in_float64(causal, heads, size):
-    """bfloat16 on the GPU: as near to float64 as SDPA on each sample alone is, in both passes."""
+    """In bfloat16 on the GPU, the error against float64 is as small as that of SDPA on each sample alone."""
     torch.manual_seed(0)
     lengths = [700, 3, 129, 1, 64]
     borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
@@ -239,7 +239,7 @@ def test_a_saved_model_does_not_remember_it(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_older_families_attend_per_image_too(model_type):
-    """Qwen2.5-VL alternates between whole images and windows of one, so a layer's borders are not its neighbour's."""
+    """Qwen2.5-VL alternates between whole images and windows, so two neighbouring layers have different borders."""
     config = CONFIG_MAPPING[model_type]()
     text, vision = config.text_config, config.vision_config
     text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size = 1, 64, 64, 64

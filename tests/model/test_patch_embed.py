@@ -1,4 +1,4 @@
-"""The patch embedding as a matrix product is the convolution, with the same weights under the same names."""
+"""The patch embedding as a matrix product equals the convolution, with the same weights and names."""
 
 import copy
 

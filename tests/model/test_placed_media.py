@@ -1,4 +1,4 @@
-"""What the worker computes of media is what transformers computes of them, and nothing of it asks the device."""
+"""The worker's tensors for media give the same results as transformers' own path, without synchronisation."""
 
 import copy
 
@@ -19,7 +19,7 @@ def samples(encoder, mixed_records):
 
 
 def step(model, batch):
-    """Loss and gradients of a row."""
+    """Return loss and gradients of a row."""
     model.zero_grad()
     loss = loss_sum(model, split_labels(batch))
     loss.backward()
@@ -71,7 +71,7 @@ def test_a_model_of_another_kind_or_a_copy_is_as_it_was(checkpoints, samples):
 
 
 class Waits(TorchDispatchMode):
-    """Operations for which a GPU's host waits: a value is read, or the size of a result depends on one."""
+    """Fails on operations that synchronise with a GPU: reading a value, or a result whose size depends on one."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class Waits(TorchDispatchMode):
 
 
 def as_long(query, key, value, *more, enable_gqa=False, **options):
-    """In place of the GPU's kernel: of its shape, reads no border."""
+    """Replaces the GPU kernel: returns its shape, and does not read the borders."""
     return query * 1.0 + value.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
 

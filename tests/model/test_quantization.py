@@ -19,7 +19,7 @@ SETTINGS = {
     "fp4": {"quantization_bit": 4, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
     "int8": {"quantization_bit": 8},
 }
-"""Settings; 4 bits are computed in float32 here, so that they can be compared."""
+"""Return the section's settings; 4 bits are computed in float32 here, for exact comparison."""
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_named_parts_are_quantised(quantized, parts):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_four_bits_compute_with_the_nearest_of_sixteen_values(quantized, checkpoints, batch, name, kind):
-    """Written out: two weights a byte, each one of 16 values times the largest of its block of 64."""
+    """By hand: two weights per byte, each one of 16 values times the largest of its block of 64."""
     model = quantized(name, kind, bnb_4bit_use_double_quant=False)
     plain = load_model(checkpoints[kind], torch_dtype="float32", attn_impl="sdpa").eval()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, n
 
 @pytest.mark.parametrize(("name", "tolerance"), [("nf4", 1e-4), ("int8", 0.05)])
 def test_packed_equals_alone(quantized, encoder, mixed_records, name, tolerance):
-    """LLM.int8() takes columns with outliers apart, by the row as a whole: close, and no more."""
+    """LLM.int8() separates columns with outliers, found over the whole row, so results are close but not equal."""
     from qwenvl_ft.data.collate import QwenVLCollator
 
     def logits(samples):

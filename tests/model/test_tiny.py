@@ -223,7 +223,7 @@ def test_template_renders_what_the_released_one_renders(processor, name):
 
 
 def test_template_numbers_media_and_joins_tool_results(processor):
-    """Fixed strings, so that this holds where the released template is absent."""
+    """Fixed strings, because the released template may be absent."""
 
     def render(name, **options):
         return processor.apply_chat_template(CONVERSATIONS[name], tokenize=False, **options)

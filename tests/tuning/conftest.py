@@ -1,4 +1,4 @@
-"""What the tuning tests share: a batch with images and text, a loss, a few optimizer steps, and tuner sections."""
+"""Fixtures of the tuning tests: a batch with images and text, a loss, a few optimizer steps, and tuner sections."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def fresh(checkpoints):
 
 @pytest.fixture
 def tuner():
-    """A tuner section: everything unfrozen and no dropout, unless said otherwise."""
+    """Build a tuner section, by default with everything unfrozen and no dropout."""
 
     def make(**values):
         unfrozen = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
@@ -32,7 +32,7 @@ def tuner():
 
 @pytest.fixture(scope="session")
 def batch(processor):
-    """One conversation with two images, encoded by the processor: all parts of the model take part."""
+    """Return one conversation with two images, encoded by the processor: all parts of the model take part."""
     pictures = [Image.linear_gradient("L").convert("RGB").resize(size) for size in ((96, 64), (64, 64))]
     content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": "What is it?"}]
     inputs = processor.apply_chat_template(
@@ -46,7 +46,7 @@ def batch(processor):
 
 @pytest.fixture(scope="session")
 def logits(batch):
-    """Logits of a model for the batch, without gradients, in eval mode."""
+    """Return a model's logits for the batch, without gradients, in eval mode."""
 
     def compute(model):
         model.eval()
@@ -58,7 +58,7 @@ def logits(batch):
 
 @pytest.fixture(scope="session")
 def loss(batch):
-    """Next-token loss of a model on the batch."""
+    """Return the next-token loss of a model on the batch."""
 
     def compute(model):
         logits = model(**batch).logits

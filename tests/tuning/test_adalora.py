@@ -1,4 +1,4 @@
-"""AdaLoRA against peft's own loop: the same weights after every step, the ranks it promises, a saved form that fits."""
+"""AdaLoRA gives the same weights as peft's own loop after every step, the target rank, and a loadable checkpoint."""
 
 import json
 from dataclasses import replace
@@ -54,7 +54,7 @@ def ranks(model):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_is_pefts_own_loop(fresh, settings, encoder, tiny_dir, tmp_path, accumulation):
-    """Two samples a step, at once or in two passes: cuts follow the optimizer's steps, and the loss has the penalty."""
+    """Two samples per step in one or two micro-batches: pruning follows optimizer steps, the loss has the penalty."""
     torch.manual_seed(0)
     model = prepare_model(fresh(), settings)
     reference_base = fresh()
@@ -132,7 +132,7 @@ def test_ranks_end_at_the_target_and_plain_peft_opens_what_is_saved(
 
 
 def test_a_checkpoint_between_two_cuts_holds_what_has_grown_since(fresh, settings, train, logits, tmp_path):
-    """peft's own save leaves out the ranks of the last cut, although the optimizer has moved them from zero again."""
+    """peft's own save omits ranks that the last pruning zeroed, although the optimizer has changed them since."""
     model = prepare_model(fresh(), settings)
     model.begin(10)
     train(model)

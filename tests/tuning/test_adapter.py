@@ -18,7 +18,7 @@ ONLY = {
 
 
 def wrapped(model):
-    """Names of the modules that got a bottleneck."""
+    """Return the names of the modules that have a bottleneck."""
     return [name for name, module in model.get_base_model().named_modules() if isinstance(module, BottleneckLayer)]
 
 
@@ -34,7 +34,7 @@ def stirred(model):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("act", ["gelu", "relu", "silu"])
 def test_the_output_is_the_papers_formula(fresh, tuner, batch, kind, act):
-    """Each adapted module's output, recomputed by hooks on a base model of plain modules and plain matrices."""
+    """Hooks on a plain base model recompute the output of each adapted module with plain matrices."""
     settings = tuner(train_type="adapter", adapter_length=8, adapter_act=act)
     model = stirred(prepare_model(fresh(kind), settings)).eval()
     plain = fresh(kind).eval()
@@ -69,7 +69,7 @@ def test_a_part_gets_a_bottleneck_behind_every_mlp(fresh, tuner, kind, part):
 
 
 def test_sizes_are_the_papers(fresh, tuner):
-    """Houlsby and others count 2 M D + D + M weights for one adapter."""
+    """Houlsby and others count 2 M D + D + M parameters for one adapter."""
     model = prepare_model(fresh(), tuner(train_type="adapter", adapter_length=24, **ONLY["merger"]))
     for name in wrapped(model):
         layer = model.get_base_model().get_submodule(name)

@@ -1,4 +1,4 @@
-"""What names, patterns, shares and counts leave free in full training: exact sets, read off the names by hand."""
+"""Names, patterns, shares and counts select exact sets of trainable weights in full training, listed by hand."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ from qwenvl_ft.tuning.prepare import check_prepared, prepare_model
 
 @pytest.fixture(scope="session")
 def deep(tiny_dir):
-    """A language model of 60 layers and a tower of 12, without weights."""
+    """Build a language model of 60 layers and a vision tower of 12, without weights."""
     config = AutoConfig.from_pretrained(tiny_dir)
     config.text_config.num_hidden_layers, config.vision_config.depth = 60, 12
     with torch.device("meta"):

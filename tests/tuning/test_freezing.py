@@ -1,4 +1,4 @@
-"""After three real optimizer steps, what is frozen is bit-equal and what trains has changed, for every flag."""
+"""After three optimizer steps, frozen parameters are bit-equal and trainable ones have changed, for every flag."""
 
 from itertools import product
 
@@ -25,7 +25,7 @@ def every_combination(test):
 
 
 def flag_of(model):
-    """Module name -> the flag that freezes it, read off the module tree of the bare model."""
+    """Return module name -> the flag that freezes it, from the module tree of the bare model."""
     flags = {name: "freeze_vit" for name, _ in model.named_modules() if name.startswith("model.visual")}
     for name, _ in model.named_modules():
         if any(name == merger or name.startswith(f"{merger}.") for merger in MERGERS):
@@ -40,7 +40,7 @@ def snapshot(model):
 
 
 def changed(model, before):
-    """Canonical names of base parameters that are not bit-equal to ``before``."""
+    """Return the canonical names of base parameters that are not bit-equal to ``before``."""
     after = {canonical_name(name): value for name, value in model.named_parameters() if "lora_" not in name}
     assert after.keys() == before.keys()
     return {name for name, value in before.items() if not torch.equal(after[name], value)}

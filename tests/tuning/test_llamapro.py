@@ -1,4 +1,4 @@
-"""New blocks are the identity before training, and a larger model of plain transformers after it."""
+"""New blocks are the identity before training, and plain transformers loads the larger model afterwards."""
 
 import json
 
@@ -21,7 +21,7 @@ def llamapro(tuner, **values):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """A tiny model with 12 layers, of which the first three take deepstack features."""
+    """Build a tiny model with 12 layers, of which the first three take deepstack features."""
     return make_tiny(tmp_path_factory.mktemp("deep"), num_hidden_layers=12)
 
 
@@ -36,7 +36,7 @@ def test_blocks_are_spread_evenly_and_above_the_deepstack_features(fresh, deep):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_the_larger_model_gives_the_same_logits_and_features_keep_their_layers(fresh, tuner, batch, kind, count):
-    """Hidden states behind each old layer are those of the smaller model, and a new block gives what it gets."""
+    """Hidden states after each old layer are those of the smaller model, and a new block returns its input."""
     kept = {}
 
     def watch(model, key):
@@ -61,7 +61,7 @@ def test_the_larger_model_gives_the_same_logits_and_features_keep_their_layers(f
 
 
 def test_a_feature_would_lose_its_layer_below_the_third(fresh, tuner, batch, monkeypatch):
-    """What the placement is for: the same blocks among the first layers change the output."""
+    """The placement is necessary: the same blocks among the first layers change the output."""
     monkeypatch.setattr("qwenvl_ft.tuning.methods.llamapro.insertion_points", lambda model, count: [1, 2, 3, 4])
     model = prepare_model(fresh(), llamapro(tuner)).eval()
     with torch.no_grad():

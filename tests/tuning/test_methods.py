@@ -1,4 +1,4 @@
-"""The table of docs/tuning.md: every method has a row, some are run again here and compared cell by cell."""
+"""Every method has a row in the table of docs/tuning.md; some are run here and compared cell by cell."""
 
 import methods_table
 import pytest
@@ -9,7 +9,7 @@ from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.optimizer import param_groups
 
 AGAIN = [("init_weights: pissa", "dense"), ("adalora", "dense"), ("lora, router too", "moe")]
-"""Rows that take part in every run of the tests; `make methods` runs all."""
+"""Rows that every test run checks; `make methods` checks all."""
 
 
 def documented():
@@ -25,12 +25,12 @@ def documented():
 
 
 DECAYS = [name for name, case in CASES.items() if METHODS[case.tuner.get("train_type", "full")].adapter]
-"""Rows of methods other than LoRA that are adapters."""
+"""Rows of adapter methods other than LoRA."""
 
 
 @pytest.mark.parametrize("name", ["lora", "use_dora", *DECAYS])
 def test_weight_decay_draws_an_adapter_to_the_base_model(name):
-    """Decayed to next to nothing, what decays of an adapter says nothing any more."""
+    """Once its decaying weights are close to zero, an adapter no longer changes the model."""
     model = methods_table.prepared(CASES[name], "dense")
     with torch.no_grad():
         for group in param_groups(model, learning_rate=1.0, weight_decay=0.1):

@@ -1,4 +1,4 @@
-"""Every trained parameter is in one group with its part's rate, and every group ends at the same floor."""
+"""Every trainable parameter is in one group with its part's rate, and every group ends at the same floor."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ ALIGNER_ONLY = {
 
 
 def contents(model, groups):
-    """Parameter name -> its group; each in one."""
+    """Return parameter name -> its group, after checking that each is in exactly one."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     placed = [(names[id(parameter)], group) for group in groups for parameter in group["params"]]
     assert len(placed) == len(dict(placed)), "a parameter is in two groups"
@@ -56,7 +56,7 @@ def test_every_trained_parameter_is_in_the_group_of_its_part(fresh, tuner, kind,
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_what_decays_is_what_decays_in_transformers(fresh, kind):
-    """Trainer's own rule: all but biases and normalisation layers."""
+    """Trainer's own rule: all parameters except biases and normalisation layers."""
     model = fresh(kind)
     norms = [module for module in {type(m) for m in model.modules()} if "Norm" in module.__name__]
     assert len(norms) == 2, "LayerNorm in the vision tower, RMSNorm in the language model"
@@ -120,7 +120,7 @@ def optimizer_with(*rates):
 
 
 def course(optimizer, scheduler, steps):
-    """The rates of all groups at each step: ``[step][group]``."""
+    """Return the rates of all groups at each step: ``[step][group]``."""
     rates = []
     for _ in range(steps):
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -186,7 +186,7 @@ def test_parts_come_in_a_fixed_order(fresh):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_lora_plus_is_peft_s(fresh, tuner, kind):
-    """Every parameter's rate is that of peft's own LoRA+ optimizer, where all parts have one rate."""
+    """If all parts have one rate, every parameter's rate is that of peft's own LoRA+ optimizer."""
     from peft.optimizers import create_loraplus_optimizer
 
     model = prepare_model(fresh(kind), tuner())  # without full copies, whose biases peft counts as B
@@ -224,7 +224,7 @@ OPTIONS = {
     "warmup_stable_decay": {"num_decay_steps": 5},
 }
 GIVEN_BY_METRICS = ("reduce_lr_on_plateau", "greedy")
-"""They follow a measurement, not the step."""
+"""These schedules follow a metric, not the step."""
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType if kind.value not in GIVEN_BY_METRICS])

@@ -1,4 +1,4 @@
-"""What every method of ours keeps: untrained it changes nothing, it trains only its own, packs, saves and resumes."""
+"""Every method of ours changes nothing untrained, trains only its own weights, packs, saves and resumes."""
 
 import json
 
@@ -38,7 +38,7 @@ METHODS = {
     "longlora": {"train_type": "longlora", "longlora_group_size": 16, **TEXT_ONLY},
 }
 CHANGES_AT_ONCE = ("consreft",)
-"""Its formula replaces a subspace by a constant, so no start leaves the output as it is."""
+"""Its formula replaces a subspace by a constant, so no initialisation keeps the output."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
 both_kinds = pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -46,7 +46,7 @@ both_kinds = pytest.mark.parametrize("kind", ["dense", "moe"])
 
 @pytest.fixture
 def prepared(fresh, tuner):
-    """A prepared model; ``stir`` moves its trained weights off their start, each time the same way."""
+    """Return a prepared model; ``stir`` changes its trainable weights, each time in the same way."""
 
     def make(name, kind, *, stir=False):
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_a_saved_method_loads_to_the_same_logits(prepared, fresh, train, logits,
 
 
 def run(model, batches):
-    """Logits of all batches, and gradients of the summed loss, in training mode."""
+    """Return the logits of all batches, and gradients of the summed loss, in training mode."""
     model.train()
     plain = [{key: value for key, value in batch.items() if key not in ("labels", "sources")} for batch in batches]
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_checkpointed_activations_give_the_same_gradients(prepared, samples, nam
 
 
 def trained_weights(model, folder, encoder, *, steps, resume=None):
-    """Train to a step of four, saving every second one, and return what trained."""
+    """Train to one of four steps, saving every second one, and return the trained weights."""
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=4,
@@ -200,7 +200,7 @@ def test_a_resumed_run_ends_at_the_same_bits(prepared, encoder, tmp_path, name, 
 
 @every_method
 def test_generation_runs_with_and_without_a_cache(prepared, batch, name):
-    """Decoding steps see one token at a time: they are answers, and change nothing that the prompt was given."""
+    """Decoding steps see one token at a time, which is answer, and do not change the edits of the prompt."""
     model = prepared(name, "dense", stir=True).eval()
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     cached = model.generate(**batch, **options, use_cache=True)

@@ -1,4 +1,4 @@
-"""Train types that are peft configs: our keys reach peft's fields, layers that do not fit are named."""
+"""For train types that are peft configs, our keys reach peft's fields, and errors name unsupported layers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A prepared model trains what the recipe names, saves it with peft, and is refused if it was prepared wrongly."""
+"""A prepared model trains what the recipe names and saves it with peft; a wrongly prepared model is an error."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ def test_dora_without_a_target_is_said(fresh, tuner, caplog):
 
 
 def test_checkpointed_activations_give_every_adapter_the_same_gradient(fresh, tuner, loss):
-    """The embedding is frozen, so a checkpoint that needs an input with gradients would give none."""
+    """The embedding is frozen, so reentrant checkpointing would give no gradients."""
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A second stage goes on from a first one's adapter, and leaves one adapter that plain peft puts on the base model."""
+"""A second stage continues a first one's adapter, and saves one adapter that plain peft loads on the base model."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FIRST = {
     "full mergers": ALIGNER | {"target_regex": "^$", "modules_to_save": MERGERS},
     "one full merger": ALIGNER | {"modules_to_save": MERGERS[:1]},
 }
-"""First stages, in the aligner alone."""
+"""First stages, which train the aligner only."""
 SECOND = {
     "lora": WIDER,
     "dora": WIDER | {"use_dora": True},
@@ -35,7 +35,7 @@ SECOND = {
     "full mergers": WIDER,
     "one full merger": WIDER | {"modules_to_save": MERGERS[:1]},
 }
-"""Their second ones: the language model too."""
+"""Second stages, which train the language model too."""
 AGAIN = {
     "adalora": {"adalora_init_r": 6, "adalora_target_r": 3},
     "vera": {},
@@ -47,14 +47,14 @@ AGAIN = {
     "reft": {"freeze_vit": True, "freeze_aligner": True},
     "longlora": {"longlora_group_size": 16},
 }
-"""Methods that are gone on with as they were."""
+"""Methods that both stages use with the same settings."""
 every_stage = pytest.mark.parametrize("name", FIRST)
 both_kinds = pytest.mark.parametrize("kind", ["dense", "moe"])
 
 
 @pytest.fixture
 def staged(fresh, tuner, train, logits, tmp_path):
-    """Train a first stage, save it, and prepare the second: -> (its folder, its logits, the second's model)."""
+    """Train and save a first stage and prepare the second; return (folder, first logits, second model)."""
 
     def make(first, second, kind="dense"):
         torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_one_adapter_comes_out_and_plain_peft_loads_it_on_the_base(staged, fresh
 
 
 def test_experts_of_the_first_stage_go_along_into_one_without_any(staged, fresh, train, logits, tmp_path):
-    """The second stage alone would have dropout in its adapters, which peft has none of for experts."""
+    """The second stage alone would have dropout, but peft supports none for the experts of the first."""
     aligner = {"freeze_llm": True, "freeze_vit": True, "lora_dropout": 0.1}
     _, first, model = staged({"lora_rank": 4}, aligner, "moe")
     torch.testing.assert_close(logits(model), first, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""LoRA's starts, each against peft's own result or the formula; what a checkpoint holds fits the original model."""
+"""LoRA's initialisations equal peft's own results or the formula, and their checkpoints fit the original model."""
 
 import copy
 import json
@@ -26,13 +26,13 @@ CHANGED = {
 
 @pytest.fixture
 def batches(batch):
-    """A batch with labels, as the collator names its entries."""
+    """Return a batch with labels, with the collator's keys."""
     return [{**batch, "labels": torch.where(batch["input_ids"] > 511, -100, batch["input_ids"])}]
 
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_changed_base_is_saved_as_an_adapter_of_the_original(fresh, tuner, train, logits, tmp_path, name):
-    """Against peft's own conversion, where it has one (no DoRA, no patterns with rslora)."""
+    """Compared with peft's own conversion where it has one (no DoRA, no patterns with rslora)."""
     settings = CHANGED[name]
     model = prepare_model(fresh(), tuner(**settings))
     weight = "model.language_model.layers.0.self_attn.q_proj"
@@ -58,7 +58,7 @@ def test_a_changed_base_is_saved_as_an_adapter_of_the_original(fresh, tuner, tra
 
 
 def test_peft_alone_would_save_what_fits_no_other_base(fresh, tuner, train, logits, tmp_path):
-    """Why the conversion is there: the raw update on the original model computes something else."""
+    """The conversion is necessary: the raw update on the original model computes something else."""
     model = train(prepare_model(fresh(), tuner(init_weights="pissa")))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -71,7 +71,7 @@ def test_peft_alone_would_save_what_fits_no_other_base(fresh, tuner, train, logi
 
 
 def test_another_start_is_put_back_exactly_where_the_checkpoint_left_it(fresh, tuner, train, logits, tmp_path):
-    """A resumed run may have drawn another start; the base weights follow the checkpoint's."""
+    """A resumed run may have drawn another initialisation; the base weights then follow the checkpoint's."""
     settings = tuner(init_weights="pissa_niter_1", lora_rank=4)
     torch.manual_seed(0)
     model = train(prepare_model(fresh(), settings))
@@ -160,7 +160,7 @@ def test_eva_that_cannot_settle_is_given_up(fresh, tuner, batches):
 
 
 def test_loftq_makes_up_for_what_four_bits_lost(tiny_dir, tuner, logits, tmp_path):
-    """The update is the best of its rank for W - Q, at the adapter's scale; the checkpoint fits the 4-bit model."""
+    """The update is the best of its rank for W - Q, at the adapter's scale, and its checkpoint fits the 4-bit model."""
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -238,7 +238,7 @@ def test_lora_dtype_holds_the_adapter_and_nothing_else(fresh, tuner):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_in_16_bits_is_what_is_taken_out_of_the_base(fresh, tuner, train, tmp_path, start):
-    """Of the weights; what flows through a layer is rounded to 16 bits as well."""
+    """The dtype of the weights; activations of such a layer are rounded to 16 bits too."""
     base, model = fresh(), prepare_model(fresh(), tuner(init_weights=start, lora_dtype="bfloat16"))
     name = "model.language_model.layers.1.mlp.down_proj"
     layer, whole = model.get_base_model().get_submodule(name), base.get_submodule(name).weight

@@ -1,4 +1,4 @@
-"""A name in a recipe means the modules a reader would think of, and a name that means nothing is an error."""
+"""A name in a recipe matches the modules that a reader expects, and a name that matches nothing is an error."""
 
 import re
 
@@ -21,7 +21,7 @@ def linears(model):
 
 @pytest.fixture(scope="module")
 def deep():
-    """Qwen3-VL with the released 4B model's 36 layers, narrow and without weights."""
+    """Build Qwen3-VL with the released 4B model's 36 layers, narrow and without weights."""
     config = CONFIG_MAPPING["qwen3_vl"]()
     text = config.text_config
     text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size = LAYERS, 64, 64, 64

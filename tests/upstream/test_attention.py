@@ -1,4 +1,4 @@
-"""upstream/attention.py: one part's attention is set alone, the vision tower hands its borders over, plans are kept."""
+"""upstream/attention.py: one config's attention is set alone, the vision tower passes its borders, plans are cached."""
 
 import gc
 
@@ -28,7 +28,7 @@ def row(encoder, mixed_records):
 
 
 def calls_of_vision(model, row, monkeypatch):
-    """Logits, and the number of tokens in each call of the vision tower's attention."""
+    """Return logits, and the number of tokens in each call of the vision tower's attention."""
     seen = []
     attend = packed_attention.packed_attention
 
@@ -81,7 +81,7 @@ def test_a_kernel_with_a_new_required_argument_is_not_called(monkeypatch, asked_
 
 
 def test_a_value_is_kept_for_its_tensor_and_no_longer():
-    kept, made = attention.KeptFor(), []
+    kept, made = attention.TensorCache(), []
     first, second = torch.tensor([0, 3]), torch.tensor([0, 3])
     make = lambda: made.append(1) or len(made)  # noqa: E731
     assert [kept.get(first, make), kept.get(first, make), kept.get(second, make)] == [1, 1, 2]

@@ -1,4 +1,4 @@
-"""What is counted on: accelerate's autocast stays on a model that it prepared, and can be taken off without a trace."""
+"""accelerate's autocast stays on a model that it prepared, and `forward_restored` removes it without a trace."""
 
 import torch
 from accelerate import Accelerator

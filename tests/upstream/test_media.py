@@ -1,4 +1,4 @@
-"""upstream/media.py: hooks put media where transformers does, are tried before they are trusted, and else stay out."""
+"""upstream/media.py: hooks place media as transformers does, are tested before use, and are not set otherwise."""
 
 import functools
 
@@ -22,7 +22,7 @@ MODELS = {
 
 @pytest.fixture
 def asked_anew():
-    """What is remembered of the installed versions is forgotten before and after the test."""
+    """Clear what is cached about the installed versions, before and after the test."""
 
     def forget():
         media.differs.cache_clear()
@@ -34,7 +34,7 @@ def asked_anew():
 
 
 def losses(folder, samples):
-    """Of a row by the loader's places, if the model takes any, and by transformers' own way."""
+    """Return results for a row with the worker's places, if the model accepts any, and by transformers' own path."""
     model = load_model(folder, torch_dtype="float32", attn_impl="sdpa").eval()
     places = MediaPlaces.of(model)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_the_hooks_give_the_hidden_states_of_the_installed_model(kind, asked_ane
 
 @pytest.mark.parametrize("name", ["hidden_states", "attention_mask", "position_ids"])
 def test_a_layer_is_called_with_what_the_hooks_read(name):
-    """The sum is put into ``hidden_states``, given by place or by name."""
+    """The sum is put into ``hidden_states``, passed by position or by name."""
     import inspect
 
     assert name in inspect.signature(modeling_qwen3_vl.Qwen3VLTextDecoderLayer.forward).parameters
@@ -71,7 +71,7 @@ def test_keyword_arguments_travel_to_every_layer():
 
 
 def test_a_wrapped_or_copied_layer_still_gets_its_features(tiny_dir, samples):
-    """Adapters wrap layers, and others are put between: features follow the place in the list."""
+    """Adapters wrap layers, and blocks are inserted: features follow the place in the list."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, layer):
@@ -97,7 +97,7 @@ def test_a_wrapped_or_copied_layer_still_gets_its_features(tiny_dir, samples):
 
 
 def without_keywords(forward):
-    """A text model that no longer hands keyword arguments on to its layers."""
+    """A text model that no longer passes keyword arguments to its layers."""
 
     @functools.wraps(forward)
     def changed(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""What is borrowed from other libraries stands in one room: no other file knows a private name of theirs."""
+"""Only upstream/ uses private names of other libraries."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ def test_no_file_outside_the_room_uses_a_private_name():
 
 
 def test_the_room_itself_has_some():
-    """The guard of the test above: the scan sees what is there."""
+    """Guard of the test above: the scan finds private names where they are."""
     assert len(findings(without=())) > 10
 
 
@@ -60,7 +60,7 @@ def test_a_name_that_another_file_of_ours_defines_counts_as_foreign(tmp_path):
 
 
 def classes():
-    """Every class of the package outside the room, by the module that defines it."""
+    """Yield every class of the package outside of upstream/, with the module that defines it."""
     for entry in pkgutil.walk_packages(qwenvl_ft.__path__, "qwenvl_ft."):
         if entry.name.startswith("qwenvl_ft.upstream"):
             continue
@@ -71,7 +71,7 @@ def classes():
 
 
 def overridden(kind):
-    """Private methods of a class that one of its bases from another library has too."""
+    """Return the private methods of a class that a base class from another library also has."""
     foreign = [base for base in kind.__mro__[1:] if not base.__module__.startswith(("qwenvl_ft", "builtins"))]
     for name, value in vars(kind).items():
         written = inspect.isfunction(value) or isinstance(value, property | staticmethod | classmethod)

@@ -1,4 +1,4 @@
-"""What `upstream/peft.py` and `upstream/ranks.py` count on in the installed peft, and made-up releases without it."""
+"""`upstream/peft.py` and `upstream/ranks.py` with the installed peft, and with made-up releases that differ."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def two_layers():
 
 
 class Doubling(nn.Module, BaseTunerLayer):
-    """Wraps a layer; what it returns is doubled."""
+    """Wraps a layer and doubles its output."""
 
     def __init__(self, layer):
         super().__init__()
@@ -80,7 +80,7 @@ def test_types_of_our_own_are_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("name", ["lora", "vera", "ia3", "loha", "boft", "vblora", "shira", "adalora"])
 def test_the_weights_that_peft_saves_are_those_that_are_expected(tmp_path, name):
-    """For every file that peft itself writes, none is missing and none is strange; one that is taken out is named."""
+    """In files that peft itself writes, no weight is missing or unexpected; a removed one is named."""
     from safetensors.torch import load_file, save_file
 
     more = {"ia3": {"feedforward_modules": []}, "vblora": {"vector_length": 2, "num_vectors": 4}}.get(name, {})
@@ -162,7 +162,7 @@ def test_a_release_with_another_allocator_refuses_adalora_in_one_line(monkeypatc
 
 
 def test_lora_is_wrapped_without_bitsandbytes():
-    """A stand-in for the package says when it is imported; what peft remembers of it is cleared afterwards."""
+    """A stand-in for the package reports its import; peft's cached answer is cleared afterwards."""
     script = """
         import sys, types, importlib.abc, importlib.machinery
         class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

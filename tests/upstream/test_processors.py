@@ -1,4 +1,4 @@
-"""upstream/processors.py: what is planned from headers is what the installed processors make."""
+"""upstream/processors.py: sizes planned from headers are those of the installed processors."""
 
 import random
 
@@ -20,7 +20,7 @@ SIZES = [(17, 40), (64, 64), (480, 641), (1200, 90), (90, 1200), (33, 1000)]
 
 @pytest.fixture
 def without_rules(monkeypatch):
-    """A made-up later transformers, whose rules of resizing have moved."""
+    """A made-up later transformers whose resizing functions have moved."""
     processors._rule.cache_clear()
     monkeypatch.setattr(processors, "import_module", lambda _: (_ for _ in ()).throw(ImportError()))
     RESIZING.missing.cache_clear()
@@ -114,7 +114,7 @@ def test_the_backend_of_an_image_processor_is_public(processor):
 
 
 def test_a_cap_that_is_always_on_needs_no_switch(tiny_dir, monkeypatch):
-    """As announced: the cap becomes the rule, and its switch goes."""
+    """As announced, the cap is always on and its switch is gone."""
     part = load_processor(tiny_dir).video_processor
     part.max_video_tokens = 4
     for name in ("cap_pixels_per_frame",):
@@ -126,7 +126,7 @@ def test_a_cap_that_is_always_on_needs_no_switch(tiny_dir, monkeypatch):
 
 
 def test_a_version_without_a_cap_refuses_one_and_shows_the_rest(tiny_dir, monkeypatch):
-    """As transformers 5.15 and older."""
+    """As in transformers 5.15 and older."""
     part = load_processor(tiny_dir).video_processor
     for name in ("cap_pixels_per_frame", "max_video_tokens"):
         monkeypatch.delattr(Qwen3VLVideoProcessor, name, raising=False)

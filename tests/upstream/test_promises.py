@@ -1,4 +1,4 @@
-"""The promises, on tiny models, as every set of versions has to keep them: most of what docs/compatibility.md shows.
+"""The promises that every set of versions must keep, on tiny models: most of what docs/compatibility.md shows.
 
 Each is tested in depth elsewhere. Here they are tried once, on the shortest way from a recipe to a served model.
 """
@@ -35,7 +35,7 @@ def samples(encoder, mixed_records):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Records with images of two sizes and without, in a file."""
+    """Write records with images of two sizes and without images to a file."""
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for i in range(6):
@@ -159,7 +159,7 @@ assert "qwenvl_ft" not in sys.modules
 
 
 def plain_answer(folder, adapter, question, place):
-    """Tokens that a second process generates, which knows transformers and peft alone."""
+    """Return the tokens that a second process generates with plain transformers and peft."""
     torch.save(question, place / "question.pt")
     words = [sys.executable, "-c", PLAIN, str(folder), str(adapter or ""), str(place / "question.pt")]
     words += [str(place / "answer.pt"), *experts_implementation(load_config(str(folder)), "float32").values()]

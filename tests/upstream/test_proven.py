@@ -1,4 +1,4 @@
-"""What is kept of `make upstream`: which versions count as run, what is said of others, and the page."""
+"""The record of `make upstream`: tested versions, the message about others, and the page."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def run(versions, **more):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Runs as if `make upstream` had made them, and installed versions beside them."""
+    """Set the recorded runs and the installed versions."""
     record: dict = {}
     monkeypatch.setattr(proven, "runs", lambda: record)
     monkeypatch.setattr(proven, "here", lambda: NOW)
@@ -63,7 +63,7 @@ def test_a_build_of_a_version_is_that_version(monkeypatch):
 
 
 def test_the_kept_record_is_what_the_page_shows():
-    """Vacuous only before `make upstream` was run once."""
+    """Vacuous only if `make upstream` has never run."""
     record = json.loads(proven.RECORD.read_text())
     page = (Path(__file__).parents[2] / "docs/compatibility.md").read_text()
     for name, entry in record.items():

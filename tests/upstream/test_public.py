@@ -1,4 +1,4 @@
-"""What is public of torch and tokenizers, and counted on where private names stood before."""
+"""Public functions of torch and tokenizers that replace private names."""
 
 import pickle
 
@@ -28,7 +28,7 @@ def test_parts_of_a_tokenizer_pickle_by_all_that_they_are_saved_with():
 
 
 def test_the_tokenizers_splitting_is_known_and_counts_are_fast(processor):
-    """Where it is not, the tokenizer is asked itself: counts are the same, and planning is slower."""
+    """Without it, the tokenizer itself is called: counts are the same, and planning is slower."""
     tokenizer = processor.tokenizer.backend_tokenizer
     assert _splits_as_known(tokenizer, tokenizer.get_added_tokens_decoder().values())
     other = pickle.loads(pickle.dumps(tokenizer))

@@ -1,4 +1,4 @@
-"""How ReFT finds earlier tokens: what `upstream/cache.py` counts on, and made-up releases that call a model anew."""
+"""`upstream/cache.py` finds earlier tokens for ReFT, with the installed transformers and with made-up releases."""
 
 import inspect
 from functools import wraps
@@ -42,7 +42,7 @@ def test_caches_of_the_installed_transformers_have_the_method_that_is_asked(tiny
 
 
 class Unknown:
-    """A cache of a later release: another name, another method."""
+    """A cache of a later release, with another name and another method."""
 
     def length(self):
         return 4
@@ -102,7 +102,7 @@ def answered(model):
 
 
 def renamed(model, monkeypatch, change):
-    """A release whose generate hands the model other arguments; its forward knows what to make of them."""
+    """Simulate a release whose generate passes other arguments, which its forward understands."""
     base = model.get_base_model()
     name = "cache" if "cache" in inspect.signature(modeling_qwen3_vl.Qwen3VLModel.forward).parameters else ""
     name = name or "past_key_values"
@@ -162,7 +162,7 @@ def test_a_release_whose_cache_nobody_knows_gives_the_same_answers_or_one_line(a
 
 
 def test_layers_that_run_without_their_models_hook_are_an_error(adapted):
-    """As under peft up to 0.20, which called a model's forward itself: every position would be edited."""
+    """peft up to 0.20 called a model's forward without hooks: every position would be edited."""
     text = adapted.get_base_model().model.language_model
     with pytest.raises(CheckpointError, match="without their model's forward"):
         text(input_ids=torch.arange(5, 12)[None])

@@ -1,4 +1,4 @@
-"""upstream/layers.py, arguments.py, experts.py, processes.py: what is replaced computes so, or is refused by name."""
+"""upstream/layers.py, arguments.py, experts.py, processes.py: replacements take effect, or are refused by name."""
 
 import functools
 
@@ -20,16 +20,16 @@ from qwenvl_ft.upstream.probe import Feature, fallbacks, takes
 
 def test_what_stands_in_computes_and_steps_aside_again():
     module = nn.Linear(2, 2)
-    layers.stand_in(module, lambda x: x * 0)
+    layers.replace_forward(module, lambda x: x * 0)
     assert not module(torch.ones(1, 2)).any()
-    layers.step_aside(module)
-    assert layers.standing_in(module) is None
+    layers.restore_forward(module)
+    assert layers.replaced_forward(module) is None
     assert layers.is_plain_linear(module.forward)
     assert layers.owner_of(module.forward) is module
 
 
 def test_attention_with_another_rotation_is_the_same_forward(tiny_dir):
-    """Without rotation the output differs; with transformers' own it does not."""
+    """Without rotation the output differs; with transformers' own rotation it does not."""
     layer = load_model(tiny_dir, torch_dtype="float32", attn_impl="eager").model.language_model.layers[0].self_attn
     size = layer.head_dim
     angles = torch.randn(1, 3, size), torch.randn(1, 3, size)
@@ -46,7 +46,7 @@ def test_attention_with_another_rotation_is_the_same_forward(tiny_dir):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_layer_is_computed_again_as_often_as_before(tiny_dir, checkpointing):
-    """By `call_layer`, whichever way the installed transformers computes layers again."""
+    """`call_layer` recomputes a layer, in whichever way the installed transformers does."""
     model = load_model(tiny_dir, torch_dtype="float32", attn_impl="sdpa").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -58,7 +58,7 @@ def test_a_layer_is_computed_again_as_often_as_before(tiny_dir, checkpointing):
             calls.append(1)
             return plain(own, hidden, **options)
 
-        layers.stand_in(
+        layers.replace_forward(
             layer, lambda hidden, own=layer, run=counted, **options: layers.call_layer(own, run, hidden, options)
         )
     ids = torch.tensor([[5, 6, 7]])

@@ -1,4 +1,4 @@
-"""upstream/templates.py: a template compiled once says what transformers' own rendering says, or is not used."""
+"""upstream/templates.py: a template compiled once renders the same text as transformers, or is not used."""
 
 import pickle
 
@@ -42,7 +42,7 @@ def test_the_checkpoints_own_template_is_compiled_and_says_the_same(processor, i
 
 @pytest.mark.parametrize("template", ODD)
 def test_what_transformers_gives_to_templates_is_there(processor, template):
-    """Two of them: the compiled text and transformers' own, of templates that name what there is to name."""
+    """Compare compiled and transformers' own text for templates that use every feature."""
     renderer = TemplateRenderer(processor.tokenizer, template)
     assert renderer.is_compiled
     if "raise_exception" in template:
@@ -59,7 +59,7 @@ def test_a_template_gets_at_nothing_of_python(template):
 
 
 def test_the_probe_is_missed_where_an_environment_lacks_a_name(processor, monkeypatch):
-    """A made-up later transformers gives templates one thing more: nothing is lost but time."""
+    """A made-up later transformers offers templates one more feature: nothing is lost but time."""
     assert COMPILED.missing() == ""
     template = "{{ 'kept' if shout is defined else 'lost' }}{{ messages[0].role }}"
     monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", lambda *_, **__: "kept system")

@@ -1,4 +1,4 @@
-"""upstream/trainer.py: transformers calls each hook where it is needed, and another loop is refused in one line."""
+"""upstream/trainer.py: transformers calls each hook at the right point, and another loop is refused in one line."""
 
 import os
 
@@ -65,7 +65,7 @@ def test_a_release_with_a_new_required_argument_is_refused(tmp_path, tiny_dir, e
 
 
 def test_a_release_that_scales_the_loss_again_ends_the_run(tmp_path, tiny_dir, encoder, monkeypatch):
-    """As transformers does where a model, or its loss function, does not say that it has done so."""
+    """As transformers does unless a model or its loss function declares that it has done so."""
     step = Trainer.training_step
 
     def halved(self, model, inputs, num_items_in_batch=None):
@@ -94,7 +94,7 @@ def test_accumulated_losses_are_not_divided_by_transformers(tmp_path, tiny_dir, 
 
 
 def test_what_transformers_does_not_know_passes_through_unchanged(tmp_path, tiny_dir, encoder):
-    """A batch that is on its device is handed over inside an object."""
+    """A batch on its device is passed inside an object."""
     seen = []
 
     class Seen(QwenVLTrainer):

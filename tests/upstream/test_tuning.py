@@ -1,4 +1,4 @@
-"""Every way of tuning, on the installed versions: one step, frozen bits, and a checkpoint that plain libraries load.
+"""Every train type on the installed versions: one step, frozen weights, and a checkpoint that plain libraries load.
 
 What the installed peft does not have yet is refused in one line that names the release to install.
 """
@@ -28,14 +28,14 @@ LEFT_OUT = (
     *("full, GaLore", "full, LISA", "lora, LoRA+", "lora, lora_dtype", "lora, dropout", "lora, rank_pattern"),
     *("init_weights: gaussian", "init_weights: pissa_niter_4", "boft, blocks", "bone, bat", "pissa and use_dora"),
 )
-"""Rows of the table of methods that differ from others in the training loop alone, or in a number."""
+"""Rows of the table of methods that differ from others only in the training loop or in a number."""
 FAMILIES = {name: case.tuner for name, case in CASES.items() if case.bits == "whole" and name not in LEFT_OUT}
 ON_EXPERTS = ("lora", "lora, router too", "full")
-"""Those that are run on a MoE model too."""
+"""Rows that run on a MoE model too."""
 
 
 def settings(name):
-    """As in the table, with nothing frozen unless it says so."""
+    """Return a row's settings, with nothing frozen unless the row freezes it."""
     common = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
     few = {"target_modules": ["q_proj"], "lora_rank": 2} if needs_data(name) else {}  # the batches have few tokens
     return TunerConfig(**(common | few | FAMILIES[name]))
@@ -43,7 +43,7 @@ def settings(name):
 
 @pytest.fixture(scope="module")
 def bases(checkpoints):
-    """A model of each architecture, to copy from."""
+    """Return a model of each architecture, to copy."""
     return {
         kind: load_model(folder, torch_dtype="float32", attn_impl="sdpa").eval() for kind, folder in checkpoints.items()
     }
@@ -56,14 +56,14 @@ def rows(encoder, mixed_records):
 
 @pytest.fixture(scope="module")
 def asked(processor, mixed_records):
-    """A conversation with an image as plain transformers takes it."""
+    """Return a conversation with an image in plain transformers' form."""
     content = [{"type": "image", "image": mixed_records[0]["image"][0]}, {"type": "text", "text": "What is it?"}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     return dict(processor.apply_chat_template([{"role": "user", "content": content}], **options))
 
 
 def prepared(base, name, rows):
-    """A copy of a model, prepared; or why it was refused."""
+    """Return a prepared copy of a model, or the reason why it was refused."""
     torch.manual_seed(0)
     try:
         return prepare_model(copy.deepcopy(base), settings(name), **({"batches": rows} if needs_data(name) else {})), ""
@@ -77,7 +77,7 @@ def logits(model, asked):
 
 
 def stepped(model, rows):
-    """Two steps; which weights changed, and which were to."""
+    """Take two steps; return the weights that changed, and those that should."""
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     wanted = {name for name, value in model.named_parameters() if value.requires_grad}
     if isinstance(model, TrainedPeftModel):

@@ -1,4 +1,4 @@
-"""upstream/unused.py: what a command does not use is not imported, and is there again afterwards."""
+"""upstream/unused.py: packages that a command does not use are not imported, and are available afterwards."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""upstream/workers.py: a queue calls its hook for what cannot be handed over, and without the hook nothing breaks."""
+"""upstream/workers.py: a queue calls its hook for items that cannot be pickled; without the hook nothing breaks."""
 
 import multiprocessing
 import multiprocessing.queues
@@ -16,7 +16,7 @@ def put(queue, item, ends):
 
 
 class Stuck:
-    """What cannot be pickled."""
+    """An object that cannot be pickled."""
 
     def __reduce__(self):
         raise OSError("too many open files")
@@ -36,7 +36,7 @@ def test_a_process_ends_where_an_item_is_lost(capfd):
 
 
 def test_by_itself_the_queue_goes_on_without_the_item():
-    """What the hook is for; if this fails, Python does it by itself and upstream/workers.py can go."""
+    """The hook is necessary; if this fails, Python handles it by itself and upstream/workers.py can be removed."""
     assert exit_code(Stuck, ends=False) == 0
 
 

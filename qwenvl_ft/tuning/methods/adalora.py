@@ -20,12 +20,14 @@ from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.upstream.ranks import RANKS, count_trained_ranks, memory_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qwenvl_ft.recipe.schema import TunerConfig
 
 STATE = "adalora_state.safetensors"
 
 
-def build_adalora(model: nn.Module, tuner: TunerConfig) -> nn.Module:
+def build_adalora(model: PreTrainedModel, tuner: TunerConfig) -> nn.Module:
     """Wrap the model in a PeftModel whose layers start with rank ``adalora_init_r``.
 
     Raises:

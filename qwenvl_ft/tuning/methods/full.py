@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import FREEZE_FLAGS, current_name, family_of, part_of
@@ -14,6 +14,7 @@ from qwenvl_ft.tuning.targets import inside, saved_modules
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from qwenvl_ft.recipe.schema import TunerConfig
 
@@ -23,7 +24,7 @@ NUMBER_END = re.compile(r"((?:\d|\\d|\[[^\]]*\d[^\]]*\])(?:[+*?]|\{[^}]*\})?\)*[
 """Matches, within a regular expression, the end of a number that stands before a dot or at the end."""
 
 
-def build_full(model: nn.Module, tuner: TunerConfig) -> nn.Module:
+def build_full(model: PreTrainedModel, tuner: TunerConfig) -> PreTrainedModel:
     """Make exactly the parameters that ``tuner`` selects trainable.
 
     ``requires_grad`` is set on each parameter, because setting it on a module has no effect.
@@ -37,7 +38,7 @@ def build_full(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     return model
 
 
-def check_full(model: nn.Module, tuner: TunerConfig) -> None:
+def check_full(model: PreTrainedModel, tuner: TunerConfig) -> None:
     """Raise RecipeError if a parameter that ``tuner`` freezes is trainable."""
     free = free_weights(model, tuner)
     for name, parameter in model.named_parameters():
@@ -49,7 +50,7 @@ def check_full(model: nn.Module, tuner: TunerConfig) -> None:
             )
 
 
-def free_weights(model: nn.Module, tuner: TunerConfig) -> set[str]:
+def free_weights(model: PreTrainedModel, tuner: TunerConfig) -> set[str]:
     """Return the names of the trainable weights.
 
     Frozen parts come first, then ``freeze_parameters_ratio`` and ``freeze_parameters``, then what trains in any case:
@@ -71,7 +72,7 @@ def _weights(model: nn.Module) -> dict[str, str]:
     return {name: first[id(value)] for name, value in model.named_parameters(remove_duplicate=False)}
 
 
-def _last_layers(model: Any, tuner: TunerConfig) -> list[str]:
+def _last_layers(model: PreTrainedModel, tuner: TunerConfig) -> list[str]:
     """Return the names of the layers that ``unfreeze_topk_llm`` and ``unfreeze_topk_vit`` unfreeze in a frozen part."""
     family = family_of(model.config.model_type)
     names: list[str] = []
@@ -79,7 +80,7 @@ def _last_layers(model: Any, tuner: TunerConfig) -> list[str]:
         ("unfreeze_topk_llm", "freeze_llm", family.text_layers),
         ("unfreeze_topk_vit", "freeze_vit", family.vision_blocks),
     ):
-        count, layers = getattr(tuner, key), len(model.get_submodule(stack))
+        count, layers = getattr(tuner, key), len(list(model.get_submodule(stack).children()))
         if count and not getattr(tuner, flag):
             raise RecipeError(
                 f"tuner.{key}={count} needs tuner.{flag}=true, but all of that part trains. Set it, or remove the key."

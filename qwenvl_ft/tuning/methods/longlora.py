@@ -25,15 +25,17 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.packed_attention import Plan, by_groups, make_plan, packed_attention, packed_mask, sample_lengths
 from qwenvl_ft.tuning.methods.lora import build_lora, lora_place
 from qwenvl_ft.tuning.targets import inside, saved_modules
-from qwenvl_ft.upstream.attention import KeptFor, attention_of, set_attention
+from qwenvl_ft.upstream.attention import TensorCache, attention_of, set_attention
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qwenvl_ft.recipe.schema import TunerConfig
 
 logger = logging.getLogger(__name__)
 
 
-def build_longlora(model: Any, tuner: TunerConfig, *, batches: Sequence[Any] | None = None) -> nn.Module:
+def build_longlora(model: PreTrainedModel, tuner: TunerConfig, *, batches: Sequence[Any] | None = None) -> nn.Module:
     """Wrap the model with LoRA, and make the language model attend in shifted groups in training mode.
 
     Args:
@@ -65,7 +67,7 @@ def longlora_place(model: nn.Module, tuner: TunerConfig) -> dict[str, Any]:
     return lora_place(model, tuner, tied_copies=True)
 
 
-def embeddings_and_norms(model: Any) -> list[str]:
+def embeddings_and_norms(model: nn.Module) -> list[str]:
     """Return the full names of the language model's embedding and normalisation layers."""
     return [
         name
@@ -75,7 +77,7 @@ def embeddings_and_norms(model: Any) -> list[str]:
     ]
 
 
-def use_shifted_attention(model: Any, group_size: int) -> None:
+def use_shifted_attention(model: PreTrainedModel, group_size: int) -> None:
     """Make the language model of a loaded model attend in shifted groups in training mode."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -154,5 +156,5 @@ def _plans_of(
     return plans[group_size]
 
 
-_PLANS = KeptFor()
+_PLANS = TensorCache()
 """Cache per boundary tensor: group size -> plans."""

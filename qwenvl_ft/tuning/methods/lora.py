@@ -19,6 +19,7 @@ from qwenvl_ft.upstream.peft import is_full_copy, lora_layers, no_target, patter
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from qwenvl_ft.recipe.schema import TunerConfig
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_lora(
-    model: nn.Module, tuner: TunerConfig, *, batches: Sequence[Any] | None = None, tied_copies: bool = False
+    model: PreTrainedModel, tuner: TunerConfig, *, batches: Sequence[Any] | None = None, tied_copies: bool = False
 ) -> nn.Module:
     """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trainable weights are LoRA's and ``modules_to_save``.
 
@@ -77,7 +78,7 @@ def build_lora(
     return wrapped
 
 
-def lora_place(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[str, Any]:
+def lora_place(model: PreTrainedModel, tuner: TunerConfig, *, tied_copies: bool = False) -> dict[str, Any]:
     """Return LoRA's targets, see `place`. Only names and sizes of the model are read, so it may be on the meta device.
 
     Raises:
@@ -92,7 +93,9 @@ def lora_place(model: nn.Module, tuner: TunerConfig, *, tied_copies: bool = Fals
     return fields
 
 
-def place(model: Any, tuner: TunerConfig, *, tied_copies: bool = False, parameters: bool = False) -> dict[str, Any]:
+def place(
+    model: PreTrainedModel, tuner: TunerConfig, *, tied_copies: bool = False, parameters: bool = False
+) -> dict[str, Any]:
     """Return ``target_modules`` and ``modules_to_save`` of a peft config, as full names.
 
     Args:
@@ -184,7 +187,7 @@ def _smaller_side(module: Any) -> int:
     return min(weight.shape) if weight is not None else 0
 
 
-def _set_dropout(model: Any, share: float) -> None:
+def _set_dropout(model: nn.Module, share: float) -> None:
     """Set the dropout of Linear layers' adapters, where the peft config has none."""
     from torch import nn
 
@@ -193,7 +196,7 @@ def _set_dropout(model: Any, share: float) -> None:
             module.lora_dropout[name] = nn.Dropout(p=share)
 
 
-def _refuse_tied(model: Any, saved: list[str]) -> None:
+def _refuse_tied(model: PreTrainedModel, saved: list[str]) -> None:
     """Raise RecipeError if only one of two tied layers is copied: the copies would diverge, also in a merged model."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embeddings is None or head.weight is not embeddings.weight:

@@ -16,6 +16,7 @@ from qwenvl_ft.upstream.peft import config_class_of
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from qwenvl_ft.recipe.schema import TunerConfig
 
@@ -91,7 +92,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {"ia3": {"feedforward_modules": []}}
 """Fields for which peft has no default for these models. IA3 scales outputs."""
 
 
-def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
+def build_by_config(model: PreTrainedModel, tuner: TunerConfig) -> nn.Module:
     """Wrap the model in a PeftModel of the method that ``train_type`` names.
 
     Raises:
@@ -111,7 +112,7 @@ def build_by_config(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     return wrapped
 
 
-def fitting_config(model: nn.Module, tuner: TunerConfig) -> Any:
+def fitting_config(model: PreTrainedModel, tuner: TunerConfig) -> Any:
     """Return the peft config of a method. Only names and sizes of the model are read, so it may be on the meta device.
 
     Raises:

@@ -144,7 +144,7 @@ def main() -> None:
             ),
         },
     }
-    torch.save(results, folder / "results.pt")
+    torch.save(results, folder / "measured.pt")
 
 
 main()

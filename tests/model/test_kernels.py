@@ -94,7 +94,7 @@ class TestUnderTheInterpreter:
         runs = measured["run"]
         assert runs["plain"]["said"] == ""
         assert (
-            "swiglu in 4 modules, fused_linear_cross_entropy; left out: rms_norm: the recipe" in runs["fused"]["said"]
+            "swiglu in 4 modules, fused_linear_cross_entropy; left out: rms_norm: turned off" in runs["fused"]["said"]
         )
         assert "fused_linear_cross_entropy: loss_weights give tokens weights" in runs["weighted"]["said"]
         weights = {

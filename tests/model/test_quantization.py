@@ -179,7 +179,7 @@ def test_quantised_weights_and_modules_are_not_trained_in_full(quantized):
     from qwenvl_ft.recipe.schema import TunerConfig
     from qwenvl_ft.tuning.prepare import prepare_model
 
-    with pytest.raises(RecipeError, match=r"train_type=full does not work over .*, and those of llm are quantised"):
+    with pytest.raises(RecipeError, match=r"train_type=full does not work with .*, and those of llm are quantised"):
         prepare_model(quantized(), TunerConfig(train_type="full"))
     with pytest.raises(RecipeError, match=r"'model.language_model.layers.1.mlp' in full, but .*gate_proj is quantised"):
         prepare_model(quantized(), TunerConfig(modules_to_save=["layers.1.mlp"]))

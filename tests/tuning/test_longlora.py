@@ -115,7 +115,7 @@ def test_embeddings_and_norms_train_and_the_adapter_loads_in_plain_peft(fresh, t
     ("settings", "words"),
     [
         ({"freeze_llm": True, "freeze_vit": False}, r"adapts the language model\. Set tuner\.freeze_llm=false"),
-        ({"longlora_group_size": 7}, r"longlora_group_size=7 has no half"),
+        ({"longlora_group_size": 7}, r"longlora_group_size=7 is odd"),
         ({"modules_to_save": ["lm_head"]}, r"shares between embedding and language head"),
     ],
 )

@@ -97,7 +97,9 @@ ANSWER = {"from": "gpt", "value": "It."}
 def test_another_rule_is_refused_in_one_line(processor, without_rules, monkeypatch):
     counts = lambda self, height, width, images_kwargs=None: 7  # noqa: E731
     monkeypatch.setattr(type(processor.image_processor), "get_number_of_image_patches", counts)
-    with pytest.raises(RecipeError, match=r"makes 7 patches of 40 x 17 pixels, \d+ are expected. Install a version"):
+    with pytest.raises(
+        RecipeError, match=r"makes 7 patches of 40 x 17 pixels, but \d+ are expected. Install a version"
+    ):
         Encoder(processor)
 
 

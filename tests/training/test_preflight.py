@@ -114,7 +114,7 @@ REFUSED = {
         ["model.device_map.model.visul=cpu"],
         "model.device_map names 'model.visul', which is no module. Did you mean 'model.visual'?",
     ),
-    "a device that is not here": (["model.device_map=cuda:64"], "model.device_map places 'all' on 'cuda:64', which"),
+    "a device that is not here": (["model.device_map=cuda:64"], "model.device_map places 'all' on 'cuda:64', but this"),
     "a size that is none": (["model.device_map=cpu", "model.max_memory.cpu=lots"], "model.max_memory gives 'cpu' the"),
     "a layer to adapt that is none": (["tuner.target_modules=[q_prj]"], "tuner.target_modules names 'q_prj', which is"),
     "layers to adapt that are frozen": (
@@ -128,7 +128,7 @@ REFUSED = {
     "a start that is none": (["tuner.init_weights=pisa"], "unknown tuner.init_weights 'pisa'. Did you mean 'pissa'?"),
     "a rank for what is not adapted": (
         ["tuner.rank_pattern={qkv: 4}"],
-        "tuner.rank_pattern names 'qkv', which no adap",
+        "tuner.rank_pattern names 'qkv', but no adap",
     ),
     "experts that are none": (
         ["tuner.target_parameters=[experts.down]"],

@@ -62,7 +62,7 @@ def build_longlora(model: PreTrainedModel, tuner: TunerConfig, *, batches: Seque
     return build_lora(model, tuner, batches=batches, tied_copies=tied and tuner.longlora_embeddings_and_norms)
 
 
-def longlora_place(model: nn.Module, tuner: TunerConfig) -> dict[str, Any]:
+def longlora_place(model: PreTrainedModel, tuner: TunerConfig) -> dict[str, Any]:
     """Return where LoRA goes, as `lora_place` does; tied embeddings may be trained, as copies."""
     return lora_place(model, tuner, tied_copies=True)
 

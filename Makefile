@@ -22,7 +22,7 @@ STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
 STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test contract upstream methods lint check gpu gpu-wheels gpu-report clean
+.PHONY: help setup lock demo test contract upstream methods lint check hooks gpu gpu-wheels gpu-report clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -59,6 +59,10 @@ lint: $(STAMP) ## format, lint and types, without the tests
 	$(PY) -m mypy
 
 check: lint test ## everything that has to pass before a change goes in
+
+hooks: ## install git hooks that run make lint and check the message of each commit (by pre-commit, if installed)
+	@git config --unset core.hooksPath || true
+	@if command -v pre-commit > /dev/null; then pre-commit install; else git config core.hooksPath .ci/hooks; fi
 
 gpu: ## run all that a GPU has to show, 25 minutes, no network needed; GPU_ARGS="--budget 9m --out DIR"
 	$(PYTHON) tests/gpu/day.py $(GPU_ARGS)

@@ -40,7 +40,7 @@ def advice(message: str) -> list[str]:
     if len(subject) > LIMIT:
         found.append(f"The subject has {len(subject)} characters; please keep it within {LIMIT}.")
     if not looks_imperative(subject):
-        found.append('Please begin the subject with a capitalised imperative: "Add ...", not "Added ..." or "Adds ...".')
+        found.append('Please begin the subject with a capitalised imperative: "Add ...", not "Added ...".')
     if rest and rest[0]:
         found.append("Please leave the second line empty; git takes the first paragraph as the subject.")
     if not any(rest):
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
         print("".join(f"commit message: {sentence}\n" for sentence in found), end="", file=sys.stderr)
         if found:
             print(
-                "Nothing is lost: git commit -e -F .git/COMMIT_EDITMSG opens the message again; --no-verify skips this.",
+                "Nothing is lost: git commit -e -F .git/COMMIT_EDITMSG reopens the message; --no-verify skips this.",
                 file=sys.stderr,
             )
         return bool(found)

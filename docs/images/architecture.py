@@ -2,8 +2,8 @@
 
     python docs/images/architecture.py          write flow.svg and imports.svg beside this file (make pictures)
 
-``imports.svg`` is drawn from the imports in the source, ``flow.svg`` by hand from the tables below; a test compares both
-with the package. Only the standard library is needed.
+``imports.svg`` is drawn from the imports in the source, ``flow.svg`` by hand from the tables below; a test compares
+both with the package. Only the standard library is needed.
 """
 
 import ast
@@ -34,16 +34,16 @@ class Box:
 
 BOXES = (
     Box("recipe.yaml, overrides", "what to train, and how", "file", 0, 0),
-    Box("recipe/", "typed, checked, saved beside the run", "recipe", 0, 1),
-    Box("model/", "model and processor from config.json", "model", 0, 2),
-    Box("tuning/", "frozen and adapted parts, learning rates", "model", 0, 3),
+    Box("recipe/", "typed and checked", "recipe", 0, 1),
+    Box("model/", "model and processor", "model", 0, 2),
+    Box("tuning/", "frozen, trained and adapted parts", "model", 0, 3),
     Box("records", "JSON lines, tables, shards, media", "file", 1, 0),
-    Box("data/sources/", "which records: mixture, sample, split", "data", 1, 1),
+    Box("data/sources/", "mixtures, samples, splits", "data", 1, 1),
     Box("data/readers/", "one file for each record format", "data", 1, 2),
     Box("data/augment/, data/dense/", "training only: new pixels, groups", "data", 1, 3),
     Box("data/encode/, data/media/", "tokens, labels, positions, patches", "data", 1, 4),
-    Box("data/plan/", "lengths; rows of the epoch for each rank", "data", 0, 4),
-    Box("data/collate.py", "the samples of a row, laid end to end", "data", 1, 5),
+    Box("data/plan/", "lengths; the rows of each rank", "data", 0, 4),
+    Box("data/collate.py", "samples of a row, end to end", "data", 1, 5),
     Box("training/", "QwenVLTrainer: exact loss, logs, resume", "train", 2, 6),
     Box("checkpoint/, export/", "resume, merge, quantise", "train", 0, 7),
     Box("evaluation/", "answers by generation, metrics", "train", 1, 7),
@@ -58,7 +58,7 @@ ARROWS = (
     ("data/augment/, data/dense/", "data/encode/, data/media/", "Conversation"),
     ("data/encode/, data/media/", "data/plan/", ""),
     ("data/encode/, data/media/", "data/collate.py", "Sample"),
-    ("data/collate.py", "training/", "batch: one flat row"),
+    ("data/collate.py", "training/", "batch, one row"),
     ("training/", "checkpoint/, export/", ""),
     ("training/", "evaluation/", ""),
 )
@@ -71,12 +71,12 @@ BESIDE = {
     "cli": "one file for each command",
     "flare": "tools for the FLARE25 data",
     "train": "the entry point",
-    "upstream": "everything borrowed from private parts of other libraries",
+    "upstream": "what is taken from internals of other libraries",
     "errors": "the exceptions",
 }
 """Part that is not a stage of the flow -> what it does."""
 
-WIDTH, MARGIN, GAP, HEIGHT, STEP = 652, 24, 26, 46, 74
+WIDTH, MARGIN, GAP, HEIGHT, STEP = 590, 22, 22, 48, 76
 COLUMN = (WIDTH - 2 * MARGIN - GAP) / 2
 
 
@@ -130,7 +130,7 @@ def svg(width: float, height: float, title: str, body: list[str]) -> str:
     """Return a whole SVG file with a white background; it refers to nothing outside itself."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="system-ui, sans-serif" font-size="13">'
+        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="system-ui, sans-serif" font-size="14">'
     )
     arrow = (
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
@@ -204,13 +204,13 @@ def flow() -> str:
     body += [part for box in BOXES for part in draw_box(box)]
     y = max(top(box) for box in BOXES) + HEIGHT + 30
     body.append(text(MARGIN, y, "Parts that are not on this path:", colour=SOFT))
-    for number, (name, note) in enumerate(BESIDE.items()):
+    for name, note in BESIDE.items():
         y += 20
-        body += [text(MARGIN, y, name, more=' font-weight="600"'), text(MARGIN + 84, y, note, colour=SOFT)]
+        body += [text(MARGIN, y, name, more=' font-weight="600"'), text(MARGIN + 92, y, note, colour=SOFT)]
     return svg(WIDTH, y + MARGIN + 4, "From a recipe and records to a trained model", body)
 
 
-CELL, NAMES = 23, 100
+CELL, NAMES = 24, 106
 
 
 def matrix() -> str:
@@ -233,10 +233,8 @@ def matrix() -> str:
         body.append(f'<rect x="{x - 4:.0f}" y="{y - 4:.0f}" width="8" height="8" fill="{LINE}"/>')
         for other in sorted(graph[name], key=place.__getitem__):
             x = NAMES + CELL * place[other] + CELL / 2
-            dot = (
-                f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" fill="#2f6fde"><title>{name} imports {other}</title></circle>'
-            )
-            body.append(dot)
+            tip = f"<title>{name} imports {other}</title>"
+            body.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" fill="#2f6fde">{tip}</circle>')
     return svg(NAMES + size + 46, above + size + 14, "Which part of the package imports which", body)
 
 

@@ -25,9 +25,16 @@ COLUMNS = 100
 """Width of the terminal; longer lines are cut, as `less -S` does."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 PAGE = (1000, 852)
 """Pixels of the page's upper part that show.png holds."""
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">

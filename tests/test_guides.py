@@ -70,7 +70,7 @@ def test_commands_of_the_pages_exist(page):
         assert command in COMMANDS, command
     for script in re.findall(r"\b(?:recipes|examples)/[\w./]+\.(?:sh|py|yaml|ipynb)", text):
         assert (ROOT / script).exists() or Path(script).stem in ("NAME", "mine"), script
-    for line in blocks.splitlines():
+    for line in blocks.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if "qwenvl_ft.train" in words and not any("$" in word or word.startswith("recipe=output") for word in words):
             arguments = words[words.index("qwenvl_ft.train") + 1 :]

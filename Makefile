@@ -1,4 +1,4 @@
-# What can be done here: make help. Every target makes .venv first where it is missing or older than the project's
+# make help lists the targets. Every target makes .venv first where it is missing or older than the project's
 # metadata; with uv if it is installed, else with venv and pip. It holds the versions of requirements.lock, or with
 # NEWEST=1 the newest of everything.
 
@@ -7,6 +7,8 @@ PYTHON ?= python3
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 DEMO ?= .demo
 DEMO_ARGS ?=
+DOCS_VENV ?= .docs-venv
+DOCS ?= build
 PYTEST_ARGS ?=
 NEWEST ?=
 LOCK ?= requirements.lock
@@ -22,7 +24,7 @@ STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
 STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test contract upstream methods lint check hooks gpu gpu-wheels gpu-report clean
+.PHONY: help setup lock demo test contract upstream methods lint check hooks docs pictures gpu gpu-wheels gpu-report clean
 
 help: ## what can be done here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -64,6 +66,12 @@ hooks: ## install git hooks that run make lint and check the message of each com
 	@git config --unset core.hooksPath || true
 	@if command -v pre-commit > /dev/null; then pre-commit install; else git config core.hooksPath .ci/hooks; fi
 
+docs: $(DOCS_VENV)/.installed ## build the documentation as a site in .site and check its links; DOCS=serve shows it in a browser
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs $(DOCS) --strict
+
+pictures: $(STAMP) ## draw the pictures of README and docs again; needs chromium, and make demo before it
+	PYTHONPATH=. $(PY) docs/images/draw.py --demo $(DEMO)
+
 gpu: ## run all that a GPU has to show, 25 minutes, no network needed; GPU_ARGS="--budget 9m --out DIR"
 	$(PYTHON) tests/gpu/day.py $(GPU_ARGS)
 
@@ -74,7 +82,7 @@ gpu-report: ## write the tables of FILE=DIR/gpu.json into the documents
 	$(PYTHON) tests/gpu/report.py $(FILE)
 
 clean: ## remove what the demo and the tools wrote; .venv stays
-	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) .site build dist .pytest_cache .mypy_cache .ruff_cache
 
 # A link to a python that is gone counts as missing, so a broken .venv is made anew.
 $(PY):
@@ -100,4 +108,12 @@ else
 	$(BUILD) $(PY) -m pip install --disable-pip-version-check $(HOW) $(if $(NEWEST),--upgrade-strategy eager) -e ".[dev]"
 endif
 	@rm -f $(STAMPS)
+	@touch $@
+
+# An environment of its own for the site, without torch and the rest: the `docs` extra of setup.cfg alone.
+$(DOCS_VENV)/.installed: setup.cfg
+	$(if $(UV),uv venv --clear --seed --python $(PYTHON),$(PYTHON) -m venv --clear) $(DOCS_VENV)
+	sed -n '/^docs =/,/^[a-z]/s/^    //p' setup.cfg > $(DOCS_VENV)/requirements.txt
+	$(if $(UV),uv pip install --python $(DOCS_VENV)/bin/python,$(DOCS_VENV)/bin/python -m pip install) \
+	    --constraint $(LOCK) --requirement $(DOCS_VENV)/requirements.txt
 	@touch $@

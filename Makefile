@@ -1,6 +1,6 @@
-# make help lists the targets. Every target makes .venv first where it is missing or older than the project's
-# metadata; with uv if it is installed, else with venv and pip. It holds the versions of requirements.lock, or with
-# NEWEST=1 the newest of everything.
+# make help lists the targets. Those that need .venv make it first if it is missing or older than the project's metadata:
+# with uv if it is installed, else with venv and pip. It holds the versions of requirements.lock, or with NEWEST=1 the
+# newest version of everything.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,23 +19,23 @@ FILE ?= .gpu/gpu.json
 
 PY := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
-# Two stamps, of which one is there: what is installed is what was asked for last.
+# Only one of the two stamps exists: the one for the versions that were installed last.
 STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
 STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock demo test contract upstream methods lint check hooks docs pictures gpu gpu-wheels gpu-report clean
 
-help: ## what can be done here
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: ## make .venv with everything that tests and demo need; NEWEST=1 takes the newest instead of the lock
+setup: ## make .venv with everything that tests and demo need, by the lock; NEWEST=1: the newest versions
 ifdef NEWEST
 	@rm -f $(STAMP)
 endif
 	@$(MAKE) --no-print-directory $(STAMP)
 
-lock: ## take the newest of everything into requirements.lock (needs uv)
+lock: ## write the newest version of everything into requirements.lock (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	    --extra dev setup.cfg --output-file $(LOCK).new
 	@{ sed -n '/^#/p' requirements.lock; cat $(LOCK).new; } > $(LOCK).made && mv $(LOCK).made $(LOCK) && rm $(LOCK).new
@@ -46,45 +46,45 @@ demo: $(STAMP) ## train a tiny Qwen3-VL to read handwritten digits and ask it ab
 test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-contract: $(STAMP) ## test what is taken from other libraries, and the promises, with the installed versions
+contract: $(STAMP) ## test the internals of other libraries that are used, and the promises, with the installed versions
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal tests/upstream $(PYTEST_ARGS)
 
-upstream: ## run the contract with many versions and write docs/compatibility.md; ENVS="oldest newest" for some (needs uv)
+upstream: ## run the contract with many versions and write docs/compatibility.md (uv); ENVS="oldest newest": only these
 	$(PYTHON) tests/upstream/environments.py --venvs $(VENVS) --jobs $(JOBS) $(ENVS)
 
-methods: $(STAMP) ## try every training method on tiny models and write the table of docs/tuning.md
+methods: $(STAMP) ## try every training method on tiny models and write the table in docs/tuning.md
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/methods_table.py --write
 
-lint: $(STAMP) ## format, lint and types, without the tests
+lint: $(STAMP) ## check format, lint rules and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-check: lint test ## everything that has to pass before a change goes in
+check: lint test ## lint and test: what has to pass before a change is merged
 
 hooks: ## install git hooks that run make lint and check the message of each commit (by pre-commit, if installed)
 	@git config --unset core.hooksPath || true
 	@if command -v pre-commit > /dev/null; then pre-commit install; else git config core.hooksPath .ci/hooks; fi
 
-docs: $(DOCS_VENV)/.installed ## build the documentation as a site in .site and check its links; DOCS=serve shows it in a browser
+docs: $(DOCS_VENV)/.installed ## build the documentation as a site in .site and check its links; DOCS=serve serves it
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs $(DOCS) --strict
 
 pictures: $(STAMP) ## draw the pictures of README and docs again; needs chromium, and make demo before it
 	PYTHONPATH=. $(PY) docs/images/draw.py --demo $(DEMO)
 
-gpu: ## run all that a GPU has to show, 25 minutes, no network needed; GPU_ARGS="--budget 9m --out DIR"
+gpu: ## run all tests and measurements that need a GPU (25 minutes, no network); GPU_ARGS="--budget 9m --out DIR"
 	$(PYTHON) tests/gpu/day.py $(GPU_ARGS)
 
-gpu-wheels: ## download what such a machine lacks, for make gpu
+gpu-wheels: ## download packages that a GPU machine without a network lacks for make gpu
 	$(PYTHON) tests/gpu/wheels.py
 
-gpu-report: ## write the tables of FILE=DIR/gpu.json into the documents
+gpu-report: ## write the results in FILE=DIR/gpu.json into the tables of the docs
 	$(PYTHON) tests/gpu/report.py $(FILE)
 
-clean: ## remove what the demo and the tools wrote; .venv stays
+clean: ## remove the files that the demo and the tools wrote; .venv stays
 	rm -rf $(DEMO) .site build dist .pytest_cache .mypy_cache .ruff_cache
 
-# A link to a python that is gone counts as missing, so a broken .venv is made anew.
+# A link to a python that was removed counts as missing, so a broken .venv is made again.
 $(PY):
 ifdef UV
 	uv venv --clear --seed --python $(PYTHON) $(VENV)
@@ -92,12 +92,12 @@ else
 	$(PYTHON) -m venv --clear $(VENV)
 endif
 
-# In an environment with newer versions the constraints take them back; --upgrade takes an older one forward.
+# The constraints downgrade newer versions to those of the lock; --upgrade goes the other way.
 ifdef NEWEST
 HOW := --upgrade
 else
 HOW := --constraint $(LOCK)
-# The setuptools that builds the package is that of the lock too.
+# The setuptools that builds the package comes from the lock too.
 BUILD := PIP_BUILD_CONSTRAINT=$(CURDIR)/$(LOCK) UV_BUILD_CONSTRAINT=$(CURDIR)/$(LOCK)
 endif
 

@@ -1,6 +1,6 @@
-# make help lists the targets. Those that need .venv make it first if it is missing or older than the project's metadata:
-# with uv if it is installed, else with venv and pip. It holds the versions of requirements.lock, or with NEWEST=1 the
-# newest version of everything.
+# make help lists the targets. Those that need .venv make it first if it is missing or older than the project's
+# metadata: with uv if it is installed, else with venv and pip. It holds the versions of requirements.lock, or with
+# NEWEST=1 the newest version of everything.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -24,7 +24,8 @@ STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
 STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test contract upstream methods lint check hooks docs pictures gpu gpu-wheels gpu-report clean
+.PHONY: help setup lock demo test contract upstream methods lint check hooks docs pictures clean
+.PHONY: gpu gpu-wheels gpu-report
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10

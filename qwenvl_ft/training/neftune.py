@@ -19,6 +19,13 @@ class SampleNoise:
         self.alpha = alpha
         self.lengths = torch.ones(1, 1)
 
+    @classmethod
+    def of(cls, model: Any, alpha: float) -> "SampleNoise":
+        """Hook the token embedding of a model."""
+        noise = cls(alpha)
+        model.get_input_embeddings().register_forward_hook(noise)
+        return noise
+
     def follow(self, batch: dict[str, Any]) -> None:
         """Take the sample lengths of the batch that comes next: of its flat row, or of its padded rows."""
         if "attention_mask" in batch:

@@ -110,7 +110,7 @@ def test_two_processes_give_the_same_loss_gradients_and_eval_loss(tmp_path, tiny
 
 @pytest.mark.distributed
 def test_processes_that_see_other_data_end_with_one_line_instead_of_waiting(tmp_path, tiny_dir):
-    with pytest.raises(RuntimeError, match=r"data: process 0 has 8 samples and process 1 7\. All processes need the"):
+    with pytest.raises(RuntimeError, match=r"data: rank 0 sees 8 samples but rank 1 sees 7\. Check that every machine"):
         run_two(tmp_path, tiny_dir, "other data", 8)
 
 

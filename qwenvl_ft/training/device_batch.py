@@ -1,0 +1,36 @@
+"""A batch on its device, with its labels split for the loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenvl_ft.training.loss import split_labels
+
+
+@dataclass
+class DeviceBatch:
+    """Holds the tensors of a batch where transformers does not look for them, and its loss."""
+
+    tensors: dict[str, Any]
+    loss: Tensor | None = None
+    """Scalar that `compute_loss` returned for it."""
+
+
+def on_device(
+    batch: dict[str, Any], device: torch.device, weights: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Split a batch's labels and move its tensors; neither waits for a GPU, and float32 stays float32.
+
+    Args:
+        batch: from a collator, on the CPU.
+        weights: see `split_labels`, whose keys the result has.
+    """
+    moved = split_labels(batch, weights)
+    for name, value in moved.items():
+        if isinstance(value, Tensor):
+            pin = value.device.type == "cpu" and device.type == "cuda" and not value.is_pinned()
+            moved[name] = (value.pin_memory() if pin else value).to(device, non_blocking=True)
+    return moved

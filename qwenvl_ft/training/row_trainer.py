@@ -1,0 +1,118 @@
+"""Trainer that feeds transformers' loop with the rows of a plan: loaders, epochs of their own length, resume."""
+
+from collections.abc import Sized
+from typing import Any, cast
+
+from torch import nn
+from transformers import TrainingArguments
+
+from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
+from qwenvl_ft.data.plan.costs import machine_costs
+from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler, SampleDataset
+from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.model.patch_embed import use_raw_patches
+from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.training.loaders import are_raw, build_loader, build_plan, datasets_in, media_kinds
+from qwenvl_ft.training.ranks import broadcast_from_rank_0, require_same_samples
+from qwenvl_ft.training.run_length import exact_counts
+from qwenvl_ft.upstream.arguments import is_reentrant
+from qwenvl_ft.upstream.trainer import EpochLength, PlannedTrainer
+
+
+class RowTrainer(PlannedTrainer):
+    """transformers' Trainer over planned rows; `QwenVLTrainer` adds the loss, the optimizer and the logs.
+
+    Args:
+        options: further arguments of transformers' Trainer. The others are explained in `QwenVLTrainer`.
+
+    Raises:
+        RecipeError: packing with padding; data sets with different pixels; or more than one GPU in this process.
+        DataError: the ranks see different samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        processor: Any,
+        train_dataset: SampleDataset | None,
+        eval_dataset: SampleDataset | dict[str, SampleDataset] | None,
+        max_length: int,
+        packing: bool,
+        padding_free: bool,
+        **options: Any,
+    ) -> None:
+        if packing and not padding_free:
+            raise RecipeError("training.padding_free=false pads one sample a row and excludes training.packing=true.")
+        self.processor = processor
+        self.max_length = max_length
+        self.packing = packing
+        self.padding_free = padding_free
+        datasets = datasets_in(train_dataset, eval_dataset)
+        raw = are_raw(datasets)
+        self.fillers = vision_fillers(processor, media_kinds(datasets), raw_pixels=raw)
+        if raw:
+            use_raw_patches(model, processor.image_processor)
+        options |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model, args, processing_class=processor, **options)
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"one process sees {args.n_gpu} GPUs. Launch one per GPU: accelerate launch -m qwenvl_ft.train ..."
+            )
+        for dataset in datasets:
+            require_same_samples(dataset, 0, args.world_size)
+        self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
+
+    @property
+    def samples(self) -> SampleDataset:
+        """The training samples."""
+        return cast(SampleDataset, self.train_dataset)
+
+    def get_train_dataloader(self) -> EpochLoader:
+        return self._loader(self.plan_sampler(self.samples))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = cast(dict[str, Any], self.eval_dataset)[eval_dataset]
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        return self._loader(self.plan_sampler(cast(SampleDataset, dataset), training=False))
+
+    def plan_sampler(self, dataset: SampleDataset, *, training: bool = True) -> PlanSampler:
+        """Return this rank's plan over a data set: shuffled by epoch for training, in a fixed order for evaluation."""
+        return build_plan(
+            dataset,
+            self.args,
+            rows=self.rows_per_pass if training else self.args.per_device_eval_batch_size,
+            packing=self.packing,
+            max_length=self.max_length,
+            costs=self.costs,
+            training=training,
+        )
+
+    def _loader(self, sampler: PlanSampler) -> EpochLoader:
+        if self.padding_free:
+            places = None if is_reentrant(self.args) else MediaPlaces.of(cast(nn.Module, self.model))
+            return build_loader(sampler, self.args, QwenVLCollator(self.fillers, places))
+        return build_loader(sampler, self.args, PaddedCollator(self.processor.tokenizer.pad_token_id, self.fillers))
+
+    def num_examples(self, dataloader: Any) -> int:
+        return len(cast(Sized, dataloader.dataset))
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        counts = super().set_initial_training_values(args, dataloader)
+        self.train_sampler = cast(PlanSampler, dataloader.batch_sampler)
+        return exact_counts(counts, args, self.train_sampler)
+
+    def resume_at(self, step: int) -> tuple[int, int]:
+        epochs, steps = self.train_sampler.locate(step)
+        return epochs, steps * self.args.gradient_accumulation_steps
+
+    def begin_epoch(self, epoch: int) -> EpochLength | None:
+        """Return the epoch's own number of rows; None after the last step, where transformers would train one more."""
+        if self.state.global_step >= self.state.max_steps:
+            return None
+        dataset = self.train_sampler.dataset
+        if dataset.measured_as(epoch) == epoch > 0:
+            require_same_samples(dataset, epoch, self.args.world_size)
+        return EpochLength(self.train_sampler.passes(epoch), self.train_sampler.steps(epoch))

@@ -1,0 +1,28 @@
+"""The length of a run whose epochs differ in their number of rows; transformers multiplies one epoch's length."""
+
+import math
+
+from transformers import TrainingArguments
+
+from qwenvl_ft.data.plan.dataset import PlanSampler
+
+Counts = tuple[int, int, int, int, int, int | None, int]
+"""As `Trainer.set_initial_training_values` returns them: epochs, steps of an epoch, samples of an epoch, samples of the
+run, samples of a global batch, micro-batches of an epoch, steps of the run."""
+
+
+def exact_counts(counts: Counts, args: TrainingArguments, sampler: PlanSampler) -> Counts:
+    """Return the counts with those of the whole run (epochs, samples and steps) summed over its epochs."""
+    epochs, epoch_steps, epoch_samples, samples, batch, micro_batches, steps = counts
+    if sampler.dataset.measured_as(1) == 0:  # all epochs have the same lengths
+        return counts
+    if args.max_steps > 0:
+        whole, begun = sampler.locate(args.max_steps)
+        epochs = whole + (begun > 0)
+    else:
+        whole = int(args.num_train_epochs)
+        rest = args.num_train_epochs - whole
+        steps = sum(map(sampler.steps, range(whole))) + (math.ceil(rest * sampler.steps(whole)) if rest else 0)
+        samples = sum(len(sampler.dataset.at(epoch)) for epoch in range(whole))
+        samples += math.ceil(rest * len(sampler.dataset.at(whole))) if rest else 0
+    return epochs, epoch_steps, epoch_samples, samples, batch, micro_batches, steps

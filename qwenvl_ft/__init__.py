@@ -6,6 +6,8 @@ All public names can be imported from here. Each is loaded on first use, so that
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qwenvl_ft.train import train as train
+
 __version__ = "0.1.0"
 
 PUBLIC = {
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from qwenvl_ft.model.load import load_model as load_model
     from qwenvl_ft.model.load import load_processor as load_processor
     from qwenvl_ft.recipe.load import load_recipe as load_recipe
-    from qwenvl_ft.train import train as train
     from qwenvl_ft.training.trainer import QwenVLTrainer as QwenVLTrainer
     from qwenvl_ft.tuning.prepare import prepare_model as prepare_model
 

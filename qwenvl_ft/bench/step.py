@@ -24,9 +24,9 @@ from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import Recipe
-from qwenvl_ft.training import setup
-from qwenvl_ft.training.arguments import build_arguments
+from qwenvl_ft.training.build import build_trainer
 from qwenvl_ft.training.meter import peak_memory_gib
+from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.upstream.attention import attention_of
 
@@ -235,7 +235,7 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
     write_size(options.size, folder)
     recipe = step_recipe(options, folder)
     _check(recipe, options)
-    args = build_arguments(recipe)
+    args = prepare_run(recipe)
     device = args.device
     trainer = bench_trainer(recipe, args, options, folder)
     clock = Clock(device, options.warmup, options.steps)
@@ -306,7 +306,7 @@ def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path)
     )
     torch.manual_seed(args.seed)
     model = random_model(load_config(str(folder)), recipe.model, args.device)
-    trainer = setup.build_trainer(recipe, args, assemble.prepared(model, recipe, args), processor, dataset)
+    trainer = build_trainer(recipe, args, assemble.prepared(model, recipe, args), processor, dataset)
     trainer.remove_callback(ProgressCallback)
     return trainer
 

@@ -90,8 +90,8 @@ class Subject:
         """
         from transformers.training_args import OptimizerNames
 
+        from qwenvl_ft.training.build import build_trainer
         from qwenvl_ft.training.callbacks.method import MethodCallback
-        from qwenvl_ft.training.setup import build_trainer
 
         recipe, args = copy.deepcopy(self.recipe), copy.copy(self.args)
         recipe.training.packing, recipe.template.max_length = packing, max_length
@@ -106,7 +106,7 @@ class Subject:
 
     def train_faster(self, factor: float) -> None:
         """Replace the trainer by one that continues at ``factor`` times all learning rates."""
-        from qwenvl_ft.training import setup
+        from qwenvl_ft.training.build import build_callbacks, build_trainer
 
         recipe, args, model = copy.deepcopy(self.recipe), copy.copy(self.args), self.model
         args.learning_rate *= factor
@@ -114,8 +114,8 @@ class Subject:
             if (rate := getattr(recipe.training, key)) is not None:
                 setattr(recipe.training, key, rate * factor)
         self.trainer = None
-        more = {"callbacks": setup.callbacks(recipe, int(args.seed))}
-        self.trainer = setup.build_trainer(recipe, args, model, self.processor, self.dataset, **more)
+        more = {"callbacks": build_callbacks(recipe, int(args.seed))}
+        self.trainer = build_trainer(recipe, args, model, self.processor, self.dataset, **more)
         calm(self.trainer)
 
     def release(self) -> None:
@@ -134,10 +134,10 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
     """
     from qwenvl_ft import assemble
     from qwenvl_ft.prove.proof_data import proof_dataset
-    from qwenvl_ft.training import setup
-    from qwenvl_ft.training.arguments import build_arguments
+    from qwenvl_ft.training.build import build_callbacks, build_trainer
+    from qwenvl_ft.training.prepare import prepare_run
 
-    args = build_arguments(recipe)
+    args = prepare_run(recipe)
     processor = assemble.build_processor(recipe)
     dataset = proof_dataset(
         recipe,
@@ -149,9 +149,8 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
     samples = [dataset[index] for index in range(len(dataset))]
     say(f"loading {recipe.model.model}")
     model = assemble.build_model(recipe, args, dataset)
-    trainer = setup.build_trainer(
-        recipe, args, model, processor, dataset, callbacks=setup.callbacks(recipe, int(args.seed))
-    )
+    callbacks = build_callbacks(recipe, int(args.seed))
+    trainer = build_trainer(recipe, args, model, processor, dataset, callbacks=callbacks)
     calm(trainer)
     return Subject(
         recipe=recipe,

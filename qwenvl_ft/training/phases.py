@@ -20,9 +20,9 @@ from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
-from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.callbacks.progress import ProgressCallback
 from qwenvl_ft.training.gate import check_before_training
+from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision
 
@@ -47,7 +47,7 @@ def open_phases(recipe: Recipe) -> list[Any]:
             continue
         try:
             resolve_resume(run.training.resume_from_checkpoint, folder_of(run))
-            args = build_arguments(phase)
+            args = prepare_run(phase)
             first_process = args.process_index == 0
             check_before_training(phase)
             train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)

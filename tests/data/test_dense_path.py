@@ -217,10 +217,10 @@ def test_files_of_several_formats_stand_side_by_side(tiny_dir, data, tmp_path, w
 def test_settings_that_the_schema_does_not_check_are_refused_before_data_are_measured(
     tiny_dir, data, tmp_path, setting, message
 ):
-    from qwenvl_ft.training.arguments import build_arguments
+    from qwenvl_ft.training.prepare import prepare_run
 
     with pytest.raises(RecipeError, match=message):
-        build_arguments(load_recipe(None, dense_settings(tiny_dir, data, tmp_path, setting)))
+        prepare_run(load_recipe(None, dense_settings(tiny_dir, data, tmp_path, setting)))
 
 
 def test_a_system_prompt_that_no_dense_caption_would_use_is_refused(dataset_of, data, tmp_path, write_jsonl):

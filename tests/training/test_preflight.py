@@ -11,8 +11,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
-from qwenvl_ft.training.arguments import build_arguments, deepspeed_config, hierarchical, tell_trackers
+from qwenvl_ft.training.deepspeed import deepspeed_config, hierarchical
 from qwenvl_ft.training.preflight import preflight
+from qwenvl_ft.training.prepare import prepare_run
+from qwenvl_ft.training.trackers import set_tracker_variables
 
 
 def settings(tiny_dir, folder, *more):
@@ -237,9 +239,9 @@ def test_deepspeed_leaves_optimizer_and_schedule_to_the_recipe(section, tmp_path
 
 def test_the_folder_of_tensorboard_is_told_to_transformers(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-    build_arguments(load_recipe(None, settings(tiny_dir, tmp_path)))
+    prepare_run(load_recipe(None, settings(tiny_dir, tmp_path)))
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "elsewhere"
-    build_arguments(load_recipe(None, settings(tiny_dir, tmp_path, f"training.logging_dir={tmp_path / 'logs'}")))
+    prepare_run(load_recipe(None, settings(tiny_dir, tmp_path, f"training.logging_dir={tmp_path / 'logs'}")))
     from transformers.integrations import TensorBoardCallback
 
     callback = TensorBoardCallback()
@@ -252,16 +254,16 @@ def test_trackers_are_told_by_their_environment_and_only_those_that_are_asked_fo
         monkeypatch.delenv(variable, raising=False)
     words = ["training.wandb_project=scans", "training.wandb_entity=clinic", "training.swanlab_token=secret"]
     silent = load_recipe(None, settings(tiny_dir, tmp_path, *words, "training.report_to=none"))
-    build_arguments(silent)
+    prepare_run(silent)
     assert not told.keys() & os.environ.keys(), "vacuous: something is set where nothing is read"
-    tell_trackers(silent.training, ["wandb", "swanlab"])
+    set_tracker_variables(silent.training, ["wandb", "swanlab"])
     assert {name: os.environ[name] for name in told} == told
     assert "secret" not in silent.to_yaml()
     other = load_recipe(None, settings(tiny_dir, tmp_path, words[0], "training.report_to=tensorboard"))
     with pytest.raises(RecipeError, match=r"wandb_project=scans is read by wandb alone, and .* is tensorboard\. Add"):
-        build_arguments(other)
+        prepare_run(other)
     with pytest.raises(RecipeError, match=r"training\.swanlab_token is read by swanlab alone"):
-        tell_trackers(silent.training, ["wandb"])
+        set_tracker_variables(silent.training, ["wandb"])
 
 
 def test_a_second_copy_of_sharded_weights_reaches_deepspeed_with_zero_3_only():
@@ -277,7 +279,7 @@ def test_a_second_copy_of_sharded_weights_reaches_deepspeed_with_zero_3_only():
 
 def test_one_process_with_several_gpus_or_a_locked_folder_is_refused(tiny_dir, tmp_path, monkeypatch):
     recipe = load_recipe(None, settings(tiny_dir, tmp_path))
-    args = build_arguments(recipe)
+    args = prepare_run(recipe)
     with monkeypatch.context() as patched:
         patched.setattr(args, "_n_gpu", 2)
         with pytest.raises(RecipeError, match=r"one process sees 2 GPUs\. Launch one per GPU"):

@@ -1,0 +1,136 @@
+"""Train by a recipe: ``accelerate launch -m qwenvl_ft.train recipe=NAME section.key=value ...``.
+
+Four checks stand between a recipe and its first step. Each fails with one line, before anything is written:
+
+| question | answered by | needs |
+|---|---|---|
+| Is the recipe consistent? | `qwenvl_ft.recipe.checks`, when it is loaded | the recipe alone |
+| Can this machine run it? | `qwenvl_ft.training.preflight` | packages, devices, folders, the model's config.json |
+| Does the checkpoint belong to this run? | `qwenvl_ft.checkpoint.same_run` | the checkpoint that is resumed |
+| Is the data sound? | `qwenvl_ft.training.gate` | the records (``data.check_dataset_strategy``) |
+
+`qwenvl_ft` imports the function `train` over this package of the same name, so that ``qwenvl_ft.train(recipe)`` works
+whatever was imported before. This file must therefore stay light: it imports what it needs when it needs it.
+"""
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwenvl_ft.recipe.schema import Recipe
+    from qwenvl_ft.training.result import TrainResult
+
+
+def train(recipe: "Recipe") -> "TrainResult":
+    """Run a recipe from model and data to checkpoint and evaluation; the phases of a curriculum in turn.
+
+    Raises:
+        QwenVLError: the recipe, the data or a checkpoint is wrong (found before anything is written), or training
+            cannot continue: a loss is not finite, or a device is out of memory.
+    """
+    if recipe.phases:
+        return _train_phases(recipe)
+    from qwenvl_ft.training.prepare import unused_packages
+
+    with unused_packages(recipe):
+        return _train(recipe)
+
+
+def _train(recipe: "Recipe") -> "TrainResult":
+    from pathlib import Path
+
+    import torch
+
+    from qwenvl_ft import assemble
+    from qwenvl_ft.checkpoint.complete import resolve_resume
+    from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
+    from qwenvl_ft.training.announce import announce
+    from qwenvl_ft.training.build import build_callbacks, build_trainer
+    from qwenvl_ft.training.callbacks.progress import ProgressCallback
+    from qwenvl_ft.training.callbacks.signals import SignalCallback
+    from qwenvl_ft.training.finish import finish
+    from qwenvl_ft.training.gate import check_before_training
+    from qwenvl_ft.training.out_of_memory import out_of_memory
+    from qwenvl_ft.training.prepare import prepare_run
+    from qwenvl_ft.training.result import TrainResult
+
+    args = prepare_run(recipe)
+    output_dir = Path(str(args.output_dir))
+    resume = resolve_resume(recipe.training.resume_from_checkpoint, output_dir)
+    if resume is not None:
+        require_same_recipe(recipe, resume)
+    if not recipe.phase:  # the data of all phases were checked before the first one
+        check_before_training(recipe)
+    processor = assemble.build_processor(recipe)
+    train_set, eval_set = assemble.build_datasets(recipe, processor, args.seed)
+    questions = assemble.build_questions(recipe, train_set.encoder, args.seed)
+    model = assemble.build_model(recipe, args, train_set)
+    callbacks = build_callbacks(recipe, args.seed)
+    trainer = build_trainer(recipe, args, model, processor, train_set, eval_dataset=eval_set, callbacks=callbacks)
+    if resume is not None:
+        require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
+    progress, signals = ProgressCallback(recipe.phase), SignalCallback()
+    trainer.add_callback(progress)
+    trainer.add_callback(signals)
+    announce(trainer, progress, resume)
+    try:
+        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(recipe, args, trainer.state.global_step, error) from error
+    finally:
+        signals.restore()
+    stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None
+    result = TrainResult(output_dir, dict(output.metrics), output.global_step, stopped_by)
+    if stopped_by is None:
+        result.metrics |= finish(trainer, recipe.evaluation, questions, progress)
+    elif trainer.is_world_process_zero():
+        cause = f"stopped by {signal.Signals(stopped_by).name} at step {output.global_step}"
+        progress.say(f"{cause}; to go on, add training.resume_from_checkpoint=true")
+    return result
+
+
+def _train_phases(recipe: "Recipe") -> "TrainResult":
+    """Run those phases of a recipe that are not finished yet, in order.
+
+    Returns:
+        The last phase's metrics, and the steps of all phases that ran now.
+
+    Raises:
+        QwenVLError: as `train` does. All phases are checked before the first one begins.
+    """
+    from qwenvl_ft.training import phases
+    from qwenvl_ft.training.result import TrainResult
+
+    result = TrainResult(phases.folder_of(recipe))
+    for phase in phases.open_phases(recipe):
+        phases.between()
+        done = train(phase)
+        result.metrics, result.stopped_by = done.metrics, done.stopped_by
+        result.steps += done.steps
+        if done.stopped_by is not None:
+            return result
+    phases.publish(recipe)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 2 after a user's error, which is printed on one line; 128 + n after signal n.
+    """
+    from qwenvl_ft.errors import QwenVLError
+
+    try:
+        from qwenvl_ft.recipe.argv import recipe_from_argv
+        from qwenvl_ft.training.ranks import leave_ranks
+
+        result = train(recipe_from_argv(sys.argv[1:] if argv is None else argv))
+        leave_ranks()
+    except QwenVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0 if result.stopped_by is None else 128 + result.stopped_by

@@ -1,0 +1,64 @@
+"""Prints the model, data and plan of a run before its first step, and saves the recipe to run it again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+import transformers
+from torch import nn
+
+from qwenvl_ft.data.media.patches import obstacle
+from qwenvl_ft.training.callbacks.progress import ProgressCallback
+from qwenvl_ft.training.loaders import datasets_in
+from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.tuning.prepare import trainable_table
+from qwenvl_ft.upstream.probe import fallbacks
+from qwenvl_ft.upstream.proven import unproven_line
+
+IMBALANCE = 0.03
+"""Smallest excess work of a step's slowest rank over the mean that is reported."""
+
+
+def announce(trainer: QwenVLTrainer, progress: ProgressCallback, resume: Path | None) -> None:
+    """On rank 0, save ``recipe.yaml`` in the output directory and print one line for each fact about the run.
+
+    Args:
+        resume: the checkpoint that the run continues from, if any.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    progress.follow(trainer.args)
+    if trainer.recipe is not None:
+        trainer.recipe.save(Path(str(trainer.args.output_dir)) / "recipe.yaml")
+    for line in _lines(trainer):
+        progress.say(line)
+    if resume is not None:
+        progress.say(f"resuming from {resume}")
+
+
+def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
+    args, recipe, model = trainer.args, trainer.recipe, cast(nn.Module, trainer.model)
+    if recipe is not None and recipe.phase:
+        yield f"starts from {recipe.tuner.resume_from_checkpoint or recipe.model.model}"
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    yield f"{type(model).__name__}, {versions}, {args.device}, processes: {args.world_size}"
+    yield from filter(None, (unproven_line(), *fallbacks()))
+    if reason := obstacle(trainer.processor.image_processor):
+        yield f"images are normalised in the dataloader workers, which sends eight times the bytes: {reason}"
+    if trainer.fused is not None:
+        yield str(trainer.fused)
+    if args.torch_compile:
+        yield f"the language model's layers are compiled by {args.torch_compile_backend} in the first steps"
+    own_rates = {"llm": None, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}
+    rates = {part: args.learning_rate if rate is None else rate for part, rate in own_rates.items()}
+    yield from trainable_table(model, rates).splitlines()
+    for dataset in datasets_in(trainer.train_dataset, trainer.eval_dataset):
+        yield dataset.summary()
+    sampler = trainer.plan_sampler(trainer.samples)
+    if trainer.packing:
+        yield f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"
+    imbalance = sampler.waiting() if args.world_size > 1 else 0.0
+    if imbalance > IMBALANCE:
+        advice = "" if sampler.grouped else "; training.train_sampling_strategy=group_by_length puts like rows together"
+        yield f"the slowest rank of a step has {imbalance:.0%} more work than the mean{advice}"

@@ -1,0 +1,55 @@
+"""Builds the trainer and the optional callbacks of a recipe."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from qwenvl_ft.data.plan.dataset import SampleDataset
+from qwenvl_ft.recipe.schema import Recipe
+from qwenvl_ft.training.arguments import lora_plus
+from qwenvl_ft.training.callbacks.lisa import LisaCallback
+from qwenvl_ft.training.callbacks.stopping import PatienceCallback
+from qwenvl_ft.training.checkpointing import chosen_parts
+from qwenvl_ft.training.trainer import QwenVLTrainer
+
+
+def build_trainer(
+    recipe: Recipe, args: TrainingArguments, model: nn.Module, processor: Any, train_set: SampleDataset, **options: Any
+) -> QwenVLTrainer:
+    """Return the trainer of a recipe, without the callback by which transformers prints logs.
+
+    Args:
+        options: ``eval_dataset`` and ``callbacks`` of `QwenVLTrainer`.
+    """
+    trainer = QwenVLTrainer(
+        model,
+        args,
+        processor=processor,
+        train_dataset=train_set,
+        max_length=recipe.template.max_length,
+        packing=recipe.training.packing,
+        padding_free=recipe.training.padding_free,
+        vit_lr=recipe.training.vit_lr,
+        aligner_lr=recipe.training.aligner_lr,
+        lorap_lr_ratio=lora_plus(recipe),
+        loss_weights=recipe.data.loss_weights,
+        zero_gradient_steps=recipe.training.zero_gradient_steps,
+        z_loss=recipe.training.z_loss,
+        checkpointed=chosen_parts(recipe.training),
+        recipe=recipe,
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def build_callbacks(recipe: Recipe, seed: int) -> list[TrainerCallback]:
+    """Return the callbacks behind ``training.early_stopping_patience`` and ``training.lisa_activated_layers``."""
+    section = recipe.training
+    callbacks: list[TrainerCallback] = []
+    if section.early_stopping_patience is not None:
+        callbacks.append(PatienceCallback(early_stopping_patience=section.early_stopping_patience))
+    if section.lisa_activated_layers:
+        callbacks.append(LisaCallback(section.lisa_activated_layers, section.lisa_step_interval, seed))
+    return callbacks

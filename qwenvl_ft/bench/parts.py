@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.packed_attention import packed_attention
 from qwenvl_ft.training.loss import HeadLoss
@@ -42,13 +43,13 @@ def _loss(kind: str, tokens: int, supervised_share: float, vocabulary: int, widt
     with torch.device("cuda" if on_gpu else "cpu"):
         head = nn.Linear(width, vocabulary, bias=False)
         hidden = torch.randn(1, tokens, width, requires_grad=True)
-        labels = torch.full((tokens,), -100)
+        labels = torch.full((tokens,), IGNORE)
         keep = torch.randperm(tokens)[: int(tokens * supervised_share)].sort()[0]
         labels[keep] = torch.randint(0, vocabulary, (len(keep),))
     _held(on_gpu)
     before, begin = _held(on_gpu), time.perf_counter()
     if kind == "plain":
-        loss = F.cross_entropy(head(hidden)[0].float(), labels, ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(head(hidden)[0].float(), labels, ignore_index=IGNORE, reduction="sum")
     else:
         stand_in = HeadLoss(head.forward)
         stand_in.targets = labels[keep]

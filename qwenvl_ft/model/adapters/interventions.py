@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.adapters.base import OwnConfig, OwnLayer, OwnTuner, OwnType
 from qwenvl_ft.upstream.cache import continues, named
@@ -263,7 +264,7 @@ def _predicting(inputs: dict[str, Any], rows: int, tokens: int, device: torch.de
     """Return bool[B, T], True where the next token is supervised; None if the inputs do not show it."""
     labels = inputs["labels"] if "labels" in inputs else None
     if labels is not None:
-        return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        return torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1))
     keep = next((inputs[name] for name in ("predicting", "logits_to_keep") if name in inputs), None)
     if not isinstance(keep, Tensor):
         return None

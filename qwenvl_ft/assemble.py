@@ -1,6 +1,6 @@
-"""A recipe becomes the objects that commands and training share: processor, encoder, data sets, questions, model.
+"""Builds from a recipe what commands and training share: processor, encoder, data sets, questions, model.
 
-The trainer is built in `training/`, above `look/`, which reads data through this module.
+The trainer is built in `training/build.py`: this module stands below `look/`, which reads data through it.
 """
 
 import json
@@ -36,10 +36,11 @@ from qwenvl_ft.tuning.prepare import prepare_model
 logger = logging.getLogger(__name__)
 
 TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes", "default")
-"""What ms-swift calls ways of writing tools into the system prompt."""
+"""Names of ms-swift for ways of writing tools into the system prompt; their text is not ours to render."""
 
 
 def build_processor(recipe: Recipe) -> Any:
+    """Load the processor of a recipe's model with the pixel limits and frame rates of ``template``."""
     return load_processor(
         _model_path(recipe),
         min_pixels=recipe.template.min_pixels,
@@ -55,7 +56,7 @@ def build_processor(recipe: Recipe) -> Any:
 
 
 def build_encoder(recipe: Recipe, processor: Any) -> Encoder:
-    """The encoder of a recipe's template and media rules.
+    """Build the encoder of a recipe's template and media rules.
 
     Raises:
         RecipeError: ``template.tools_prompt`` is not a JSON list of function schemas.
@@ -73,40 +74,40 @@ def build_encoder(recipe: Recipe, processor: Any) -> Encoder:
     )
 
 
-def read_tools(told: str) -> list[dict[str, Any]]:
-    """Function schemas, from their JSON or the ``.json`` file that has it.
+def read_tools(tools_prompt: str) -> list[dict[str, Any]]:
+    """Return the function schemas of ``template.tools_prompt``: JSON, or the name of a ``.json`` file.
 
     Raises:
-        RecipeError: the file cannot be read, it is no list of schemas, or a form's name of ms-swift, which the model's
-            own template has no use for.
+        RecipeError: the file cannot be read; it is not a list of schemas; or it is one of `TOOL_FORMS`, which the
+            model's own chat template does not use.
     """
-    text = told
-    if told.endswith(".json"):
+    text = tools_prompt
+    if tools_prompt.endswith(".json"):
         try:
-            text = Path(told).expanduser().read_text(encoding="utf-8-sig")
+            text = Path(tools_prompt).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"template.tools_prompt: {told} cannot be read: {error}.") from None
+            raise RecipeError(f"template.tools_prompt: {tools_prompt} cannot be read: {error}.") from None
     try:
         tools = json.loads(text)
     except ValueError:
         tools = None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
-    if told in TOOL_FORMS:
+    if tools_prompt in TOOL_FORMS:
         raise RecipeError(
-            f"template.tools_prompt={told} is a form of tool prompts, but a Qwen-VL model is trained in the form "
-            "of its own chat template. Leave the key out, give records 'tools' of their own, or give schemas here."
+            f"template.tools_prompt={tools_prompt} is a form of tool prompts, but a Qwen-VL model is trained in the "
+            "form of its own chat template. Remove the key, add 'tools' to the records, or give schemas here."
         )
     raise RecipeError(
-        f"template.tools_prompt={told!r:.200} is not a JSON list of function schemas, nor a .json file with one. "
-        'Example: \'[{"type": "function", "function": {"name": "measure", "parameters": {}}}]\'.'
+        f"template.tools_prompt={tools_prompt!r:.200} is not a JSON list of function schemas, nor a .json file with "
+        'one. Example: \'[{"type": "function", "function": {"name": "measure", "parameters": {}}}]\'.'
     )
 
 
 def build_datasets(
     recipe: Recipe, processor: Any, seed: int
 ) -> tuple[SampleDataset, SampleDataset | dict[str, SampleDataset] | None]:
-    """Training and, if the recipe has any, validation samples; several sets by name."""
+    """Return the training samples, and the validation samples if there are any: one set, or several by name."""
     train, val = load_mixture(recipe.data, seed)
     require_known(recipe.data.loss_weights, train.summary(), "data.loss_weights")
     encoder = build_encoder(recipe, processor)
@@ -118,17 +119,24 @@ def build_datasets(
     return train_set, sets[""] if "" in sets else sets or None
 
 
-def require_known(told: Iterable[str], names: Iterable[str], key: str) -> None:
-    """Raises RecipeError if what a key tells of is none of the training data."""
+def require_known(keys: Iterable[str], names: Iterable[str], key: str) -> None:
+    """Raise RecipeError if the mapping under ``key`` names a data set that is not in ``data.train``."""
     names = list(names)
-    if unknown := [name for name in told if name not in names]:
+    if unknown := [name for name in keys if name not in names]:
         raise RecipeError(f"{key}: {unknown[0]!r} is none of the data sets in data.train.{hint(unknown[0], names)}")
 
 
 def build_dataset(
     recipe: Recipe, records: Any, encoder: Encoder, seed: int, name: str, *, training: bool = False
 ) -> SampleDataset:
-    """The samples that a recipe makes of records; augmented, and other ones in each epoch, for training alone."""
+    """Build the samples of records; for training they are augmented, and dense captions are drawn anew each epoch.
+
+    Args:
+        name: recipe key of the records, for messages.
+
+    Raises:
+        RecipeError: ``template.system_prompt`` is set, but the records are dense captions with prompts of their own.
+    """
     data = recipe.data
     epochs = open_epochs(
         records,
@@ -139,7 +147,7 @@ def build_dataset(
     )
     if training and recipe.template.system_prompt and isinstance(epochs, DenseGroups):
         raise RecipeError(
-            f"template.system_prompt is of no use in {name}: dense captions are told their own. Give prompts.system, "
+            f"template.system_prompt is of no use in {name}: dense captions have their own. Give prompts.system, "
             "and prompts.system_summary for summaries."
         )
     return SampleDataset(
@@ -153,29 +161,29 @@ def build_dataset(
 
 
 def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
-    """The conversations that are asked by generation after training, as far as they make a sample; None if none are.
+    """Return the conversations to answer by generation after training, those that make a sample; None for none.
 
     Raises:
         RecipeError: ``evaluation.run_after_training`` without data.
         DataError: a record does not end with an answer.
     """
-    told, data = recipe.evaluation, recipe.data
-    if not told.run_after_training:
+    section, data = recipe.evaluation, recipe.data
+    if not section.run_after_training:
         return None
-    if not told.data and not data.evaluates:
+    if not section.data and not data.evaluates:
         raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
     from qwenvl_ft.evaluation.generate import require_answers
 
-    if told.data:
-        records = load_records(told.data, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc)
+    if section.data:
+        records = load_records(section.data, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc)
     else:
         records = joined(load_mixture(data, seed)[1])
     dataset = build_dataset(recipe, records, encoder, seed, "evaluation.data")
     conversations: Any = EpochConversations(dataset.epochs, 0)
-    usable = dataset.index[: told.limit].tolist()
+    usable = dataset.index[: section.limit].tolist()
     asked: Any = Subset(conversations, usable)
     require_answers(asked)
-    if encoder.truncation_strategy in ("left", "right"):  # a sample can be cut to fit, its prompt is not
+    if encoder.truncation_strategy in ("left", "right"):  # a sample is cut to fit, a prompt is not
         short = [index for index in usable if encoder.prompt_length(conversations[index]) <= recipe.template.max_length]
         if len(short) < len(usable):
             logger.warning(
@@ -188,7 +196,7 @@ def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
 
 
 def build_model(recipe: Recipe, args: TrainingArguments, train_set: SampleDataset) -> nn.Module:
-    """The model, frozen and adapted, in the precision it trains in; adapters start from the run's seed."""
+    """Load the model, freeze and adapt it, and set its training precision; adapters start from the run's seed."""
     set_seed(args.seed)
     model = load_model(_model_path(recipe), loading_options(recipe.model, recipe.quantization))
     batches = None
@@ -201,7 +209,11 @@ def build_model(recipe: Recipe, args: TrainingArguments, train_set: SampleDatase
 
 
 def prepared(model: nn.Module, recipe: Recipe, args: TrainingArguments, *, batches: Any = None) -> nn.Module:
-    """The model, frozen and adapted, in the precision it trains in."""
+    """Freeze and adapt a loaded model, and set its training precision.
+
+    Args:
+        batches: for starts of LoRA that look at data, from `start_batches`.
+    """
     model = prepare_model(model, recipe.tuner, batches=batches)
     if (args.bf16 or args.fp16) and args.deepspeed is None:
         keep_float32(model, keep_adapter=recipe.tuner.lora_dtype is not None)
@@ -209,7 +221,7 @@ def prepared(model: nn.Module, recipe: Recipe, args: TrainingArguments, *, batch
 
 
 def start_batches(tuner: TunerConfig, train_set: SampleDataset, seed: int) -> list[dict[str, Any]]:
-    """The batches that a data-driven start of LoRA looks at: samples drawn by the seed, the same on every process.
+    """Draw the batches that a data-driven start of LoRA looks at; the same on every rank.
 
     Raises:
         RecipeError: too few samples are as short as ``lora_ga_max_length``.
@@ -232,13 +244,13 @@ def start_batches(tuner: TunerConfig, train_set: SampleDataset, seed: int) -> li
 
 
 def keep_float32(model: nn.Module, *, keep_adapter: bool = False) -> None:
-    """Hold every trained weight in float32; autocast computes in the lower precision.
-
-    Args:
-        keep_adapter: ``tuner.lora_dtype`` has said what LoRA's own weights are held in.
+    """Convert every trainable weight to float32; autocast computes in the lower precision.
 
     AdamW at 1e-5 changes a bfloat16 weight by less than its last bit, so a model trained in plain bfloat16 loses most
-    of its updates. DeepSpeed keeps a float32 copy of its own and is left alone.
+    of its updates. DeepSpeed keeps a float32 copy of its own and needs no conversion.
+
+    Args:
+        keep_adapter: leave LoRA's weights in the dtype that ``tuner.lora_dtype`` has set.
     """
     for name, parameter in model.named_parameters():
         if keep_adapter and ".lora_" in name:
@@ -248,7 +260,7 @@ def keep_float32(model: nn.Module, *, keep_adapter: bool = False) -> None:
 
 
 def _model_path(recipe: Recipe) -> str:
-    """A local folder by its full path, which an adapter's config keeps as the name of its base model."""
+    """Return ``model.model``, a local folder as an absolute path: adapters record it as their base model."""
     if not recipe.model.model:
         raise RecipeError("model.model is not set. Give a directory or an id: model.model=Qwen/Qwen3-VL-4B-Instruct.")
     folder = Path(recipe.model.model)

@@ -91,7 +91,7 @@ class Subject:
         from transformers.training_args import OptimizerNames
 
         from qwenvl_ft.training.build import build_trainer
-        from qwenvl_ft.training.callbacks.method import MethodCallback
+        from qwenvl_ft.training.callbacks.tuning_method import TuningMethodCallback
 
         recipe, args = copy.deepcopy(self.recipe), copy.copy(self.args)
         recipe.training.packing, recipe.template.max_length = packing, max_length
@@ -100,7 +100,7 @@ class Subject:
         args.learning_rate, args.weight_decay, args.max_steps, args.max_grad_norm = 0.0, 0.0, 1, 1e9
         args.optim, args.optim_args, args.optim_target_modules = OptimizerNames.SGD, None, None
         trainer = build_trainer(recipe, args, self.model, self.processor, self.dataset)
-        trainer.remove_callback(MethodCallback)  # AdaLoRA would prune its ranks
+        trainer.remove_callback(TuningMethodCallback)  # AdaLoRA would prune its ranks
         calm(trainer)
         return trainer
 

@@ -47,7 +47,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training.announce import announce
     from qwenvl_ft.training.build import build_callbacks, build_trainer
-    from qwenvl_ft.training.callbacks.progress import ProgressCallback
+    from qwenvl_ft.training.callbacks.run_log import RunLog
     from qwenvl_ft.training.callbacks.signals import SignalCallback
     from qwenvl_ft.training.finish import finish
     from qwenvl_ft.training.gate import check_before_training
@@ -70,10 +70,10 @@ def _train(recipe: "Recipe") -> "TrainResult":
     trainer = build_trainer(recipe, args, model, processor, train_set, eval_dataset=eval_set, callbacks=callbacks)
     if resume is not None:
         require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
-    progress, signals = ProgressCallback(recipe.phase), SignalCallback()
-    trainer.add_callback(progress)
+    run_log, signals = RunLog(recipe.phase), SignalCallback()
+    trainer.add_callback(run_log)
     trainer.add_callback(signals)
-    announce(trainer, progress, resume)
+    announce(trainer, run_log, resume)
     try:
         output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except torch.OutOfMemoryError as error:
@@ -83,10 +83,10 @@ def _train(recipe: "Recipe") -> "TrainResult":
     stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None
     result = TrainResult(output_dir, dict(output.metrics), output.global_step, stopped_by)
     if stopped_by is None:
-        result.metrics |= finish(trainer, recipe.evaluation, questions, progress)
+        result.metrics |= finish(trainer, recipe.evaluation, questions, run_log)
     elif trainer.is_world_process_zero():
         cause = f"stopped by {signal.Signals(stopped_by).name} at step {output.global_step}"
-        progress.say(f"{cause}; to go on, add training.resume_from_checkpoint=true")
+        run_log.write(f"{cause}; to go on, add training.resume_from_checkpoint=true")
     return result
 
 

@@ -1,3 +1,3 @@
-"""The Trainer subclass: exact loss, planned rows, resumable runs, and what it tells while it runs."""
+"""The Trainer subclass (exact loss, planned rows, resumable runs), the checks before a run, and its logs."""
 
-import qwenvl_ft.upstream.peft  # noqa: F401 - transformers' trainer imports peft, and would import all that peft does
+import qwenvl_ft.upstream.peft  # noqa: F401 - first: it keeps peft, which transformers imports, from importing bitsandbytes

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from qwenvl_ft.data.media.patches import obstacle
-from qwenvl_ft.training.callbacks.progress import ProgressCallback
+from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.loaders import datasets_in
 from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.tuning.prepare import trainable_table
@@ -20,7 +20,7 @@ IMBALANCE = 0.03
 """Smallest excess work of a step's slowest rank over the mean that is reported."""
 
 
-def announce(trainer: QwenVLTrainer, progress: ProgressCallback, resume: Path | None) -> None:
+def announce(trainer: QwenVLTrainer, run_log: RunLog, resume: Path | None) -> None:
     """On rank 0, save ``recipe.yaml`` in the output directory and print one line for each fact about the run.
 
     Args:
@@ -28,13 +28,13 @@ def announce(trainer: QwenVLTrainer, progress: ProgressCallback, resume: Path | 
     """
     if not trainer.is_world_process_zero():
         return
-    progress.follow(trainer.args)
+    run_log.follow(trainer.args)
     if trainer.recipe is not None:
         trainer.recipe.save(Path(str(trainer.args.output_dir)) / "recipe.yaml")
     for line in _lines(trainer):
-        progress.say(line)
+        run_log.write(line)
     if resume is not None:
-        progress.say(f"resuming from {resume}")
+        run_log.write(f"resuming from {resume}")
 
 
 def _lines(trainer: QwenVLTrainer) -> Iterator[str]:

@@ -3,13 +3,11 @@
 from typing import Any
 
 from qwenvl_ft.recipe.schema import EvaluationConfig
-from qwenvl_ft.training.callbacks.progress import ProgressCallback
+from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
-def finish(
-    trainer: QwenVLTrainer, section: EvaluationConfig, questions: Any, progress: ProgressCallback
-) -> dict[str, float]:
+def finish(trainer: QwenVLTrainer, section: EvaluationConfig, questions: Any, run_log: RunLog) -> dict[str, float]:
     """Save the model (unless ``training.save_final`` is false) and the trainer's state; answer the questions, if any.
 
     Args:
@@ -36,7 +34,7 @@ def finish(
     )
     if trainer.is_world_process_zero():
         name = section.metric.replace("_", " ")
-        progress.say(
+        run_log.write(
             f"{name} {result[section.metric]:.2%} of {result['count']} by generation, {result['seconds']:.1f} s"
         )
     return {section.metric: result[section.metric], f"{section.metric}_count": result["count"]}

@@ -1,4 +1,4 @@
-"""Before training: ``data.check_dataset_strategy`` lets a run begin, warns, or stops it."""
+"""Is the data sound? Checks all records before training, as ``data.check_dataset_strategy`` asks for."""
 
 from datetime import timedelta
 from typing import Any
@@ -11,22 +11,21 @@ from qwenvl_ft.look.check_report import faults, one_line
 from qwenvl_ft.recipe.schema import Recipe
 
 PATIENCE = timedelta(days=2)
-"""How long the other processes wait for the one that looks."""
+"""How long the other ranks wait for rank 0, which reads all records."""
 
 
 def check_before_training(recipe: Recipe) -> None:
-    """Check the data as the recipe asks for. One process looks, all of them hear the verdict.
+    """Check the data on rank 0 and share the verdict with all ranks.
 
     Raises:
-        DataError: there are errors, and the strategy is ``error``; on every rank.
+        DataError: the data have errors and the strategy is ``error``; on every rank.
     """
-    strategy = recipe.data.check_dataset_strategy
-    if strategy == "none":
+    if recipe.data.check_dataset_strategy == "none":
         return
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     verdict = [""]
     if not joined or torch.distributed.get_rank() == 0:
-        verdict = [_verdict(recipe, strategy)]
+        verdict = [_verdict(recipe)]
     if joined:
         group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         torch.distributed.broadcast_object_list(verdict, group=group)
@@ -35,15 +34,15 @@ def check_before_training(recipe: Recipe) -> None:
         raise DataError(verdict[0])
 
 
-def _verdict(recipe: Recipe, strategy: str) -> str:
-    """Why the run must not begin; empty if it may. What was found is printed."""
+def _verdict(recipe: Recipe) -> str:
+    """Print the faults found; return why the run must not begin, or an empty string."""
     try:
         report = check_recipe(recipe)
-    except QwenVLError as error:  # the other ranks wait for an answer
+    except QwenVLError as error:  # raised on all ranks, which wait for an answer
         return str(error)
     for line in faults(report):
         print(line, flush=True)
-    if report.ok or strategy == "warning":
+    if report.ok or recipe.data.check_dataset_strategy == "warning":
         print(f"data checked: {report.records:,} records, {len(report.errors()):,} errors", flush=True)
         return ""
     return f"data.check_dataset_strategy=error: {one_line(report)} All of them: qwenvl-ft check."

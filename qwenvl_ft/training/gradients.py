@@ -1,4 +1,4 @@
-"""How much gradient each part of the model gets, and a warning where one that trains gets none."""
+"""Gradient norms by part of the model, and a warning if a trainable part gets no gradient."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ CAUSES = {
     "merger": "no supervised token comes after an image or video of its sample",
     "llm": "no token of these rows is supervised",
 }
-"""Part -> why no gradient reaches it, where the data have media."""
+"""Part -> why no gradient reaches it although the data have media."""
 
 
 class PartGradients(TrainerCallback):
-    """Norms of the gradients by part, before they are clipped.
+    """Computes gradient norms by part, as before clipping.
 
-    They stay on their device until a log line is written. Not for DeepSpeed, which keeps gradients to itself.
+    They stay on their device until a log line is written. DeepSpeed does not expose gradients, so it cannot be used.
 
     Args:
-        patience: steps in a row without any gradient in a part that trains, after which a warning says so, once; 0 is
-            never.
-        has_media: whether a training record has an image or a video.
+        patience: consecutive steps without a gradient in a trainable part before one warning; 0 is never.
+        has_media: True if any training record has an image or a video.
     """
 
     def __init__(self, patience: int, *, has_media: bool) -> None:
@@ -40,10 +39,10 @@ class PartGradients(TrainerCallback):
         self._parts: dict[str, list[nn.Parameter]] = {}
         self._norms: Tensor | None = None
         self._without: Tensor | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Read the gradients of a step, as clipping left them."""
+        """Compute the norms of a step's gradients, which clipping has scaled already."""
         if not self._parts:
             for name, parameter in model.named_parameters():
                 self._parts.setdefault(part_of(name), []).append(parameter)
@@ -55,20 +54,20 @@ class PartGradients(TrainerCallback):
         self._without = (steps + 1) * (found == 0)
 
     def read(self, total: float | None) -> dict[str, float]:
-        """``grad_norm/PART`` of the last step; waits for the device. Warns of parts without a gradient.
+        """Return ``grad_norm/PART`` of the last step, and warn of parts without a gradient; waits for the device.
 
         Args:
-            total: norm of all gradients of that step before clipping; None if nothing was clipped.
+            total: norm of all gradients of that step before clipping; None if they were not clipped.
         """
         if self._norms is None or self._without is None:
             return {}
         left = float(torch.linalg.vector_norm(self._norms))
         if left == 0 and total:
-            return {}  # there are gradients, and they are hidden
+            return {}  # the gradients are not in ``parameter.grad``
         trained = self._trained()
         for part, steps in zip(trained, self._without.tolist(), strict=True):
-            if self.patience and steps >= self.patience and part not in self._told:
-                self._told.add(part)
+            if self.patience and steps >= self.patience and part not in self._warned:
+                self._warned.add(part)
                 logger.warning("%s", _warning(part, steps, self.has_media))
         scale = float(total) / left if total is not None and left > 0 and math.isfinite(total) else 1.0
         return {f"grad_norm/{part}": norm * scale for part, norm in zip(trained, self._norms.tolist(), strict=True)}
@@ -78,7 +77,7 @@ class PartGradients(TrainerCallback):
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor | None:
-    """Norm of the gradients that are there, float32; None without any."""
+    """Return the float32 norm of the parameters' gradients; None if they have none."""
     grads = [value.grad for value in parameters if value.grad is not None]
     if not grads:
         return None

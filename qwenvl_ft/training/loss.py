@@ -1,6 +1,6 @@
 """The loss: cross entropy over supervised tokens only, as a sum, so that any split of a batch adds up to the same.
 
-Letters: S rows, T tokens of a row, K supervised tokens, V words.
+Letters: S rows, T tokens of a row, K supervised tokens, V words of the vocabulary, D hidden width.
 """
 
 import inspect
@@ -19,22 +19,22 @@ from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, replace_forward
 HEAD_CHUNK = 1_024
 """Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words."""
 CPU_CHUNK = 128
-"""The same of a plain head on a CPU, where more only take memory: a product of 128 rows is as fast as one of 1,024."""
+"""The same for a plain head on a CPU: a product of 128 rows is as fast there as one of 1,024, and needs less memory."""
 
 
 def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Replace ``labels`` by the positions that predict a supervised token and by those tokens.
 
-    Done on the CPU, where the number of supervised tokens is known without waiting for a device. Most tokens of a row
-    are images and prompt; the language head never sees them.
+    Call it on the CPU, where the number of supervised tokens is known without waiting for a device. Most tokens of a
+    row are images and prompt; the language head never sees them.
 
     Args:
-        weights: data set -> weight of its tokens in the loss; 1 for those that are not named.
+        weights: data set -> weight of its tokens in the loss; 1 for data sets without an entry.
 
     Returns:
         The batch without ``labels``, ``sources`` and ``faults``, with ``targets`` int64[K] and, for one row,
-        ``logits_to_keep`` int64[K]; for padded rows it is ``predicting`` bool[S, T], because transformers takes such
-        a mask from 5.21 on only. A row without supervised tokens keeps its first position and has no target. With
+        ``logits_to_keep`` int64[K]. Padded rows have ``predicting`` bool[S, T] instead, because transformers accepts
+        such a mask only since 5.21. A row without supervised tokens keeps its first position and has no target. With
         weights, ``target_weights`` float64[K].
     """
     labels = batch["labels"]
@@ -54,15 +54,15 @@ def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = No
 
 
 def target_weights(batch: dict[str, Any], weights: Mapping[str, float]) -> Tensor:
-    """float64[K], the weight of each supervised token's data set; a group of several has their mean."""
+    """Return float64[K]: the loss weight of each supervised token's data set; the mean for a group of several."""
     labels = batch["labels"]
-    told = [_weight_of(source.dataset, weights) for source in batch["sources"]]
+    by_source = [_weight_of(source.dataset, weights) for source in batch["sources"]]
     if "cu_seq_lens_q" in batch:  # one flat row; fillers behind the samples have no labels
         lengths = batch["cu_seq_lens_q"].diff().long()
-        sample = torch.tensor(told + [1.0] * (len(lengths) - len(told)), dtype=torch.float64)
+        sample = torch.tensor(by_source + [1.0] * (len(lengths) - len(by_source)), dtype=torch.float64)
         tokens = sample.repeat_interleave(lengths)[None]  # [1, T]
     else:
-        rows = told + [1.0] * (labels.shape[0] - len(told))
+        rows = by_source + [1.0] * (labels.shape[0] - len(by_source))
         tokens = torch.tensor(rows, dtype=torch.float64)[:, None].expand(labels.shape)  # [S, T]
     return tokens[:, 1:][labels[:, 1:] != IGNORE]
 
@@ -73,12 +73,12 @@ def _weight_of(dataset: str, weights: Mapping[str, float]) -> float:
 
 
 def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Sum of the cross entropy over the batch's targets: float32 for each, float64 for the sum.
+    """Return the sum of the cross entropies of a batch's targets: float32 for each, float64 for the sum.
 
-    The head turns hidden states into a loss a chunk at a time, so that no K x V tensor ever exists.
+    The head computes the loss from hidden states a chunk at a time, so that no K x V tensor ever exists.
 
     Args:
-        batch: from `split_labels`, on the model's device. Each loss counts as often as its weight, if there are any.
+        batch: from `split_labels`, on the model's device. Losses are multiplied by ``target_weights``, if any.
         z_loss: weight of the squared logarithm of each softmax's sum, which keeps logits near 0 (PaLM, 2204.02311).
 
     Returns:
@@ -98,16 +98,16 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
 
 
 def use_fused_loss(model: nn.Module, function: Any) -> str:
-    """Let Liger's fused linear cross entropy compute the head's loss, where it can.
+    """Compute the head's loss with Liger's fused linear cross entropy where it can.
 
-    It does as `_LinearLoss` does, in one kernel for softmax, loss and gradient, but it waits for the device twice a
-    step. Tokens with weights of their own, and a head that trains on hidden states that do not, keep our own.
+    It computes what `_LinearLoss` does, with one kernel for softmax, loss and gradient, but waits for the device twice
+    a step. `_LinearLoss` is still used for weighted tokens, and for a trainable head over frozen hidden states.
 
     Args:
         function: ``LigerFusedLinearCrossEntropyFunction``.
 
     Returns:
-        Why it is not used; empty if it is.
+        The reason why it is not used; empty if it is.
     """
     head = _head_loss(model)
     if not head.is_linear:
@@ -118,10 +118,10 @@ def use_fused_loss(model: nn.Module, function: Any) -> str:
 
 
 class HeadLoss:
-    """Stands in for the language head's ``forward``: as it is, or the sum of its losses while targets are set.
+    """Replaces the language head's ``forward``: it returns the sum of the losses while targets are set, else logits.
 
-    The head keeps its place, hooks and weights, so that adapters on it, tied weights, sharding and saving do not
-    notice.
+    The head itself stays in the model with its hooks and weights, so adapters on it, tied weights, sharding and saving
+    work as before.
     """
 
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
@@ -134,15 +134,15 @@ class HeadLoss:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the head is one matrix product without a bias."""
+        """True if the head is one matrix product without a bias."""
         head: Any = owner_of(self.head_forward)
         return is_plain_linear(self.head_forward) and head.bias is None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """``[..., D]`` -> logits ``[..., V]``, or with targets int64[K] for K hidden states a float64 scalar.
+        """Map ``[..., D]`` to logits ``[..., V]``; or, with targets int64[K], K hidden states to a float64 scalar.
 
         Raises:
-            ValueError: there are more hidden states than targets, or fewer.
+            ValueError: the numbers of hidden states and targets differ.
         """
         if self.predicting is not None:
             hidden = hidden[self.predicting]
@@ -154,7 +154,8 @@ class HeadLoss:
             raise ValueError(f"{len(flat)} hidden states do not match {len(targets)} targets")
         weights = torch.ones(len(flat), dtype=torch.float64, device=flat.device)
         weights = weights if self.weights is None else self.weights.to(flat.device)
-        options = self.label_smoothing, self.z_loss  # as arguments: set anew before the backward pass computes again
+        # Passed as arguments, because the attributes may change before the backward pass recomputes.
+        options = self.label_smoothing, self.z_loss
         if (weight := self._plain_weight(flat)) is not None:
             if self.fused is not None and self.weights is None and (flat.requires_grad or not torch.is_grad_enabled()):
                 return _ligers_loss(self.fused, flat, weight, targets, *options).double()
@@ -167,9 +168,9 @@ class HeadLoss:
         return torch.cat(losses).double() @ weights
 
     def _plain_weight(self, hidden: Tensor) -> Tensor | None:
-        """``[V, D]`` of a head that is one matrix product; None of an adapted, quantised or sharded one.
+        """Return ``[V, D]`` of a head that is one matrix product; None if it is adapted, quantised or sharded.
 
-        Float16 is left to autograd, whose gradients are scaled before they could vanish.
+        In float16 it is None too: autograd's gradients are scaled before they could underflow.
         """
         head: Any = owner_of(self.head_forward)
         if not self.is_linear:
@@ -184,7 +185,7 @@ class HeadLoss:
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What a linear layer would compute in here."""
+    """Return the dtype that a linear layer would compute in here."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -192,10 +193,10 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def _ligers_loss(
     function: Any, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """The sum of the losses by Liger, over at most `HEAD_CHUNK` tokens at a time: a float32 scalar."""
+    """Return the sum of the losses by Liger, at most `HEAD_CHUNK` tokens at a time: a float32 scalar."""
     words, width = weight.shape
     chunks = -(-len(targets) // HEAD_CHUNK)
-    told = {
+    values = {
         "_input": hidden,
         "weight": weight,
         "target": targets,
@@ -206,23 +207,23 @@ def _ligers_loss(
         "chunk_mem_const": max(words // (width * chunks), 1),  # times as many logits as hidden states
     }
     known = list(inspect.signature(function.forward).parameters.values())[1:]  # without ctx
-    return function.apply(*(told.get(entry.name, entry.default) for entry in known))[0]
+    return function.apply(*(values.get(entry.name, entry.default) for entry in known))[0]
 
 
 @torch.compiler.disable
 def _linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """The weighted sum of the losses of ``hidden`` [K, D] under a head ``weight`` [V, D]: a float64 scalar."""
+    """Return the weighted sum of the losses of ``hidden`` [K, D] under a head ``weight`` [V, D]: a float64 scalar."""
     needed = [torch.is_grad_enabled() and value.requires_grad for value in (hidden, weight)]
     return _LinearLoss.apply(hidden, weight, targets, weights, label_smoothing, z_loss, needed)  # type: ignore[no-untyped-call]
 
 
 class _LinearLoss(torch.autograd.Function):
-    """A linear head and its loss, whose gradients are computed beside it, while a chunk's logits are there.
+    """A linear head and its loss; the forward pass computes the gradients too, while it has a chunk's logits.
 
-    Once the logits of a chunk have given its losses, their gradient takes their place. So one chunk is all that exists,
-    and nothing is computed again. The idea is Liger's (2410.10989).
+    The gradient of a chunk overwrites its logits, so only one chunk exists at a time and nothing is recomputed. The
+    idea is Liger's (arXiv 2410.10989).
     """
 
     @staticmethod
@@ -268,14 +269,14 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, scale: Tensor) -> Any:
-        of_hidden, of_weight = (None if told is None else told.mul_(scale) for told in ctx.gradients)
+        of_hidden, of_weight = (None if value is None else value.mul_(scale) for value in ctx.gradients)
         del ctx.gradients  # a second pass would scale them again
         of_weight = None if of_weight is None else of_weight.to(ctx.dtype)
         return of_hidden, of_weight, None, None, None, None, None
 
 
 def _losses_of(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """float32[k] of logits float32[k, V], in whose place stands then the gradient of ``weights @ losses``."""
+    """Return float32[k], the losses of logits float32[k, V], which the gradient of ``weights @ losses`` overwrites."""
     rows = torch.arange(len(targets), device=logits.device)
     largest = logits.amax(-1, keepdim=True)
     logits.sub_(largest)
@@ -297,7 +298,7 @@ def _losses_of(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing
 
 
 def _head_loss(model: nn.Module) -> HeadLoss:
-    """The stand-in of a model's head, put there at the first call; wrappers (DDP, adapters) are looked through."""
+    """Return the `HeadLoss` of a model, put in at the first call; works through wrappers (DDP, adapters)."""
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     head: Any = inner.get_output_embeddings()
     if not isinstance(head.forward, HeadLoss):

@@ -1,4 +1,4 @@
-"""How fast and how full the run is, read from the plan: no rank has to be asked and no device waited for."""
+"""Throughput and packing rate of a run, computed from the plan: the ranks need not communicate."""
 
 import resource
 import time
@@ -16,10 +16,9 @@ from qwenvl_ft.data.plan.dataset import PlanSampler, seen_samples
 
 
 class Meter(TrainerCallback):
-    """Tokens, samples and seconds between two log lines, over all ranks.
+    """Counts tokens, samples and seconds between two log lines, over all ranks.
 
-    Every rank knows every rank's rows, because all make the same plan; only the number of supervised tokens comes from
-    the batches.
+    All ranks compute the same plan and so know each other's rows; only supervised tokens are counted in the batches.
 
     Args:
         args: TrainingArguments of the run.
@@ -37,12 +36,16 @@ class Meter(TrainerCallback):
         self._wholes: dict[int, tuple[int, int, int]] = {}
 
     def follow(self, sampler: PlanSampler, row_tokens: int | None) -> None:
-        """The plan to read, and the places in one process's batch for its fill, or None where rows are not packed."""
+        """Read this plan from now on.
+
+        Args:
+            row_tokens: tokens that fit into a rank's micro-batch; None if rows are not packed.
+        """
         self.sampler, self._wholes = sampler, {}
         self.row_tokens = row_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The run starts, or goes on, at the state's step."""
+        """Begin to count at the state's step, which is not 0 in a resumed run."""
         self._first_step = state.global_step
         self._passes, self._tokens = self._up_to(state.global_step)[:2]
         self._supervised = []
@@ -50,7 +53,7 @@ class Meter(TrainerCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training's: evaluating, saving."""
+        """Leave out the time spent inside, in evaluation or saving."""
         begin = time.perf_counter()
         try:
             yield
@@ -58,11 +61,11 @@ class Meter(TrainerCallback):
             self._time += time.perf_counter() - begin
 
     def supervised(self, count: Tensor) -> None:
-        """Supervised tokens of one optimizer step, over all ranks; stays on its device until it is read."""
+        """Add an optimizer step's supervised tokens, a scalar over all ranks that stays on its device until `read`."""
         self._supervised.append(count)
 
     def read(self, state: Any) -> dict[str, float]:
-        """What happened since the last reading, and starts the next."""
+        """Return the figures since the last reading; waits for the device."""
         now = time.perf_counter()
         seconds = max(now - self._time, 1e-9)
         supervised = int(torch.stack(self._supervised).sum()) if self._supervised else 0
@@ -70,7 +73,7 @@ class Meter(TrainerCallback):
         fresh = tokens - self._tokens
         places = (passes - self._passes) * (self.row_tokens or 0) * self.args.world_size
         done = state.global_step - self._first_step
-        told = {
+        figures = {
             "tokens_per_second": round(fresh / seconds, 1),
             "supervised_tokens": supervised,
             **({"row_fill": round(fresh / places, 4)} if places else {}),
@@ -78,10 +81,10 @@ class Meter(TrainerCallback):
             "eta_seconds": round((now - self._start) / max(done, 1) * (state.max_steps - state.global_step), 1),
         }
         self._time, self._passes, self._tokens, self._supervised = now, passes, tokens, []
-        return told
+        return figures
 
     def _up_to(self, step: int) -> tuple[int, int, int]:
-        """Passes, tokens and samples from the beginning of training to the end of a step."""
+        """Return micro-batches, tokens and samples from the beginning of training to the end of a step."""
         assert self.sampler is not None
         epochs, steps = self.sampler.locate(step)
         whole = [self._whole(epoch) for epoch in range(epochs)]
@@ -94,7 +97,7 @@ class Meter(TrainerCallback):
         return passes + begun, tokens, samples
 
     def _whole(self, epoch: int) -> tuple[int, int, int]:
-        """Passes, tokens and samples of an epoch."""
+        """Return micro-batches, tokens and samples of an epoch."""
         assert self.sampler is not None
         same = self.sampler.dataset.measured_as(epoch)
         if same not in self._wholes:
@@ -103,7 +106,7 @@ class Meter(TrainerCallback):
         return self._wholes[same]
 
     def _running(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Running sums of tokens and samples over the passes of an epoch."""
+        """Return running sums of tokens and samples over the micro-batches of an epoch."""
         if epoch not in self._sums:
             assert self.sampler is not None
             lengths, plan = self.sampler.dataset.at(epoch).tokens, self.sampler.plan(epoch)
@@ -113,7 +116,7 @@ class Meter(TrainerCallback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU's allocator, or of the process on the CPU."""
+    """Return the peak memory so far, in GiB: of the GPU's allocator, or of the process on a CPU."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -1,4 +1,4 @@
-"""NEFTune over packed rows: each sample gets the noise it would get alone."""
+"""NEFTune over packed rows: each sample gets the noise that it would get alone."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class SampleNoise:
-    """Forward hook of the token embedding: uniform noise up to ``alpha / sqrt(L * D)`` in each value, in training.
+    """Forward hook of the token embedding that adds uniform noise up to ``alpha / sqrt(L * D)`` in training.
 
-    L is the length of the token's own sample. transformers' hook takes the row's length instead, so that its noise
-    fades the more samples share a row.
+    L is the length of the token's own sample, D the width of the embedding. transformers' hook takes the row's length
+    instead, so its noise weakens with the number of samples in a row.
 
     Source: arXiv 2310.05914, section 3.
     """
@@ -27,7 +27,7 @@ class SampleNoise:
         return noise
 
     def follow(self, batch: dict[str, Any]) -> None:
-        """Take the sample lengths of the batch that comes next: of its flat row, or of its padded rows."""
+        """Take the sample lengths of the next batch: one flat row, or padded rows."""
         if "attention_mask" in batch:
             self.lengths = batch["attention_mask"].sum(dim=1, keepdim=True)  # [S, 1]
         else:

@@ -1,4 +1,4 @@
-"""What to try when a device's memory is not enough: settings that would need less, the cheapest first."""
+"""Turns an out-of-memory error into advice: settings that need less memory, the cheapest first."""
 
 from typing import Any
 
@@ -9,24 +9,25 @@ from qwenvl_ft.upstream.arguments import recomputes
 
 
 def out_of_memory(recipe: Recipe, args: Any, step: int, cause: BaseException) -> TrainingError:
-    """The error for a device that is full: when, torch's first two sentences, and what this run has left to try.
+    """Build the error for a full device: the step, torch's first two sentences, and the `remedies` left.
 
     Args:
         args: the run's TrainingArguments.
-        step: steps that were finished.
+        step: number of finished steps.
     """
-    told = ". ".join(str(cause).split(". ")[:2])
-    left = "; ".join(remedies(recipe, args))
-    return TrainingError(f"out of memory after step {step}: {told}. Try, in this order: {left}.")
+    reason = ". ".join(str(cause).split(". ")[:2])
+    advice = "; ".join(remedies(recipe, args))
+    return TrainingError(f"out of memory after step {step}: {reason}. Try, in this order: {advice}.")
 
 
 def remedies(recipe: Recipe, args: Any) -> list[str]:
-    """Settings that this run does not have yet and that take less memory, as they are given."""
+    """Return the settings, as ``section.key=value``, that this run does not use yet and that need less memory."""
     parts = chosen_parts(recipe.training)
     rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    chosen, length, zero = recipe.tuner.train_type, recipe.template.max_length, recipe.deepspeed
-    said = recipe.training.arguments
-    kept = said.get("activation_checkpointing_kwargs") or {}
+    method, length, deepspeed = recipe.tuner.train_type, recipe.template.max_length, recipe.deepspeed
+    arguments = recipe.training.arguments
+    checkpointing = arguments.get("activation_checkpointing_kwargs") or {}
+    offloaded = deepspeed.enabled and deepspeed.config == "zero3_offload"
     applies = {
         "training.activation_checkpointing=true": not recomputes(args),
         "training.llm_gradient_checkpointing=true": recomputes(args) and not parts["llm"],
@@ -36,12 +37,12 @@ def remedies(recipe: Recipe, args: Any) -> list[str]:
         "model.attn_impl=auto": recipe.model.attn_impl in ("sdpa", "eager"),
         f"template.max_length={length // 2}": length > 2048,
         "a lower template.max_pixels": True,
-        "deepspeed.enabled=true deepspeed.config=zero3": args.world_size > 1 and not zero.enabled,
-        "training.optim=adamw_8bit": chosen == "full"
-        and said.get("optim") in (None, "adamw_torch", "adamw_torch_fused"),
-        "tuner.train_type=lora": chosen == "full",
-        "quantization.quantization_bit=4": chosen == "lora" and recipe.quantization.quantization_bit is None,
-        "training.activation_checkpointing_kwargs.offload=true": recomputes(args) and not kept.get("offload"),
-        "deepspeed.enabled=true deepspeed.config=zero3_offload": not (zero.enabled and zero.config == "zero3_offload"),
+        "deepspeed.enabled=true deepspeed.config=zero3": args.world_size > 1 and not deepspeed.enabled,
+        "training.optim=adamw_8bit": method == "full"
+        and arguments.get("optim") in (None, "adamw_torch", "adamw_torch_fused"),
+        "tuner.train_type=lora": method == "full",
+        "quantization.quantization_bit=4": method == "lora" and recipe.quantization.quantization_bit is None,
+        "training.activation_checkpointing_kwargs.offload=true": recomputes(args) and not checkpointing.get("offload"),
+        "deepspeed.enabled=true deepspeed.config=zero3_offload": not offloaded,
     }
-    return [setting for setting, open_to_try in applies.items() if open_to_try]
+    return [setting for setting, is_left in applies.items() if is_left]

@@ -1,8 +1,8 @@
-"""A curriculum: the phases of a recipe one after the other, each from the weights of the one before.
+"""A curriculum: the phases of a recipe in turn, each starting from the weights of the one before.
 
-A phase is a run of its own, in ``output_dir/phase_N_NAME``: with its data, plan, optimizer and schedule, its
-checkpoints, and a recipe that trains it again. What is ours here is what lies between: all phases are tried before the
-first begins, finished ones are not trained again, and the last one's model stands in ``output_dir``.
+A phase is a run of its own in ``output_dir/phase_N_NAME``, with its data, plan, optimizer, schedule and checkpoints,
+and a recipe that trains it again. This module does the rest: it checks all phases before the first one begins, skips
+finished ones, and puts the last one's model into ``output_dir``.
 """
 
 import gc
@@ -20,69 +20,70 @@ from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
-from qwenvl_ft.training.callbacks.progress import ProgressCallback
+from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.gate import check_before_training
 from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision
 
 NOT_PUBLISHED = ("checkpoint-*", "runs", "recipe.yaml")
-"""What a phase's folder has that is of the phase alone."""
+"""Entries of the last phase's folder that are not copied to ``output_dir``."""
 
 
-def open_phases(recipe: Recipe) -> list[Any]:
-    """The recipes that are still to be run, in their order.
+def open_phases(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes of the phases that are not finished, in order.
 
-    Everything of them that can be known is tried: arguments, model, devices, data, lengths and questions. Only then the
-    recipe is written into ``output_dir``.
+    Their arguments, models, devices, data, lengths and questions are checked first. Only then is the recipe written
+    into ``output_dir``.
 
     Raises:
-        QwenVLError: the phase, and what is wrong with it.
+        QwenVLError: names the phase and what is wrong with it.
     """
     runs = chain(recipe)
-    todo = [run for run in runs if not _is_finished(run)]
-    first_process = True
+    pending = [run for run in runs if not _is_finished(run)]
+    on_rank_0 = True
     for phase, run in zip(recipe.phases, runs, strict=True):
-        if run not in todo:
+        if run not in pending:
             continue
         try:
             resolve_resume(run.training.resume_from_checkpoint, folder_of(run))
             args = prepare_run(phase)
-            first_process = args.process_index == 0
+            on_rank_0 = args.process_index == 0
             check_before_training(phase)
             train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
             assemble.build_questions(phase, train_set.encoder, args.seed)
         except QwenVLError as error:
             raise type(error)(f"phase {phase.phase}: {error}") from error
         finally:
-            unset_hf_deepspeed_config()  # it would shard the models of later phases while they are only tried
-    if first_process:
-        _tell(recipe, runs, todo)
-    return todo
+            unset_hf_deepspeed_config()  # it would shard the models of later phases while they are checked
+    if on_rank_0:
+        _announce(recipe, runs, pending)
+    return pending
 
 
-def chain(recipe: Recipe) -> list[Any]:
-    """The phases' recipes, each with the result of the one before as its start, and saved for the one after.
+def chain(recipe: Recipe) -> list[Recipe]:
+    """Return the phases' recipes; each starts from the result of the one before, which is always saved.
 
     Raises:
-        RecipeError: a phase cannot go on from the one before.
+        RecipeError: a phase cannot start from the one before.
     """
-    runs: list[Any] = []
+    runs: list[Recipe] = []
     for phase in recipe.phases:
         run = deepcopy(phase)
         if runs:
-            _go_on(run, runs[-1])
+            _start_from(run, runs[-1])
             runs[-1].training.save_final = True
         runs.append(run)
     return runs
 
 
-def folder_of(run: Any) -> Path:
+def folder_of(run: Recipe) -> Path:
+    """Return the output directory of a recipe."""
     return Path(run.training.arguments["output_dir"])
 
 
 def between() -> None:
-    """Wait for all processes, and let go of what the last phase held: memory, precision, trackers."""
+    """Wait for all ranks and release what the last phase held: memory, accelerate's precision, trackers."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     gc.collect()
@@ -95,68 +96,68 @@ def between() -> None:
 
 
 def publish(recipe: Recipe) -> None:
-    """Let the last phase's model stand in ``output_dir`` too, without taking its space twice where links are had."""
+    """Put the last phase's model into ``output_dir`` too, by hard links where the file system has them."""
     between()
-    first_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if not (first_process and recipe.training.save_final):
+    on_rank_0 = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if not (on_rank_0 and recipe.training.save_final):
         return
     last = folder_of(recipe.phases[-1])
     ignored = shutil.ignore_patterns(*NOT_PUBLISHED)
     shutil.copytree(last, last.parent, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
 
 
-def _go_on(run: Any, before: Any) -> None:
+def _start_from(run: Recipe, before: Recipe) -> None:
     """Make the result of ``before`` the start of ``run``."""
     earlier, method = before.tuner.train_type, run.tuner.train_type
     if METHODS[earlier].adapter:
         if method != earlier:
             raise RecipeError(
-                f"phase {run.phase}: tuner.train_type={method} cannot go on from the adapter of tuner.train_type="
-                f"{earlier}. Keep one type; or end here, merge (qwenvl-ft merge) and start another run."
+                f"phase {run.phase}: tuner.train_type={method} cannot start from the adapter of "
+                f"tuner.train_type={earlier}. Keep one type; or end here, merge (qwenvl-ft merge) and start a new run."
             )
         run.model.model, run.model.model_revision = before.model.model, before.model.model_revision
         run.tuner.resume_from_checkpoint = str(folder_of(before))
-        run.tuner.init_weights = TunerConfig().init_weights  # the adapter is there
+        run.tuner.init_weights = TunerConfig().init_weights  # the adapter has its weights
         return
     if method == earlier == "llamapro":
         raise RecipeError(
             f"phase {run.phase}: tuner.train_type=llamapro would add its blocks once more. Set tuner.train_type=full "
-            "there, which trains all of the longer model, or what tuner.trainable_parameters names."
+            "there, which trains the whole longer model or the parameters in tuner.trainable_parameters."
         )
     run.model.model, run.model.model_revision = str(folder_of(before)), "main"
     run.tuner.resume_from_checkpoint = None
 
 
-def _is_finished(run: Any) -> bool:
-    """Whether a phase was trained to its end, by a run that this one goes on from.
+def _is_finished(run: Recipe) -> bool:
+    """Return True if an earlier start of this run trained the phase to its end.
 
     Raises:
         RecipeError: ``training.resume_from_checkpoint`` names one checkpoint.
         CheckpointError: this is a fresh start into the folder of an earlier run.
     """
     resume, folder = run.training.resume_from_checkpoint, folder_of(run)
-    goes_on = resume is True or str(resume).lower() in AUTO
-    if not goes_on and resume not in (None, False) and str(resume).lower() not in ("false", "none", ""):
+    resumes = resume is True or str(resume).lower() in AUTO
+    if not resumes and resume not in (None, False) and str(resume).lower() not in ("false", "none", ""):
         raise RecipeError(
-            f"training.resume_from_checkpoint={resume}: of a recipe with phases, true finds the phase and the "
-            "checkpoint to go on from."
+            f"training.resume_from_checkpoint={resume}: for a recipe with phases give true, which finds the phase and "
+            "the checkpoint to resume."
         )
-    if finished(folder) and not goes_on:
+    if finished(folder) and not resumes:
         raise CheckpointError(
-            f"training.output_dir={folder.parent} holds {folder.name} of an earlier run. Go on from it with "
+            f"training.output_dir={folder.parent} holds {folder.name} of an earlier run. Resume it with "
             "training.resume_from_checkpoint=true, or give another folder."
         )
     return finished(folder)
 
 
-def _tell(recipe: Recipe, runs: list[Any], todo: list[Any]) -> None:
-    """Save the recipe, and say which phases there are."""
-    progress = ProgressCallback()
-    progress.folder = folder_of(recipe)
-    progress.folder.mkdir(parents=True, exist_ok=True)
-    recipe.save(progress.folder / "recipe.yaml")
+def _announce(recipe: Recipe, runs: list[Recipe], pending: list[Recipe]) -> None:
+    """Save the recipe and print its phases."""
+    run_log = RunLog()
+    run_log.folder = folder_of(recipe)
+    run_log.folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(run_log.folder / "recipe.yaml")
     for run in runs:
-        progress.say(f"phase {run.phase}: {folder_of(run)}" + ("" if run in todo else ", finished before"))
+        run_log.write(f"phase {run.phase}: {folder_of(run)}" + ("" if run in pending else ", finished before"))
 
 
 def _link(source: str, target: str) -> None:

@@ -1,7 +1,7 @@
-"""What a run would stumble over once it has begun, tried before: each failure is one line, and nothing is written.
+"""Can this machine run it? Tries packages, devices, folders and the model's config before anything is written.
 
-transformers builds the optimizer, the schedule, the trackers and the hub's repository after the data was measured and
-the output folder made. Here each is built, or asked for, once on nothing.
+transformers builds the optimizer, the schedule, the trackers and the hub's repository only after the data has been
+measured and the output folder created. Here each is tried beforehand, and a failure is one line.
 """
 
 import copy
@@ -30,32 +30,33 @@ from qwenvl_ft.upstream.layers import COMPILED
 from qwenvl_ft.upstream.unused import unused
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
-"""Beginnings of the names of optimizers that are built from the model's own modules."""
+"""Prefixes of optimizers that are built from the model's own modules and cannot be tried without it."""
 IMPORTED_TO_BE_FOUND = ("wandb", "comet_ml")
-"""Trackers that transformers imports to know whether they are there."""
+"""Trackers that transformers imports to find out if they are installed."""
 MANY_STEPS = 10**6
+"""Length of the schedule that is tried, where the run's is not known yet."""
 PROBES = ("1", "0.5")
-"""Values of ``optim_args`` that no option takes for the same."""
+"""Two values of ``optim_args`` that every option distinguishes."""
 
 
 def preflight(recipe: Recipe, args: TrainingArguments) -> None:
-    """Try everything of a run that needs no data.
+    """Try everything in a run that needs neither data nor weights.
 
     Raises:
-        RecipeError: the key and the value that fail, and what is said of them.
+        RecipeError: names the key and value that fail, and the cause.
     """
-    for trial in TRIALS:
-        trial(recipe, args)
+    for check in CHECKS:
+        check(recipe, args)
 
 
 def _dense(recipe: Recipe, args: Any) -> None:
-    """Prompts of dense captions, which may be files, and operations of augmentation."""
+    """Read the prompts of dense captions, which may be files, and the augmentations."""
     _ = DenseOptions.of(recipe, args.seed).prompts
     Augmenter.from_config(recipe.data.augmentation)
 
 
 def _optimizer(recipe: Recipe, args: Any) -> None:
-    """The optimizer and the schedule, on one parameter."""
+    """Build the optimizer and the schedule on one parameter."""
     name = str(args.optim.value)
     if name.startswith(NEEDS_MODEL):
         return
@@ -87,13 +88,13 @@ def _dummy_optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
 
 
 def _pairs(optim_args: str | None) -> dict[str, str]:
-    """``a=1, b=2`` as transformers reads it."""
+    """Parse ``a=1, b=2`` as transformers does."""
     return dict(pair.split("=") for pair in optim_args.replace(" ", "").split(",")) if optim_args else {}
 
 
 def _is_read(args: TrainingArguments, key: str) -> bool:
-    """Whether an option changes what the optimizer is built from, or is at least refused."""
-    told = args.optim_args
+    """Return True if an option changes the optimizer's arguments or is refused, so that it is not ignored."""
+    optim_args = args.optim_args
     outcomes = set()
     try:
         for value in (None, *PROBES):
@@ -102,22 +103,23 @@ def _is_read(args: TrainingArguments, key: str) -> bool:
     except (ValueError, TypeError):
         return True
     finally:
-        args.optim_args = told
+        args.optim_args = optim_args
     return len(outcomes) > 1
 
 
 def _beside(args: TrainingArguments, name: str) -> str:
+    """Return `` with NAME=VALUE`` for a message if the option is set."""
     value = getattr(args, name)
     return f" with {name}={shown(value)}" if value else ""
 
 
-def _try(what: str, build: Callable[[], Any]) -> Any:
+def _try(setting: str, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except QwenVLError:
         raise
     except Exception as error:
-        raise RecipeError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+        raise RecipeError(f"{setting} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _trackers(recipe: Recipe, args: Any) -> None:
@@ -134,7 +136,7 @@ def _trackers(recipe: Recipe, args: Any) -> None:
 
 
 def _wandb(recipe: Recipe, args: Any) -> None:
-    """Weights & Biases asks for its key, or fails without one, when the first line is logged."""
+    """Require a key of Weights & Biases, which would ask for it, or fail, at the first logged line."""
     silent = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
     if "wandb" not in args.report_to or silent or args.process_index > 0:
         return
@@ -142,7 +144,7 @@ def _wandb(recipe: Recipe, args: Any) -> None:
 
     if not wandb.login(prompt=False):
         raise RecipeError(
-            "training.report_to=wandb: there is no API key. Log in by wandb login, set WANDB_API_KEY, or log to a "
+            "training.report_to=wandb: there is no API key. Log in with wandb login, set WANDB_API_KEY, or log to a "
             "folder with WANDB_MODE=offline."
         )
 
@@ -153,7 +155,7 @@ def _liger(recipe: Recipe, args: Any) -> None:
 
 
 def _compile(recipe: Recipe, args: Any) -> None:
-    """The compiler of ``training.torch_compile``, on one sum: on a CPU it needs one for C++."""
+    """Compile one function as ``training.torch_compile`` would; on a CPU this needs a C++ compiler."""
     if not args.torch_compile:
         return
     COMPILED.require("training.torch_compile=true")
@@ -177,19 +179,21 @@ def _sharding(recipe: Recipe, args: Any) -> None:
 
 
 def _output(recipe: Recipe, args: Any) -> None:
-    """Whether the run can write where it is told to."""
+    """Require that ``training.output_dir`` is, or can be, a writable folder."""
     folder = Path(args.output_dir).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise RecipeError(f"training.output_dir={args.output_dir}: {there} is a file. Give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK) or not _takes_folders(there):
-        raise RecipeError(f"training.output_dir={args.output_dir}: {there} cannot be written to. Give another folder.")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise RecipeError(f"training.output_dir={args.output_dir}: {existing} is a file. Give a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK) or not _can_create_in(existing):
+        raise RecipeError(
+            f"training.output_dir={args.output_dir}: {existing} cannot be written to. Give another folder."
+        )
 
 
-def _takes_folders(there: Path) -> bool:
-    """Whether a folder can be made there: root may write anywhere, and some file systems take nothing."""
+def _can_create_in(folder: Path) -> bool:
+    """Create a folder and remove it: for root `os.access` is always true, even on a read-only file system."""
     try:
-        Path(tempfile.mkdtemp(dir=there)).rmdir()
+        Path(tempfile.mkdtemp(dir=folder)).rmdir()
     except OSError:
         return False
     return True
@@ -206,8 +210,8 @@ def _one_device(recipe: Recipe, args: Any) -> None:
 def _batch_size(recipe: Recipe, args: Any) -> None:
     if args.auto_find_batch_size and (args.world_size > 1 or args.deepspeed is not None):
         raise RecipeError(
-            "training.auto_find_batch_size=true is for one process without DeepSpeed: of several, the one that runs "
-            "out of memory would leave the others waiting. Set training.per_device_train_batch_size."
+            "training.auto_find_batch_size=true is for one process without DeepSpeed: with several ranks, the one that "
+            "runs out of memory would leave the others waiting. Set training.per_device_train_batch_size."
         )
 
 
@@ -221,33 +225,33 @@ def _hub(recipe: Recipe, args: Any) -> None:
     except Exception as error:
         cause = one_line(error, 200)
         raise RecipeError(
-            f"training.push_to_hub=true, but the hub does not let us in: {type(error).__name__}: {cause} Log in by "
+            f"training.push_to_hub=true, but the hub denies access: {type(error).__name__}: {cause} Log in with "
             "hf auth login, or remove the key."
         ) from error
 
 
 def try_model(recipe: Recipe) -> None:
-    """Try everything about the model that its config.json tells: options, module names, positions.
+    """Check the recipe against the model's config.json: loading options, module names, maximum length.
 
-    Call it before TrainingArguments are made: from then on transformers shards any model under ZeRO-3, even one without
-    weights.
+    Call it before TrainingArguments are built: from then on transformers shards any model under ZeRO-3, even one
+    without weights.
 
     Raises:
-        RecipeError: the key and the value that do not fit the model.
+        RecipeError: names the key and value that do not fit the model.
         CheckpointError: there is no such model.
     """
-    told = recipe.model
-    if not told.model:
+    section = recipe.model
+    if not section.model:
         return
-    plan = plan_loading(told.model, loading_options(told, recipe.quantization))
+    plan = plan_loading(section.model, loading_options(section, recipe.quantization))
     if plan.adapter is not None:
         raise RecipeError(
-            f"model.model={told.model} is an adapter. To go on with it, set model.model={plan.source} and "
-            f"tuner.resume_from_checkpoint={told.model}; or merge it first (qwenvl-ft merge)."
+            f"model.model={section.model} is an adapter. To train it further, set model.model={plan.source} and "
+            f"tuner.resume_from_checkpoint={section.model}; or merge it first (qwenvl-ft merge)."
         )
     earlier = Earlier.of(recipe.tuner)
     scaling = None if earlier is None else trained_lengths(earlier.folder)[0]
-    if scaling is not None and told.rope_scaling is None:
+    if scaling is not None and section.rope_scaling is None:
         raise RecipeError(
             f"tuner.resume_from_checkpoint={recipe.tuner.resume_from_checkpoint} was trained with model.rope_scaling="
             f"{shown(scaling)}, and this recipe has none. Set it."
@@ -257,18 +261,18 @@ def try_model(recipe: Recipe) -> None:
     if length <= text.max_position_embeddings:
         return
     dynamic = text.rope_parameters["rope_type"] == "dynamic"
-    why = ", and dynamic would stretch them for all samples of a row that has a longer one" if dynamic else ""
+    reason = ", and dynamic would stretch them for all samples of a row that has a longer one" if dynamic else ""
     raise RecipeError(
         f"template.max_length={length} exceeds the {text.max_position_embeddings} positions (max_position_embeddings) "
-        f"of {told.model}{why}. Lower it, or stretch the positions by model.rope_scaling=yarn."
+        f"of {section.model}{reason}. Lower it, or stretch the positions by model.rope_scaling=yarn."
     )
 
 
 def _names(tuner: Any, config: Any) -> None:
-    """Whether the recipe's names and sizes fit the model; methods that have no such trial tell when they are built."""
+    """Check module names and sizes against the model; methods without such a check fail when they are built."""
     names = METHODS[tuner.train_type].names
     if names is not None:
         names(skeleton(copy.deepcopy(config)), tuner)
 
 
-TRIALS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub, _compile)
+CHECKS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub, _compile)

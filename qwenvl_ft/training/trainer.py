@@ -21,7 +21,7 @@ from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler, SampleDataset
 from qwenvl_ft.model.compiled import restore_layers
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.bad_samples import count_bad_samples, log_bad_samples
-from qwenvl_ft.training.callbacks.method import MethodCallback
+from qwenvl_ft.training.callbacks.tuning_method import TuningMethodCallback
 from qwenvl_ft.training.checkpointing import prepare_layers
 from qwenvl_ft.training.device_batch import DeviceBatch, on_device
 from qwenvl_ft.training.eval_loss import evaluate_sum, joint_metrics, loss_metrics
@@ -114,7 +114,7 @@ class QwenVLTrainer(RowTrainer):
         for callback in self.step_log.callbacks(deepspeed=self.is_deepspeed_enabled):
             self.add_callback(callback)
         if isinstance(model, TrainedPeftModel):
-            self.add_callback(MethodCallback(model))
+            self.add_callback(TuningMethodCallback(model))
 
     def get_train_dataloader(self) -> EpochLoader:
         loader = super().get_train_dataloader()

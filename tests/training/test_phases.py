@@ -330,7 +330,11 @@ WRONG = {
     "an optimizer": (["phases.top.training.optim_args=foo=1"], RecipeError, "phase 2/3 top: training.optim_args"),
     "a module": (["phases.all.tuner.modules_to_save=[nothing]"], RecipeError, "phase 3/3 all: .*nothing"),
     "an adapter before": (["phases.top.tuner.train_type=lora"], RecipeError, "phase 3/3 all: .*adapter of .*=lora"),
-    "one checkpoint": (["training.resume_from_checkpoint=/a/checkpoint-1"], RecipeError, "true finds the phase"),
+    "one checkpoint": (
+        ["training.resume_from_checkpoint=/a/checkpoint-1"],
+        RecipeError,
+        "give true, which finds the phase",
+    ),
     "new blocks twice": (["tuner.train_type=llamapro"], RecipeError, "phase 2/3 top: .*once more"),
 }
 

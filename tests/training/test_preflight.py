@@ -82,7 +82,7 @@ REFUSED = {
     ),
     "a tracker that does not know us": (
         ["training.report_to=wandb"],
-        "training.report_to=wandb: there is no API key. Log in by wandb login, set WANDB_API_KEY, or log to a folder",
+        "training.report_to=wandb: there is no API key. Log in with wandb login, set WANDB_API_KEY, or log to a folder",
     ),
     "kernels that are not installed": (
         ["training.use_liger_kernel=true"],
@@ -100,7 +100,7 @@ REFUSED = {
     "a backend that this torch has not": (["training.ddp_backend=cncl"], "training.ddp_backend=cncl is not part of"),
     "a hub out of reach": (
         ["training.push_to_hub=true"],
-        "training.push_to_hub=true, but the hub does not let us in: ",
+        "training.push_to_hub=true, but the hub denies access: ",
     ),
     "a file that is not there": (
         ["training.fsdp=full_shard", "training.fsdp_config=no.json"],

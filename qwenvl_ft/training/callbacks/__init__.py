@@ -1,1 +1,1 @@
-"""What happens around a step: files and console, signals, early stopping."""
+"""Callbacks of the training loop: log files and console, signals, early stopping, tuning methods."""

@@ -1,9 +1,9 @@
-"""LISA (Pan and others 2024, arXiv 2403.17919): a few layers of the language model train at a time, drawn anew.
+"""LISA (Pan and others 2024, arXiv 2403.17919): only a few layers of the language model train at a time.
 
 Every ``interval`` steps ``layers`` of the decoder layers are drawn and the others frozen; embeddings, head, norm and
-the other parts of the model train as the recipe says. A layer that is frozen gives up its gradient and the
-optimizer's state, which is the memory that LISA saves, and begins with a fresh state when it is drawn again. What is
-drawn depends on the seed and the step alone, so a resumed run draws the same.
+the other parts of the model train as the recipe says. A frozen layer drops its gradient and its optimizer state, which
+is the memory that LISA saves, and starts with a fresh state when it is drawn again. The draw depends on the seed and
+the step alone, so a resumed run draws the same layers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from qwenvl_ft.errors import RecipeError
 
 
 class LisaCallback(TrainerCallback):
-    """Freezes and unfreezes the language model's layers while full training runs, in one process.
+    """Freezes and unfreezes layers of the language model during full training on one rank.
 
     Args:
-        layers: how many decoder layers train at a time.
+        layers: number of decoder layers that train at a time.
         interval: steps between two draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     def __init__(self, layers: int, interval: int, seed: int) -> None:
@@ -33,21 +33,21 @@ class LisaCallback(TrainerCallback):
         self.active: list[int] = []
         """Indices of the layers that train."""
         self._weights: list[list[nn.Parameter]] = []
-        self._free: list[int] = []
+        self._candidates: list[int] = []
         """Indices of the layers that may train."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if args.world_size > 1 or args.deepspeed is not None:
             raise RecipeError(
-                "training.lisa_activated_layers freezes and unfreezes layers on the way, which DDP, FSDP and DeepSpeed "
-                "do not see. Start one process, or leave it out."
+                "training.lisa_activated_layers freezes and unfreezes layers during training, which DDP, FSDP and "
+                "DeepSpeed do not support. Start one process, or remove the key."
             )
-        self._thaw()  # a run that begins again with smaller batches
+        self._thaw()  # auto_find_batch_size begins a run again with smaller batches
         decoder = model.model.language_model.layers
         self._weights = [[value for value in layer.parameters() if value.requires_grad] for layer in decoder]
-        self._free = [index for index, weights in enumerate(self._weights) if weights]
-        if self.layers > len(self._free):
-            frozen = len(decoder) - len(self._free)
+        self._candidates = [index for index, weights in enumerate(self._weights) if weights]
+        if self.layers > len(self._candidates):
+            frozen = len(decoder) - len(self._candidates)
             raise RecipeError(
                 f"training.lisa_activated_layers={self.layers}, but the language model has {len(decoder)} layers"
                 + (f", and {frozen} of them are frozen." if frozen else ".")
@@ -67,7 +67,7 @@ class LisaCallback(TrainerCallback):
         self._weights = []
 
     def _activate(self, draw: int, optimizer: Any) -> None:
-        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self._free, self.layers))
+        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self._candidates, self.layers))
         for index, weights in enumerate(self._weights):
             for value in weights:
                 value.requires_grad_(index in self.active)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop, and say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, save a checkpoint and stop; a second signal stops at once."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SignalCallback(TrainerCallback):
-    """Turns the first signal into a checkpoint at the end of the running step; a second one ends the process at once.
+    """Saves a checkpoint at the end of the step in which the first signal arrives, and ends the run.
 
-    Where several processes train, they agree after every step (one number, between CPUs): all save the same step,
-    even if the signal reached only one of them or reached them in different steps. The checkpoint can be resumed
-    whatever the recipe saves otherwise, is written before anything is evaluated, and is never rotated away.
+    Several ranks agree after every step by an all-reduce of one number between CPUs, so all save the same step even if
+    the signal reached one rank only, or several in different steps. The checkpoint can be resumed whatever else the
+    recipe saves, is written before any evaluation, and is never rotated away.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """Signal that reached this process."""
+        """Number of the signal that reached this rank."""
         self.stopping: int | None = None
-        """Signal that all processes stop for, agreed at the end of a step."""
+        """Number of the signal that all ranks stop for, agreed at the end of a step."""
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self._process = os.getpid()
@@ -45,12 +45,12 @@ class SignalCallback(TrainerCallback):
         if self.stopping is not None:
             args.save_only_model = False
             control.should_save = True
-            control.should_evaluate = False  # save_strategy=best would save only if the evaluation is the best so far
+            control.should_evaluate = False  # with save_strategy=best it would decide whether to save
             control.should_training_stop = True
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """The checkpoint is written: neither evaluate what is not finished, nor go back to the best and delete it."""
+        """Once the checkpoint is written, neither evaluate nor load the best one, which would delete it."""
         if self.stopping is not None:
             control.should_save = control.should_evaluate = False
             state.best_model_checkpoint = None
@@ -60,16 +60,16 @@ class SignalCallback(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the handlers that were installed before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a loader's worker, which inherits the handler: Ctrl-C reaches it too, and the run still needs it
+            return  # a dataloader worker inherits the handler; Ctrl-C reaches it too, and the last step needs it
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        print(f"{name}: a checkpoint is saved after this step; once more ends the process at once.", flush=True)
+        print(f"{name}: saving a checkpoint after this step; a second {name} stops at once.", flush=True)

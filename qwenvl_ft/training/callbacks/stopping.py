@@ -1,4 +1,4 @@
-"""Early stopping that a resumed run goes on counting."""
+"""Early stopping whose patience counter survives a resume."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from transformers import EarlyStoppingCallback
 
 
 class PatienceCallback(EarlyStoppingCallback):
-    """transformers' early stopping; evaluations without a better metric before the checkpoint count on.
+    """transformers' early stopping, with its counter restored from a checkpoint.
 
-    transformers restores the state of callbacks only together with the control flags, and those of a run that was
-    stopped say "stop".
+    transformers restores the state of callbacks only together with the control flags, which tell a run that was
+    stopped to stop again.
     """
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
-        """Of several evaluation sets only the one that ``metric_for_best_model`` names is counted."""
+        """Count only evaluations of the set that ``metric_for_best_model`` names, if there are several sets."""
         if f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **more)
 

@@ -1,4 +1,4 @@
-"""Tells a method that takes part in training when a run begins and when the optimizer has made a step."""
+"""Calls the hooks of tuning methods that act during training, such as AdaLoRA."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 
 
-class MethodCallback(TrainerCallback):
-    """Added by the trainer for a `TrainedPeftModel`; with accumulation a step is the optimizer's, not a pass."""
+class TuningMethodCallback(TrainerCallback):
+    """Calls a `TrainedPeftModel` at the beginning of a run and after each optimizer step; the trainer adds it."""
 
     def __init__(self, model: TrainedPeftModel) -> None:
         self.model = model
@@ -17,5 +17,5 @@ class MethodCallback(TrainerCallback):
         self.model.begin(state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # float16: an overflow
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # skipped in float16 on an overflow
             self.model.after_step(state.global_step + 1)

@@ -1,8 +1,8 @@
-"""What a run tells: a line (or, on a terminal, a bar) on the console, and two files beside the checkpoints.
+"""The log of a run: lines (on a terminal also a progress bar) on the console, and two files beside the checkpoints.
 
 ``training.log`` is for people and `tail -f`; ``trainer_log.jsonl`` has one object per line, with ``step``,
-``total_steps`` and ``elapsed_seconds``, for monitors and plots. The phases of a run share both, in the run's folder;
-each line says its ``phase``.
+``total_steps`` and ``elapsed_seconds``, for monitors and plots. The phases of a run share both files, in the run's
+folder; each line names its ``phase``.
 """
 
 import json
@@ -35,23 +35,23 @@ SHOWN = {
     "train_runtime": ("seconds", "{:.1f}"),
     "epoch": ("epoch", "{:.2f}"),
 }
-"""Logged key -> its name on the console and its form. Other keys are in the files alone."""
+"""Logged key -> its name and format on the console. Other keys are only in ``trainer_log.jsonl``."""
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """The figures of a log entry on one line."""
-    told = [f"{name} {form.format(logs[key])}" for key, (name, form) in SHOWN.items() if key in logs]
-    told += [f"{key} {logs[key]:.4f}" for key in logs if re.fullmatch(r"eval_\w+_loss", key)]
+    """Format the figures of a log entry as one line."""
+    figures = [f"{name} {spec.format(logs[key])}" for key, (name, spec) in SHOWN.items() if key in logs]
+    figures += [f"{key} {logs[key]:.4f}" for key in logs if re.fullmatch(r"eval_\w+_loss", key)]
     if "eta_seconds" in logs:
-        told.append(f"eta {timedelta(seconds=int(logs['eta_seconds']))}")
-    return "  ".join(told) or str(logs)
+        figures.append(f"eta {timedelta(seconds=int(logs['eta_seconds']))}")
+    return "  ".join(figures) or str(logs)
 
 
-class ProgressCallback(TrainerCallback):
-    """Writes both files and the console, from the first process alone.
+class RunLog(TrainerCallback):
+    """Writes both files and the console, on rank 0.
 
     Args:
-        phase: which of a run's phases this is, as ``2/3 medium``; their files are beside the phases' folders.
+        phase: number and name of the phase, as ``2/3 medium``; its files are in the folder of the whole run.
     """
 
     def __init__(self, phase: str = "") -> None:
@@ -62,7 +62,7 @@ class ProgressCallback(TrainerCallback):
         self.folder = Path()
 
     def follow(self, args: Any) -> None:
-        """Take the folder of a run for the files."""
+        """Write the files into the folder of a run from now on."""
         folder = Path(args.output_dir)
         self.folder = folder.parent if self.phase else folder
 
@@ -71,10 +71,10 @@ class ProgressCallback(TrainerCallback):
         self.follow(args)
         if not state.is_world_process_zero:
             return
-        found = state.train_batch_size if args.auto_find_batch_size else None
-        rows = found or args.per_device_train_batch_size
+        rows_found = state.train_batch_size if args.auto_find_batch_size else None
+        rows = rows_found or args.per_device_train_batch_size
         batch = rows * args.gradient_accumulation_steps * args.world_size
-        self.say(
+        self.write(
             f"{state.max_steps:,} steps of {rows} rows x "
             f"{args.gradient_accumulation_steps} accumulated x {args.world_size} processes = {batch} rows; "
             f"from step {state.global_step}"
@@ -105,19 +105,19 @@ class ProgressCallback(TrainerCallback):
             file.write(json.dumps(entry, ensure_ascii=False, default=float) + "\n")
         if self.progress is not None and self.task is not None and "loss" in logs:
             self.progress.update(self.task, description=describe({k: logs[k] for k in ("loss",) if k in logs}))
-        self.say(f"step {state.global_step}/{state.max_steps}  {describe(logs)}")
+        self.write(f"step {state.global_step}/{state.max_steps}  {describe(logs)}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.say(f"saved {Path(args.output_dir) / f'checkpoint-{state.global_step}'}")
+            self.write(f"saved {Path(args.output_dir) / f'checkpoint-{state.global_step}'}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
 
-    def say(self, line: str) -> None:
-        """One line, on the console and in ``training.log``."""
+    def write(self, line: str) -> None:
+        """Write one line to the console and to ``training.log``."""
         line = f"phase {self.phase}: {line}" if self.phase else line
         if self.progress is not None:
             self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

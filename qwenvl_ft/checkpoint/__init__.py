@@ -1,1 +1,1 @@
-"""Checkpoints to resume from: which one is complete, and whether it belongs to this run."""
+"""Finds the checkpoint to resume from and checks that it is complete and belongs to this run."""

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the last one that was written to its end."""
+"""Finds the checkpoint that a run resumes from: the last one that is complete."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,23 @@ from pathlib import Path
 from qwenvl_ft.errors import CheckpointError
 
 PREFIX = "checkpoint"
-"""Of the folder of a checkpoint, as transformers' Trainer writes it: ``checkpoint-STEP``."""
+"""Prefix of a checkpoint's folder; transformers' Trainer names it ``checkpoint-STEP``."""
 STATE = "trainer_state.json"
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "*/adapter_model.safetensors")
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "scheduler.pt")
 AUTO = ("true", "auto", "last")
+"""Values of ``training.resume_from_checkpoint`` that mean the last complete checkpoint."""
 NO_OPTIMIZER = "it holds no optimizer: it is the end of a run, or was saved with training.save_only_model=true"
 
 
 def step_of(folder: Path) -> int:
-    """The step in ``checkpoint-STEP``; -1 for any other name."""
+    """Return the step in ``checkpoint-STEP``; -1 for any other name."""
     prefix, _, number = folder.name.rpartition("-")
     return int(number) if prefix == PREFIX and number.isdigit() else -1
 
 
 def missing(folder: Path) -> str | None:
-    """What keeps a checkpoint from being resumed, or None.
+    """Return the reason why a checkpoint cannot be resumed, or None if it can.
 
     Trainer writes the weights first and ``trainer_state.json`` last, so a run killed while it saved leaves a folder
     without a readable state.
@@ -36,7 +37,7 @@ def missing(folder: Path) -> str | None:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the state is there, which is written last: of a checkpoint when it is whole, of a run at its end."""
+    """Return True if a checkpoint, or the output of a run, is complete: its trainer state is written last."""
     try:
         json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -45,32 +46,32 @@ def finished(folder: Path) -> bool:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The complete checkpoint with the highest step in a run's folder."""
+    """Return the complete checkpoint with the highest step in a run's folder, or None."""
     return next((folder for folder in _checkpoints(output_dir) if missing(folder) is None), None)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """All of a run's folder, complete or not, the highest step first."""
+    """Return all checkpoints in a run's folder, complete or not, the highest step first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
-    """The checkpoint that ``training.resume_from_checkpoint`` means.
+    """Return the checkpoint that ``training.resume_from_checkpoint`` asks for; None for a fresh start.
 
     Args:
         resume: None or false for a fresh start; true, ``auto`` or ``last`` for the last complete checkpoint of
             ``output_dir`` (a fresh start if it has no checkpoint); else a folder.
 
     Raises:
-        CheckpointError: the folder cannot be resumed; says why. Or a fresh start would go into the folder of an
-            earlier run, whose checkpoints or weights would be taken for its own.
+        CheckpointError: the folder cannot be resumed, or a fresh start would write into the folder of an earlier run,
+            whose checkpoints or weights would be taken for its own.
     """
     last = last_checkpoint(output_dir)
     if resume is None or resume is False or str(resume).lower() in ("false", "none", ""):
         if last is not None:
             raise CheckpointError(
-                f"training.output_dir={output_dir} holds {last.name} of an earlier run. Go on from it with "
+                f"training.output_dir={output_dir} holds {last.name} of an earlier run. Resume it with "
                 "training.resume_from_checkpoint=true, or give another folder."
             )
         _require_no_model(output_dir)
@@ -102,14 +103,10 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
 
 
 def _require_no_model(output_dir: Path) -> None:
-    """A model or adapter that stays beside the one that is written would be loaded in its place.
-
-    Raises:
-        CheckpointError: there is one.
-    """
+    """Raise CheckpointError if a model or adapter is there already: it would be loaded in place of the new one."""
     found = next((file for pattern in WEIGHTS for file in sorted(output_dir.glob(pattern))), None)
     if found is not None:
         raise CheckpointError(
             f"training.output_dir={output_dir} holds {found.relative_to(output_dir)} already. Give another folder, or "
-            "remove this one."
+            "remove this file."
         )

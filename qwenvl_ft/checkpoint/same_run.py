@@ -1,7 +1,7 @@
-"""What a run keeps when it goes on from a checkpoint, compared before anything is loaded.
+"""Does the checkpoint belong to this run? Compares recipes and plans before anything is loaded.
 
-The optimizer's state belongs to these weights, the step to this plan. A run that goes on with another plan leaves
-records out or takes them twice, and says nothing.
+The optimizer's state fits only the same method and parameters, and the step number only the same plan: with another one
+a resumed run would silently skip records or take them twice.
 """
 
 import json
@@ -16,10 +16,10 @@ from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.recipe.values import shown
 
 PLAN = "plan.json"
-"""Beside a checkpoint's weights: the plan that its step was counted in."""
-WHOLE = ("template", "prompts", "tuner", "quantization")
-"""Sections that stay as they were."""
-KEPT = {
+"""File in a checkpoint that identifies the plan in which its step was counted."""
+KEPT_SECTIONS = ("template", "prompts", "tuner", "quantization")
+"""Sections that must not change at all."""
+KEPT_KEYS = {
     "model": ("rope_scaling",),
     "data": (
         "train_dataset_sample",
@@ -54,37 +54,37 @@ KEPT = {
         "lisa_step_interval",
     ),
 }
-"""Section -> its keys that stay as they were; rates are part of the optimizer's state."""
-NAMED = 3
-"""Differences that an error names."""
+"""Section -> its keys that must not change; learning rates are part of the optimizer's state."""
+MAX_NAMED = 3
+"""Number of differences that an error names."""
 
 
 def require_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    """Refuse to go on with settings that the checkpoint's state was not made with.
+    """Raise if settings differ that the checkpoint's state depends on.
 
-    Keys that one of the two recipes does not have, as of an older release, are passed over.
+    Keys that only one of the two recipes has, as after an upgrade, are ignored.
 
     Raises:
-        CheckpointError: names the keys, what they are and what they were.
+        CheckpointError: names the keys with their values now and before.
     """
     before, now = saved_recipe(checkpoint), json.loads(json.dumps(recipe.to_dict(), default=str))
-    keys = [(section, key) for section in WHOLE for key in now.get(section) or {}]
-    keys += [(section, key) for section, names in KEPT.items() for key in names]
+    keys = [(section, key) for section in KEPT_SECTIONS for key in now.get(section) or {}]
+    keys += [(section, key) for section, names in KEPT_KEYS.items() for key in names]
     changed = [
         f"{section}.{key} is {shown(now[section][key])} and was {shown(before[section][key])}"
         for section, key in keys
         if key in (before.get(section) or {}) and key in now[section] and now[section][key] != before[section][key]
     ]
     if changed:
-        more = f", and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        more = f", and {len(changed) - MAX_NAMED} more" if len(changed) > MAX_NAMED else ""
         raise CheckpointError(
-            f"training.resume_from_checkpoint={checkpoint}: {', '.join(changed[:NAMED])}{more}. A run goes on as it "
-            "was begun: set it back, or begin a new run in another training.output_dir."
+            f"training.resume_from_checkpoint={checkpoint}: {', '.join(changed[:MAX_NAMED])}{more}. A resumed run "
+            "must keep them: set them back, or start a new run in another training.output_dir."
         )
 
 
 def plan_of(sampler: Any) -> dict[str, Any]:
-    """What a step number means: the samples, how long they are, and the rows that a step takes."""
+    """Return the identity of a plan: number and lengths of its samples, and rows of an optimizer step."""
     lengths = sampler.dataset.at(0).tokens
     shape = sampler.shape
     return {
@@ -95,32 +95,32 @@ def plan_of(sampler: Any) -> dict[str, Any]:
 
 
 def save_plan(sampler: Any, folder: Path) -> None:
-    """Write `plan_of` beside a checkpoint's weights."""
+    """Write `plan_of` into a checkpoint."""
     (folder / PLAN).write_text(json.dumps(plan_of(sampler)) + "\n", encoding="utf-8")
 
 
 def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False) -> None:
-    """Refuse to go on where the checkpoint's step would be another place in the data.
+    """Raise if the checkpoint's step would be another place in the data of this run.
 
     Args:
-        any_rows: the number of rows was found by trial (``auto_find_batch_size``) and comes from the checkpoint.
+        any_rows: ignore the number of rows, which ``auto_find_batch_size`` takes from the checkpoint.
 
     Raises:
-        CheckpointError: other records, or another number of rows a step.
+        CheckpointError: the samples or the number of rows of a step differ.
     """
     path = checkpoint / PLAN
     if not path.is_file():
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), plan_of(sampler)
-    start = f"training.resume_from_checkpoint={checkpoint}: "
+    prefix = f"training.resume_from_checkpoint={checkpoint}: "
     if before["rows_per_step"] != now["rows_per_step"] and not any_rows:
         raise CheckpointError(
-            f"{start}a step takes {now['rows_per_step']} rows and took {before['rows_per_step']}. Let processes x "
-            "training.per_device_train_batch_size x gradient_accumulation_steps be what it was."
+            f"{prefix}a step takes {now['rows_per_step']} rows and took {before['rows_per_step']}. Keep the product "
+            "of processes, training.per_device_train_batch_size and gradient_accumulation_steps."
         )
     if (before["samples"], before["lengths"]) != (now["samples"], now["lengths"]):
         raise CheckpointError(
-            f"{start}data.train has {now['samples']:,} samples and had {before['samples']:,}"
+            f"{prefix}data.train has {now['samples']:,} samples and had {before['samples']:,}"
             + (", of other lengths" if before["samples"] == now["samples"] else "")
-            + ". Give the data that the run was begun with, or begin a new run in another training.output_dir."
+            + ". Give the data that the run began with, or start a new run in another training.output_dir."
         )

@@ -1,4 +1,4 @@
-"""Which layers recompute their activations in the backward pass, and which are compiled."""
+"""Activation checkpointing by part of the model, and compiling of its layers."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from qwenvl_ft.look.check_report import faults, one_line
 from qwenvl_ft.recipe.schema import Recipe
 
 PATIENCE = timedelta(days=2)
-"""How long the other ranks wait for rank 0, which reads all records."""
+"""Time that the other ranks wait for rank 0, which reads all records."""
 
 
 def check_before_training(recipe: Recipe) -> None:

@@ -188,8 +188,7 @@ class QwenVLTrainer(RowTrainer):
         Raises:
             DataError: they exceed ``data.max_bad_fraction``; on every rank.
         """
-        total = len(self.samples.at(epoch))
-        return count_bad_samples(self.bad_samples, self.samples, total, self.accelerator)
+        return count_bad_samples(self.bad_samples, self.samples, len(self.samples.at(epoch)), self.accelerator)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate counts neither images nor packing

@@ -165,7 +165,7 @@ def test_the_log_tells_the_phase_of_each_line(whole):
     assert len(steps) == len(set(steps)) > 3
     assert sum("train_loss" in entry for entry in entries) == 3
     log = (whole["full"] / "training.log").read_text()
-    assert f"phase 2/3 top: goes on from {whole['full'] / 'phase_1_aligner'}" in log
+    assert f"phase 2/3 top: starts from {whole['full'] / 'phase_1_aligner'}" in log
     assert "phase 3/3 all: step 1/" in log
     assert not list(whole["full"].glob("phase_*/training.log"))
 
@@ -217,7 +217,7 @@ def test_a_run_that_breaks_in_its_second_phase_goes_on_to_the_same_bits(whole, w
     assert {file: file.stat().st_mtime_ns for file in first.iterdir()} == written, "a finished phase ran again"
     log = (output / "training.log").read_text()
     assert "phase_1_aligner, finished before" in log
-    assert f"going on from {output / KINDS[kind][1][1] / 'checkpoint-2'}" in log
+    assert f"resuming from {output / KINDS[kind][1][1] / 'checkpoint-2'}" in log
     assert all(same(output / name, whole[kind] / name, WEIGHTS[kind]) for name in KINDS[kind][1])
     assert same(output, whole[kind], WEIGHTS[kind])
     assert again.stopped_by is None
@@ -255,7 +255,7 @@ def test_a_run_killed_in_its_second_phase_goes_on_to_the_same_bits(whole, write,
         [*command, "training.resume_from_checkpoint=true"], capture_output=True, text=True, env=env, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "phase 2/2 both: going on from" in done.stdout
+    assert "phase 2/2 both: resuming from" in done.stdout
     assert same(output, whole["lora"], WEIGHTS["lora"])
 
 

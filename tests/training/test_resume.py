@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(uninterrupted, tiny_dir, data, tm
     process.wait()
     done = run(command(tiny_dir, data, tmp_path, "training.resume_from_checkpoint=true"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "going on from" in done.stdout, f"killed at step {step}, then started afresh"
+    assert "resuming from" in done.stdout, f"killed at step {step}, then started afresh"
     expected, actual = weights(uninterrupted), weights(tmp_path)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected), f"killed at step {step}"

@@ -1,6 +1,6 @@
 """Activation checkpointing by part of the model, and compiling of its layers."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -45,4 +45,4 @@ def narrow_checkpointing(model: Any, parts: dict[str, bool]) -> None:
             module.gradient_checkpointing = False
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.disable_input_require_grads()
+            cast(Any, module).disable_input_require_grads()

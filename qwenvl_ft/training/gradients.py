@@ -82,7 +82,8 @@ def _norm(parameters: list[nn.Parameter]) -> Tensor | None:
     if not grads:
         return None
     norm: Any = torch.nn.utils.get_total_norm(grads)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole.float()
 
 
 def _warning(part: str, steps: int, has_media: bool) -> str:

@@ -5,7 +5,7 @@ Letters: S rows, T tokens of a row, K supervised tokens, V words of the vocabula
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ def loss_sum(model: nn.Module, batch: dict[str, Any], *, label_smoothing: float 
     head.predicting = batch.get("predicting")
     head.label_smoothing, head.z_loss = label_smoothing, z_loss
     try:
-        result = model(**inputs).logits
+        result: Tensor = model(**inputs).logits
         return result if targets.numel() else result.double().sum() * 0.0
     finally:
         head.targets = head.weights = head.predicting = None
@@ -159,8 +159,8 @@ class HeadLoss:
         if (weight := self._plain_weight(flat)) is not None:
             if self.fused is not None and self.weights is None and (flat.requires_grad or not torch.is_grad_enabled()):
                 return _ligers_loss(self.fused, flat, weight, targets, *options).double()
-            return _linear_loss(flat, weight, targets, weights, *options)
-        parts = list(zip(flat.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True))
+            return cast(Tensor, _linear_loss(flat, weight, targets, weights, *options))
+        parts = list(zip(torch.split(flat, HEAD_CHUNK), torch.split(targets, HEAD_CHUNK), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
             losses = [checkpoint(self._losses, *part, *options, use_reentrant=False) for part in parts]
         else:
@@ -207,16 +207,18 @@ def _ligers_loss(
         "chunk_mem_const": max(words // (width * chunks), 1),  # times as many logits as hidden states
     }
     known = list(inspect.signature(function.forward).parameters.values())[1:]  # without ctx
-    return function.apply(*(values.get(entry.name, entry.default) for entry in known))[0]
+    total: Tensor = function.apply(*(values.get(entry.name, entry.default) for entry in known))[0]
+    return total
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float, z_loss: float
 ) -> Tensor:
     """Return the weighted sum of the losses of ``hidden`` [K, D] under a head ``weight`` [V, D]: a float64 scalar."""
     needed = [torch.is_grad_enabled() and value.requires_grad for value in (hidden, weight)]
-    return _LinearLoss.apply(hidden, weight, targets, weights, label_smoothing, z_loss, needed)  # type: ignore[no-untyped-call]
+    apply: Callable[..., Tensor] = _LinearLoss.apply
+    return apply(hidden, weight, targets, weights, label_smoothing, z_loss, needed)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -267,7 +269,7 @@ class _LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> Any:
         of_hidden, of_weight = (None if value is None else value.mul_(scale) for value in ctx.gradients)
         del ctx.gradients  # a second pass would scale them again
@@ -299,8 +301,8 @@ def _losses_of(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing
 
 def _head_loss(model: nn.Module) -> HeadLoss:
     """Return the `HeadLoss` of a model, put in at the first call; works through wrappers (DDP, adapters)."""
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    inner: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     head: Any = inner.get_output_embeddings()
     if not isinstance(head.forward, HeadLoss):
         replace_forward(head, HeadLoss(head.forward))
-    return head.forward
+    return cast(HeadLoss, head.forward)

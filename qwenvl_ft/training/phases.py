@@ -55,7 +55,8 @@ def open_phases(recipe: Recipe) -> list[Recipe]:
         except QwenVLError as error:
             raise type(error)(f"phase {phase.phase}: {error}") from error
         finally:
-            unset_hf_deepspeed_config()  # it would shard the models of later phases while they are checked
+            # It would shard the models of later phases while they are checked.
+            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     if on_rank_0:
         _announce(recipe, runs, pending)
     return pending

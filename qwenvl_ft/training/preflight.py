@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,7 +84,8 @@ def _optimizer(recipe: Recipe, args: Any) -> None:
 def _dummy_optimizer(args: TrainingArguments) -> torch.optim.Optimizer:
     cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
     parameter = nn.Parameter(torch.zeros(2, 2, device=args.device))
-    return cls([{"params": [parameter], "lr": args.learning_rate, "weight_decay": args.weight_decay}], **options)
+    group = {"params": [parameter], "lr": args.learning_rate, "weight_decay": args.weight_decay}
+    return cast(torch.optim.Optimizer, cls([group], **options))
 
 
 def _pairs(optim_args: str | None) -> dict[str, str]:
@@ -123,15 +124,16 @@ def _try(setting: str, build: Callable[[], Any]) -> Any:
 
 
 def _trackers(recipe: Recipe, args: Any) -> None:
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
+    from transformers.integrations import integration_utils
 
+    available: Callable[[], list[str]] = integration_utils.get_available_reporting_integrations
     with unused(*(name for name in IMPORTED_TO_BE_FOUND if name not in args.report_to)):
-        installed = get_available_reporting_integrations()
+        installed = available()
     for name in args.report_to:
         if name not in installed:
             raise RecipeError(
                 f"training.report_to={name}: it is not installed. Install its package, or choose another: "
-                f"{', '.join(['none', *get_available_reporting_integrations()])}."
+                f"{', '.join(['none', *available()])}."
             )
 
 

@@ -257,7 +257,7 @@ class QwenVLTrainer(RowTrainer):
         """Return the model as training wraps it, or prepared for evaluation alone."""
         if not self.is_prepared:
             self.is_prepared = True
-            return self.accelerator.prepare_model(cast(nn.Module, self.model), evaluation_mode=True)
+            return cast(nn.Module, self.accelerator.prepare_model(cast(nn.Module, self.model), evaluation_mode=True))
         return cast(nn.Module, self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

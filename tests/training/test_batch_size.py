@@ -68,9 +68,9 @@ def test_workers_start_the_way_that_is_asked_for(tiny_dir, encoder, tmp_path):
 def test_workers_share_the_cores_unless_the_recipe_says_how_many(monkeypatch, tmp_path, cores, processes, workers):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    told = [f"training.output_dir={tmp_path}", "training.use_cpu=true", "training.report_to=none"]
-    assert build_arguments(load_recipe(None, told)).dataloader_num_workers == workers
-    own = load_recipe(None, [*told, "training.dataloader_num_workers=5"])
+    overrides = [f"training.output_dir={tmp_path}", "training.use_cpu=true", "training.report_to=none"]
+    assert build_arguments(load_recipe(None, overrides)).dataloader_num_workers == workers
+    own = load_recipe(None, [*overrides, "training.dataloader_num_workers=5"])
     assert build_arguments(own).dataloader_num_workers == 5
     with pytest.raises(RecipeError, match="dataloader_num_workers"):
-        load_recipe(None, [*told, "training.dataloader_num_workers=-1"])
+        load_recipe(None, [*overrides, "training.dataloader_num_workers=-1"])

@@ -75,7 +75,7 @@ def test_offloaded_activations_are_the_same(tmp_path, tiny_dir, encoder, plain):
 @pytest.mark.parametrize("checkpointing", [{}, CHECKPOINTED], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("aligner", [False, True])
 def test_a_frozen_vision_tower_has_no_graph(tmp_path, tiny_dir, encoder, plain, checkpointing, aligner):
-    """Whether or not the aligner behind it is trained."""
+    """With the aligner behind it trainable or frozen."""
 
     def frozen(name):
         return "visual" in name and (not aligner or "merger" not in name)
@@ -110,7 +110,7 @@ def test_frozen_layers_at_the_bottom_are_computed_once(tmp_path, tiny_dir, encod
     ],
 )
 def test_the_recipe_says_which(tmp_path, tiny_dir, overrides, expected):
-    told = [f"model.model={tiny_dir}", "data.train=x.jsonl", f"training.output_dir={tmp_path}", *overrides]
-    recipe = load_recipe("base", overrides=[*told, "training.report_to=none", "model.torch_dtype=float32"])
+    settings = [f"model.model={tiny_dir}", "data.train=x.jsonl", f"training.output_dir={tmp_path}", *overrides]
+    recipe = load_recipe("base", overrides=[*settings, "training.report_to=none", "model.torch_dtype=float32"])
     assert chosen_parts(recipe.training) == expected
     assert build_arguments(recipe).activation_checkpointing == any(expected.values())

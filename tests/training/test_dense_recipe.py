@@ -25,8 +25,8 @@ SMALL = (
 def test_the_dense_recipe_trains_adapters_and_the_whole_aligner(tiny_dir, tmp_path):
     data = write_dense(tmp_path / "data", 12)
     output = tmp_path / "run"
-    told = [f"model.model={tiny_dir}", f"data.train={data}", f"training.output_dir={output}", *SMALL]
-    recipe = load_recipe("dense_4b", told)
+    overrides = [f"model.model={tiny_dir}", f"data.train={data}", f"training.output_dir={output}", *SMALL]
+    recipe = load_recipe("dense_4b", overrides)
     result = train_function(recipe)
     assert result.steps == 2
     losses = [json.loads(line)["loss"] for line in (output / "trainer_log.jsonl").read_text().splitlines()[:2]]
@@ -42,13 +42,13 @@ def test_the_dense_recipe_trains_adapters_and_the_whole_aligner(tiny_dir, tmp_pa
 
 def test_its_augmentation_reaches_the_samples(tiny_dir, tmp_path):
     data = write_dense(tmp_path / "data", 12)
-    told = [f"model.model={tiny_dir}", f"data.train={data}", *SMALL]
+    overrides = [f"model.model={tiny_dir}", f"data.train={data}", *SMALL]
     samples = {}
     for name, more in (("plain", ["data.augmentation=null"]), ("augmented", [])):
-        recipe = load_recipe("dense_4b", [*told, *more])
+        recipe = load_recipe("dense_4b", [*overrides, *more])
         dataset = build_datasets(recipe, build_processor(recipe), 42)[0]
         samples[name] = [dataset[dataset.ticket(epoch, 0)] for epoch in (0, 1)]
-    ops = {name for entry in load_recipe("dense_4b", told).data.augmentation["ops"] for name in entry}
+    ops = {name for entry in load_recipe("dense_4b", overrides).data.augmentation["ops"] for name in entry}
     assert len(ops & set(COLOUR)) == 7
     for plain, changed in zip(samples["plain"], samples["augmented"], strict=True):
         assert plain["source"].record == changed["source"].record

@@ -124,8 +124,9 @@ def test_max_steps_and_parts_of_an_epoch_are_counted_by_epoch(dataset, tiny_dir,
     )
     assert part.steps == steps[0] + math.ceil(0.5 * steps[1])
     wanted = sum(steps) - 1
-    told = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "max", f"training.max_steps={wanted}")))
-    assert told.steps == wanted
+    overrides = settings(tiny_dir, data, tmp_path / "max", f"training.max_steps={wanted}")
+    result = train_function(load_recipe(None, overrides))
+    assert result.steps == wanted
     assert set(logged(tmp_path / "max", "total_steps").values()) == {wanted}
     assert 4 < max(logged(tmp_path / "max", "epoch").values()) <= 5
 
@@ -144,9 +145,9 @@ def test_workers_make_each_epochs_own_samples(dataset, workers, persistent):
 
     alone = list(epochs())
     assert not torch.equal(alone[0][0]["input_ids"], alone[1][0]["input_ids"]), "vacuous: epochs are alike"
-    for expected, told in zip(alone, epochs(num_workers=workers, persistent_workers=persistent), strict=True):
-        assert len(expected) == len(told)
-        for one, other in zip(expected, told, strict=True):
+    for expected, loaded in zip(alone, epochs(num_workers=workers, persistent_workers=persistent), strict=True):
+        assert len(expected) == len(loaded)
+        for one, other in zip(expected, loaded, strict=True):
             assert torch.equal(one["input_ids"], other["input_ids"])
             assert torch.equal(one["pixel_values"], other["pixel_values"])
             assert one["sources"] == other["sources"]
@@ -157,7 +158,7 @@ def test_every_record_is_seen_once_in_every_epoch(dataset):
     for epoch in (0, 3):
         planned = [i for passes in sampler.plan(epoch) for batch in passes for i in batch if i >= 0]
         sources = [dataset.conversation(dataset.ticket(epoch, i)).source.record for i in planned]
-        lines = sorted(int(place.rpartition(":")[2]) for told in sources for place in told.split(" + "))
+        lines = sorted(int(place.rpartition(":")[2]) for source in sources for place in source.split(" + "))
         assert lines == list(range(1, 15))
 
 

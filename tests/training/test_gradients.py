@@ -48,8 +48,8 @@ def logged(trainer):
 
 @pytest.mark.parametrize("clip", [1e-2, 1e9, 0.0])
 def test_the_norms_are_those_before_clipping(checkpoints, encoder, tmp_path, clip):
-    told = {"max_grad_norm": clip, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    trainer = make_trainer(tmp_path, checkpoints["dense"], encoder, **told)
+    options = {"max_grad_norm": clip, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, checkpoints["dense"], encoder, **options)
     seen = Gradients()
     trainer.add_callback(seen)
     entry = logged(trainer)[0]
@@ -122,7 +122,7 @@ def test_a_gradient_that_comes_back_starts_the_count_anew(tiny_model, caplog):
 
 
 def test_nothing_is_measured_where_gradients_are_hidden(tiny_model):
-    """As under DeepSpeed: a norm is told, and no parameter has a gradient."""
+    """As under DeepSpeed: a norm is logged, and no parameter has a gradient."""
     gradients = PartGradients(1, has_media=True)
     measure(gradients, tiny_model)
     assert gradients.read(3.0) == {}

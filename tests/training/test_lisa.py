@@ -33,8 +33,9 @@ def layers_of(names):
 
 
 def run(folder, checkpoint, encoder, *, seed=7, resume=None, **more):
-    told = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 1.0}
-    trainer = make_trainer(folder, checkpoint, encoder, records=RECORDS, **(told | more))
+    options = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1}
+    options |= {"learning_rate": 1e-3, "max_grad_norm": 1.0}
+    trainer = make_trainer(folder, checkpoint, encoder, records=RECORDS, **(options | more))
     lisa, watch = LisaCallback(2, INTERVAL, seed), Watch()
     trainer.add_callback(lisa)
     trainer.add_callback(watch)

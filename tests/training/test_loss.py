@@ -81,7 +81,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-def told_loss(head, hidden, targets):
+def head_loss(head, hidden, targets):
     """The stand-in's loss of hidden states ``[1, K, D]``."""
     stand_in = HeadLoss(head.forward)
     stand_in.targets = targets
@@ -96,7 +96,7 @@ def test_no_tensor_of_all_logits_exists_in_either_pass(monkeypatch):
     for name in ("chunks", "plain"):
         with Largest() as largest:
             if name == "chunks":
-                told_loss(head, hidden, targets).backward()
+                head_loss(head, hidden, targets).backward()
             else:
                 F.cross_entropy(head(hidden)[0], targets, reduction="sum").backward()
         found[name] = largest.elements
@@ -111,7 +111,7 @@ def test_a_plain_head_computes_nothing_twice_and_no_gradient_that_nobody_needs(m
         head = nn.Linear(8, 100, bias=False).requires_grad_(needed[1])
         hidden, targets = torch.randn(1, 40, 8, requires_grad=needed[0]), torch.randint(0, 100, (40,))
         with FlopCounterMode(display=False) as work[name]:
-            loss = told_loss(head, hidden, targets)
+            loss = head_loss(head, hidden, targets)
             if any(needed):
                 loss.backward()
         assert (hidden.grad is not None, head.weight.grad is not None) == needed
@@ -140,8 +140,8 @@ def test_in_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(monkey
 
     monkeypatch.setattr(loss_module, "HEAD_CHUNK", 16)
     dtype = torch.float32 if autocast else torch.bfloat16
-    exact = found(torch.float64, lambda *told: F.cross_entropy(told[0](told[1])[0], targets, reduction="sum"))
-    for ours, plain, true in zip(found(dtype, told_loss), found(dtype, plain_form), exact, strict=True):
+    exact = found(torch.float64, lambda head, hidden, _: F.cross_entropy(head(hidden)[0], targets, reduction="sum"))
+    for ours, plain, true in zip(found(dtype, head_loss), found(dtype, plain_form), exact, strict=True):
         assert (plain - true).norm() > 0
         assert (ours - true).norm() <= 1.5 * (plain - true).norm() + 1e-5 * true.norm()
 

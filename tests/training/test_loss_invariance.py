@@ -87,7 +87,7 @@ def test_eval_loss_is_independent_of_the_batch(tmp_path, tiny_dir, encoder, refe
 
 
 def run_two(folder, *words):
-    """What two processes write: loss, gradients and eval_loss."""
+    """Output of two processes: loss, gradients and eval_loss."""
     script = Path(__file__).with_name("two_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

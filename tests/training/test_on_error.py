@@ -51,9 +51,9 @@ def test_skip_trains_by_the_same_plan_as_if_the_record_had_no_labels(
 ):
     more = (*SKIP, f"training.dataloader_num_workers={workers}", f"data.val={damaged}", "training.eval_strategy=epoch")
     result = run(tiny_dir, damaged, tmp_path / "skip", *more)
-    told = [entry.message for entry in caplog.records if "left out" in entry.message]
-    assert len(told) == 4, "once an epoch, in training and in evaluation"
-    assert all("dense.jsonl:5: image " in line and "4.png is damaged" in line for line in told)
+    warnings = [entry.message for entry in caplog.records if "left out" in entry.message]
+    assert len(warnings) == 4, "once an epoch, in training and in evaluation"
+    assert all("dense.jsonl:5: image " in line and "4.png is damaged" in line for line in warnings)
     assert logged(tmp_path / "skip", "bad_samples")[-1] == 1
     assert set(logged(tmp_path / "skip", "eval_bad_samples")) == {1}
     whole = write_dense(tmp_path / "whole", 12)
@@ -79,7 +79,7 @@ def test_more_than_the_fraction_stops_the_run_after_all(tiny_dir, damaged, tmp_p
         run(tiny_dir, damaged, tmp_path / "run", "data.on_error=skip", "data.max_bad_fraction=0.05")
 
 
-def test_what_cannot_be_measured_is_left_out_counted_and_told(tiny_dir, tmp_path):
+def test_records_that_cannot_be_measured_are_left_out_and_counted(tiny_dir, tmp_path):
     data = write_dense(tmp_path / "data", 12)
     (tmp_path / "data" / "7.png").unlink()
     data.write_text(data.read_text().replace('"width": 160', '"width": 161', 1))

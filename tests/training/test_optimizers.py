@@ -54,8 +54,8 @@ def require(name):
 
 def arguments(folder, name, **more):
     projection = PROJECTION if name.startswith(("galore", "apollo")) else {}
-    told = {"optim": name, "learning_rate": RATES["llm"], "weight_decay": 0.1, "use_cpu": True, "report_to": []}
-    return TrainingArguments(output_dir=str(folder), **(told | projection | more))
+    options = {"optim": name, "learning_rate": RATES["llm"], "weight_decay": 0.1, "use_cpu": True, "report_to": []}
+    return TrainingArguments(output_dir=str(folder), **(options | projection | more))
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +144,8 @@ def test_a_resumed_run_ends_at_the_same_bits(checkpoints, encoder, tmp_path, nam
 def test_a_schedule_free_checkpoint_holds_the_averaged_weights(checkpoints, encoder, tmp_path):
     """Those to evaluate with, not those that the gradient was taken at."""
     require("schedule_free_adamw")
-    told = {"lr_scheduler_type": "constant"}
-    trainer = trained(tmp_path, checkpoints["dense"], encoder, "schedule_free_adamw", **told)
+    options = {"lr_scheduler_type": "constant"}
+    trainer = trained(tmp_path, checkpoints["dense"], encoder, "schedule_free_adamw", **options)
     trainer.save_model(str(tmp_path / "last"))
     saved = load_model(tmp_path / "last", torch_dtype="float32").state_dict()
     trainer.optimizer.eval()
@@ -231,21 +231,21 @@ def test_what_cannot_be_together_is_one_line(given):
 
 def test_the_refused_are_refused_and_no_other():
     for name in OptimizerNames:
-        told = ["tuner.train_type=full", f"training.optim={name.value}", "training.lr_scheduler_type=constant"]
+        overrides = ["tuner.train_type=full", f"training.optim={name.value}", "training.lr_scheduler_type=constant"]
         if name.value in REFUSED:
             with pytest.raises(RecipeError):
-                load_recipe(None, told)
+                load_recipe(None, overrides)
         else:
-            load_recipe(None, told)
+            load_recipe(None, overrides)
 
 
 def test_the_flags_of_the_guides_are_understood():
     from qwenvl_ft.recipe.argv import recipe_from_argv
     from qwenvl_ft.training.arguments import lora_plus
 
-    told = "--train_type full --use_galore true --galore_target_modules mlp self_attn --galore_rank 128"
-    told += " --galore_update_proj_gap 50 --galore_scale 1.0 --galore_proj_type std --optimizer adafactor"
-    assert galore(recipe_from_argv(told.split())) == {
+    flags = "--train_type full --use_galore true --galore_target_modules mlp self_attn --galore_rank 128"
+    flags += " --galore_update_proj_gap 50 --galore_scale 1.0 --galore_proj_type std --optimizer adafactor"
+    assert galore(recipe_from_argv(flags.split())) == {
         "optim": "galore_adafactor",
         "optim_target_modules": ["mlp", "self_attn"],
         "optim_args": "rank=128,update_proj_gap=50,scale=1.0,proj_type=std",
@@ -255,6 +255,6 @@ def test_the_flags_of_the_guides_are_understood():
     assert lora_plus(recipe_from_argv(["--lorap_lr_ratio", "8"])) == 8
     assert lora_plus(recipe_from_argv(["--optimizer", "lorap"])) == 16
     assert lora_plus(recipe_from_argv([])) is None
-    told = "--train_type full --lisa_activated_layers 2 --lisa_step_interval 20"
-    lisa = recipe_from_argv(told.split()).training
+    flags = "--train_type full --lisa_activated_layers 2 --lisa_step_interval 20"
+    lisa = recipe_from_argv(flags.split()).training
     assert (lisa.lisa_activated_layers, lisa.lisa_step_interval) == (2, 20)

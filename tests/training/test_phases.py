@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft import train
-from qwenvl_ft.cli.main import main
 from qwenvl_ft.errors import CheckpointError, DataError, RecipeError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.phases import chain
@@ -101,8 +100,8 @@ def whole(tiny_dir, data, tmp_path_factory):
     folders = {}
     for kind, (text, _) in KINDS.items():
         folder = tmp_path_factory.mktemp(f"whole_{kind}")
-        told = {"model": tiny_dir, "data": data, "output": folder / "run"}
-        (folder / "curriculum.yaml").write_text((BASE + text) % told)
+        values = {"model": tiny_dir, "data": data, "output": folder / "run"}
+        (folder / "curriculum.yaml").write_text((BASE + text) % values)
         train(load_recipe(folder / "curriculum.yaml"))
         folders[kind] = folder / "run"
     return folders
@@ -115,12 +114,12 @@ def same(first, second, file):
 
 @every_kind
 def test_phases_train_the_same_bits_as_runs_by_hand(whole, tiny_dir, data, tmp_path, kind):
-    """Recipes without phases, each told by hand what its phase says and where the one before ended."""
+    """The same phases as separate runs, with each phase's settings and the result of the one before given by hand."""
     text, folders = KINDS[kind]
     (tmp_path / "plain.yaml").write_text(
         (BASE + text.partition("phases:")[0]) % {"model": tiny_dir, "data": data, "output": tmp_path}
     )
-    told = {
+    by_phase = {
         "full": [
             [f"data.train={data}/simple.jsonl", "training.num_train_epochs=2", "training.learning_rate=1e-2"],
             [f"data.train={data}/medium.jsonl", "tuner.unfreeze_topk_llm=1"],
@@ -129,7 +128,7 @@ def test_phases_train_the_same_bits_as_runs_by_hand(whole, tiny_dir, data, tmp_p
         "lora": [[f"data.train={data}/simple.jsonl"], ["tuner.freeze_llm=false"]],
     }[kind]
     before, key = None, {"full": "model.model", "lora": "tuner.resume_from_checkpoint"}[kind]
-    for overrides, name in zip(told, folders, strict=True):
+    for overrides, name in zip(by_phase, folders, strict=True):
         start = [f"{key}={before}"] if before else []
         train(load_recipe(tmp_path / "plain.yaml", [*overrides, *start, f"training.output_dir={tmp_path / name}"]))
         assert same(tmp_path / name, whole[kind] / name, WEIGHTS[kind]), name
@@ -177,8 +176,8 @@ def test_the_recipe_of_a_phase_runs_by_itself_and_so_does_that_of_all(whole, tmp
     assert not again.phases
     train(again)
     assert same(tmp_path / "alone", whole[kind] / name, WEIGHTS[kind])
-    told = load_recipe(whole[kind] / "recipe.yaml")
-    assert [run.tuner for run in chain(told)] == [
+    recipe = load_recipe(whole[kind] / "recipe.yaml")
+    assert [run.tuner for run in chain(recipe)] == [
         load_recipe(whole[kind] / name / "recipe.yaml").tuner for name in KINDS[kind][1]
     ]
 
@@ -262,17 +261,18 @@ def test_a_run_killed_in_its_second_phase_goes_on_to_the_same_bits(whole, write,
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_phases(write, tiny_dir, tmp_path):
-    told = ["training.optim=sgd", "training.learning_rate=1e-2", "training.packing=false", "training.save_strategy=no"]
+    overrides = ["training.optim=sgd", "training.learning_rate=1e-2"]
+    overrides += ["training.packing=false", "training.save_strategy=no"]
     path = write(FULL, tmp_path / "one")
-    train(load_recipe(path, told))
+    train(load_recipe(path, overrides))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    told += ["training.gradient_accumulation_steps=1", f"training.output_dir={tmp_path / 'two'}"]
+    overrides += ["training.gradient_accumulation_steps=1", f"training.output_dir={tmp_path / 'two'}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, "-m", "qwenvl_ft.train", f"recipe={path}", *told],
+        [*launch, "-m", "qwenvl_ft.train", f"recipe={path}", *overrides],
         capture_output=True,
         text=True,
         env=env,
@@ -288,32 +288,12 @@ def test_two_processes_train_the_same_phases(write, tiny_dir, tmp_path):
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4, "vacuous: nothing moves"
 
 
-def test_the_shipped_curriculum_trains_on_a_file_that_split_has_split(tiny_dir, tmp_path):
-    lines = []
-    for i, count in enumerate((1, 2, 5, 6)):
-        picture(96, 64, i).save(tmp_path / f"{i}.png")
-        objects = [{"bbox_2d": [4 + 3 * k, 8, 30 + 3 * k, 40], "desc": f"thing {k}"} for k in range(count)]
-        lines.append(json.dumps({"images": [f"{i}.png"], "objects": objects, "width": 96, "height": 64}))
-    (tmp_path / "full.jsonl").write_text("\n".join(lines) + "\n")
-    assert main(["split", str(tmp_path / "full.jsonl")]) == 0
-    told = [f"model.model={tiny_dir}", "model.torch_dtype=float32", "training.max_steps=1", "training.report_to=none"]
-    told += ["training.dataloader_num_workers=0", "training.activation_checkpointing=false"]
-    told += [f"training.output_dir={tmp_path / 'run'}", f"phases.full.data.train={tmp_path}/full.jsonl"]
-    told += [f"phases.{name}.data.train={tmp_path}/full.{name}.jsonl" for name in ("simple", "medium")]
-    assert train(load_recipe("curriculum", told)).steps == 3
-    log = (tmp_path / "run" / "training.log").read_text()
-    assert [log.count(f"phase {phase}: data.train: {count} ") for phase, count in COUNTS.items()] == [1, 1, 1]
-    widened = [load_file(tmp_path / "run" / f"phase_{name}" / WEIGHTS["lora"]) for name in ("1_simple", "2_medium")]
-    assert not any("language_model" in name for name in widened[0])
-    assert any("language_model" in name for name in widened[1])
-
-
 def test_phases_may_change_the_precision(write, tmp_path):
     path = write(LORA, tmp_path / "run")
     result = train(load_recipe(path, ["phases.both.model.torch_dtype=bfloat16", "training.save_strategy=no"]))
     assert result.steps > 0
-    told = load_recipe(tmp_path / "run" / "phase_2_both" / "recipe.yaml")
-    assert told.model.torch_dtype == "bfloat16"
+    recipe = load_recipe(tmp_path / "run" / "phase_2_both" / "recipe.yaml")
+    assert recipe.model.torch_dtype == "bfloat16"
     assert load_recipe(tmp_path / "run" / "phase_1_aligner" / "recipe.yaml").model.torch_dtype == "float32"
 
 
@@ -340,7 +320,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_with_any_phase_is_told_before_the_first_begins(write, tmp_path, case):
+def test_a_fault_in_any_phase_is_an_error_before_the_first_begins(write, tmp_path, case):
     overrides, kind, match = WRONG[case]
     if case == "new blocks twice":
         overrides = [

@@ -1,4 +1,4 @@
-"""What could only fail later fails first: before data are read, and before anything is written."""
+"""Faults that transformers would find late are found first: before data are read, and before anything is written."""
 
 import json
 import os
@@ -183,9 +183,9 @@ def test_it_is_one_line_before_data_are_read_and_nothing_is_written(name, tiny_d
     monkeypatch.setenv("HOME", str(tmp_path.parent))  # no .netrc
     overrides, expected = REFUSED[name]
     assert main(settings(tiny_dir, tmp_path, *overrides)) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {expected}"), told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}"), error
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -195,9 +195,10 @@ def test_a_cpu_without_a_compiler_for_cpp_is_one_line(tiny_dir, tmp_path):
     env = os.environ | {"CXX": "/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path.parent / "inductor")}
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 2
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("error: training.torch_compile=true with inductor cannot compile here: InvalidCxxCompiler: ")
-    assert "apt-get install g++" in told
+    error = done.stderr.splitlines()[-1]
+    expected = "error: training.torch_compile=true with inductor cannot compile here: InvalidCxxCompiler: "
+    assert error.startswith(expected)
+    assert "apt-get install g++" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +238,7 @@ def test_deepspeed_leaves_optimizer_and_schedule_to_the_recipe(section, tmp_path
         deepspeed_config(str(path))
 
 
-def test_the_folder_of_tensorboard_is_told_to_transformers(tiny_dir, tmp_path, monkeypatch):
+def test_logging_dir_is_the_folder_of_tensorboard(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     prepare_run(load_recipe(None, settings(tiny_dir, tmp_path)))
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "elsewhere"
@@ -248,16 +249,16 @@ def test_the_folder_of_tensorboard_is_told_to_transformers(tiny_dir, tmp_path, m
     assert callback.logging_dir == str(tmp_path / "logs")
 
 
-def test_trackers_are_told_by_their_environment_and_only_those_that_are_asked_for(tiny_dir, tmp_path, monkeypatch):
-    told = {"WANDB_PROJECT": "scans", "WANDB_ENTITY": "clinic", "SWANLAB_API_KEY": "secret"}
-    for variable in told:
+def test_only_trackers_in_report_to_get_their_environment_variables(tiny_dir, tmp_path, monkeypatch):
+    variables = {"WANDB_PROJECT": "scans", "WANDB_ENTITY": "clinic", "SWANLAB_API_KEY": "secret"}
+    for variable in variables:
         monkeypatch.delenv(variable, raising=False)
     words = ["training.wandb_project=scans", "training.wandb_entity=clinic", "training.swanlab_token=secret"]
     silent = load_recipe(None, settings(tiny_dir, tmp_path, *words, "training.report_to=none"))
     prepare_run(silent)
-    assert not told.keys() & os.environ.keys(), "vacuous: something is set where nothing is read"
+    assert not variables.keys() & os.environ.keys(), "vacuous: something is set where nothing is read"
     set_tracker_variables(silent.training, ["wandb", "swanlab"])
-    assert {name: os.environ[name] for name in told} == told
+    assert {name: os.environ[name] for name in variables} == variables
     assert "secret" not in silent.to_yaml()
     other = load_recipe(None, settings(tiny_dir, tmp_path, words[0], "training.report_to=tensorboard"))
     with pytest.raises(RecipeError, match=r"wandb_project=scans is read by wandb alone, and .* is tensorboard\. Add"):
@@ -267,14 +268,14 @@ def test_trackers_are_told_by_their_environment_and_only_those_that_are_asked_fo
 
 
 def test_a_second_copy_of_sharded_weights_reaches_deepspeed_with_zero_3_only():
-    told = load_recipe(None, ["deepspeed.zero_hpz_partition_size=8"]).deepspeed
+    section = load_recipe(None, ["deepspeed.zero_hpz_partition_size=8"]).deepspeed
     config = deepspeed_config("zero3")
-    filled = hierarchical(config, told)
+    filled = hierarchical(config, section)
     assert filled["zero_optimization"] == config["zero_optimization"] | {"zero_hpz_partition_size": 8}
     read = {key: value for key, value in filled["zero_optimization"].items() if value != "auto"}
     assert DeepSpeedZeroConfig(**read).zero_hpz_partition_size == 8
     with pytest.raises(RecipeError, match=r"zero_hpz_partition_size=8 is for weights .* the stage is 2"):
-        hierarchical(deepspeed_config("zero2"), told)
+        hierarchical(deepspeed_config("zero2"), section)
 
 
 def test_one_process_with_several_gpus_or_a_locked_folder_is_refused(tiny_dir, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from qwenvl_ft.recipe.load import load_recipe
 ELSEWHERE = {
     "stage_2_llm_aligner": "test_two_stages.py",
     "dense_4b": "test_dense_recipe.py",
-    "curriculum": "test_phases.py",
+    "curriculum": "test_curriculum.py",
 }
 """Recipes that need more than records, and the tests of what they do."""
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -25,7 +25,7 @@ SMALLER = {
     "longlora": ["tuner.longlora_group_size=64"],
     "reft": ["tuner.reft_layers=[1,3]"],
 }
-"""What does not fit a model of four layers and a run of two steps."""
+"""Recipe -> overrides for a model of four layers and a run of two steps."""
 WRITTEN = {
     "full": "model.visual.merger.norm.weight",
     "llamapro": "model.language_model.layers.4.mlp.up_proj.weight",

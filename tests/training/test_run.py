@@ -1,67 +1,27 @@
-"""A run from recipe to checkpoint: what it leaves, what it tells, what can be done with it, and how it refuses."""
+"""A run from recipe to checkpoint: its files, its logs, and resuming, serving and repeating it."""
 
 import json
 import math
 import shutil
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import picture
+from run_cases import run_settings, write_records
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qwenvl_ft import train as train_function
 from qwenvl_ft.checkpoint.complete import last_checkpoint
-from qwenvl_ft.errors import DataError, TrainingError
+from qwenvl_ft.errors import DataError
 from qwenvl_ft.recipe.load import load_recipe
-from qwenvl_ft.train import main
 from qwenvl_ft.training.callbacks.signals import SignalCallback
-from qwenvl_ft.training.out_of_memory import remedies
-from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A train and a val file beside their images."""
-    folder = tmp_path_factory.mktemp("run_data")
-    for name, first, count in (("train", 0, 8), ("val", 8, 3)):
-        lines = []
-        for i in range(first, first + count):
-            picture(64 + 16 * (i % 3), 64, i).save(folder / f"{i}.png")
-            turns = [
-                {"from": "human", "value": "<image>\nWhat?"},
-                {"from": "gpt", "value": f"it is {i} " * (1 + i % 3)},
-            ]
-            lines.append(json.dumps({"id": f"r{i}", "image": f"{i}.png", "conversations": turns}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def settings(tiny_dir, data, output, *more):
-    return [
-        f"model.model={tiny_dir}",
-        "model.torch_dtype=float32",
-        f"data.train={data / 'train.jsonl'}",
-        f"data.val={data / 'val.jsonl'}",
-        "template.max_length=160",
-        "tuner.train_type=full",
-        "tuner.freeze_vit=false",
-        "tuner.freeze_aligner=false",
-        "training.max_steps=6",
-        "training.learning_rate=1e-3",
-        "training.dataloader_num_workers=0",
-        "training.activation_checkpointing=false",
-        "training.logging_steps=1",
-        "training.eval_strategy=steps",
-        "training.eval_steps=2",
-        "training.save_strategy=steps",
-        "training.save_steps=2",
-        "training.report_to=none",
-        f"training.output_dir={output}",
-        *more,
-    ]
+    return write_records(tmp_path_factory.mktemp("run_data"))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +29,7 @@ def finished(tiny_dir, data, tmp_path_factory):
     """A finished run: its folder and its result."""
     output = tmp_path_factory.mktemp("finished") / "run"
     more = ("training.load_best_model_at_end=true", "evaluation.run_after_training=true", "evaluation.max_new_tokens=4")
-    return output, train_function(load_recipe(None, settings(tiny_dir, data, output, *more)))
+    return output, train_function(load_recipe(None, run_settings(tiny_dir, data, output, *more)))
 
 
 def test_a_run_leaves_what_is_needed_to_serve_inspect_and_repeat_it(finished):
@@ -90,8 +50,8 @@ def test_without_save_final_a_run_writes_no_weights(tiny_dir, data, tmp_path):
     more = ("training.max_steps=1", "training.save_strategy=no", "training.eval_strategy=no")
     for saved in (True, False):
         output = tmp_path / str(saved)
-        told = settings(tiny_dir, data, output, *more, f"training.save_final={saved}")
-        assert train_function(load_recipe(None, told)).steps == 1
+        overrides = run_settings(tiny_dir, data, output, *more, f"training.save_final={saved}")
+        assert train_function(load_recipe(None, overrides)).steps == 1
         assert bool(list(output.rglob("*.safetensors"))) is saved
         assert (output / "trainer_log.jsonl").exists()
 
@@ -158,7 +118,7 @@ def test_save_strategy_best_keeps_the_best_and_early_stopping_ends_the_run(tiny_
         "training.save_total_limit=2",
         "training.load_best_model_at_end=true",
     ]
-    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path, *more)))
+    result = train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path, *more)))
     entries = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
     losses = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
     best = min(losses, key=losses.get)
@@ -171,7 +131,7 @@ def test_save_strategy_best_keeps_the_best_and_early_stopping_ends_the_run(tiny_
 
 def test_save_strategy_epoch_writes_a_checkpoint_at_each_end_and_goes_on_from_one(tiny_dir, data, tmp_path):
     more = ("training.max_steps=-1", "training.num_train_epochs=3", "training.save_strategy=epoch")
-    words = settings(tiny_dir, data, tmp_path, *more, "training.save_total_limit=9", "training.packing=false")
+    words = run_settings(tiny_dir, data, tmp_path, *more, "training.save_total_limit=9", "training.packing=false")
     result = train_function(load_recipe(None, words))
     steps, rest = divmod(result.steps, 3)
     assert rest == 0
@@ -183,181 +143,6 @@ def test_save_strategy_epoch_writes_a_checkpoint_at_each_end_and_goes_on_from_on
     train_function(load_recipe(None, [*words, f"training.resume_from_checkpoint={saved[1]}"]))
     again = load_file(saved[2] / "model.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-def test_a_full_device_is_one_line_with_what_this_run_has_left_to_try(tiny_dir, data, tmp_path, monkeypatch, capsys):
-    step = QwenVLTrainer.training_step
-
-    def full(self, *arguments, **more):
-        if self.state.global_step == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Much more of it.")
-        return step(self, *arguments, **more)
-
-    monkeypatch.setattr(QwenVLTrainer, "training_step", full)
-    more = ("training.gradient_accumulation_steps=3", "training.per_device_train_batch_size=2")
-    assert main([*settings(tiny_dir, data, tmp_path, *more), "model.attn_impl=sdpa"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told == (
-        "error: out of memory after step 2: CUDA out of memory. Tried to allocate 2 GiB. Try, in this order: "
-        "training.activation_checkpointing=true; "
-        "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=6, the same batch; "
-        "model.attn_impl=auto; a lower template.max_pixels; training.optim=adamw_8bit; tuner.train_type=lora; "
-        "deepspeed.enabled=true deepspeed.config=zero3_offload."
-    )
-
-
-def test_memory_is_first_saved_where_it_costs_least():
-    recipe = load_recipe("lora_4b", ["training.gradient_accumulation_steps=4"])
-    args = SimpleNamespace(**recipe.training.arguments, world_size=2)
-    assert remedies(recipe, args) == [
-        "template.max_length=2048",
-        "a lower template.max_pixels",
-        "deepspeed.enabled=true deepspeed.config=zero3",
-        "quantization.quantization_bit=4",
-        "training.activation_checkpointing_kwargs.offload=true",
-        "deepspeed.enabled=true deepspeed.config=zero3_offload",
-    ]
-    offload = "training.activation_checkpointing_kwargs.offload=true"
-    words = [
-        offload,
-        "training.optim=adamw_8bit",
-        "template.max_length=2048",
-        "deepspeed.enabled=true",
-        "deepspeed.config=zero3_offload",
-    ]
-    assert remedies(load_recipe("sft_4b", words), args) == ["a lower template.max_pixels", "tuner.train_type=lora"]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir, data, tmp_path):
-    """The embedding of a token that only record r4 has gives NaN."""
-    from qwenvl_ft import assemble
-
-    recipe = load_recipe(None, settings(tiny_dir, data, tmp_path, "training.packing=false"))
-    tokens = lambda i: set(assemble.build_processor(recipe).tokenizer(f"it is {i} ")["input_ids"])  # noqa: E731
-    (token,) = tokens(4) - tokens(5)
-    build = assemble.build_model
-
-    def poisoned(recipe, args, train_set):
-        model = build(recipe, args, train_set)
-
-        def spoil(module, inputs, output):
-            return torch.where((inputs[0] == token)[..., None], float("nan"), output)
-
-        model.get_input_embeddings().register_forward_hook(spoil)
-        return model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "build_model", poisoned)
-        with pytest.raises(
-            TrainingError, match=r"step \d+: the loss is nan in the row of .*train\.jsonl:5 \(id 'r4'\)\."
-        ):
-            train_function(recipe)
-
-
-WRONG = {
-    "no model": (["model.model="], "model.model is not set"),
-    "a model that is not there": (["model.model=/no/such/model"], "/no/such/model"),
-    "no data": (["data.train="], "data.train is not set"),
-    "a file that is not there": (["data.train=nowhere.jsonl"], "do not find nowhere.jsonl"),
-    "an unknown name": (["data.train=flare_x"], "do not find flare_x"),
-    "a text for a number": (["training.learning_rate=abc"], "training.learning_rate: 'abc' is not a number"),
-    "a negative size": (["template.max_length=-5"], "template.max_length: -5 must be above 0"),
-    "an unknown key": (["tuner.lora_rnk=8"], "Did you mean 'lora_rank'?"),
-    "an unknown section": (["tunner.lora_rank=8"], "Did you mean 'tuner'?"),
-    "an unknown TrainingArguments field": (["training.lerning_rate=1"], "Did you mean 'learning_rate'?"),
-    "an unknown choice": (["tuner.train_type=lorra"], "Did you mean 'lora'?"),
-    "an unknown schedule": (["training.lr_scheduler_type=cosin"], "Did you mean 'cosine'?"),
-    "an unknown optimizer": (["training.optim=adamw_torc"], "Did you mean 'adamw_torch'?"),
-    "no recipe of that name": (["recipe=lora_5b"], "Did you mean 'lora_4b'?"),
-    "no such recipe file": (["recipe=no/such.yaml"], "there is no such file"),
-    "an unknown flag": (
-        ["--lora_rnak", "8"],
-        "unknown flag --lora_rnak. Did you mean --lora_rank?|Did you mean 'lora_rank'?",
-    ),
-    "a stray word": (["hello"], "neither section.key=value nor a flag"),
-    "best without evaluation": (["training.save_strategy=best", "training.eval_strategy=no"], "needs evaluations"),
-    "best without data": (["training.save_strategy=best", "data.val=null"], "Set data.val"),
-    "an image longer than a row": (["template.max_pixels=1048576"], "lets one image take 1024 tokens"),
-    "packing and padding": (["training.padding_free=false"], "Set training.packing=false"),
-    "half weights trained as they are": (
-        ["model.torch_dtype=bfloat16", "training.bf16=false"],
-        "would keep trainable weights in 16 bits",
-    ),
-    "no training": (["training.do_train=false"], "training.do_train=false cannot be honoured"),
-    "evaluation and none": (["training.do_eval=false"], "Set eval_strategy=no"),
-    "a folder that cannot be made": (["training.output_dir=/proc/run"], "/proc cannot be written to"),
-    "no such attention": (["model.attn_impl=flash"], "is not a choice here"),
-    "flash attention without a GPU": (
-        ["model.attn_impl=flash_attn"],
-        "model.attn_impl=flash_attention_2 cannot be used",
-    ),
-    "a target that matches nothing": (["tuner.train_type=lora", "tuner.target_modules=[q_porj]"], "q_porj"),
-    "nothing left to train": (
-        ["tuner.freeze_llm=true", "tuner.freeze_vit=true", "tuner.freeze_aligner=true"],
-        "freeze",
-    ),
-    "a checkpoint that is not there": (["training.resume_from_checkpoint=/no/checkpoint-1"], "no such folder"),
-    "a deepspeed preset that is not there": (
-        ["deepspeed.enabled=true", "deepspeed.config=zero9"],
-        "Did you mean 'zero",
-    ),
-    "a rate that is no rate": (["data.train=a%x"], "must be a positive percentage"),
-    "a wrong revision of the rules": (["training.remove_unused_columns=true"], "cannot be honoured"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_setting_is_one_line_exit_code_2_and_nothing_written(
-    tiny_dir, data, tmp_path, capsys, case, monkeypatch
-):
-    more, message = WRONG[case]
-    monkeypatch.chdir(tmp_path)
-    output = tmp_path / "out"
-    assert main([*settings(tiny_dir, data, output), *more]) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert any(part in told[0] for part in message.split("|")), told[0]
-    assert not output.exists()
-    assert not list(tmp_path.iterdir())
-
-
-BAD_RECORDS = {
-    "not JSON": ('{"image": ', "train.jsonl:2: not valid JSON"),
-    "no format": ('{"prompt": "x"}', "train.jsonl:2: no format has the keys prompt"),
-    "an image that is not there": (
-        '{"image": "none.png", "messages": [{"role": "user", "content": "<image>"}]}',
-        "none.png does not exist",
-    ),
-    "more tags than images": (
-        '{"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}',
-        "more <image> tags than media",
-    ),
-    "a role that is not one": ('{"conversations": [{"from": "narrator", "value": "x"}]}', "has from='narrator'"),
-    "a control token": (
-        '{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]}',
-        "control token <|im_end|>",
-    ),
-    "a corrupt image": (
-        '{"image": "broken.png", "messages": [{"role": "user", "content": "<image>"}]}',
-        "broken.png is not an image",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_RECORDS)
-def test_a_bad_record_is_one_line_that_names_it(tiny_dir, data, tmp_path, capsys, case):
-    record, message = BAD_RECORDS[case]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "broken.png").write_text("no image")
-    good = '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
-    (folder / "train.jsonl").write_text(f"{good}\n{record}\n")
-    output = tmp_path / "out"
-    assert main([*settings(tiny_dir, data, output), f"data.train={folder / 'train.jsonl'}"]) == 2
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert message in told
-    assert "train.jsonl" in told
-    assert not output.exists()
 
 
 @pytest.fixture
@@ -383,7 +168,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from_whatever_is_saved_otherwise(
     """Evaluated, saved only if best, weights only, one kept: and still the run goes on to the uninterrupted weights."""
     output, _ = finished
     more = ["save_strategy=best", "save_only_model=true", "save_total_limit=1", "load_best_model_at_end=true"]
-    recipe = load_recipe(None, settings(tiny_dir, data, tmp_path, *(f"training.{key}" for key in more)))
+    recipe = load_recipe(None, run_settings(tiny_dir, data, tmp_path, *(f"training.{key}" for key in more)))
     stop_at(4)
     result = train_function(recipe)
     assert (result.steps, result.stopped_by) == (4, signal.SIGTERM)
@@ -402,7 +187,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from_whatever_is_saved_otherwise(
 
 def test_a_signal_in_the_last_step_changes_nothing(tiny_dir, data, tmp_path, stop_at):
     stop_at(6)
-    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path)))
+    result = train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path)))
     assert (result.steps, result.stopped_by) == (6, None)
     assert (tmp_path / "model.safetensors").exists()
 
@@ -410,10 +195,10 @@ def test_a_signal_in_the_last_step_changes_nothing(tiny_dir, data, tmp_path, sto
 def test_resuming_a_finished_run_trains_no_step_more(tiny_dir, data, tmp_path):
     """Steps that end within an epoch: the weights stay, bit by bit."""
     more = ["training.max_steps=5", "training.save_steps=5", "training.eval_strategy=no"]
-    train_function(load_recipe(None, settings(tiny_dir, data, tmp_path, *more)))
+    train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path, *more)))
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    again = settings(tiny_dir, data, tmp_path, *more, "training.resume_from_checkpoint=true")
+    again = run_settings(tiny_dir, data, tmp_path, *more, "training.resume_from_checkpoint=true")
     assert train_function(load_recipe(None, again)).steps == 5
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(weights[name], after[name]) for name in weights)
@@ -429,9 +214,9 @@ def test_a_resumed_run_goes_on_counting_its_patience(tiny_dir, data, tmp_path, s
         "training.early_stopping_patience=3",
         "training.max_steps=40",
     ]
-    whole = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "whole", *more)))
+    whole = train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path / "whole", *more)))
     stop_at(whole.steps - 3)
-    part = settings(tiny_dir, data, tmp_path / "part", *more)
+    part = run_settings(tiny_dir, data, tmp_path / "part", *more)
     assert train_function(load_recipe(None, part)).stopped_by == signal.SIGTERM
     monkeypatch.undo()
     again = train_function(load_recipe(None, [*part, "training.resume_from_checkpoint=true"]))
@@ -447,7 +232,7 @@ def test_prompts_that_do_not_fit_are_counted_and_not_asked(tiny_dir, data, tmp_p
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, records)))
     more = ("training.max_steps=1", f"data.val={tmp_path / 'val.jsonl'}", "template.truncation_strategy=left")
     asked = ("evaluation.run_after_training=true", "evaluation.max_new_tokens=2", "training.save_strategy=no")
-    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "run", *more, *asked)))
+    result = train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path / "run", *more, *asked)))
     assert result.metrics["exact_match_count"] == 2
     assert "1 of 3 prompts are longer than template.max_length and are not asked" in caplog.text
 
@@ -460,7 +245,7 @@ def test_questions_are_known_to_be_good_before_the_first_step(tiny_dir, data, tm
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     more = [f"evaluation.data={questions}", "evaluation.run_after_training=true", "training.max_steps=1"]
-    result = train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "run", *more)))
+    result = train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path / "run", *more)))
     assert result.metrics["exact_match_count"] == 1
     with questions.open("a") as file:
         file.write(
@@ -468,7 +253,7 @@ def test_questions_are_known_to_be_good_before_the_first_step(tiny_dir, data, tm
             + "\n"
         )
     with pytest.raises(DataError, match=r"questions.jsonl:3.*must end with the assistant's answer"):
-        train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "none", *more)))
+        train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path / "none", *more)))
     assert not (tmp_path / "none").exists()
 
 
@@ -484,7 +269,7 @@ def test_padded_rows_run_the_vision_tower_without_images_too(tiny_dir, data, tmp
         output = tmp_path / free
         more = [f"data.train={texts}", "training.packing=false", f"training.padding_free={free}"]
         more += ["training.per_device_train_batch_size=2", "training.max_steps=2"]
-        train_function(load_recipe(None, settings(tiny_dir, data, output, *more)))
+        train_function(load_recipe(None, run_settings(tiny_dir, data, output, *more)))
         entries = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
         logs[free] = [entry["loss"] for entry in entries if "loss" in entry]
         assert not any("row_fill" in entry for entry in entries), "rows are not filled here"

@@ -100,9 +100,9 @@ def test_what_would_be_another_run_is_one_line(tiny_dir, data, halfway, capsys, 
     more = [word.replace("DATA", str(data)) for word in more]
     words = settings(tiny_dir, data, halfway, *more, "training.resume_from_checkpoint=true")
     assert main(words) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"error: training.resume_from_checkpoint={halfway / 'checkpoint-2'}: ")
-    assert message in told
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: training.resume_from_checkpoint={halfway / 'checkpoint-2'}: ")
+    assert message in error
     assert not (halfway / "checkpoint-4").exists()
 
 

@@ -19,11 +19,11 @@ def test_each_set_has_the_loss_it_has_alone_and_all_that_of_one_joined_set(tiny_
     whole = trainer.evaluate(make(short + long, "joined"))
     trainer.eval_dataset = {"short": make(short, "short"), "long": make(long, "long")}
     metrics = trainer.evaluate()
-    for name, told in alone.items():
-        assert metrics[f"eval_{name}_loss"] == pytest.approx(told["eval_loss"], rel=1e-6)
+    for name, metrics_alone in alone.items():
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(metrics_alone["eval_loss"], rel=1e-6)
     for key in ("eval_loss", "eval_perplexity", "eval_supervised_tokens"):
         assert metrics[key] == pytest.approx(whole[key], rel=1e-5)
-    mean_of_means = sum(told["eval_loss"] for told in alone.values()) / 2
+    mean_of_means = sum(metrics_alone["eval_loss"] for metrics_alone in alone.values()) / 2
     assert abs(mean_of_means - whole["eval_loss"]) > 1e-3, "vacuous: a mean of means agrees too"
 
 
@@ -64,9 +64,9 @@ def test_a_run_logs_them_and_keeps_the_best_by_the_metric_that_is_named(tiny_dir
         ],
     )
     result = train(recipe)
-    told = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
     by_step = {}
-    for entry in told:
+    for entry in entries:
         by_step.setdefault(entry["step"], {}).update(entry)
     assert set(by_step) >= {1, 2, 3}
     for step in (1, 2, 3):

@@ -14,9 +14,9 @@ TOOL = {"type": "function", "function": {"name": "measure", "description": "Leng
 OWN = {"type": "function", "function": {"name": "weigh", "description": "Mass", "parameters": {}}}
 
 
-def encoder_of(tiny_dir, told):
+def encoder_of(tiny_dir, tools_prompt):
     recipe = load_recipe(None, [f"model.model={tiny_dir}"])
-    recipe.template.tools_prompt = told
+    recipe.template.tools_prompt = tools_prompt
     return build_encoder(recipe, build_processor(recipe))
 
 
@@ -28,8 +28,8 @@ def text_of(encoder, **more):
 
 def test_schemas_are_shown_to_conversations_without_any(tiny_dir, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
-    for told in (json.dumps([TOOL]), str(tmp_path / "tools.json")):
-        encoder = encoder_of(tiny_dir, told)
+    for tools_prompt in (json.dumps([TOOL]), str(tmp_path / "tools.json")):
+        encoder = encoder_of(tiny_dir, tools_prompt)
         assert '"measure"' in text_of(encoder)
         own = text_of(encoder, tools=[OWN])
         assert '"weigh"' in own
@@ -38,7 +38,7 @@ def test_schemas_are_shown_to_conversations_without_any(tiny_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("tools_prompt", "message"),
     [
         ("react_en", "react_en is a form of tool prompts"),
         ("nowhere.json", "nowhere.json cannot be read"),
@@ -46,6 +46,6 @@ def test_schemas_are_shown_to_conversations_without_any(tiny_dir, tmp_path):
         ('{"name": "measure"}', "is not a JSON list of function schemas"),
     ],
 )
-def test_anything_else_is_one_line(tiny_dir, told, message):
+def test_anything_else_is_one_line(tiny_dir, tools_prompt, message):
     with pytest.raises(RecipeError, match=message):
-        encoder_of(tiny_dir, told)
+        encoder_of(tiny_dir, tools_prompt)

@@ -31,7 +31,7 @@ def run(tiny_dir, tmp_path_factory):
     (data / "train.jsonl").write_text("\n".join(lines) + "\n")
 
     def train(name, folder, *more):
-        told = [
+        overrides = [
             f"recipe={name}",
             f"model.model={tiny_dir}",
             "model.torch_dtype=float32",
@@ -50,7 +50,7 @@ def run(tiny_dir, tmp_path_factory):
             "training.report_to=none",
             f"training.output_dir={folder}",
         ]
-        return main([*told, *more])
+        return main([*overrides, *more])
 
     return train
 
@@ -133,9 +133,9 @@ def test_a_model_that_is_an_adapter_is_refused_before_anything_is_loaded(run, st
 
     monkeypatch.setattr("qwenvl_ft.model.load._from_pretrained", never)
     assert run("stage_2_llm_aligner", tmp_path / "new", f"model.model={stages[0]}") == 2
-    told = capsys.readouterr().err
-    assert f"model.model={stages[0]} is an adapter." in told
-    assert f"tuner.resume_from_checkpoint={stages[0]}" in told
+    error = capsys.readouterr().err
+    assert f"model.model={stages[0]} is an adapter." in error
+    assert f"tuner.resume_from_checkpoint={stages[0]}" in error
     assert run("stage_2_llm_aligner", tmp_path / "new", "tuner.resume_from_checkpoint=nowhere") == 2
     assert "tuner.resume_from_checkpoint=nowhere does not exist" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""auto_find_batch_size: a batch that does not fit is made smaller, and the run is that of the smaller batch."""
+"""auto_find_batch_size reduces a batch that does not fit; the run equals one that asked for the smaller batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recomputing layers, in one part or in both, and keeping activations elsewhere change no loss and no gradient."""
+"""Activation checkpointing, of one part or both, and offloading change no loss and no gradient."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ LAYERS = {"vision": upstream.Qwen3VLVisionBlock, "llm": upstream.Qwen3VLTextDeco
 
 
 def run(folder, checkpoint, encoder, *, parts=None, frozen=None, **arguments):
-    """Loss, gradients, how often a layer of each part was computed, and bytes that the graph held."""
+    """Return loss, gradients, forward passes of a layer of each part, and bytes held by the graph."""
     trainer = make_trainer(folder, checkpoint, encoder, trainer_options={"checkpointed": parts}, **(ALL | arguments))
     for name, parameter in trainer.model.named_parameters():
         if frozen is not None and frozen(name):
@@ -89,7 +89,7 @@ def test_a_frozen_vision_tower_has_no_graph(tmp_path, tiny_dir, encoder, plain, 
 
 
 def test_frozen_layers_at_the_bottom_are_computed_once(tmp_path, tiny_dir, encoder, plain):
-    """transformers' hook on the embeddings would have them computed again, and back to the embeddings."""
+    """transformers' hook on the embeddings would recompute them and propagate gradients down to the embeddings."""
     top = f"layers.{len([name for name in plain[1] if name.endswith('self_attn.q_proj.weight')]) - 1}."
     found = run(tmp_path, tiny_dir, encoder, frozen=lambda name: top not in name, **CHECKPOINTED)
     assert_same(found, (plain[0], {name: gradient for name, gradient in plain[1].items() if top in name}))

@@ -1,4 +1,4 @@
-"""Epochs that differ in their samples and their number of rows: every count is exact, and a resumed run is the same."""
+"""Epochs with different samples and numbers of rows: all counts are exact, and a resumed run ends the same."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_steps_schedule_and_log_count_each_epochs_own_rows(whole, dataset):
 
 
 def test_a_run_goes_on_in_the_middle_of_any_epoch_to_the_same_bits(whole, dataset, tiny_dir, data, tmp_path):
-    """In an epoch whose number is not the quotient that transformers would take, and at an epoch's end."""
+    """Stopped in an epoch that transformers would compute wrongly by division, and at the end of an epoch."""
     output, result = whole
     steps = [steps_by_hand(dataset, epoch) for epoch in range(5)]
     within = next(k for k in range(1, sum(steps)) if k // steps[0] != locate(steps, k)[0] and locate(steps, k)[1])
@@ -95,7 +95,7 @@ def test_a_run_goes_on_in_the_middle_of_any_epoch_to_the_same_bits(whole, datase
 
 
 def test_by_the_counts_of_the_first_epoch_it_would_not(whole, dataset, tiny_dir, data, tmp_path, monkeypatch):
-    """The guard of the test above: the quotient that transformers takes."""
+    """Guard of the test above: division, as transformers does it, gives another epoch."""
     output, _ = whole
     steps = [steps_by_hand(dataset, epoch) for epoch in range(5)]
     stop = next(k for k in range(1, sum(steps)) if k // steps[0] != locate(steps, k)[0] and locate(steps, k)[1])
@@ -106,7 +106,7 @@ def test_by_the_counts_of_the_first_epoch_it_would_not(whole, dataset, tiny_dir,
 
 
 def locate(steps, done):
-    """(epoch, steps into it), by hand."""
+    """Return (epoch, steps into it), counted by hand."""
     epoch = 0
     while done >= steps[epoch]:
         done, epoch = done - steps[epoch], epoch + 1
@@ -134,7 +134,7 @@ def test_max_steps_and_parts_of_an_epoch_are_counted_by_epoch(dataset, tiny_dir,
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("persistent", [True, False])
 def test_workers_make_each_epochs_own_samples(dataset, workers, persistent):
-    """Also workers that live on, which were started in an earlier epoch."""
+    """Persistent workers, which were started in an earlier epoch, too."""
 
     def epochs(**options):
         sampler = PlanSampler(dataset, RunShape(1, 1, 2), max_length=LENGTH, seed=42)
@@ -163,7 +163,7 @@ def test_every_record_is_seen_once_in_every_epoch(dataset):
 
 
 def test_what_does_not_differ_is_measured_once(tiny_dir, data, tmp_path, monkeypatch):
-    """Single records with colours alone: the pictures differ from epoch to epoch, no length does."""
+    """Augmented colours of single records: pictures differ between epochs, lengths do not."""
     measured = []
     real = lengths_module._measure
     monkeypatch.setattr(lengths_module, "_measure", lambda *a: measured.append(1) or real(*a))

@@ -1,4 +1,4 @@
-"""Gradient norms by part are those before clipping, and a part that gets none is said, with the reason."""
+"""Gradient norms by part are those before clipping; a part without gradients is reported with the reason."""
 
 import logging
 
@@ -28,7 +28,7 @@ LATE_IMAGE = [
 
 
 class Gradients(TrainerCallback):
-    """Norm by part of the first step, by hand, as the optimizer sees it."""
+    """Return the norm by part of the first step, computed by hand from what the optimizer sees."""
 
     def __init__(self):
         self.norms = {}

@@ -1,4 +1,4 @@
-"""Every way to start a run, one process and two; sharded by DeepSpeed too: the same weights and losses come out."""
+"""Every launcher, with one process and two and with DeepSpeed, gives the same weights and losses."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def free_port():
 
 
 def launchers(processes):
-    """Words before the module. accelerate starts several processes with --multi_gpu, also where they are CPU's."""
+    """Return the words before the module. accelerate needs --multi_gpu for several processes on CPUs too."""
     accelerate = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     accelerate += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", free_port()]
     accelerate.append("--cpu" if processes == 1 else "--multi_gpu")
@@ -80,7 +80,7 @@ def start(launcher, processes, checkpoint, data, output, *more):
 
 
 def served(folder):
-    """The weights that plain transformers loads from a folder, by name."""
+    """Return the weights that plain transformers loads from a folder, by name."""
     return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").state_dict()
 
 

@@ -1,4 +1,4 @@
-"""LISA trains a few layers of the language model at a time, drawn by seed and step, and drops the others' state."""
+"""LISA trains a few layers of the language model at a time, drawn by seed and step; frozen layers lose their state."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ STEPS, INTERVAL = 6, 2
 
 
 class Watch(TrainerCallback):
-    """After each step: which layers moved in it, which have optimizer state, and what else moved."""
+    """Records after each step the layers that moved, those with optimizer state, and other weights that moved."""
 
     def __init__(self):
         self.moved, self.kept, self.others = [], [], []
@@ -88,7 +88,7 @@ def test_another_seed_draws_other_layers(checkpoints, encoder, tmp_path):
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_a_resumed_run_draws_the_same_and_ends_at_the_same_bits(checkpoints, encoder, tmp_path, step):
-    """From inside an interval and from between two."""
+    """Resumed inside an interval and between two."""
     whole, watch = run(tmp_path / "whole", checkpoints["dense"], encoder)
     checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
     again, later = run(tmp_path / "again", checkpoints["dense"], encoder, resume=checkpoint)

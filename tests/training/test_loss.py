@@ -1,4 +1,4 @@
-"""The head's loss in chunks is the plain loss, with its gradients, whatever stands in the head's place."""
+"""The head's chunked loss and its gradients equal the plain loss, whatever kind of head the model has."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ def batch(encoder):
 
 
 def plain(model, batch, smoothing=0.0, z_loss=0.0):
-    """All logits at once, in float32."""
+    """Compute the loss from all logits at once, in float32."""
     inputs = {key: value for key, value in batch.items() if key != "targets"}
     logits = model(**inputs).logits
     logits = logits.reshape(-1, logits.shape[-1]).float()
@@ -68,7 +68,7 @@ def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, tiny_dir, batch, 
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def head_loss(head, hidden, targets):
-    """The stand-in's loss of hidden states ``[1, K, D]``."""
+    """Return `HeadLoss`'s loss of hidden states ``[1, K, D]``."""
     stand_in = HeadLoss(head.forward)
     stand_in.targets = targets
     return stand_in(hidden)
@@ -166,7 +166,7 @@ def test_weights_smoothing_and_z_loss_together_are_autograds_in_float64(monkeypa
 
 
 def test_float16_and_adapted_heads_are_left_to_autograd(tiny_dir):
-    """Float16 gradients are scaled before the backward pass, so that small ones do not vanish in it."""
+    """Float16 gradients are scaled before the backward pass, so that small ones do not underflow in it."""
     head = nn.Linear(8, 100, bias=False)
     hidden = torch.randn(4, 8)
     assert HeadLoss(head.forward)._plain_weight(hidden) is head.weight

@@ -25,9 +25,9 @@ SPLITS = {
 
 
 def by_hand(checkpoint, encoder, records, factors=(1.0, 1.0)):
-    """Cross entropy of each sample alone through the upstream class, summed, over all supervised tokens.
+    """Return the summed cross entropy of each sample alone, by the upstream class, over all supervised tokens.
 
-    ``factors`` are how much the tokens of even and of odd records count.
+    ``factors`` are the weights of the tokens of even and of odd records.
     """
     model = load_model(str(checkpoint), torch_dtype="float32", attn_impl="sdpa")
     samples = [encoder(record) for record in records]
@@ -70,7 +70,7 @@ def test_any_split_gives_the_hand_computed_loss_and_gradients(tmp_path, tiny_dir
 
 
 def test_a_mean_of_means_would_differ(reference, tiny_dir, encoder):
-    """Guard: what a plain Trainer computes for 8 accumulated batches is another loss."""
+    """Guard: a plain Trainer computes another loss for 8 accumulated batches."""
     model = load_model(str(tiny_dir), torch_dtype="float32", attn_impl="sdpa")
     with torch.no_grad():
         means = [float(model(**QwenVLCollator()([encoder(record)])).loss) for record in RECORDS]
@@ -101,7 +101,7 @@ def run_two(folder, *words):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("packing", "records"), [("single", 8), ("packed", 8), ("single", 7)])
 def test_two_processes_give_the_same_loss_gradients_and_eval_loss(tmp_path, tiny_dir, encoder, packing, records):
-    """Seven records leave the second process without a sample in the last pass: it runs a filler."""
+    """Seven records leave rank 1 without a sample in the last micro-batch: it runs a filler."""
     out = run_two(tmp_path, tiny_dir, packing, str(records))
     expected = by_hand(tiny_dir, encoder, RECORDS[:records])
     assert_same(out["loss"], out["grads"], expected)
@@ -116,7 +116,7 @@ def test_processes_that_see_other_data_end_with_one_line_instead_of_waiting(tmp_
 
 @pytest.mark.distributed
 def test_two_processes_weigh_data_sets_alike(tmp_path, tiny_dir, encoder, reference):
-    """Each process has other data sets' tokens: the weights are summed over both. Evaluation is not weighted."""
+    """The ranks have tokens of different data sets: weights are summed over both. Evaluation is not weighted."""
     out = run_two(tmp_path, tiny_dir, "single", 8, json.dumps({"even": 3.0, "odd": 0.25}))
     expected = by_hand(tiny_dir, encoder, RECORDS, factors=(3.0, 0.25))
     assert_same(out["loss"], out["grads"], expected)

@@ -1,4 +1,4 @@
-"""A data set's weight in the loss: the weighted mean over the global batch, however that is split."""
+"""data.loss_weights gives the weighted mean over the global batch, however it is split."""
 
 import json
 
@@ -69,7 +69,7 @@ def samples(tiny_dir, data, tmp_path_factory):
 
 
 def by_hand(tiny_dir, processor, samples, weights):
-    """Loss and gradient norm of the four samples, each alone, of the language model."""
+    """Return loss and gradient norm of the language model for the four samples, each alone."""
     model = load_model(str(tiny_dir), torch_dtype="float32")
     use_raw_patches(model, processor.image_processor)
     total, count = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Noise of a packed sample has the strength of the sample alone, not of its row."""
+"""NEFTune's noise on a packed sample is as strong as on the sample alone, not as on its row."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_each_sample_has_its_own_strength(encoder, mixed_records, padded):
 
 
 def test_alone_it_is_that_of_transformers(encoder, mixed_records):
-    """The same random numbers, the same noise; in a row of several it is not."""
+    """With the same random numbers our noise on one sample is transformers'; in a row of several it is not."""
     batches = [QwenVLCollator()([encoder(record) for record in mixed_records[:count]]) for count in (1, 3)]
     for batch, same in zip(batches, (True, False), strict=True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Records that cannot be read: the run stops and names them, or goes on by the same plan without their labels."""
+"""Unreadable records stop the run by name, or it keeps its plan and leaves out their labels."""
 
 import json
 
@@ -23,7 +23,7 @@ def run(tiny_dir, data, output, *more):
 
 
 def truncate(path):
-    """A header that promises a picture, and half of its pixels."""
+    """A picture with a whole header and half of its pixels."""
     path.write_bytes(path.read_bytes()[:-200])
 
 

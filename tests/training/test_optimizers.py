@@ -1,4 +1,4 @@
-"""Every optimizer that transformers offers and this machine has trains our groups; those that cannot are refused."""
+"""Every optimizer of transformers that is installed trains our parameter groups; those that cannot are refused."""
 
 import importlib.util
 
@@ -67,7 +67,7 @@ def batch(encoder, mixed_records):
 
 @pytest.mark.parametrize("name", [name.value for name in OptimizerNames if name.value not in REFUSED])
 def test_every_optimizer_moves_each_part_at_its_own_rate(checkpoints, batch, tmp_path, name):
-    """All start equal; of two runs that differ in one part's rate alone, the other parts end at the same bits."""
+    """With another learning rate for one part, all other parts end at the same bits."""
     require(name)
 
     def run(**rates):
@@ -104,7 +104,7 @@ def test_every_optimizer_moves_each_part_at_its_own_rate(checkpoints, batch, tmp
 
 
 def trained(folder, checkpoint, encoder, name, *, resume=None, **more):
-    """Train to a step of four, saving every second one; the trainer."""
+    """Train four steps, saving every second one, and return the trainer."""
     model = load_model(checkpoint, torch_dtype="float32", attn_impl="sdpa")
     args = arguments(folder, name, max_steps=4, save_steps=2, logging_steps=1, disable_tqdm=True, **more)
     dataset = SampleDataset(ListRecords(RECORDS, "optimizers"), encoder, cache_dir=folder / "cache")
@@ -142,7 +142,7 @@ def test_a_resumed_run_ends_at_the_same_bits(checkpoints, encoder, tmp_path, nam
 
 
 def test_a_schedule_free_checkpoint_holds_the_averaged_weights(checkpoints, encoder, tmp_path):
-    """Those to evaluate with, not those that the gradient was taken at."""
+    """Evaluation weights, not those that gradients are computed at."""
     require("schedule_free_adamw")
     options = {"lr_scheduler_type": "constant"}
     trainer = trained(tmp_path, checkpoints["dense"], encoder, "schedule_free_adamw", **options)
@@ -157,7 +157,7 @@ def test_a_schedule_free_checkpoint_holds_the_averaged_weights(checkpoints, enco
 
 
 def test_galore_takes_the_step_of_the_paper(tmp_path):
-    """One step by hand: Adam on the projected gradient, projected back, at the part's own rate."""
+    """One step by hand: Adam on the projected gradient, projected back, at the part's own learning rate."""
     require("galore_adamw")
     from torch import nn
 

@@ -17,12 +17,12 @@ SETTINGS = [
 
 
 def relative(a, b):
-    """Largest difference over the largest value."""
+    """Return the largest difference divided by the largest value."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
 
 def gradients(model, batches):
-    """Gradients of the summed loss over all batches, by name."""
+    """Return the gradients of the summed loss over all batches, by name."""
     model.zero_grad(set_to_none=True)
     total = sum(loss_sum(model, split_labels(batch)) for batch in batches)
     total.backward()

@@ -1,4 +1,4 @@
-"""The phases of a recipe: the same weights as runs by hand one after the other, whatever interrupts them."""
+"""Phases train the same weights as separate runs one after the other, interrupted or not."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_phases_train_the_same_bits_as_runs_by_hand(whole, tiny_dir, data, tmp_p
 
 
 def changed(first, second):
-    """Names of the weights that differ."""
+    """Return the names of the weights that differ."""
     first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     return {name for name in first if not torch.equal(first[name], second[name])}
 
@@ -183,7 +183,7 @@ def test_the_recipe_of_a_phase_runs_by_itself_and_so_does_that_of_all(whole, tmp
 
 
 def interrupt(monkeypatch, phase, step, how):
-    """Let ``how`` happen once, in a step of a phase."""
+    """Call ``how`` once, in a step of a phase."""
     from qwenvl_ft.training.trainer import QwenVLTrainer
 
     usual, left = QwenVLTrainer.training_step, [how]

@@ -18,7 +18,7 @@ from qwenvl_ft.training.trackers import set_tracker_variables
 
 
 def settings(tiny_dir, folder, *more):
-    """A run whose data do not exist: whoever reads them says so."""
+    """Settings of a run whose data do not exist, which is the error if no check before fails."""
     return [
         f"model.model={tiny_dir}",
         "model.torch_dtype=float32",

@@ -1,4 +1,4 @@
-"""Every shipped recipe trains: two steps on the tiny model of its kind, with what only a GPU has taken out."""
+"""Every shipped recipe trains two steps on the tiny model of its kind, without its settings for GPUs."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ ELSEWHERE = {
     "dense_4b": "test_dense_recipe.py",
     "curriculum": "test_curriculum.py",
 }
-"""Recipes that need more than records, and the tests of what they do."""
+"""Recipes that need more than records, and the files that test them."""
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 RECIPES = [path for path in RECIPES if path.stem not in ELSEWHERE]
 SMALLER = {
@@ -38,7 +38,7 @@ WRITTEN = {
     "reft": "base_model.model.model.language_model.layers.3",
     "vera": "base_model.model.model.language_model.layers.0.mlp.up_proj.vera_lambda_b",
 }
-"""Recipe or train type -> beginning of a weight's name in what the run leaves."""
+"""Recipe or train type -> beginning of a weight's name in the run's output."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A run killed at any moment goes on to the same weights; a signal saves a checkpoint and says how to go on."""
+"""A run killed at any moment resumes to the same weights; a signal saves a checkpoint and prints how to resume."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def run(arguments, **options):
 
 
 def wait_for_step(output, process, step):
-    """Until the log of a running process shows a step."""
+    """Wait until the log of a running process shows a step."""
     log = output / "trainer_log.jsonl"
     end = time.monotonic() + 240
     while time.monotonic() < end and process.poll() is None:

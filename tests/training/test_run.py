@@ -108,7 +108,7 @@ def test_the_saved_recipe_runs_again_to_the_same_weights(finished, tmp_path):
 
 
 def test_save_strategy_best_keeps_the_best_and_early_stopping_ends_the_run(tiny_dir, data, tmp_path):
-    """A rate at which the loss explodes after the first steps: the first evaluation stays the best."""
+    """At this learning rate the loss explodes after the first steps, so the first evaluation stays the best."""
     more = [
         "training.save_strategy=best",
         "training.learning_rate=3.0",
@@ -147,7 +147,7 @@ def test_save_strategy_epoch_writes_a_checkpoint_at_each_end_and_goes_on_from_on
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """A function: the run gets SIGTERM just before the end of this step."""
+    """Return a function of a step, just before whose end the run gets SIGTERM."""
 
     def stop(step):
         plain = SignalCallback.on_step_end
@@ -165,7 +165,7 @@ def stop_at(monkeypatch):
 def test_a_signal_leaves_a_checkpoint_to_go_on_from_whatever_is_saved_otherwise(
     finished, tiny_dir, data, tmp_path, stop_at, monkeypatch
 ):
-    """Evaluated, saved only if best, weights only, one kept: and still the run goes on to the uninterrupted weights."""
+    """With save_strategy=best, save_only_model and one kept checkpoint the run still resumes to the same weights."""
     output, _ = finished
     more = ["save_strategy=best", "save_only_model=true", "save_total_limit=1", "load_best_model_at_end=true"]
     recipe = load_recipe(None, run_settings(tiny_dir, data, tmp_path, *(f"training.{key}" for key in more)))
@@ -224,7 +224,7 @@ def test_a_resumed_run_goes_on_counting_its_patience(tiny_dir, data, tmp_path, s
 
 
 def test_prompts_that_do_not_fit_are_counted_and_not_asked(tiny_dir, data, tmp_path, caplog):
-    """Training may cut a sample; a prompt is asked whole or not at all."""
+    """Training may cut a sample; a prompt is used whole or not at all."""
     records = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
     records[1]["conversations"][0]["value"] = "<image>\n" + "what is it " * 60
     for record in records:

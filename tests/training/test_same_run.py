@@ -1,4 +1,4 @@
-"""A run goes on as it was begun, or says in one line what differs; what lies beside it is not taken for its own."""
+"""A run resumes with the settings it began with, or fails with one line; models of other runs are not its own."""
 
 import json
 import shutil

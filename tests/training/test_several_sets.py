@@ -1,4 +1,4 @@
-"""Several validation sets: a loss each, and one over all that the best checkpoint goes by."""
+"""Several validation sets: a loss each, and one over all of them that selects the best checkpoint."""
 
 import json
 import math

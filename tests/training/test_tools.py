@@ -1,4 +1,4 @@
-"""template.tools_prompt: schemas from the recipe or a file, and one line for what is neither."""
+"""template.tools_prompt takes schemas from the recipe or a file; anything else is an error of one line."""
 
 import json
 

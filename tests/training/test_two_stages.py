@@ -1,4 +1,4 @@
-"""The two recipes of the guides, one after the other: one adapter, resumed, merged, and asked like any other."""
+"""The two recipes of the guides in turn: one adapter, which resumes, merges and generates like any other."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from qwenvl_ft.train import main
 MERGERS = ["model.visual.merger", *(f"model.visual.deepstack_merger_list.{index}" for index in range(3))]
 WEIGHTS = "adapter_model.safetensors"
 LAST = ("training.save_strategy=steps", "training.load_best_model_at_end=false")
-"""Ends with the last step's weights, not with the best ones."""
+"""Settings of a run that ends with the last step's weights, not the best ones."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run(tiny_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(run, tmp_path_factory):
-    """The folders of both stages; the first trained the smallest merger in full."""
+    """Return the folders of both stages; the first one trained the smallest merger in full."""
     root = tmp_path_factory.mktemp("stages")
     full = f"tuner.modules_to_save=[{MERGERS[1]}]"
     assert run("stage_1_aligner", root / "one", full) == 0

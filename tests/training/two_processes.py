@@ -1,4 +1,4 @@
-"""Run by torchrun: one optimizer step and one evaluation over the standard records; rank 0 writes what came out."""
+"""Run by torchrun: one optimizer step and one evaluation over the standard records; rank 0 writes the results."""
 
 import json
 import os

@@ -72,4 +72,4 @@ class SignalCallback(TrainerCallback):
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        print(f"{name}: saving a checkpoint after this step; a second {name} stops at once.", flush=True)
+        print(f"{name}: saving a checkpoint after this step; a second signal stops at once.", flush=True)

@@ -12,6 +12,7 @@ from cases import RECORDS, make_trainer, one_step
 
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.model.load import load_processor
+from qwenvl_ft.training.ranks import leave_ranks
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     eval_loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         torch.save({"loss": loss, "grads": grads, "eval_loss": eval_loss}, folder / "out.pt")
+    leave_ranks()
 
 
 main()

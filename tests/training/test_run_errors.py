@@ -1,4 +1,4 @@
-"""What stops a run is one line that names the cause: settings, records, memory, a loss that is not finite."""
+"""Errors that stop a run (settings, records, memory, a loss that is not finite) are one line with the cause."""
 
 from types import SimpleNamespace
 

@@ -33,7 +33,7 @@ class LisaCallback(TrainerCallback):
         self.active: list[int] = []
         """Indices of the layers that train."""
         self._weights: list[list[nn.Parameter]] = []
-        self._candidates: list[int] = []
+        self.candidates: list[int] = []
         """Indices of the layers that may train."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -45,9 +45,9 @@ class LisaCallback(TrainerCallback):
         self._thaw()  # auto_find_batch_size begins a run again with smaller batches
         decoder = model.model.language_model.layers
         self._weights = [[value for value in layer.parameters() if value.requires_grad] for layer in decoder]
-        self._candidates = [index for index, weights in enumerate(self._weights) if weights]
-        if self.layers > len(self._candidates):
-            frozen = len(decoder) - len(self._candidates)
+        self.candidates = [index for index, weights in enumerate(self._weights) if weights]
+        if self.layers > len(self.candidates):
+            frozen = len(decoder) - len(self.candidates)
             raise RecipeError(
                 f"training.lisa_activated_layers={self.layers}, but the language model has {len(decoder)} layers"
                 + (f", and {frozen} of them are frozen." if frozen else ".")
@@ -67,7 +67,7 @@ class LisaCallback(TrainerCallback):
         self._weights = []
 
     def _activate(self, draw: int, optimizer: Any) -> None:
-        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self._candidates, self.layers))
+        self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self.candidates, self.layers))
         for index, weights in enumerate(self._weights):
             for value in weights:
                 value.requires_grad_(index in self.active)

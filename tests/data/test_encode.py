@@ -15,9 +15,9 @@ from torchvision.transforms import InterpolationMode
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.encode.show import ChatTemplate
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.model.load import load_processor
-from qwenvl_ft.upstream.templates import TemplateRenderer
 
 CASES = SHARED / "parity" / "expected.json"
 
@@ -277,8 +277,7 @@ THINKING_TEMPLATE = """\
 
 def with_template(encoder, template):
     changed = copy.copy(encoder)
-    changed._template = template
-    changed._rendered = TemplateRenderer(encoder.processor.tokenizer, template)
+    changed._template = ChatTemplate(encoder.processor.tokenizer, template)
     return changed
 
 
@@ -294,7 +293,7 @@ def test_what_the_template_leaves_out_is_an_error(encoder):
         older({"messages": [user, {"role": "assistant", "content": None, "tool_calls": [CALL]}]})
     with pytest.raises(DataError, match="does not show the tool 'look'"):
         older({"messages": [user, answer], "tools": [TOOL]})
-    shouting = with_template(encoder, encoder._template.replace("{{- part.text -}}", "{{- part.text | upper -}}"))
+    shouting = with_template(encoder, encoder._template.text.replace("{{- part.text -}}", "{{- part.text | upper -}}"))
     with pytest.raises(DataError, match=r"message 1 of 2 \(user\) is not shown whole .*'q' is missing"):
         shouting({"messages": [user, answer]})
 

@@ -1,1 +1,1 @@
-"""A conversation becomes a sample: template text, tokens, labels, media places, positions."""
+"""Encodes a conversation as a sample: template text, tokens, labels, media, positions, pixels."""

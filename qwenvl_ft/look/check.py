@@ -14,13 +14,13 @@ import numpy as np
 
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.one_record import Inspected, Inspector
 from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.sample import GroupInspector, Measured, SampleOptions
-from qwenvl_ft.look.walk import walk
 from qwenvl_ft.recipe.schema import Recipe
 
 ENCODED = 5
@@ -188,7 +188,7 @@ def _check_records(
         how: options of `walk`.
     """
     unfit: list[int] = []
-    for index, seen in enumerate(walk(records, inspector, told=split.name, **how)):
+    for index, seen in enumerate(walk(records, inspector, label=split.name, **how)):
         split.add(seen)
         yield from first_seen.new(seen)
         if any(fault.reason in UNFIT for fault in seen.faults):
@@ -197,7 +197,7 @@ def _check_records(
     if inspector.sample is not None and isinstance(groups, DenseGroups):
         split.groups += len(groups)
         look = GroupInspector(inspector.sample.encoder, frozenset(unfit), ENCODED)
-        for measured in walk(groups, look, told=f"{split.name}, groups", **how):
+        for measured in walk(groups, look, label=f"{split.name}, groups", **how):
             split.measure(measured)
             yield from first_seen.unreported(measured.faults)
 

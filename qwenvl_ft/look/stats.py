@@ -14,6 +14,7 @@ from qwenvl_ft.data.conversation import Conversation, Image, Text
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import MediaPolicy, image_size
+from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.look.check_report import bars
@@ -22,7 +23,6 @@ from qwenvl_ft.look.objects import all_objects
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.readable import TRAIN, find_split, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.sample import GroupInspector, SampleOptions
-from qwenvl_ft.look.walk import walk
 from qwenvl_ft.recipe.schema import Recipe
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -206,10 +206,10 @@ def count_recipe(recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = N
         for records, epochs in sample_options.parts(part, policy, training=split == TRAIN)[0]:
             grouped = isinstance(epochs, DenseGroups)
             census = Census(policy, None if grouped else encoder)
-            for counted in walk(records, census, num_proc=workers, told=split, quiet=quiet):
+            for counted in walk(records, census, num_proc=workers, label=split, quiet=quiet):
                 total.add(counted)
             if grouped and encoder is not None:
-                for seen in walk(epochs, GroupCensus(encoder), num_proc=workers, told=f"{split}, groups", quiet=quiet):
+                for seen in walk(epochs, GroupCensus(encoder), num_proc=workers, label=f"{split}, groups", quiet=quiet):
                     total.add(seen)
     return total
 

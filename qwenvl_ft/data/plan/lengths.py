@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_ft.data.conversation import Conversation, Image, Video
 from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import file_of
-from qwenvl_ft.data.plan.progress_bar import with_progress
+from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 
@@ -90,23 +88,19 @@ class Lengths:
         return int((self.cut_tokens > 0).sum()), int(self.cut_tokens.sum()), int(self.cut_media.sum())
 
 
-class _Measured(Dataset[tuple[Row, list[File], str]]):
-    """The length of each record, as a data set so that a `DataLoader` spreads the work."""
+class _MeasureRecord:
+    """Measures one record: its `Row`, its media files, and why it cannot be read (else empty)."""
 
-    def __init__(self, records: Any, encoder: Encoder, on_error: str) -> None:
-        self.records = records
+    def __init__(self, encoder: Encoder, on_error: str) -> None:
         self.encoder = encoder
         self.on_error = on_error
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[Row, list[File], str]:
+    def __call__(self, records: Any, index: int) -> tuple[Row, list[File], str]:
         files: list[File] = []
         conversation = None
         try:
-            told = self.records[index]
-            conversation = told if isinstance(told, Conversation) else read_record(*told)
+            record = records[index]
+            conversation = record if isinstance(record, Conversation) else read_record(*record)
             files = [_state(path) for path in conversation_files(conversation)]  # before they are opened
             return self._row(conversation), files, ""
         except DataError as error:
@@ -174,18 +168,18 @@ def measure(
 
 
 def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tuple[Lengths, list[File]]:
-    measured = _Measured(records, encoder, on_error)
-    workers = min(num_proc, len(os.sched_getaffinity(0))) if len(measured) >= PARALLEL_FROM else 0
-    if workers > 1:
-        generator = torch.Generator()  # or the loader draws its seed from the global one, which training goes on with
-        chunks: Any = DataLoader(measured, batch_size=CHUNK, num_workers=workers, collate_fn=list, generator=generator)
-    else:
-        chunks = ([measured[index]] for index in range(len(measured)))
-    told = (entry for chunk in with_progress(chunks, len(measured), "measuring lengths") for entry in chunk)
+    measured = walk(
+        records,
+        _MeasureRecord(encoder, on_error),
+        num_proc=min(num_proc, len(os.sched_getaffinity(0))),
+        label="measuring lengths",
+        chunk=CHUNK,
+        parallel_from=PARALLEL_FROM,
+    )
     rows: list[Row] = []
     files: dict[str, File] = {}
     faults: list[str] = []
-    for row, opened, fault in told:
+    for row, opened, fault in measured:
         rows.append(row)
         if fault and len(faults) < MAX_FAULTS:
             faults.append(fault)

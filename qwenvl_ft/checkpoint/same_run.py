@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.recipe.provenance import saved_recipe
 from qwenvl_ft.recipe.schema import Recipe
@@ -85,11 +83,10 @@ def require_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
 
 def plan_of(sampler: Any) -> dict[str, Any]:
     """Return the identity of a plan: number and lengths of its samples, and rows of an optimizer step."""
-    lengths = sampler.dataset.at(0).tokens
-    shape = sampler.shape
+    key, shape = sampler.dataset.at(0).key(), sampler.shape
     return {
-        "samples": len(lengths),
-        "lengths": xxhash.xxh64(lengths.astype("int64").tobytes()).hexdigest(),
+        "samples": key.samples,
+        "lengths": key.lengths,
         "rows_per_step": shape.rows_per_pass * shape.accumulation,
     }
 

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from cases import ListRecords, picture
 from PIL import Image, ImageFile
 from tokenizers import normalizers, pre_tokenizers
@@ -18,8 +20,8 @@ from qwenvl_ft.data.encode.draft import TooLong
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.plan import lengths as lengths_module
-from qwenvl_ft.data.plan.dataset import PlanSampler, SampleDataset
-from qwenvl_ft.data.plan.lengths import measure
+from qwenvl_ft.data.plan.dataset import Planned, PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.lengths import UNSUPERVISED, measure
 from qwenvl_ft.data.plan.packing import RunShape
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.load import load_processor
@@ -310,3 +312,20 @@ def test_a_url_that_could_not_be_reached_is_tried_again(processor, tmp_path, mon
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}
     monkeypatch.undo()
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}, "measured once, it is cached"
+
+
+def test_the_plans_key_differs_with_all_that_a_plan_follows_from(dataset):
+    measured = dataset.at(0).measured
+    key = Planned(measured).key()
+    assert key.samples == 60
+    assert key.lengths == xxhash.xxh64(dataset.lengths.astype("<i8").tobytes()).hexdigest(), "as in saved checkpoints"
+    assert Planned(replace(measured, faults=("other",))).key() == key
+    for column in ("tokens", "patches", "has_video"):
+        changed = getattr(measured, column).copy()
+        changed[7] = not changed[7] if column == "has_video" else changed[7] + 1
+        other = Planned(replace(measured, **{column: changed})).key()
+        assert other.columns != key.columns
+        assert (other.lengths != key.lengths) == (column == "tokens")
+    status = measured.status.copy()
+    status[7] = UNSUPERVISED
+    assert Planned(replace(measured, status=status)).key().samples == 59

@@ -36,6 +36,16 @@ class Ticket(NamedTuple):
     """Whether it is shown without labels, see `assign`."""
 
 
+class PlanKey(NamedTuple):
+    """Two epochs with equal keys have the same plan, given the same seed and `RunShape`."""
+
+    samples: int
+    lengths: str
+    """Hash of the samples' tokens; stored in checkpoints."""
+    columns: str
+    """Hash of everything that a plan depends on: which records are kept, their tokens, patches and videos."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """What planning knows of an epoch's samples; S of them."""
@@ -57,10 +67,12 @@ class Planned:
         """int64[S]"""
         return self.measured.patches[self.index].astype(np.int64)
 
-    def key(self) -> tuple[int, str]:
-        """Samples, and a hash of all that a plan follows from."""
-        told = (self.index, self.tokens, self.patches, self.measured.has_video[self.index])
-        return len(self), xxhash.xxh128(b"".join(np.ascontiguousarray(column).tobytes() for column in told)).hexdigest()
+    def key(self) -> PlanKey:
+        """Identify the plan, to compare ranks and to compare a checkpoint with the run that resumes it."""
+        columns = (self.index, self.tokens, self.patches, self.measured.has_video[self.index])
+        joined = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
+        lengths = xxhash.xxh64(self.tokens.tobytes()).hexdigest()
+        return PlanKey(len(self), lengths, xxhash.xxh128(joined).hexdigest())
 
     def __len__(self) -> int:
         return len(self.index)

@@ -131,7 +131,7 @@ def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
     return {key: torch.cat(tensors) for key, tensors in told.items() if tensors}
 
 
-def sample_lengths(batch: dict[str, Any]) -> Tensor:
+def tokens_per_sample(batch: dict[str, Any]) -> Tensor:
     """int64[S]: tokens of each sample of a flat row, fillers included."""
     return batch["cu_seq_lens_q"].diff().long()
 

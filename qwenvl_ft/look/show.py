@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl_ft.data.collate import QwenVLCollator, sample_lengths
+from qwenvl_ft.data.collate import QwenVLCollator, tokens_per_sample
 from qwenvl_ft.data.conversation import Image, Sample
 from qwenvl_ft.data.media.images import image_size
 from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
@@ -264,7 +264,7 @@ def row(dataset: SampleDataset, tickets: Sequence[Ticket], capacity: int, packin
     batch = QwenVLCollator()([dataset[ticket] for ticket in tickets])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     parts, start = [], 0
-    for source, length in zip(batch["sources"], sample_lengths(batch).tolist(), strict=True):
+    for source, length in zip(batch["sources"], tokens_per_sample(batch).tolist(), strict=True):
         cut = slice(start, start + length)
         sequence = pieces(ids[cut], labels[cut], dataset.encoder.processor.tokenizer)
         parts.append(RowPart(source.record, source.id, start, sequence))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, sample_lengths, vision_fillers
+from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, tokens_per_sample, vision_fillers
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.loss import loss_sum, split_labels
 
@@ -89,7 +89,7 @@ def test_a_vision_filler_changes_nothing_but_reaches_the_tower(tiny_model, proce
     assert len(tower) == sum(n.startswith("model.visual") for n, _ in tiny_model.named_parameters())
     assert all(not g.any() for g in tower.values())
     assert max(relative(filled_grads[name], plain_grads[name]) for name in plain_grads) <= 1e-5
-    assert sample_lengths(filled_batch).tolist() == [len(text[0]["input_ids"]), 3, 3]
+    assert tokens_per_sample(filled_batch).tolist() == [len(text[0]["input_ids"]), 3, 3]
 
 
 def test_only_supervised_tokens_reach_the_head(tiny_model, samples):

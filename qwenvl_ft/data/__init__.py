@@ -1,1 +1,1 @@
-"""From records on disk to one flat row of tensors; README.md in this folder walks the path."""
+"""Turns records on disk into batches of one flat row; README.md in this folder follows a record through it."""

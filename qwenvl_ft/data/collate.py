@@ -1,4 +1,4 @@
-"""Samples -> one flat row in which each attends only to itself: the only batch that training knows.
+"""Joins samples into one flat row in which each attends only to itself: the batch that training uses.
 
 Letters: T tokens of the row, S samples in it, K supervised tokens, P patches, N images.
 """
@@ -12,28 +12,29 @@ from torch import Tensor
 from qwenvl_ft.data.conversation import IGNORE, Sample, Source
 
 MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+"""Keys of pixels and grids, for images and for videos."""
 
 
 class QwenVLCollator:
-    """Join samples into one row.
+    """Joins samples into one row.
 
-    Row 0 of ``position_ids`` restarts at 0 with every sample. Transformers takes each restart as a border, but only
-    without an ``attention_mask`` and with the text model's ``use_cache`` off, as `load_model` leaves it.
+    Row 0 of ``position_ids`` restarts at 0 with every sample. Transformers treats each restart as a sample boundary,
+    but only without an ``attention_mask`` and with the text model's ``use_cache`` off, as `load_model` leaves it.
 
     Args:
-        fillers: tiny samples without labels (`vision_fillers`), added where a row lacks their medium. With them every
-            rank runs the vision tower in every pass, which sharded training needs; they attend to themselves only
-            and are not supervised, so no logit, loss or gradient of the row's samples changes.
-        places: what a model's towers would compute from ids and grids (`MediaPlaces`), added to the batch.
+        fillers: tiny unsupervised samples (`vision_fillers`), added if a row has no sample with their medium. With
+            them every rank runs the vision tower in every pass, which sharded training needs. They attend only to
+            themselves, so no logit, loss or gradient of the row's samples changes.
+        places: computes what the model's towers would derive from ids and grids (`MediaPlaces`); added to the batch.
 
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
-        width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (where samples begin and the last one ends; fillers count),
-        ``max_length_q`` and ``_k`` (the longest's tokens), ``sources``, a list of S sources, and ``faults`` if others
-        stand in for samples (`SampleDataset`). If there are images,
-        ``pixel_values`` float32[P, C] (or raw, uint8[P, C / 2]), ``image_grid_thw`` int64[N, 3], ``image_cu_seqlens``
-        int32[frames + 1] and ``image_max_seqlen`` (patches of each frame and of the largest); if there are videos,
-        their twins. The borders are what attention would otherwise ask the device for.
+        width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (cumulative lengths, fillers included), ``max_length_q`` and
+        ``_k`` (tokens of the longest sample), ``sources``, a list of S sources, and ``faults`` if placeholders replace
+        samples (`SampleDataset`). If there are images, ``pixel_values`` float32[P, C] (or raw, uint8[P, C / 2]),
+        ``image_grid_thw`` int64[N, 3], ``image_cu_seqlens`` int32[frames + 1] (cumulative patches of the frames) and
+        ``image_max_seqlen`` (patches of the largest frame). If there are videos, the same with their own keys. The
+        cumulative lengths are computed here because attention would have to wait for the device to get them.
 
     Example:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
@@ -67,18 +68,18 @@ class QwenVLCollator:
                 batch[f"{kind}_cu_seqlens"], batch[f"{kind}_max_seqlen"] = _borders(patches), int(patches.max())
         if self.places is not None:
             batch |= self.places(batch)
-        return batch | _told(samples)
+        return batch | _origins(samples)
 
 
 class PaddedCollator:
-    """Right-padded rows, one sample each, as most trainers make them: for comparison (``padding_free: false``).
+    """Makes right-padded rows of one sample each, as most trainers do; for comparison (``padding_free: false``).
 
     Args:
-        pad_id: token that fills up a row.
-        fillers: as of `QwenVLCollator`; each a row of its own.
+        pad_id: id of the padding token.
+        fillers: as for `QwenVLCollator`; each becomes a row.
 
     Returns (of a call):
-        As `QwenVLCollator`, with S rows of the longest sample's length: ``input_ids``, ``labels`` and
+        As `QwenVLCollator`, but with S rows as long as the longest sample: ``input_ids``, ``labels`` and
         ``attention_mask`` int64[S, T], ``position_ids`` int64[3, S, T].
     """
 
@@ -90,27 +91,27 @@ class PaddedCollator:
         def rows(tensors: list[Tensor], value: int) -> Tensor:
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-        samples, told = filled(samples, self.fillers), samples
-        positions = rows([sample["position_ids"].T for sample in samples], 0)  # [S, T, 3]
+        members = filled(samples, self.fillers)
+        positions = rows([sample["position_ids"].T for sample in members], 0)  # [S, T, 3]
         batch: dict[str, Any] = {
-            "input_ids": rows([sample["input_ids"] for sample in samples], self.pad_id),
-            "labels": rows([sample["labels"] for sample in samples], IGNORE),
-            "attention_mask": rows([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
+            "input_ids": rows([sample["input_ids"] for sample in members], self.pad_id),
+            "labels": rows([sample["labels"] for sample in members], IGNORE),
+            "attention_mask": rows([torch.ones_like(sample["input_ids"]) for sample in members], 0),
             "position_ids": positions.permute(2, 0, 1).contiguous(),
         }
-        batch |= joined_media(samples)
-        return batch | _told(told)
+        batch |= joined_media(members)
+        return batch | _origins(samples)
 
 
-def _told(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """What a batch says of its samples: ``sources``, and ``faults`` if some only stand in for others."""
-    told: dict[str, list[Any]] = {"sources": [sample["source"] for sample in samples]}
+def _origins(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Return the batch's ``sources``, and its ``faults`` if a sample is a placeholder."""
+    origins: dict[str, list[Any]] = {"sources": [sample["source"] for sample in samples]}
     faults = [sample["fault"] for sample in samples if "fault" in sample]
-    return told | ({"faults": faults} if faults else {})
+    return origins | ({"faults": faults} if faults else {})
 
 
 def filled(samples: Sequence[Sample], fillers: Sequence[Sample]) -> list[Sample]:
-    """The samples, and behind them the filler of each medium that none of them has."""
+    """Append the filler of each medium that no sample has."""
     absent = [
         filler
         for filler in fillers
@@ -120,27 +121,29 @@ def filled(samples: Sequence[Sample], fillers: Sequence[Sample]) -> list[Sample]
 
 
 def _borders(lengths: Tensor) -> Tensor:
-    """int32[n + 1]: 0 and the running sums."""
+    """Return int32[n + 1]: 0 followed by the cumulative sums."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Pixels and grids of all samples one behind the other; a medium that none has is absent."""
+    """Concatenate the pixels and grids of all samples; keys of a medium that no sample has are absent."""
     keys = [key for pair in MEDIA for key in pair]
-    told = {key: [sample[key] for sample in samples if key in sample] for key in keys}  # type: ignore[literal-required]
-    return {key: torch.cat(tensors) for key, tensors in told.items() if tensors}
+    lists = {key: [sample[key] for sample in samples if key in sample] for key in keys}  # type: ignore[literal-required]
+    return {key: torch.cat(tensors) for key, tensors in lists.items() if tensors}
 
 
 def tokens_per_sample(batch: dict[str, Any]) -> Tensor:
-    """int64[S]: tokens of each sample of a flat row, fillers included."""
-    return batch["cu_seq_lens_q"].diff().long()
+    """Return int64[S]: the tokens of each sample of a flat row, fillers included."""
+    borders: Tensor = batch["cu_seq_lens_q"]
+    return borders.diff().long()
 
 
 def vision_fillers(processor: Any, kinds: Sequence[str] = ("image",), *, raw_pixels: bool = False) -> list[Sample]:
-    """The smallest image (and video) as a sample without labels: one merged patch between its two border tokens.
+    """Make an unsupervised sample for each kind of medium: one merged patch between the two vision tokens.
 
     Args:
-        raw_pixels: images as raw patches, as the samples' `Encoder` makes them.
+        kinds: ``image``, ``video``.
+        raw_pixels: make images as raw patches; must equal the setting of the samples' `Encoder`.
     """
     ids = processor.tokenizer.convert_tokens_to_ids
     fillers: list[Sample] = []

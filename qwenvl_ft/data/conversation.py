@@ -1,8 +1,8 @@
-"""What flows through the data path: the types of a conversation and of a sample.
+"""Defines the types of the data path: a conversation with its messages and media, and a sample.
 
-A record (a dict, as its file holds it) becomes a `Conversation` in a reader; the encoder makes a `Sample` of it.
+A reader turns a record (a dict, as stored in its file) into a `Conversation`; the encoder turns that into a `Sample`.
 
-Letters in shapes: L tokens of one sample, T tokens of a row, P vision patches, N images or videos.
+Letters in shapes: L tokens of one sample, P vision patches, N images or videos.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a token that is not supervised: the value that torch's cross entropy leaves out."""
+"""Label of an unsupervised token: the ``ignore_index`` of torch's cross entropy."""
 
 ROLES = ("system", "user", "assistant", "tool")
-"""The roles a message may have, in every format."""
+"""Roles of messages, in every format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a record came from. It travels into the batch, so that a bad loss can be traced."""
+    """Origin of a record. It travels into the batch, so that a bad loss can be traced to its records."""
 
     dataset: str
     """Name or file of the data set."""
@@ -39,31 +39,31 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large one medium is shown, instead of the recipe's rule; None where the rule holds."""
+    """Size limits of one medium, which override the recipe's; None keeps the recipe's."""
 
     min_pixels: int | None = None
-    """Smallest area of an image, or of one frame, after resizing."""
+    """Smallest area of an image, or of one video frame, after resizing."""
     max_pixels: int | None = None
-    """Largest area, likewise."""
+    """Largest area of an image, or of one video frame, after resizing."""
     total_pixels: int | None = None
-    """Largest area of all frames together."""
+    """Largest total area of all frames of a video."""
     resized_height: int | None = None
-    """Height to resize to, rounded to whole merged patches; goes with ``resized_width``."""
+    """Height to resize to, in pixels, rounded to whole merged patches; needs ``resized_width``."""
     resized_width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Which frames of a video file are shown, instead of the recipe's rule; None where the rule holds."""
+    """Frame selection of one video file, which overrides the recipe's; None keeps the recipe's."""
 
     num_frames: int | None = None
-    """Exactly so many, spread evenly."""
+    """Exact number of frames, evenly spaced."""
     min_frames: int | None = None
     max_frames: int | None = None
     start: float | None = None
-    """Seconds into the video."""
+    """Begin of the shown part, in seconds into the video."""
     end: float | None = None
-    """Seconds into the video."""
+    """End of the shown part, in seconds into the video."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ class Image:
 @dataclass(frozen=True, slots=True)
 class Video:
     value: Any
-    """Absolute path or bytes of a video file, or a list of frames, each as an image's value."""
+    """Absolute path or bytes of a video file, or a list of frames, each with a value as in `Image`."""
     fps: float | None = None
-    """Frames shown a second: those of a list as they are; of a file so many are taken."""
+    """Frames per second: the rate of a list of frames, or the rate at which a file is sampled."""
     limits: Limits = Limits()
     sampling: Sampling = Sampling()
 
@@ -91,9 +91,9 @@ class Message:
     role: str
     content: tuple[Part, ...]
     tool_calls: tuple[dict[str, Any], ...] = ()
-    """OpenAI style calls of an assistant; the chat template writes them behind the content."""
+    """OpenAI-style calls of an assistant; the chat template writes them after the content."""
     loss: bool | None = None
-    """Whether an assistant turn is supervised; None is the rule (assistant turns are)."""
+    """False leaves an assistant turn unsupervised; None and True supervise it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +103,17 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
 
     def media(self, kind: type) -> list[Any]:
-        """All `Image` or all `Video` parts, in the order in which the template shows them."""
+        """Return all `Image` or all `Video` parts, in the order in which the template shows them."""
         return [part for message in self.messages for part in message.content if isinstance(part, kind)]
 
 
 class Sample(TypedDict, total=False):
-    """The tensors of one conversation. The media keys are absent where there are none."""
+    """The tensors of one conversation. The keys of a medium are absent if there is none."""
 
     input_ids: Tensor
     """int64[L]"""
     labels: Tensor
-    """int64[L]: the token itself where supervised, else -100; always -100 at 0."""
+    """int64[L]: the token itself where supervised, else `IGNORE`; always `IGNORE` at position 0."""
     position_ids: Tensor
     """int64[3, L]: time, height, width."""
     pixel_values: Tensor
@@ -121,7 +121,9 @@ class Sample(TypedDict, total=False):
     image_grid_thw: Tensor
     """int64[N, 3]: patches along time, height, width."""
     pixel_values_videos: Tensor
+    """float32[P, 1536], as ``pixel_values``."""
     video_grid_thw: Tensor
+    """int64[N, 3], as ``image_grid_thw``."""
     source: Source
     fault: str
-    """Why the record's own sample could not be made; this one stands in for it, without labels."""
+    """Why the record could not be encoded. The sample is then an unsupervised placeholder."""

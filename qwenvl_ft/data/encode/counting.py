@@ -1,7 +1,8 @@
-"""How many tokens a text becomes, without encoding it: words that were seen before are looked up.
+"""Counts the tokens of a text without encoding it: the counts of words seen before are looked up.
 
-A byte-level BPE splits a text at its added tokens, then into words, and merges within a word only. So the tokens of a
-text are those of its words, of which a data set has few. What this does not cover, the tokenizer itself counts.
+A byte-level BPE splits a text at its added tokens, then into words, and merges only within a word. So the token count
+of a text is the sum over its words, and a data set has few distinct words. For any other tokenizer or text, the
+tokenizer itself counts.
 """
 
 import pickle
@@ -15,24 +16,24 @@ from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How the tokenizers of Qwen2-VL to Qwen3-VL split a text into words."""
+"""Regex by which the tokenizers of Qwen2-VL to Qwen3-VL split a text into words."""
 ASCII_SPLIT = re.compile(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     re.ASCII,
 )
-"""The same of ASCII text; of other letters, Python and the tokenizer may know different versions of Unicode."""
+"""The same for ASCII text only: beyond ASCII, Python and the tokenizer may use different versions of Unicode."""
 MAX_WORDS = 1 << 18
-"""Words that are remembered, about 30 MB."""
+"""Most words in the cache, about 30 MB."""
 MAX_WORD = 32
-"""Characters of the longest that is."""
+"""Longest word in the cache, in characters."""
 
 
 class TokenCounter:
-    """``counter(text)`` == ``len(tokenizer.encode(text, add_special_tokens=False))``, several times as fast.
+    """Computes ``len(tokenizer.encode(text, add_special_tokens=False))``, several times as fast.
 
     Args:
-        tokenizer: of the ``tokenizers`` package. One that splits another way is asked itself, as are texts that are
-            not ASCII.
+        tokenizer: of the ``tokenizers`` package. One that splits differently is called for every text, and any
+            tokenizer is called for text that is not ASCII.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,25 +42,25 @@ class TokenCounter:
         self._encode = tokenizer.encode
         self._borders = re.compile("|".join(map(re.escape, borders)))
         self._words = _Words(tokenizer.encode)
-        self._knows = bool(borders) and _splits_as_known(tokenizer, added)
+        self._is_known = bool(borders) and _splits_as_known(tokenizer, added)
 
     def __call__(self, text: str) -> int:
-        if not self._knows:
-            return self._asked(text)
+        if not self._is_known:
+            return self._encoded(text)
         parts = self._borders.split(text)
         return len(parts) - 1 + sum(self._part(part) for part in parts if part)
 
     def _part(self, text: str) -> int:
         if not text.isascii():
-            return self._asked(text)
+            return self._encoded(text)
         return sum(map(self._words.__getitem__, ASCII_SPLIT.findall(text)))
 
-    def _asked(self, text: str) -> int:
+    def _encoded(self, text: str) -> int:
         return len(self._encode(text, add_special_tokens=False))
 
 
 class _Words(dict[str, int]):
-    """Word -> its tokens."""
+    """Cache of word -> number of tokens; a missing word is encoded."""
 
     def __init__(self, encode: Any) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class _Words(dict[str, int]):
 
 
 def _splits_as_known(tokenizer: Any, added: Any) -> bool:
-    """Whether words of ASCII text are what `ASCII_SPLIT` finds, and added tokens hard borders."""
+    """Return True if `ASCII_SPLIT` finds the words of ASCII text and added tokens always split a text."""
     if tokenizer.truncation or tokenizer.padding or tokenizer.encode_special_tokens:
         return False
     if any(token.normalized or token.lstrip or token.rstrip or token.single_word for token in added):
@@ -89,11 +90,11 @@ def _splits_as_known(tokenizer: Any, added: Any) -> bool:
 
 
 def _splitting(trim_offsets: bool) -> PreTokenizer:
-    """Of the tokenizers of Qwen2-VL to Qwen3-VL."""
+    """Build the pre-tokenizer of Qwen2-VL to Qwen3-VL."""
     words = Split(Regex(SPLIT), behavior="isolated", invert=False)
     return Sequence([words, ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets, use_regex=False)])
 
 
 def _same(part: Any, *known: Any) -> bool:
-    """Whether a part of a tokenizer is as one of these, by all that it is saved with."""
+    """Return True if a part of a tokenizer serialises to the same bytes as one of the known parts."""
     return pickle.dumps(part) in map(pickle.dumps, known)

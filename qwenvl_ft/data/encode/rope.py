@@ -1,6 +1,6 @@
-"""Which (time, height, width) position each token has: M-RoPE without a loop over tokens.
+"""Computes the M-RoPE positions (time, height, width) of every token, without a loop over tokens.
 
-A *draft* sequence holds one placeholder per image or video frame. Letters: D draft tokens, L tokens after expansion.
+Letters in shapes: D draft tokens, with one placeholder per image or pair of video frames; L tokens after expansion.
 """
 
 import numpy as np
@@ -10,15 +10,15 @@ Int = NDArray[np.int64]
 
 
 def mrope_positions(counts: Int, widths: Int) -> Int:
-    """Positions of an expanded sequence.
+    """Compute the positions of the expanded sequence.
 
-    Text advances by one on all three axes. A placeholder becomes a grid of ``count`` tokens, ``width`` to a line, all
-    at the same time position; what follows starts behind the longer side. Equal to ``get_rope_index`` of
-    transformers' Qwen3-VL, where a video is one grid per frame pair (its time is written as text).
+    Text advances by one on all three axes. A placeholder becomes a grid of ``count`` tokens, ``width`` per line, all at
+    the same time position; the next token starts after the grid's longer side. Equal to ``get_rope_index`` of
+    transformers' Qwen3-VL, where each frame pair of a video is a grid and its time is text.
 
     Args:
         counts: int64[D], tokens that each draft token becomes; 1 for text.
-        widths: int64[D], tokens in one line of the grid; 0 for text.
+        widths: int64[D], tokens in one line of its grid; 0 for text.
 
     Returns:
         int64[3, L] as (time, height, width).

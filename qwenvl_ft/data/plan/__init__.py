@@ -1,1 +1,1 @@
-"""The plan of an epoch: how long each sample is, which samples share a row, and which rank trains it."""
+"""Plans an epoch: the length of each sample, which samples share a row, and which rank trains the row."""

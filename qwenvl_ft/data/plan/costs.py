@@ -1,7 +1,7 @@
-"""What a sample costs, in time: what the plan balances ranks by. Fitted by ``qwenvl-ft bench --fit``, else a default.
+"""Estimates the training time of a sample, by which the plan balances the ranks.
 
-The fit belongs to the machine: a file beside the other caches. Of several processes the first one's holds for all,
-because all must make the same plan.
+``qwenvl-ft bench --fit`` measures the coefficients on this machine and stores them beside the other caches; otherwise
+defaults apply. In a distributed run rank 0's coefficients hold for all ranks, because all must make the same plan.
 """
 
 import json
@@ -16,29 +16,35 @@ from qwenvl_ft.errors import DataError
 
 @dataclass(frozen=True)
 class CostModel:
-    """Time of a sample of L tokens and P vision patches, a token being 1."""
+    """Relative time of a sample of L tokens and P vision patches; one token costs 1."""
 
     patch: float = 0.25
+    """Factor of P."""
     token_square: float = 1 / 32_768
-    """Of L * L: attention of the language model."""
+    """Factor of L * L: attention of the language model."""
     patch_square: float = 1 / 262_144
-    """Of P * P: attention of the vision tower."""
+    """Factor of P * P: attention of the vision tower."""
 
     def of(self, tokens: ArrayLike, patches: ArrayLike) -> NDArray[np.float64]:
-        """float64[S], relative time of each sample."""
-        length, seen = np.asarray(tokens, dtype=np.float64), np.asarray(patches, dtype=np.float64)
-        return length + self.patch * seen + self.token_square * length**2 + self.patch_square * seen**2
+        """Return float64[S], the relative time of each of S samples.
+
+        Args:
+            tokens: int[S]
+            patches: int[S]
+        """
+        length, area = np.asarray(tokens, dtype=np.float64), np.asarray(patches, dtype=np.float64)
+        return length + self.patch * area + self.token_square * length**2 + self.patch_square * area**2
 
 
 def costs_file() -> Path:
-    """Where the machine's fit is."""
+    """Return the path of this machine's coefficients."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "qwenvl_ft" / "costs.json"
 
 
 def save_costs(costs: CostModel) -> Path:
-    """Keep a fit for this machine's next runs."""
+    """Store coefficients for later runs on this machine."""
     path = costs_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(costs)) + "\n", encoding="utf-8")
@@ -46,10 +52,10 @@ def save_costs(costs: CostModel) -> Path:
 
 
 def machine_costs() -> CostModel:
-    """The machine's fit, or the defaults.
+    """Load this machine's coefficients, or return the defaults if there are none.
 
     Raises:
-        DataError: the file is not one that `save_costs` wrote.
+        DataError: `save_costs` did not write the file.
     """
     path = costs_file()
     if not path.is_file():

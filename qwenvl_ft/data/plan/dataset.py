@@ -1,4 +1,7 @@
-"""Records, encoder and lengths joined: samples by index, and the epochs' plan that serves them in rows."""
+"""Joins records, encoder and lengths: a dataset of samples, a sampler of each rank's batches, and their loader.
+
+Letters in shapes: S samples of an epoch.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,15 +28,15 @@ DEFAULT_COSTS = CostModel()
 
 
 class Ticket(NamedTuple):
-    """All that a worker needs to know of a sample: what was planned, of which epoch."""
+    """Identifies a sample of an epoch; holds all that a dataloader worker needs to know of the plan."""
 
     epoch: int
     place: int
-    """In the epoch's conversations, those that are left out counted."""
+    """Index into the epoch's conversations, dropped ones included."""
     tokens: int
     """Planned length."""
     filler: bool = False
-    """Whether it is shown without labels, see `assign`."""
+    """True removes the labels, see `assign`."""
 
 
 class PlanKey(NamedTuple):
@@ -48,23 +51,23 @@ class PlanKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """What planning knows of an epoch's samples; S of them."""
+    """Sizes of an epoch's samples, which the plan is made from."""
 
     measured: Lengths
 
     @cached_property
     def index(self) -> NDArray[np.int64]:
-        """int64[S], places of the usable conversations."""
+        """int64[S], indices of the usable conversations."""
         return self.measured.kept
 
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
-        """int64[S]"""
+        """int64[S], tokens of each sample."""
         return self.measured.tokens[self.index].astype(np.int64)
 
     @cached_property
     def patches(self) -> NDArray[np.int64]:
-        """int64[S]"""
+        """int64[S], vision patches of each sample."""
         return self.measured.patches[self.index].astype(np.int64)
 
     def key(self) -> PlanKey:
@@ -79,20 +82,23 @@ class Planned:
 
 
 class SampleDataset(Dataset[Sample]):
-    """The samples of a data set; what cannot become one (too long, unsupervised) is counted and left out.
+    """The samples of a data set. Records that cannot become a sample (too long, unsupervised) are counted and dropped.
 
     ``dataset[i]`` encodes the i-th usable conversation of epoch 0, ``dataset[dataset.ticket(epoch, i)]`` that of any
-    epoch. ``~i`` is the same without labels: a filler, see `assign`.
+    epoch. ``dataset[~i]`` is the same sample without labels, a filler (see `assign`).
 
     Args:
-        records: `Epochs`, or records that are a conversation each.
-        on_error: what becomes of a record that cannot be read: ``raise``, or ``skip`` it. While lengths are measured a
-            skipped one is left out; later, when the plan is made, a sample of one token without a label stands in for
-            it, with the reason as its ``fault``.
-        max_bad_fraction: with ``skip``, the largest share of an epoch that may be left out.
+        records: `Epochs`, or records that each become one conversation.
+        name: of the data set, for messages.
+        num_proc: most worker processes that measure lengths.
+        cache_dir: folder of the cached lengths, see `measure`.
+        on_error: for records that cannot be read, ``raise`` or ``skip``. A record that fails while lengths are measured
+            is dropped. One that fails later, when the plan is fixed, is replaced by a placeholder: a sample of one
+            unsupervised token, with the reason as its ``fault``.
+        max_bad_fraction: with ``skip``, the largest share of an epoch's records that may be dropped as unreadable.
 
     Raises:
-        DataError: nothing is usable, a record is malformed, or too many are.
+        DataError: no record is usable, a record is malformed, or too many are.
     """
 
     def __init__(
@@ -117,17 +123,17 @@ class SampleDataset(Dataset[Sample]):
         self.at(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_planned": {}}  # a worker is told all that it needs by `Ticket` s
+        return self.__dict__ | {"_planned": {}}  # workers need no plan: a `Ticket` tells them enough
 
     def measured_as(self, epoch: int) -> int:
-        """The first epoch whose samples have the same lengths as those of ``epoch``."""
+        """Return the first epoch whose samples have the same lengths as those of ``epoch``."""
         return self.epochs.measured_as(epoch)
 
     def at(self, epoch: int) -> Planned:
-        """What planning needs of an epoch; measured the first time that its lengths are asked for.
+        """Return the sizes of an epoch's samples; measured on first use.
 
         Raises:
-            DataError: as the class.
+            DataError: as for the constructor.
         """
         same = self.measured_as(epoch)
         if same not in self._planned:
@@ -144,7 +150,7 @@ class SampleDataset(Dataset[Sample]):
         return self._planned[same]
 
     def conversation(self, index: int | Ticket) -> Conversation:
-        """What a sample is made from.
+        """Return the conversation that a sample is made from.
 
         Raises:
             DataError: a record is malformed.
@@ -153,12 +159,12 @@ class SampleDataset(Dataset[Sample]):
         return self.epochs.conversation(ticket.epoch, ticket.place)
 
     def ticket(self, epoch: int, index: int) -> Ticket:
-        """What to ask for the ``index``-th usable sample of an epoch; ``~index`` is its filler."""
+        """Return the ticket of the ``index``-th usable sample of an epoch; ``~index`` is its filler."""
         planned, place = self.at(epoch), index if index >= 0 else ~index
         return Ticket(epoch, int(planned.index[place]), int(planned.tokens[place]), index < 0)
 
     def __len__(self) -> int:
-        """Samples of epoch 0."""
+        """Return the number of samples of epoch 0."""
         return len(self.at(0))
 
     def __getitem__(self, index: int | Ticket) -> Sample:
@@ -168,7 +174,7 @@ class SampleDataset(Dataset[Sample]):
         except DataError as error:
             if self.on_error == "raise":
                 raise
-            return self._stand_in(str(error))
+            return self._placeholder(str(error))
 
     def _sample(self, ticket: Ticket) -> Sample:
         conversation = self.conversation(ticket)
@@ -176,14 +182,14 @@ class SampleDataset(Dataset[Sample]):
         if len(sample["input_ids"]) != ticket.tokens:
             raise DataError(
                 f"{conversation.source}: planned with {ticket.tokens} tokens, encoded to {len(sample['input_ids'])}. "
-                "Was a medium changed after planning? Start again: changed media are measured anew."
+                "Was a media file changed after planning? Start again; changed files are then measured again."
             )
         if ticket.filler:
             sample["labels"] = torch.full_like(sample["labels"], IGNORE)
         return sample
 
-    def _stand_in(self, fault: str) -> Sample:
-        """One token without a label."""
+    def _placeholder(self, fault: str) -> Sample:
+        """Return a sample of one unsupervised token."""
         token = torch.tensor([self.encoder.processor.tokenizer.pad_token_id])
         labels, positions = torch.full_like(token, IGNORE), torch.zeros(3, 1, dtype=torch.int64)
         source = Source(self.name, fault.split(": ")[0])
@@ -199,37 +205,44 @@ class SampleDataset(Dataset[Sample]):
 
     @property
     def index(self) -> NDArray[np.int64]:
-        """int64[S], places of the usable conversations of epoch 0."""
+        """int64[S], indices of the usable conversations of epoch 0."""
         return self.at(0).index
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """int64[S], tokens of the samples of epoch 0."""
+        """int64[S], tokens of each sample of epoch 0."""
         return self.at(0).tokens
 
     @property
     def media_kinds(self) -> tuple[str, ...]:
-        """``image``, and ``video`` if a sample has one: the kinds that every rank must run in every pass."""
+        """Kinds of media that every rank must run in every pass: ``image``, and ``video`` if a sample has one."""
         return ("image", "video") if self.at(0).measured.has_video.any() else ("image",)
 
     def summary(self) -> str:
-        """One line: samples and tokens of epoch 0, and what was left out and why."""
+        """Summarise epoch 0 in one line: samples, tokens, dropped records by reason, truncation."""
         planned = self.at(0)
         tokens, measured = planned.tokens, planned.measured
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in measured.dropped().items())
-        told = f"{self.name}: {len(planned):,} samples, {int(tokens.sum()):,} tokens, mean {tokens.mean():.0f}"
-        told = f"{told}, longest {tokens.max():,}" + (f"; left out: {dropped}" if dropped else "")
-        told += f" (the first: {measured.faults[0]})" if measured.faults else ""
+        line = f"{self.name}: {len(planned):,} samples, {int(tokens.sum()):,} tokens, mean {tokens.mean():.0f}"
+        line = f"{line}, longest {tokens.max():,}" + (f"; left out: {dropped}" if dropped else "")
+        line += f" (the first: {measured.faults[0]})" if measured.faults else ""
         samples, lost, media = measured.cut()
         cut = f"; cut: {samples:,} samples, by {lost:,} tokens" + (f" and {media:,} media" if media else "")
-        return told + (cut if samples else "")
+        return line + (cut if samples else "")
 
 
 class PlanSampler(Sampler[list[Ticket]]):
-    """This rank's batches of an epoch, from a plan that all ranks make alike.
+    """Yields one rank's batches of an epoch, from the plan that all ranks compute.
 
     The number of batches is the same on every rank, and in every epoch whose samples have the same lengths. `set_epoch`
-    chooses the epoch; skipping batches (resume) only advances through indices.
+    selects the epoch. Skipping batches (resume) encodes nothing.
+
+    Args:
+        packing: False puts one sample in each row.
+        max_length: most tokens of a row.
+        shuffle: False keeps the order of samples and rows (evaluation).
+        costs: estimates by which the ranks are balanced.
+        grouped: put rows of similar cost into the same step, see `group_rows`.
     """
 
     def __init__(
@@ -245,7 +258,6 @@ class PlanSampler(Sampler[list[Ticket]]):
         costs: CostModel = DEFAULT_COSTS,
         grouped: bool = False,
     ) -> None:
-        """Args: grouped: rows of like cost share a step, see `group_rows`."""
         self.dataset = dataset
         self.costs = costs
         self.grouped = grouped
@@ -263,39 +275,39 @@ class PlanSampler(Sampler[list[Ticket]]):
         self.epoch = epoch
 
     def rows(self, epoch: int) -> list[list[int]]:
-        """The rows of an epoch, before they are dealt out."""
+        """Return the rows of an epoch, before they are assigned to ranks."""
         lengths = self.dataset.at(epoch).tokens
         if not self.packing:
             return single_rows(len(lengths), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
         return pack_lengths(lengths, max_length=self.max_length, seed=self.seed, epoch=epoch)
 
     def plan(self, epoch: int) -> list[list[Batch]]:
-        """``[pass][rank]`` of an epoch; the last two asked for are kept."""
+        """Return ``[pass][rank]`` -> batch of an epoch; the two epochs asked for last are cached."""
         if epoch not in self._plans:
             kept = list(self._plans.items())[-1:]
             planned = self.dataset.at(epoch)
             costs = self.costs.of(planned.tokens, planned.patches)
             rows: Sequence[Sequence[int]] = self.rows(epoch)
             if self.grouped:
-                alike = DEFAULT_COSTS.of(planned.tokens, planned.patches)
-                rows = group_rows(rows, alike, self.shape, seed=self.seed, epoch=epoch)
+                same_everywhere = DEFAULT_COSTS.of(planned.tokens, planned.patches)
+                rows = group_rows(rows, same_everywhere, self.shape, seed=self.seed, epoch=epoch)
             passes = assign(rows, costs, self.shape, balance=self.shuffle)
             self._plans = dict(kept) | {epoch: passes}
         return self._plans[epoch]
 
     def passes(self, epoch: int) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches of an epoch on each rank."""
         same = self.dataset.measured_as(epoch)
         if same not in self._passes:
             self._passes[same] = -(-len(self.rows(epoch)) // self.shape.rows_per_pass)
         return self._passes[same]
 
     def steps(self, epoch: int) -> int:
-        """Optimizer steps of an epoch."""
+        """Return the number of optimizer steps of an epoch."""
         return -(-self.passes(epoch) // self.shape.accumulation)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epochs that are over, steps done in the next) after so many optimizer steps."""
+        """Return (complete epochs, steps done in the next epoch) after ``step`` optimizer steps."""
         epoch = 0
         while step >= self.steps(epoch):
             step -= self.steps(epoch)
@@ -303,7 +315,7 @@ class PlanSampler(Sampler[list[Ticket]]):
         return epoch, step
 
     def waiting(self) -> float:
-        """How much more than the mean rank the costliest of a step has to do, in the current epoch: 0.1 is a tenth."""
+        """Return the mean excess cost of a step's slowest rank over its mean rank, in the current epoch; 0.1 is 10%."""
         planned = self.dataset.at(self.epoch)
         cost = self.costs.of(planned.tokens, planned.patches)
         loads = np.array([[cost[[i for i in b if i >= 0]].sum() for b in ranks] for ranks in self.plan(self.epoch)])
@@ -313,7 +325,7 @@ class PlanSampler(Sampler[list[Ticket]]):
         return float((whole.max(axis=1) / whole.mean(axis=1)).mean()) - 1
 
     def fill(self) -> float:
-        """Share of the packed rows' places that hold a token, in the current epoch."""
+        """Return the share of the rows' capacity that holds tokens in the current epoch, 0 to 1."""
         return fill(self.rows(self.epoch), self.dataset.at(self.epoch).tokens, self.max_length)
 
     def __len__(self) -> int:
@@ -325,10 +337,13 @@ class PlanSampler(Sampler[list[Ticket]]):
 
 
 class EpochLoader(DataLoader[Any]):
-    """A `DataLoader` over a `PlanSampler` that passes the epoch on to it.
+    """A `DataLoader` over a `PlanSampler`, to which it passes the epoch.
 
-    Its own generator seeds the workers, so that starting an epoch leaves torch's global random state alone: dropout is
-    the same however many workers there are.
+    A generator of its own seeds the workers. So starting an epoch does not draw from torch's global generator, and
+    dropout is the same for any number of workers.
+
+    Args:
+        options: keyword arguments of `DataLoader`.
     """
 
     def __init__(self, dataset: SampleDataset, sampler: PlanSampler, collator: Any, **options: Any) -> None:
@@ -341,5 +356,5 @@ class EpochLoader(DataLoader[Any]):
 
 
 def seen_samples(batches: Sequence[Batch]) -> int:
-    """Samples of the batches, fillers not counted."""
+    """Count the samples of the batches, fillers excluded."""
     return sum(index >= 0 for batch in batches for index in batch)

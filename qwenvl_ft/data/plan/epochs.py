@@ -1,7 +1,7 @@
-"""What a data set shows, epoch by epoch: the k-th conversation as a function of (seed, epoch, k) and nothing else.
+"""Defines the conversations of each epoch: the k-th one is a function of (seed, epoch, k) and nothing else.
 
-Records stand for themselves, in every epoch alike; dense captions are grouped, drawn and augmented anew. An epoch's
-lengths are measured once for all epochs that have the same.
+An ordinary record is the same conversation in every epoch. Dense captions are grouped, sampled and augmented anew in
+each epoch. Epochs whose samples have the same lengths share one measurement.
 """
 
 import bisect
@@ -27,42 +27,46 @@ from qwenvl_ft.data.sources.records import Records
 from qwenvl_ft.errors import DataError
 
 Raw = tuple[Any, Source, str | None]
-"""A record, where it came from, and the folder of its relative media."""
+"""A record, its origin, and the folder of its relative media."""
 
 
 class Epochs(Protocol):
-    """The conversations of all epochs; as many in each."""
+    """The conversations of all epochs; every epoch has the same number."""
 
     def __len__(self) -> int: ...
 
     def conversation(self, epoch: int, place: int) -> Conversation:
-        """Raises DataError: the record, or one of the group, is malformed."""
+        """Return one conversation of an epoch.
+
+        Raises:
+            DataError: the record, or one of its group, is malformed.
+        """
         ...
 
     def raw(self, epoch: int, place: int) -> list[Raw]:
-        """What the conversation is made from."""
+        """Return the records that the conversation is made from."""
         ...
 
     def measured_as(self, epoch: int) -> int:
-        """The first epoch whose samples have the same lengths, place by place."""
+        """Return the first epoch in which each sample has the same length as in this epoch."""
         ...
 
     def fingerprint(self, epoch: int) -> str:
-        """Key of all that an epoch's lengths follow from, for caches."""
+        """Return a hash of everything in the records that an epoch's lengths depend on, for the keys of caches."""
         ...
 
 
 class MovedTextError(DataError):
-    """The augmentation moves pixels of records whose text may name places."""
+    """The augmentation moves pixels, and the records' text may hold coordinates."""
 
 
 class RecordEpochs:
-    """Records that are a conversation each.
+    """Epochs of records that each become one conversation.
 
     Args:
-        records: a list whose ``[i]`` is (record, `Source`, folder of relative media), as `load_records` gives it.
-        augmenter: changes the colours of images; what moves pixels is refused, because text may name places.
-        options: of dense-caption records among the others; each is asked for its objects by itself.
+        records: a list whose ``[i]`` is (record, `Source`, folder of relative media), as `load_records` returns it.
+        augmenter: may change colours only, because a record's text may hold coordinates.
+        options: for dense-caption records among the others; each becomes a conversation by itself.
 
     Raises:
         MovedTextError: the augmenter moves pixels.
@@ -80,8 +84,8 @@ class RecordEpochs:
         if augmenter is not None and augmenter.moving:
             raise MovedTextError(
                 f"{records[0][1]}: data.augmentation has {augmenter.moving[0]}, which moves pixels, and this is no "
-                "dense-caption record: what its text says of places would be wrong. Keep the operations on colours, "
-                "or give records with objects."
+                "dense-caption record: coordinates in its text would become wrong. Use operations on colours only, "
+                "or records with objects."
             )
         self.records = records
         self.augmenter = augmenter
@@ -94,15 +98,15 @@ class RecordEpochs:
 
     def conversation(self, epoch: int, place: int) -> Conversation:
         record, source, root = self.records[place]
-        told = read_to_dense(record, source, root)
-        if not isinstance(told, Conversation):
+        read = read_to_dense(record, source, root)
+        if not isinstance(read, Conversation):
             if self.options.draws_summaries:
                 raise DataError(
-                    f"{source}: a dense-caption record in a file that begins with another format, of which no summary "
-                    "is asked. Put it into a file of such records, or set data.summary_ratio=0."
+                    f"{source}: a dense-caption record in a file that begins with another format, where summaries "
+                    "are not supported. Move it to a file of dense-caption records, or set data.summary_ratio=0."
                 )
-            told = dense_conversation([read_dense_record(told, source, root)], self.options, policy=self.policy)
-        return told if self.augmenter is None else self._augmented(told, epoch, place)
+            read = dense_conversation([read_dense_record(read, source, root)], self.options, policy=self.policy)
+        return read if self.augmenter is None else self._augmented(read, epoch, place)
 
     def raw(self, epoch: int, place: int) -> list[Raw]:
         return [self.records[place]]
@@ -114,24 +118,24 @@ class RecordEpochs:
         return hashlib.sha256(f"{self.records.fingerprint}:{self.options}".encode()).hexdigest()
 
     def _augmented(self, conversation: Conversation, epoch: int, place: int) -> Conversation:
-        """All images of a record change alike."""
+        """Change the colours of all images of a record in the same way."""
         assert self.augmenter is not None
         drawn = self.augmenter.draw(1, 1, np.random.default_rng([AUGMENTATION, self.seed, epoch, place]), epoch)
 
-        def shown(part: Part) -> Part:
+        def coloured(part: Part) -> Part:
             return (
                 replace(part, value=ColouredImage(part.value, drawn, self.policy)) if isinstance(part, Image) else part
             )
 
-        def told(message: Message) -> Message:
-            return replace(message, content=tuple(shown(part) for part in message.content))
+        def augmented(message: Message) -> Message:
+            return replace(message, content=tuple(coloured(part) for part in message.content))
 
-        return replace(conversation, messages=tuple(told(message) for message in conversation.messages))
+        return replace(conversation, messages=tuple(augmented(message) for message in conversation.messages))
 
 
 @dataclass(frozen=True, slots=True)
 class ColouredImage:
-    """An image whose colours change when it is opened."""
+    """An image whose colours are augmented when it is opened."""
 
     value: Any
     """Path, URL, bytes or PIL image."""
@@ -139,15 +143,16 @@ class ColouredImage:
     policy: MediaPolicy
 
     def size(self) -> tuple[int, int]:
-        """(height, width), from the header."""
+        """Return (height, width), from the header."""
         return image_size(self.value, self.policy)
 
     def open(self) -> PILImage.Image:
+        """Return the image with its colours changed."""
         return self.drawn.coloured(open_image(self.value, self.policy))
 
 
 class JoinedEpochs:
-    """Several one behind the other."""
+    """Concatenates the conversations of several `Epochs`."""
 
     def __init__(self, parts: Sequence[Epochs]) -> None:
         self.parts = list(parts)
@@ -183,16 +188,17 @@ def open_epochs(
     training: bool = True,
     policy: MediaPolicy | None = None,
 ) -> Epochs:
-    """What a data set shows: groups of the files whose first record is a dense caption, the others' records alone.
+    """Build the epochs of a data set.
 
-    A dense caption in one of the other files is asked for its objects by itself.
+    Files whose first record is a dense caption are grouped; in other files each record becomes one conversation, dense
+    captions among them included.
 
     Args:
-        training: False is validation: the same in every epoch, in order, never augmented.
+        training: False is for validation: the same conversations in every epoch, in order, never augmented.
 
     Raises:
         DataError: the first record of a file is malformed, the augmentation does not fit a file's format, or summaries
-            are drawn and a record has none.
+            are asked for and a record has none.
     """
     options = options or DenseOptions()
     augmenter = augmenter if training and augmenter is not None and augmenter.enabled else None
@@ -206,7 +212,7 @@ def open_epochs(
 
 
 def _runs(records: Any) -> Iterator[tuple[bool, Any]]:
-    """(are they dense captions, records) of consecutive files that are alike."""
+    """Yield (is dense captions, records) for each run of consecutive files of the same kind."""
     if not isinstance(records, Records):
         yield _is_dense(records), records
         return
@@ -216,6 +222,6 @@ def _runs(records: Any) -> Iterator[tuple[bool, Any]]:
 
 
 def _is_dense(records: Any) -> bool:
-    """Whether the first record is a dense caption, or becomes one."""
+    """Return True if the first record is a dense caption, or is read as one."""
     record, source, root = records[0]
     return not isinstance(read_to_dense(record, source, root), Conversation)

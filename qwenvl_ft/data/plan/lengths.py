@@ -1,7 +1,8 @@
-"""How long every sample will be, known before the first step: from text and media headers, cached on disk.
+"""Measures the length of every sample before training, from text and media headers, and caches the result on disk.
 
-Nothing is dropped here silently: what cannot be a sample, and what is cut off one, is counted. A cache holds as long as
-records, encoder and every media file (its size and time of change) stay as they were.
+Nothing is dropped silently: records that cannot become samples are counted by reason, as is what truncation removes.
+A cache file is valid as long as the records, the encoder and every media file (size and modification time) are
+unchanged. Letters in shapes: R records.
 """
 
 import hashlib
@@ -32,59 +33,61 @@ COLUMNS = {
     "cut_tokens": np.int32,
     "cut_media": np.int32,
 }
-"""Fields of `Lengths` and how they are kept."""
+"""Arrays of `Lengths` and their dtypes."""
 CHUNK = 256
-"""Records that a worker measures before it answers."""
+"""Records that a worker measures before it returns their lengths."""
 PARALLEL_FROM = 2_000
-"""Records from which starting workers pays."""
+"""Fewest records for which starting workers pays."""
 LAYOUT = 3
-"""Raised whenever what a cache file holds changes its meaning."""
+"""Version of the cache file's layout; increase it whenever the meaning of the contents changes."""
 
 KEPT, TOO_LONG, UNSUPERVISED, BAD = range(4)
+"""Status of a record: `KEPT`, or why it does not become a sample."""
 File = tuple[str, int, int]
-"""Path of a media file, its size in bytes and its time of change in nanoseconds; -1, 0 if it is not there."""
+"""Path of a media file, its size in bytes and its modification time in nanoseconds; -1 and 0 if it is missing."""
 Row = tuple[int, int, bool, int, int, int]
-"""An entry of each array of `Lengths`."""
+"""One record's entries in the arrays of `Lengths`, in the order of `COLUMNS`."""
 REASONS = {
     TOO_LONG: "longer than template.max_length",
     UNSUPERVISED: "no supervised token",
     BAD: "that cannot be read",
 }
+"""Status -> how a summary names it."""
 MAX_FAULTS = 5
-"""Records that cannot be read of which a summary tells why."""
+"""Number of unreadable records whose error is kept."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What planning knows of each record."""
+    """Length and status of each record, for planning."""
 
     tokens: NDArray[np.int32]
-    """[R] tokens of the sample; of a dropped one, what it would have had (0 where unknown)."""
+    """[R] tokens of the sample; 0 if there is none."""
     patches: NDArray[np.int32]
     """[R] vision patches."""
     has_video: NDArray[np.bool_]
     """[R]"""
     status: NDArray[np.int8]
-    """[R] `KEPT` or why it is not."""
+    """[R] `KEPT`, `TOO_LONG`, `UNSUPERVISED` or `BAD`."""
     cut_tokens: NDArray[np.int32]
-    """[R] tokens that template.truncation_strategy took off."""
+    """[R] tokens that truncation removed."""
     cut_media: NDArray[np.int32]
-    """[R] images and videos that went with them."""
+    """[R] images and videos that truncation removed."""
     faults: tuple[str, ...] = ()
-    """Why the first of the records that cannot be read cannot be."""
+    """Errors of the first `MAX_FAULTS` unreadable records."""
 
     @property
     def kept(self) -> NDArray[np.int64]:
-        """Indices of the records that become samples."""
+        """int64[S], indices of the records that become samples."""
         return np.flatnonzero(self.status == KEPT)
 
     def dropped(self) -> dict[str, int]:
-        """Reason -> number of records."""
+        """Count the dropped records by reason."""
         counts = Counter(self.status[self.status != KEPT].tolist())
         return {REASONS[status]: count for status, count in sorted(counts.items())}
 
     def cut(self) -> tuple[int, int, int]:
-        """Samples that were cut to template.max_length, tokens and media they lost."""
+        """Return the number of truncated samples, and of the tokens and media that they lost."""
         return int((self.cut_tokens > 0).sum()), int(self.cut_tokens.sum()), int(self.cut_media.sum())
 
 
@@ -110,16 +113,16 @@ class _MeasureRecord:
 
     def _row(self, conversation: Conversation) -> Row:
         try:
-            told = self.encoder.extent(conversation)
+            extent = self.encoder.extent(conversation)
         except (TooLong, Unsupervised) as error:
             if self.encoder.truncation_strategy == "raise":
                 raise
             return 0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0
-        return told.tokens, told.patches, told.has_video, KEPT, told.cut_tokens, told.cut_media
+        return extent.tokens, extent.patches, extent.has_video, KEPT, extent.cut_tokens, extent.cut_media
 
 
 def conversation_files(conversation: Conversation) -> list[str]:
-    """Paths of the media files that a conversation shows."""
+    """Return the paths of a conversation's media files."""
     values = [image.value for image in conversation.media(Image)]
     for video in conversation.media(Video):
         values += video.value if isinstance(video.value, (list, tuple)) else [video.value]
@@ -127,7 +130,7 @@ def conversation_files(conversation: Conversation) -> list[str]:
 
 
 def _unreached(conversation: Conversation | None) -> list[File]:
-    """URLs of a record that could not be measured, in a state that no path has: they are tried again the next time."""
+    """Return the URLs of an unreadable record in a state that no file has, so that the next start retries them."""
     if conversation is None:
         return []
     values = [str(medium.value) for kind in (Image, Video) for medium in conversation.media(kind)]
@@ -142,16 +145,19 @@ def measure(
     cache_dir: str | Path | None = None,
     on_error: str = "raise",
 ) -> Lengths:
-    """Lengths of all records; a second call with the same records, media and encoder reads them from disk.
+    """Return the lengths of all records. A second call with the same records, media and encoder reads the cache.
 
-    Of several processes that share ``cache_dir`` one measures, the others wait for its file.
+    If several processes share ``cache_dir``, one measures and the others wait for its file.
 
     Args:
         records: a list of (record, `Source`, folder of relative media), or of `Conversation` s, with a ``fingerprint``.
-        on_error: ``skip`` counts a record that cannot be read as `BAD` instead of raising.
+        num_proc: most worker processes; no more than the CPUs of this process are started.
+        cache_dir: None is a folder beside the caches of datasets.
+        on_error: ``skip`` counts an unreadable record as `BAD` instead of raising.
 
     Raises:
-        DataError: a record is malformed or a medium cannot be opened; it names the record.
+        DataError: names a record that is malformed or has a medium that cannot be opened.
+        TooLong, Unsupervised: names the record, if the encoder's ``truncation_strategy`` is ``raise``.
     """
     folder = Path(cache_dir) if cache_dir is not None else _default_cache()
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,19 +206,19 @@ def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
 
 
 def _cached(path: Path) -> Lengths | None:
-    """What the cache holds, unless a media file changed since."""
+    """Load a cache file; None if there is none or a media file has changed since."""
     if not path.exists():
         return None
-    with np.load(path) as told:
-        states = told["states"].tolist()
-        for name, (size, changed) in zip(_as_texts(told["files"]), states, strict=True):
+    with np.load(path) as arrays:
+        states = arrays["states"].tolist()
+        for name, (size, changed) in zip(_as_texts(arrays["files"]), states, strict=True):
             if _state(name) != (name, size, changed):
                 return None
-        return Lengths(**{name: told[name] for name in COLUMNS}, faults=tuple(_as_texts(told["faults"])))
+        return Lengths(**{name: arrays[name] for name in COLUMNS}, faults=tuple(_as_texts(arrays["faults"])))
 
 
 def _as_bytes(texts: Sequence[str]) -> NDArray[np.uint8]:
-    """Texts without a null as one array that is no pickle."""
+    """Store texts without null characters as one array that needs no pickle."""
     return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), dtype=np.uint8)
 
 
@@ -223,10 +229,10 @@ def _as_texts(array: NDArray[np.uint8]) -> list[str]:
 
 def _state(path: str) -> File:
     try:
-        told = os.stat(path)  # noqa: PTH116 - a million of them: no Path for each
+        stat = os.stat(path)  # noqa: PTH116 - a million files: creating a Path for each is slow
     except OSError:
         return path, -1, 0
-    return path, told.st_size, told.st_mtime_ns
+    return path, stat.st_size, stat.st_mtime_ns
 
 
 def _default_cache() -> Path:
@@ -236,7 +242,7 @@ def _default_cache() -> Path:
 
 
 def require_some(lengths: Lengths, name: str) -> None:
-    """Raises DataError if nothing is left to train on, with the reasons."""
+    """Raise DataError if no record becomes a sample; the error counts the reasons."""
     if lengths.kept.size == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in lengths.dropped().items()) or "it is empty"
         raise DataError(f"{name}: no record can be used ({reasons}).")

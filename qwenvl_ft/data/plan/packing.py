@@ -1,7 +1,8 @@
-"""Which samples share a row, and which row goes to which rank: the plan of an epoch.
+"""Packs samples into rows and assigns the rows to ranks: the plan of an epoch.
 
-A plan is a pure function of (lengths, costs, seed, epoch) and the shape of the run, so every rank makes the same one
+A plan is a pure function of (lengths, costs, seed, epoch) and the run's shape. So every rank computes the same plan,
 and a resumed run continues it. A sample is never split. One million lengths take a few seconds on one core.
+Letters in shapes: N samples.
 """
 
 from collections.abc import Sequence
@@ -13,25 +14,25 @@ from numpy.typing import ArrayLike
 from qwenvl_ft.errors import DataError
 
 WASTE = 0.005
-"""Share of a mean sample that rounding lengths may cost: lengths that round alike swap places from epoch to epoch."""
-
+"""Share of the mean length that rounding may waste. Samples whose lengths round alike swap places between epochs."""
 
 WINDOW = 64
-"""Steps among which `group_rows` exchanges rows."""
+"""Optimizer steps among which `group_rows` exchanges rows."""
 
 
 def pack_lengths(lengths: ArrayLike, *, max_length: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
-    """Fill rows of ``max_length`` tokens: best-fit decreasing, seeded.
+    """Pack samples into rows of ``max_length`` tokens by best-fit decreasing.
 
-    The longest sample goes first, each into the fullest row that still takes it. Samples of (nearly) equal length are
-    exchanged at random with every epoch, and the rows are shuffled; the number of rows is the same in all epochs.
+    Samples are placed from the longest to the shortest, each into the fullest row that has room for it. In every epoch
+    samples of (nearly) equal length are exchanged at random and the rows are shuffled; the number of rows is the same
+    in all epochs.
 
     Args:
-        lengths: int[N], tokens of each sample; each at least 1 and at most ``max_length``.
+        lengths: int[N], tokens of each sample, from 1 to ``max_length``.
         max_length: most tokens of a row.
 
     Returns:
-        Rows of indices into ``lengths``; every index stands in exactly one row.
+        Rows of indices into ``lengths``; every index is in exactly one row.
 
     Raises:
         DataError: a length is out of range.
@@ -51,18 +52,18 @@ def pack_lengths(lengths: ArrayLike, *, max_length: int, seed: int = 0, epoch: i
     rng = np.random.default_rng([seed, epoch])
     unit = max(1, int(WASTE * 2 * sizes.mean()))
     capacity = max_length // unit
-    units = np.minimum(-(-sizes // unit), capacity)  # what rounds above the capacity stands alone
+    units = np.minimum(-(-sizes // unit), capacity)  # rounded above the capacity: fills a row alone
     shuffled = rng.permutation(sizes.size)
-    order = shuffled[np.argsort(-units[shuffled], kind="stable")]  # [N] longest first, equals at random
+    order = shuffled[np.argsort(-units[shuffled], kind="stable")]  # [N] longest first, ties at random
     rows = _best_fit(order.tolist(), units[order].tolist(), capacity)
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
 def _best_fit(order: list[int], units: list[int], capacity: int) -> list[list[int]]:
-    """Put each item into the row with the least space that takes it; ``units`` must not rise.
+    """Put each item into the row with the least sufficient space; ``units`` must not increase.
 
-    ``open_rows`` has a bit for each amount of space that some row has left, so that the best fit is one shift and one
-    lowest set bit, whatever the number of rows.
+    Bit k of ``open_rows`` is set if some row has k units of space left. So finding the best fit takes a shift and the
+    lowest set bit, for any number of rows.
     """
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -87,30 +88,32 @@ def _best_fit(order: list[int], units: list[int], capacity: int) -> list[list[in
 
 @dataclass(frozen=True)
 class RunShape:
-    """How many rows an optimizer step takes, and who takes them."""
+    """Number of rows in an optimizer step, and how they are divided over ranks and forward passes."""
 
     world_size: int = 1
+    """Number of ranks."""
     rows_per_batch: int = 1
-    """Rows that one process joins into one forward pass (``per_device_train_batch_size``)."""
+    """Rows of a micro-batch, which one rank joins into a forward pass (``per_device_train_batch_size``)."""
     accumulation: int = 1
-    """Forward passes in an optimizer step (``gradient_accumulation_steps``)."""
+    """Forward passes of a rank in an optimizer step (``gradient_accumulation_steps``)."""
 
     @property
     def rows_per_pass(self) -> int:
+        """Rows of one forward pass, over all ranks."""
         return self.world_size * self.rows_per_batch
 
 
 def group_rows(
     rows: Sequence[Sequence[int]], costs: ArrayLike, shape: RunShape, *, seed: int = 0, epoch: int = 0
 ) -> list[Sequence[int]]:
-    """Let rows of like cost share an optimizer step, so that ranks wait less where each takes one row a step.
+    """Put rows of similar cost into the same optimizer step, so that ranks with one row per step wait less.
 
-    Of every `WINDOW` steps the rows are sorted by cost and cut into steps anew, whose order is drawn; rows of a last
-    step that is not whole stay last.
+    The rows of every `WINDOW` steps are sorted by cost and divided into steps again, in random order. The rows of an
+    incomplete last step stay last.
 
     Args:
-        rows: from `pack_lengths` or single, in random order.
-        costs: float[N] of each sample; the same on all machines, since steps follow from it.
+        rows: from `pack_lengths` or `single_rows`, in random order.
+        costs: float[N], cost of each sample; must be the same on all machines, because it decides the steps.
     """
     cost, rng = np.asarray(costs, dtype=np.float64), np.random.default_rng([seed, epoch, WINDOW])
     size = shape.rows_per_pass * shape.accumulation
@@ -125,23 +128,22 @@ def group_rows(
 
 
 Batch = list[int]
-"""Indices of the samples of one batch. ``~i`` (negative) is sample i as a filler: present, but without a label."""
+"""Indices of the samples of one batch. ``~i`` (negative) is sample i as a filler, that is, without labels."""
 
 
 def assign(
     rows: Sequence[Sequence[int]], costs: ArrayLike, shape: RunShape, *, balance: bool = True
 ) -> list[list[Batch]]:
-    """Deal the rows of an epoch out to forward passes and ranks.
+    """Assign the rows of an epoch to forward passes and ranks.
 
-    The rows of an optimizer step are the next ``world_size * rows_per_batch * accumulation`` of ``rows``, however many
-    processes share them. Within a step, rows of like cost meet in the same pass, and the costliest of a pass goes to
-    the rank that has had the least so far, so that no rank waits. Where the last pass of the epoch has no row left for
-    a rank, the rank repeats the cheapest sample of the step without labels: it takes part in every collective
-    operation and contributes nothing.
+    An optimizer step takes the next ``world_size * rows_per_batch * accumulation`` rows, for any number of ranks.
+    Within a step, rows of similar cost share a pass, and the costliest row of a pass goes to the rank with the least
+    cost so far, so that ranks wait little. If the epoch's last pass has no row left for a rank, that rank repeats the
+    cheapest sample of the step without labels: it takes part in every collective operation and contributes nothing.
 
     Args:
-        rows: indices of samples, from `pack_lengths` or single.
-        costs: float[N] of each sample, in any unit.
+        rows: indices of samples, from `pack_lengths` or `single_rows`.
+        costs: float[N], cost of each sample, in any unit.
         balance: False keeps the order of ``rows`` (evaluation).
 
     Returns:
@@ -158,31 +160,33 @@ def assign(
         load = [0.0] * shape.world_size
         for first in range(0, len(step), shape.rows_per_pass):
             chosen = order[first : first + shape.rows_per_pass]
-            batches = _deal([step[i] for i in chosen], [weights[i] for i in chosen], shape.rows_per_batch, load)
+            batches = _assign_pass([step[i] for i in chosen], [weights[i] for i in chosen], shape.rows_per_batch, load)
             passes.append([batch or [filler] for batch in batches])
     return passes
 
 
-def _deal(rows: list[Sequence[int]], weights: list[float], rows_per_batch: int, load: list[float]) -> list[Batch]:
-    """One pass: each row to the rank with the least ``load`` (which grows) that still has a place."""
+def _assign_pass(
+    rows: list[Sequence[int]], weights: list[float], rows_per_batch: int, load: list[float]
+) -> list[Batch]:
+    """Assign the rows of one pass, each to the rank with the least ``load`` that has room; ``load`` is updated."""
     batches: list[Batch] = [[] for _ in load]
-    held = [0] * len(load)
+    num_rows = [0] * len(load)
     for row, weight in zip(rows, weights, strict=True):
-        rank = min((r for r in range(len(load)) if held[r] < rows_per_batch), key=lambda r: (load[r], r))
+        rank = min((r for r in range(len(load)) if num_rows[r] < rows_per_batch), key=lambda r: (load[r], r))
         batches[rank].extend(row)
         load[rank] += weight
-        held[rank] += 1
+        num_rows[rank] += 1
     return batches
 
 
 def single_rows(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
-    """Rows of one sample each, for ``packing: false``."""
+    """Make rows of one sample each, for ``packing: false``."""
     order = np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
     return [[int(i)] for i in order]
 
 
 def fill(rows: Sequence[Sequence[int]], lengths: ArrayLike, max_length: int) -> float:
-    """Share of the rows' places that hold a token, 0 to 1."""
+    """Return the share of the rows' capacity that holds tokens, 0 to 1."""
     sizes = np.asarray(lengths)
     tokens = sum(int(sizes[list(row)].sum()) for row in rows)
     return tokens / (len(rows) * max_length) if rows else 0.0

@@ -1,4 +1,4 @@
-"""What keeps a loader's workers from hanging the run that waits for them."""
+"""Keeps a failing dataloader worker from hanging the run that waits for it."""
 
 import os
 import tempfile
@@ -7,16 +7,16 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.workers import end_with_lost_items
 
 SOCKET_PATH = 107
-"""Longest path of a socket, in bytes (unix(7))."""
+"""Longest path of a Unix socket, in bytes (unix(7))."""
 SOCKET_NAME = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""What multiprocessing adds to the temporary folder."""
+"""Bytes that multiprocessing appends to the temporary folder's path."""
 
 
 def require_short_tempdir() -> None:
-    """Workers hand tensors over through sockets in the temporary folder, whose paths the system limits.
+    """Check that dataloader workers can open sockets in the temporary folder, through which they pass tensors.
 
     Raises:
-        RecipeError: the folder's path leaves no room for them.
+        RecipeError: the folder's path is so long that the sockets' paths exceed the system's limit.
     """
     folder = tempfile.gettempdir()
     size, limit = len(os.fsencode(folder)), SOCKET_PATH - SOCKET_NAME
@@ -28,9 +28,9 @@ def require_short_tempdir() -> None:
 
 
 def fail_loudly(worker: int) -> None:
-    """``worker_init_fn``: a worker that cannot hand a batch over ends, and the run with it.
+    """End a worker that cannot send a batch, which ends the run; for ``worker_init_fn``.
 
-    multiprocessing only prints the error (too many open files, a full /dev/shm) and goes on without the batch, for
-    which the run would wait for ever.
+    By default multiprocessing only prints the error (too many open files, a full /dev/shm) and drops the batch, and
+    the run waits for it forever.
     """
     end_with_lost_items()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import TrainerCallback
 
-from qwenvl_ft.data.plan.dataset import PlanSampler, seen_samples
+from qwenvl_ft.data.plan.sampler import PlanSampler, seen_samples
 
 
 class Meter(TrainerCallback):

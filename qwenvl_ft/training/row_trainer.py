@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
 from qwenvl_ft.data.plan.costs import machine_costs
-from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
+from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces

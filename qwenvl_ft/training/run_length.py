@@ -4,7 +4,7 @@ import math
 
 from transformers import TrainingArguments
 
-from qwenvl_ft.data.plan.dataset import PlanSampler
+from qwenvl_ft.data.plan.sampler import PlanSampler
 
 Counts = tuple[int, int, int, int, int, int | None, int]
 """As `Trainer.set_initial_training_values` returns them: epochs, steps of an epoch, samples of an epoch, samples of the

@@ -17,7 +17,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwenvl_ft.checkpoint.same_run import save_plan
 from qwenvl_ft.data.conversation import IGNORE
-from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
+from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.model.compiled import restore_layers
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.bad_samples import count_bad_samples, log_bad_samples

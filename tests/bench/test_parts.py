@@ -15,8 +15,9 @@ from qwenvl_ft.bench.parts import bench_attention
 from qwenvl_ft.bench.sizes import bench_processor
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.plan.costs import CostModel, costs_file, machine_costs
-from qwenvl_ft.data.plan.dataset import PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.packing import RunShape
+from qwenvl_ft.data.plan.sampler import PlanSampler
 from qwenvl_ft.errors import BenchError, DataError
 
 

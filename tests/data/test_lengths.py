@@ -20,9 +20,10 @@ from qwenvl_ft.data.encode.draft import TooLong
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.plan import lengths as lengths_module
-from qwenvl_ft.data.plan.dataset import Planned, PlanSampler, SampleDataset
+from qwenvl_ft.data.plan.dataset import Planned, SampleDataset
 from qwenvl_ft.data.plan.lengths import UNSUPERVISED, measure
 from qwenvl_ft.data.plan.packing import RunShape
+from qwenvl_ft.data.plan.sampler import PlanSampler
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.load import load_processor
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwenvl_ft.data.plan.costs import CostModel
-from qwenvl_ft.data.plan.dataset import PlanSampler
 from qwenvl_ft.data.plan.packing import RunShape, assign, fill, group_rows, pack_lengths
+from qwenvl_ft.data.plan.sampler import PlanSampler
 from qwenvl_ft.errors import DataError
 
 

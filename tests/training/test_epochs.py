@@ -12,8 +12,8 @@ from qwenvl_ft import train as train_function
 from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.plan import lengths as lengths_module
-from qwenvl_ft.data.plan.dataset import EpochLoader, PlanSampler
 from qwenvl_ft.data.plan.packing import RunShape, pack_lengths
+from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.trainer import QwenVLTrainer
 

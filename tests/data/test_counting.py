@@ -1,4 +1,4 @@
-"""Counted tokens are encoded tokens, of any text and of any tokenizer."""
+"""The counter returns the number of encoded tokens, for any text and any tokenizer."""
 
 import random
 
@@ -19,8 +19,8 @@ def texts(count, seed=0):
     return ["".join(rng.choices(PIECES, k=rng.randrange(0, 16))) for _ in range(count)]
 
 
-def encoded(tokenizer, told):
-    return [len(tokenizer.encode(text, add_special_tokens=False)) for text in told]
+def encoded(tokenizer, strings):
+    return [len(tokenizer.encode(text, add_special_tokens=False)) for text in strings]
 
 
 @pytest.fixture
@@ -28,16 +28,16 @@ def tokenizer(processor):
     return Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
 
 
-def test_counts_are_those_of_the_tokenizer(tokenizer):
-    counter, told = TokenCounter(tokenizer), texts(20_000)
-    assert [counter(text) for text in told] == encoded(tokenizer, told)
+def test_counts_equal_those_of_the_tokenizer(tokenizer):
+    counter, strings = TokenCounter(tokenizer), texts(20_000)
+    assert [counter(text) for text in strings] == encoded(tokenizer, strings)
     assert len(counter._words) > 1_000, "vacuous: no word was looked up"
 
 
 def test_a_forgotten_word_is_counted_again(tokenizer, monkeypatch):
     monkeypatch.setattr("qwenvl_ft.data.encode.counting.MAX_WORDS", 10)
-    counter, told = TokenCounter(tokenizer), texts(200)
-    assert [counter(text) for text in told] == encoded(tokenizer, told)
+    counter, strings = TokenCounter(tokenizer), texts(200)
+    assert [counter(text) for text in strings] == encoded(tokenizer, strings)
     assert 0 < len(counter._words) <= 10
 
 
@@ -66,10 +66,10 @@ def special_tokens_as_text(tokenizer):
 @pytest.mark.parametrize(
     "change", [add_token_that_strips, lower_case, split_at_spaces, cut_short, special_tokens_as_text]
 )
-def test_another_tokenizer_is_asked_itself(tokenizer, change):
-    before, told = TokenCounter(tokenizer), texts(2_000)
-    known = [before(text) for text in told]
+def test_any_other_tokenizer_counts_itself(tokenizer, change):
+    before, strings = TokenCounter(tokenizer), texts(2_000)
+    known = [before(text) for text in strings]
     change(tokenizer)
     counter = TokenCounter(tokenizer)
-    assert [counter(text) for text in told] == encoded(tokenizer, told)
-    assert known != encoded(tokenizer, told), "vacuous: the change changes nothing"
+    assert [counter(text) for text in strings] == encoded(tokenizer, strings)
+    assert known != encoded(tokenizer, strings), "vacuous: the change changes nothing"

@@ -1,4 +1,4 @@
-"""Every example of docs/data.md works as it stands there."""
+"""Every example of docs/data.md works as it is written."""
 
 import json
 import re
@@ -35,9 +35,9 @@ def test_every_format_has_a_section_and_an_example():
 
 @pytest.mark.parametrize(("name", "block"), RECORDS)
 def test_the_example_is_recognised_and_becomes_a_sample(name, block, folder, encoder):
-    told = json.loads(block)
-    file = folder / ("set.json" if "annotations" in told else "set.jsonl")
-    file.write_text(json.dumps(told))
+    example = json.loads(block)
+    file = folder / ("set.json" if "annotations" in example else "set.jsonl")
+    file.write_text(json.dumps(example))
     record, source, root = load_records(str(file), cache_dir=folder / "cache")[0]
     assert next(key for key, reader in READERS.items() if reader.matches(record)) == name
     sample = encoder(read_record(record, source, root))
@@ -52,7 +52,7 @@ def test_the_example_is_recognised_and_becomes_a_sample(name, block, folder, enc
 
 def test_examples_elsewhere_are_read_too():
     others = [
-        block for block in re.findall(r"```json\n(.*?)```", TEXT, re.S) if block not in [told for _, told in RECORDS]
+        block for block in re.findall(r"```json\n(.*?)```", TEXT, re.S) if block not in [known for _, known in RECORDS]
     ]
     assert len(others) + len(RECORDS) == TEXT.count("```json")
     for block in others:
@@ -60,7 +60,7 @@ def test_examples_elsewhere_are_read_too():
 
 
 @pytest.mark.parametrize("block", RECIPES)
-def test_the_recipe_is_one(block, tmp_path):
+def test_the_recipe_loads(block, tmp_path):
     (tmp_path / "r.yaml").write_text(block)
     data = load_recipe(tmp_path / "r.yaml").data
     assert data.train
@@ -68,7 +68,7 @@ def test_the_recipe_is_one(block, tmp_path):
         assert getattr(data, key) == value
 
 
-def test_the_reader_of_ones_own_reads(folder, encoder, monkeypatch):
+def test_a_custom_reader_is_used(folder, encoder, monkeypatch):
     (folder / "my_formats.py").write_text("\n".join(PYTHON))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])

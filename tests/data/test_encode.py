@@ -1,22 +1,19 @@
-"""Samples against the official outputs and against hand-made expectations."""
+"""Samples equal the official outputs and hand-made expectations."""
 
-import copy
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional
 from cases import SHARED, picture
+from label_cases import spans
 from qwen_vl_utils.vision_process import fetch_image
 from torchvision.transforms import InterpolationMode
 
-from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.data.encode.draft import TooLong, Unsupervised
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.encode.show import ChatTemplate
-from qwenvl_ft.errors import DataError, RecipeError
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_processor
 
 CASES = SHARED / "parity" / "expected.json"
@@ -24,24 +21,17 @@ CASES = SHARED / "parity" / "expected.json"
 
 @pytest.fixture(scope="module")
 def real_processors():
-    """The released processor, by (min_pixels, max_pixels)."""
+    """Return the released processor for (min_pixels, max_pixels)."""
     if not CASES.exists():
-        pytest.skip("the official cases are not here")
-    made = {}
+        pytest.skip("the official cases are missing: set QWENVL_FT_SHARED")
+    processors = {}
 
     def get(low, high):
-        if (low, high) not in made:
-            made[low, high] = load_processor(str(SHARED / "qwen3vl_processor"), min_pixels=low, max_pixels=high)
-        return made[low, high]
+        if (low, high) not in processors:
+            processors[low, high] = load_processor(str(SHARED / "qwen3vl_processor"), min_pixels=low, max_pixels=high)
+        return processors[low, high]
 
     return get
-
-
-def spans(labels):
-    """[begin, end) of each supervised stretch."""
-    on = np.concatenate([[0], (labels.numpy() != -100).astype(int), [0]])
-    edges = np.flatnonzero(np.diff(on))
-    return edges.reshape(-1, 2).tolist()
 
 
 @pytest.mark.parametrize("index", range(16))
@@ -61,50 +51,8 @@ def test_official_cases_are_reproduced(real_processors, index):
     assert encoder.length(case["record"], root) == len(case["input_ids"])
 
 
-def test_labels_decode_to_the_answers(encoder, processor, mixed_records):
-    sample = encoder(mixed_records[2])
-    text = [processor.tokenizer.decode(sample["labels"][begin:end].tolist()) for begin, end in spans(sample["labels"])]
-    assert text == ["No.<|im_end|>\n", "Colours differ.\nSizes too.<|im_end|>\n"]
-
-
-def test_a_user_who_writes_assistant_is_not_trained_on(encoder, processor):
-    record = {"conversations": [{"from": "human", "value": "assistant\nsay x"}, {"from": "gpt", "value": "x"}]}
-    sample = encoder(record)
-    assert processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0].tolist()) == "x<|im_end|>\n"
-
-
-@pytest.mark.parametrize(
-    "answer", ["\n\nfirst a gap", "", "   ", "é decomposed e\u0301", "<think>hm</think>\n\nyes", "日本語。"]
-)
-def test_any_answer_is_supervised_whole(encoder, processor, answer):
-    """The supervised tokens and what stands before them render the whole conversation again."""
-    record = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": answer}]}
-    sample = encoder(record)
-    (span,) = spans(sample["labels"])
-    before = processor.tokenizer.decode(sample["input_ids"][: span[0]].tolist())
-    after = processor.tokenizer.decode(sample["input_ids"][span[0] :].tolist())
-    assert before.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
-    assert after.endswith("<|im_end|>\n")
-    assert span[1] == len(sample["input_ids"])
-    assert before + after == processor.tokenizer.decode(sample["input_ids"].tolist())
-
-
-def test_one_turn_can_be_left_unsupervised(encoder, processor):
-    messages = tuple(
-        Message(role, (Text(text),), loss=loss)
-        for role, text, loss in [
-            ("user", "a", None),
-            ("assistant", "b", False),
-            ("user", "c", None),
-            ("assistant", "d", None),
-        ]
-    )
-    sample = encoder(Conversation(messages, Source("x", "x")))
-    assert processor.tokenizer.decode(sample["labels"][sample["labels"] >= 0].tolist()) == "d<|im_end|>\n"
-
-
 def test_video_text_has_the_form_of_the_released_models(encoder, processor, mixed_records):
-    """A time before each frame pair and no outer border; three pairs from five frames at 2 frames a second."""
+    """A time before each frame pair and no outer pair of vision tokens; five frames at 2 per second are three pairs."""
     sample = encoder(mixed_records[3])
     text = processor.tokenizer.decode(sample["input_ids"].tolist()).replace("<|video_pad|>", "")
     frame = "<|vision_start|><|vision_end|>"
@@ -112,7 +60,7 @@ def test_video_text_has_the_form_of_the_released_models(encoder, processor, mixe
 
 
 def test_video_tokens_equal_the_processor_without_its_outer_borders(processor, encoder, mixed_records):
-    """Independent reference: the installed processor's own text, its outer pair removed."""
+    """The reference is the installed processor's own text, without its outer pair of vision tokens."""
     frames = mixed_records[3]["video"][0]
     video = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])
     from transformers.video_utils import VideoMetadata
@@ -156,7 +104,7 @@ def test_too_long_is_an_error_that_says_what_to_do(processor, mixed_records):
 
 @pytest.mark.parametrize("strategy", ["left", "right"])
 def test_cutting_never_goes_through_a_medium(processor, encoder, mixed_records, strategy):
-    """Every length limit: at most max_length tokens, media whole, and what stays is what stood there."""
+    """For every length limit: at most max_length tokens, whole media, and the kept tokens are unchanged."""
     whole = encoder(mixed_records[2])
     ids = whole["input_ids"].tolist()
     pad, merge = processor.image_token_id, processor.image_processor.merge_size**2
@@ -190,22 +138,6 @@ def test_a_video_is_kept_whole_or_not_at_all(processor, encoder, mixed_records, 
         assert frames - images in (0, 2)
 
 
-def test_a_record_without_an_answer_is_an_error(encoder):
-    with pytest.raises(Unsupervised, match="no token is supervised"):
-        encoder({"messages": [{"role": "user", "content": "hello"}]})
-
-
-def test_control_tokens_in_text_are_an_error(encoder):
-    record = {
-        "conversations": [
-            {"from": "human", "value": "<|im_end|>\n<|im_start|>assistant\nx"},
-            {"from": "gpt", "value": "y"},
-        ]
-    }
-    with pytest.raises(DataError, match=r"control token"):
-        encoder(record)
-
-
 def test_an_unknown_strategy_is_an_error(processor):
     with pytest.raises(RecipeError, match=r"unknown template\.truncation_strategy 'rigth'\. Did you mean 'right'\?"):
         Encoder(processor, truncation_strategy="rigth")
@@ -220,7 +152,7 @@ def test_the_default_system_prompt_does_not_replace_the_records_own(processor, m
 
 @pytest.mark.parametrize(("low", "high"), [(784, 50_176), (392, 25_088), (1568, 100_352), (1, 1), (65_536, 65_536)])
 def test_any_pixel_budget_gives_whole_patches(tiny_dir, low, high):
-    """Also one below a single merged patch of 32 x 32."""
+    """Also a budget below a single merged patch of 32 x 32."""
     processor = load_processor(str(tiny_dir), min_pixels=low, max_pixels=high)
     record = {
         "image": [picture(130, 70)],
@@ -229,114 +161,6 @@ def test_any_pixel_budget_gives_whole_patches(tiny_dir, low, high):
     sample = Encoder(processor)(record)
     assert len(sample["input_ids"]) == Encoder(processor).length(record)
     assert sample["pixel_values"].shape[0] == int(sample["image_grid_thw"].prod())
-
-
-CALL = {"type": "function", "function": {"name": "look", "arguments": {"x": 1, "y": "ä"}}}
-TOOL = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}
-
-
-def official_text(processor, messages, **options):
-    """What transformers itself renders of the messages as they stand."""
-    return processor.tokenizer.apply_chat_template(
-        messages, chat_template=processor.chat_template, tokenize=False, **options
-    )
-
-
-@pytest.mark.parametrize("content", ["", None, "I look.", "  "])
-def test_tool_calls_are_rendered_as_by_transformers(encoder, processor, content):
-    messages = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": content, "tool_calls": [CALL, CALL]},
-        {"role": "tool", "content": ""},
-        {"role": "tool", "content": "42"},
-        {"role": "user", "content": "and?"},
-        {"role": "assistant", "content": "42."},
-    ]
-    sample = encoder({"messages": messages, "tools": [TOOL]})
-    told = [message | {"content": message["content"] or ""} for message in messages]
-    assert processor.tokenizer.decode(sample["input_ids"].tolist()) == official_text(processor, told, tools=[TOOL])
-    learned = [processor.tokenizer.decode(sample["labels"][b:e].tolist()) for b, e in spans(sample["labels"])]
-    assert learned[0].startswith(f"{content or ''}{chr(10) if content else ''}<tool_call>")
-    assert learned[0].endswith("</tool_call><|im_end|>\n")
-    assert learned[1] == "42.<|im_end|>\n"
-
-
-OLDER_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{%- endif -%}
-{{ '<|im_start|>' + message.role + '\\n' }}{%- for part in message.content -%}{{ part.text }}{%- endfor -%}
-{{ '<|im_end|>\\n' }}{%- endfor -%}"""
-"""Shows every role and no tool, as the templates of Qwen2-VL and Qwen2.5-VL do."""
-
-THINKING_TEMPLATE = """\
-{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}{%- for part in message.content -%}
-{{ part.text.split('</think>')[-1].strip() if message.role == 'assistant' and message != messages[-1] else part.text }}
-{%- endfor -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"""
-"""Drops what was thought in earlier turns."""
-
-
-def with_template(encoder, template):
-    changed = copy.copy(encoder)
-    changed._template = ChatTemplate(encoder.processor.tokenizer, template)
-    return changed
-
-
-def test_what_the_template_leaves_out_is_an_error(encoder):
-    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    late = {"messages": [user, {"role": "system", "content": "s"}, answer]}
-    with pytest.raises(DataError, match=r"message 2 of 3 \(system\) is not shown .* Put the system message first"):
-        encoder(late)
-    older = with_template(encoder, OLDER_TEMPLATE)
-    older(late)
-    older({"messages": [user, answer]})
-    with pytest.raises(DataError, match=r"message 2 of 2 \(assistant\) is not shown whole .*'look' is missing"):
-        older({"messages": [user, {"role": "assistant", "content": None, "tool_calls": [CALL]}]})
-    with pytest.raises(DataError, match="does not show the tool 'look'"):
-        older({"messages": [user, answer], "tools": [TOOL]})
-    shouting = with_template(encoder, encoder._template.text.replace("{{- part.text -}}", "{{- part.text | upper -}}"))
-    with pytest.raises(DataError, match=r"message 1 of 2 \(user\) is not shown whole .*'q' is missing"):
-        shouting({"messages": [user, answer]})
-
-
-def test_a_template_may_forget_earlier_thoughts(encoder, processor):
-    user = {"role": "user", "content": "q"}
-    thought = [{"role": "assistant", "content": f"<think>{k}</think>\n\nyes"} for k in ("early", "late")]
-    sample = with_template(encoder, THINKING_TEMPLATE)({"messages": [user, thought[0], user, thought[1]]})
-    text = processor.tokenizer.decode(sample["input_ids"].tolist())
-    assert "early" not in text
-    assert "<think>late</think>\n\nyes<|im_end|>" in text
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": "<|im_end|>"}]}]},
-        {"messages": [{"role": "assistant", "content": "a"}], "tools": [TOOL | {"x": {"y": ["<|im_start|>"]}}]},
-        {"system": "be <|im_end|>", "conversations": [{"from": "gpt", "value": "a"}]},
-    ],
-)
-def test_control_tokens_are_refused_wherever_they_stand(encoder, record):
-    with pytest.raises(DataError, match=r"holds the control token <\|im_"):
-        encoder(record)
-
-
-def test_control_tokens_in_settings_are_refused_before_any_record(processor):
-    with pytest.raises(RecipeError, match=r"^template\.system_prompt holds the control token <\|im_end\|>"):
-        Encoder(processor, system_prompt="Be kind.<|im_end|>")
-    with pytest.raises(RecipeError, match=r"^template\.tools_prompt holds the control token <\|image_pad\|>"):
-        Encoder(processor, tools=[TOOL | {"description": "<|image_pad|>"}])
-
-
-def test_half_a_character_is_one_line(encoder):
-    record = json.loads(r'{"conversations": [{"from": "human", "value": "caf\ud83d"}, {"from": "gpt", "value": "a"}]}')
-    with pytest.raises(DataError, match=r"U\+D83D, half of a character .*near '.*caf'"):
-        encoder(record)
-
-
-def test_what_a_template_refuses_is_one_line(encoder):
-    strict = with_template(encoder, "{{- raise_exception('roles must\n alternate') -}}")
-    with pytest.raises(DataError, match=r"^record: the chat template cannot show it: roles must alternate"):
-        strict({"messages": [{"role": "assistant", "content": "a"}]})
 
 
 def shown(image, **limits):
@@ -359,7 +183,7 @@ SHOWN = [
 @pytest.mark.parametrize("limits", SHOWN)
 @pytest.mark.parametrize("raw", [False, True])
 def test_one_image_is_shown_as_its_part_says(processor, limits, raw):
-    """The size is that of qwen-vl-utils, where it does not crash; the pixels those of the processor at that size."""
+    """Sizes equal those of qwen-vl-utils (where it does not crash), pixels those of the processor at that size."""
     image = picture(130, 70)
     sample = Encoder(processor, raw_pixels=raw)(shown(image, **limits))
     part = processor.image_processor
@@ -388,17 +212,3 @@ def test_limits_of_one_image_leave_the_others_alone(encoder):
     both = encoder({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]})
     expected = torch.cat([first["pixel_values"], second["pixel_values"], first["pixel_values"]])
     assert torch.equal(both["pixel_values"], expected)
-
-
-def test_numbered_media_are_rendered_as_by_transformers(processor, mixed_records):
-    sample = Encoder(processor, add_vision_id=True)(mixed_records[2])
-    media, text = {"type": "image"}, lambda told: {"type": "text", "text": told}
-    messages = [
-        {"role": "user", "content": [media, media, text("Same?")]},
-        {"role": "assistant", "content": "No."},
-        {"role": "user", "content": "Why does the assistant think so?"},
-        {"role": "assistant", "content": "Colours differ.\nSizes too."},
-    ]
-    told = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", processor.tokenizer.decode(sample["input_ids"].tolist()))
-    assert told == official_text(processor, messages, add_vision_id=True)
-    assert "Picture 2: " in told

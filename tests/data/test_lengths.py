@@ -1,4 +1,4 @@
-"""The planner's length is the encoded length, and it comes from headers alone."""
+"""The planned length equals the encoded length, and comes from headers alone."""
 
 import io
 import json
@@ -44,14 +44,14 @@ WORDS = [
 
 
 def encoded(image, kind):
-    """The bytes of a file of that kind."""
+    """Return the bytes of a file of that format."""
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
 
 
 def random_record(rng):
-    """Several languages, none to three images of any size, aspect ratio and format, several turns."""
+    """Several languages and turns; no to three images of any size, aspect ratio and format."""
     images, turns = [], []
     for turn in range(rng.integers(1, 4)):
         text = " ".join(rng.choice(WORDS, rng.integers(1, 30)))
@@ -134,7 +134,7 @@ def test_workers_measure_the_same(processor, tmp_path, monkeypatch):
     records = ListRecords([turn("word " * (k % 40 + 1)) for k in range(600)])
     state = torch.get_rng_state()
     parallel = measure(records, Encoder(processor), num_proc=2, cache_dir=tmp_path / "a")
-    assert torch.equal(torch.get_rng_state(), state), "what is cached draws nothing either"
+    assert torch.equal(torch.get_rng_state(), state), "measuring must not draw from the global generator"
     alone = measure(records, Encoder(processor), num_proc=1, cache_dir=tmp_path / "b")
     assert parallel.tokens.tolist() == alone.tokens.tolist()
     assert len(set(alone.tokens.tolist())) > 10
@@ -152,7 +152,7 @@ def test_a_medium_that_changed_after_planning_is_named(processor, tmp_path):
 
 
 def test_a_changed_medium_is_measured_anew_at_the_next_start(processor, tmp_path, monkeypatch):
-    """Also one that was left out as too long, and a frame of a video; what did not change is read from the cache."""
+    """Also one whose record was dropped as too long, and a video frame. Unchanged media are read from the cache."""
     image, frame = tmp_path / "a.png", tmp_path / "frame.png"
     picture(256, 256).save(image)
     picture(64, 64).save(frame)
@@ -184,11 +184,11 @@ def test_another_media_policy_is_measured_anew(processor, tmp_path):
 
 
 def test_another_tokenizer_is_measured_anew(tiny_dir, tmp_path):
-    """Told by its file, and by what was changed since that was read; the same file elsewhere is the same."""
-    told = json.loads((tiny_dir / "tokenizer.json").read_text(encoding="utf-8"))
-    told["model"]["merges"].pop()
+    """Recognised by its file and by changes after loading; a copy of the file is the same tokenizer."""
+    tokenizer = json.loads((tiny_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"].pop()
     changed = shutil.copytree(tiny_dir, tmp_path / "changed")
-    (changed / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
     def key(folder, **changes):
         processor = load_processor(str(folder))
@@ -213,11 +213,11 @@ def test_another_tokenizer_is_measured_anew(tiny_dir, tmp_path):
     assert len({plain, *others}) == 1 + len(others)
 
 
-def test_what_is_cut_off_is_counted(processor, encoder, tmp_path):
-    told = {"image": [picture(64, 64), picture(64, 64)]} | turn("a <image>", "b")
-    told["conversations"] += turn("c <image>", "d " * 30)["conversations"]
-    records = ListRecords([told, turn("short")])
-    full = encoder.length(told)
+def test_truncation_is_counted(processor, encoder, tmp_path):
+    record = {"image": [picture(64, 64), picture(64, 64)]} | turn("a <image>", "b")
+    record["conversations"] += turn("c <image>", "d " * 30)["conversations"]
+    records = ListRecords([record, turn("short")])
+    full = encoder.length(record)
     left = Encoder(processor, max_length=full - 3, truncation_strategy="left")
     dataset = SampleDataset(records, left, cache_dir=tmp_path, name="mine")
     kept = len(dataset[0]["input_ids"])
@@ -257,7 +257,7 @@ def test_a_filler_is_the_sample_without_labels(dataset):
 
 
 def test_planning_a_million_samples_is_a_matter_of_seconds():
-    """Reported, not asserted: time is a benchmark's business. What is asserted: complete and full."""
+    """Prints the time; asserts only that the plan is complete and its rows are full."""
     from qwenvl_ft.data.plan.packing import fill, pack_lengths
 
     sizes = np.clip(np.random.default_rng(0).lognormal(6, 0.8, 1_000_000).astype(int), 1, 8192)
@@ -269,7 +269,7 @@ def test_planning_a_million_samples_is_a_matter_of_seconds():
 
 
 class LoggedRecords(ListRecords):
-    """Writes down who reads a record."""
+    """Logs the process that reads a record."""
 
     def __init__(self, records, log):
         super().__init__(records)
@@ -281,21 +281,21 @@ class LoggedRecords(ListRecords):
         return super().__getitem__(index)
 
 
-def test_of_processes_that_start_together_one_measures_and_the_others_read(processor, tmp_path):
+def test_of_processes_that_start_together_one_measures_and_the_others_read_its_file(processor, tmp_path):
     records = LoggedRecords([turn("a" * (k % 9 + 1)) for k in range(200)], tmp_path / "log")
     encoder, context = Encoder(processor), multiprocessing.get_context("fork")
-    start, told = context.Barrier(3), context.Queue()
+    start, results = context.Barrier(3), context.Queue()
 
     def run(folder):
         start.wait(60)
-        told.put(measure(records, encoder, cache_dir=folder).tokens.tolist())
+        results.put(measure(records, encoder, cache_dir=folder).tokens.tolist())
 
     for folders, measured in (["shared"] * 3, 1), (["a", "b", "c"], 3):
         records.log.write_text("")
         ranks = [context.Process(target=run, args=(tmp_path / folder,)) for folder in folders]
         for rank in ranks:
             rank.start()
-        lengths = [told.get(timeout=60) for _ in ranks]
+        lengths = [results.get(timeout=60) for _ in ranks]
         for rank in ranks:
             rank.join(60)
         assert lengths[0] == lengths[1] == lengths[2]
@@ -315,7 +315,7 @@ def test_a_url_that_could_not_be_reached_is_tried_again(processor, tmp_path, mon
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}, "measured once, it is cached"
 
 
-def test_the_plans_key_differs_with_all_that_a_plan_follows_from(dataset):
+def test_the_plans_key_changes_with_everything_that_the_plan_depends_on(dataset):
     measured = dataset.at(0).measured
     key = Planned(measured).key()
     assert key.samples == 60

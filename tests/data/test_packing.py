@@ -1,4 +1,4 @@
-"""The plan of an epoch: complete, full, seeded, balanced, the same for any number of processes."""
+"""The plan of an epoch is complete, full, seeded, balanced, and the same for any number of ranks."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def test_every_epoch_has_the_same_number_of_rows_and_other_neighbours():
     assert len(neighbours[0] & neighbours[1]) < 0.2 * len(neighbours[0])
 
 
-def test_lengths_that_no_row_takes_are_an_error():
+def test_lengths_that_fit_no_row_are_an_error():
     with pytest.raises(DataError, match=r"sample 1 has 9 tokens, but a row takes 1 to 8\. Raise template\.max_length"):
         pack_lengths([3, 9], max_length=8)
     with pytest.raises(DataError, match="sample 0 has 0 tokens"):
@@ -61,13 +61,13 @@ def test_exact_fits_are_found():
 
 
 @pytest.mark.parametrize("shape", [RunShape(1, 1, 4), RunShape(2, 1, 2), RunShape(4, 1, 1), RunShape(2, 2, 1)])
-def test_the_rows_of_a_step_do_not_depend_on_the_processes(shape):
+def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(shape):
     lengths = lognormal(400)
     rows = pack_lengths(lengths, max_length=8192)
     plan = assign(rows, lengths, shape)
     steps = [plan[i : i + shape.accumulation] for i in range(0, len(plan), shape.accumulation)]
-    told = [sorted(i for passes in step for batch in passes for i in batch if i >= 0) for step in steps]
-    assert told == [sorted(i for row in rows[k : k + 4] for i in row) for k in range(0, len(rows), 4)]
+    found = [sorted(i for passes in step for batch in passes for i in batch if i >= 0) for step in steps]
+    assert found == [sorted(i for row in rows[k : k + 4] for i in row) for k in range(0, len(rows), 4)]
 
 
 def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
@@ -78,7 +78,7 @@ def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
     assert sorted(real) == [0, 1, 2]
 
 
-def test_the_sampler_says_how_much_more_the_costliest_rank_has_to_do():
+def test_waiting_is_the_excess_of_the_costliest_rank_over_the_mean():
     lengths, patches = np.array([100, 200, 300, 400, 50]), np.zeros(5, dtype=int)
     planned = SimpleNamespace(tokens=lengths, patches=patches)
     data = SimpleNamespace(at=lambda epoch: planned, measured_as=lambda epoch: 0)
@@ -103,7 +103,7 @@ def test_grouped_rows_balance_ranks_that_take_one_row_a_step(world):
 
     grouped = group_rows(rows, cost, shape)
     assert waiting(grouped) < 1.03
-    assert waiting(rows) > 1.05, "vacuous: any rows are alike"
+    assert waiting(rows) > 1.05, "vacuous: any rows balance the ranks"
     assert sorted(map(tuple, grouped)) == sorted(map(tuple, rows))
     whole = len(rows) // world * world
     assert grouped[whole:] == rows[whole:]
@@ -112,7 +112,7 @@ def test_grouped_rows_balance_ranks_that_take_one_row_a_step(world):
     assert group_rows(rows, cost, shape, epoch=1) != grouped
 
 
-def test_ranks_get_rows_of_like_cost():
+def test_ranks_get_rows_of_similar_cost():
     lengths = lognormal(20_000)
     rows = pack_lengths(lengths, max_length=8192)
     vision = np.random.default_rng(1).choice([0.0, 0.5, 3.0], size=lengths.size)  # the share differs by sample
@@ -120,7 +120,7 @@ def test_ranks_get_rows_of_like_cost():
     shape = RunShape(world_size=4, accumulation=8)
 
     def waiting(plan):
-        """Mean over the steps of the slowest rank's cost over the mean rank's."""
+        """Return the slowest rank's cost divided by the mean rank's, averaged over the steps."""
         loads = np.array([[cost[batch].sum() for batch in passes] for passes in plan]).reshape(-1, 8, 4).sum(axis=1)
         return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
 

@@ -1,4 +1,4 @@
-"""A pass over all records says how far it is, and changes nothing of them."""
+"""A pass over all records shows its progress and leaves the results unchanged."""
 
 import pytest
 from rich.console import Console
@@ -9,7 +9,7 @@ from qwenvl_ft.data.plan.progress_bar import with_progress
 CHUNKS = [[1, 2], [3, 4], [5]]
 
 
-def test_a_log_gets_a_line_now_and_then_and_a_quick_pass_none(capsys):
+def test_a_log_gets_a_line_at_intervals_and_none_for_a_quick_pass(capsys):
     assert list(with_progress(CHUNKS, 5, "counting")) == CHUNKS
     assert capsys.readouterr().err == ""
     assert list(with_progress(CHUNKS, 5, "counting", line_seconds=0)) == CHUNKS
@@ -20,12 +20,12 @@ def test_a_log_gets_a_line_now_and_then_and_a_quick_pass_none(capsys):
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "Console", lambda **told: Console(**told, force_terminal=True))
+    monkeypatch.setattr(progress, "Console", lambda **options: Console(**options, force_terminal=True))
     assert list(with_progress(CHUNKS, 5, "counting")) == CHUNKS
     assert "counting" in capsys.readouterr().err
 
 
-def test_an_error_on_the_way_comes_through():
+def test_an_error_of_the_pass_is_raised():
     def broken():
         yield [1]
         raise ValueError("second")

@@ -1,4 +1,4 @@
-"""M-RoPE positions against transformers' own get_rope_index."""
+"""M-RoPE positions equal those of transformers' get_rope_index."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from qwenvl_ft.data.encode.rope import mrope_positions
 
 
 def upstream_positions(model, sample):
-    """Positions of one un-packed sample, by the upstream loop."""
+    """Compute the positions of one sample with transformers."""
     ids = sample["input_ids"][None]
     config = model.config
     kinds = torch.zeros_like(ids, dtype=torch.int32)
@@ -43,7 +43,7 @@ def test_a_grid_by_hand():
 
 
 def test_random_layouts_equal_upstream(tiny_model):
-    """Grids of any shape in any order, text between them or only borders."""
+    """Grids of any shape in any order, with text between them."""
     rng = np.random.default_rng(0)
     config = tiny_model.config
     for _ in range(50):

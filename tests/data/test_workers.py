@@ -1,4 +1,4 @@
-"""A loader whose workers cannot hand over their batches ends with an error instead of waiting for ever."""
+"""A loader whose workers cannot send their batches ends with an error instead of waiting forever."""
 
 import tempfile
 
@@ -13,12 +13,12 @@ def unpicklable(samples):
     return lambda: samples
 
 
-@pytest.mark.parametrize(("guarded", "told"), [(True, "exited unexpectedly"), (False, "timed out after 8")])
-def test_a_batch_that_cannot_be_sent_ends_the_loader(guarded, told):
-    """Without the guard the loader waits until its timeout, which a training run does not have."""
+@pytest.mark.parametrize(("guarded", "message"), [(True, "exited unexpectedly"), (False, "timed out after 8")])
+def test_a_batch_that_cannot_be_sent_ends_the_loader(guarded, message):
+    """Without the guard the loader waits until its timeout; a training run sets none."""
     options = {"worker_init_fn": fail_loudly} if guarded else {}
     loader = DataLoader([1, 2], num_workers=1, collate_fn=unpicklable, timeout=60 if guarded else 8, **options)
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=message):
         next(iter(loader))
 
 

@@ -70,12 +70,12 @@ def test_what_the_template_leaves_out_is_an_error(encoder):
     older = with_template(encoder, OLDER_TEMPLATE)
     older(late)
     older({"messages": [user, answer]})
-    with pytest.raises(DataError, match=r"message 2 of 2 \(assistant\) is not shown whole .*'look' is missing"):
+    with pytest.raises(DataError, match=r"message 2 of 2 \(assistant\) is not rendered in full .*'look' is missing"):
         older({"messages": [user, {"role": "assistant", "content": None, "tool_calls": [CALL]}]})
     with pytest.raises(DataError, match="does not show the tool 'look'"):
         older({"messages": [user, answer], "tools": [TOOL]})
     shouting = with_template(encoder, encoder._template.text.replace("{{- part.text -}}", "{{- part.text | upper -}}"))
-    with pytest.raises(DataError, match=r"message 1 of 2 \(user\) is not shown whole .*'q' is missing"):
+    with pytest.raises(DataError, match=r"message 1 of 2 \(user\) is not rendered in full .*'q' is missing"):
         shouting({"messages": [user, answer]})
 
 
@@ -127,7 +127,7 @@ def test_half_a_character_is_one_line(encoder):
 
 def test_what_a_template_refuses_is_one_line(encoder):
     strict = with_template(encoder, "{{- raise_exception('roles must\n alternate') -}}")
-    with pytest.raises(DataError, match=r"^record: the chat template cannot show it: roles must alternate"):
+    with pytest.raises(DataError, match=r"^record: the chat template cannot render it: roles must alternate"):
         strict({"messages": [{"role": "assistant", "content": "a"}]})
 
 

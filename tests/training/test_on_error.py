@@ -94,7 +94,7 @@ def test_records_that_cannot_be_measured_are_left_out_and_counted(tiny_dir, tmp_
     (tmp_path / "data" / "7.png").write_bytes((tmp_path / "data" / "6.png").read_bytes())
     assert len(build_datasets(recipe, processor, 42)[0]) == 11, "a file that is there now"
     recipe.data.max_bad_fraction = 0.05
-    with pytest.raises(DataError, match=r"data.train: 1 of 12 samples cannot be made, more than data.max_bad_fraction"):
+    with pytest.raises(DataError, match=r"data.train: 1 of 12 samples cannot be read, more than data.max_bad_fraction"):
         build_datasets(recipe, processor, 42)
     recipe.data.on_error = "raise"
     with pytest.raises(

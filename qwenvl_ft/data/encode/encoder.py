@@ -1,6 +1,6 @@
 """Encodes a conversation as a sample, or computes the sample's exact length without decoding a pixel.
 
-The steps, each in a file of its own: render the chat template (show.py), tokenise (tokenise.py), find the supervised
+The steps, one per file: render the chat template (show.py), tokenise (tokenise.py), find the supervised
 tokens (labels.py) and the media (places.py). The result is a `Draft` (draft.py); its length is the sample's. Positions
 (rope.py) and pixels (pixels.py) make it a sample. Letters in shapes: D draft tokens, L tokens.
 """
@@ -63,7 +63,7 @@ class _Shown(NamedTuple):
 
 
 class Encoder:
-    """Makes samples of records: tokens of the processor's own chat template, labels, positions, pixels.
+    """Encodes records as samples: tokens of the processor's own chat template, labels, positions, pixels.
 
     Args:
         processor: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL processor.
@@ -135,7 +135,7 @@ class Encoder:
             A sample whose labels are all -100.
 
         Raises:
-            DataError: as for a call; also if nothing stands before the answer.
+            DataError: as for a call; also if no message precedes the answer.
             TooLong: the prompt exceeds ``max_length``; a prompt is never cut.
         """
         draft = self._prompt_draft(record, media_root)
@@ -225,7 +225,7 @@ class Encoder:
         if messages[-1].role == "assistant":
             messages = messages[:-1]
         if not messages:
-            raise DataError(f"{conversation.source}: nothing stands before the answer, so there is no prompt.")
+            raise DataError(f"{conversation.source}: no message precedes the answer, so there is no prompt.")
         return self._draft(Conversation(messages, conversation.source, conversation.tools), invite=True)
 
     def _draft(

@@ -65,7 +65,7 @@ def find_turns(text: str, messages: Sequence[Message], source: Source) -> list[S
         for wanted in _required_texts(message):
             found = text.find(wanted, place, end)
             if found < 0:
-                raise DataError(f"{where} is not shown whole by the chat template: {wanted!r:.80} is missing.")
+                raise DataError(f"{where} is not rendered in full by the chat template: {wanted!r:.80} is missing.")
             place = found + len(wanted)
         if message.role != "tool":
             place = end + len(TURN_END)

@@ -54,7 +54,7 @@ class ChatTemplate:
                 return render_with_tools(self._tokenizer, self.text, chat, tools or None, **options)
             return self._render(chat, **options)
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{source}: the chat template cannot show it: {one_line(error)}.") from None
+            raise DataError(f"{source}: the chat template cannot render it: {one_line(error)}.") from None
 
 
 def template_message(message: Message, source: Source) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def write_times(text: str, clips: list[Clip], processor: Any, source: Source) ->
 
 
 def require_tools_shown(text: str, tools: Sequence[dict[str, Any]], source: Source) -> None:
-    """Raise DataError if the template left out a tool; its name must stand in the first turn."""
+    """Raise DataError if the template left out a tool; its name must be in the first turn."""
     for name in map(function_name, tools):
         if name not in text[: text.find(TURN_END)]:
             raise DataError(f"{source}: the chat template does not show the tool {name!r}; this model takes no tools.")

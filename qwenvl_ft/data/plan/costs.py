@@ -63,6 +63,4 @@ def machine_costs() -> CostModel:
     try:
         return CostModel(**{name: float(value) for name, value in json.loads(path.read_text("utf-8")).items()})
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is no cost model: {error}. Remove it, or fit it anew: qwenvl-ft bench --fit."
-        ) from None
+        raise DataError(f"{path} is no cost model: {error}. Remove it, or fit again: qwenvl-ft bench --fit.") from None

@@ -1,4 +1,4 @@
-"""Joins records, encoder and lengths into a dataset of samples, with the sizes that each epoch's plan is made from.
+"""Joins records, encoder and lengths into a dataset of samples, with the sizes that each epoch's plan needs.
 
 Letters in shapes: S samples of an epoch.
 """
@@ -46,7 +46,7 @@ class PlanKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """Sizes of an epoch's samples, which the plan is made from."""
+    """Sizes of an epoch's samples, from which the plan is computed."""
 
     measured: Lengths
 
@@ -194,7 +194,7 @@ class SampleDataset(Dataset[Sample]):
         bad = int((measured.status == BAD).sum())
         if bad > self.max_bad_fraction * len(measured.status):
             raise DataError(
-                f"{self.name}: {bad} of {len(measured.status)} samples cannot be made, more than "
+                f"{self.name}: {bad} of {len(measured.status)} samples cannot be read, more than "
                 f"data.max_bad_fraction={self.max_bad_fraction:g}; the first: {measured.faults[0]}"
             )
 

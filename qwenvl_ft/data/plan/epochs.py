@@ -1,7 +1,7 @@
 """Defines the conversations of each epoch: the k-th one is a function of (seed, epoch, k) and nothing else.
 
-An ordinary record is the same conversation in every epoch. Dense captions are grouped, sampled and augmented anew in
-each epoch. Epochs whose samples have the same lengths share one measurement.
+An ordinary record is the same conversation in every epoch. Dense captions are grouped, sampled and augmented again
+in each epoch. Epochs whose samples have the same lengths share one measurement.
 """
 
 import bisect
@@ -217,8 +217,8 @@ def _runs(records: Any) -> Iterator[tuple[bool, Any]]:
         yield _is_dense(records), records
         return
     files = [Records([part]) for part in records.parts]
-    for dense, alike in groupby(files, _is_dense):
-        yield dense, Records([part for file in alike for part in file.parts])
+    for dense, run in groupby(files, _is_dense):
+        yield dense, Records([part for file in run for part in file.parts])
 
 
 def _is_dense(records: Any) -> bool:

@@ -66,7 +66,7 @@ class Lengths:
     patches: NDArray[np.int32]
     """[R] vision patches."""
     has_video: NDArray[np.bool_]
-    """[R]"""
+    """[R] True if the sample shows a video."""
     status: NDArray[np.int8]
     """[R] `KEPT`, `TOO_LONG`, `UNSUPERVISED` or `BAD`."""
     cut_tokens: NDArray[np.int32]
@@ -174,10 +174,11 @@ def measure(
 
 
 def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tuple[Lengths, list[File]]:
+    workers = min(num_proc, len(os.sched_getaffinity(0))) if len(records) >= PARALLEL_FROM else 1
     measured = walk(
         records,
         _MeasureRecord(encoder, on_error),
-        num_proc=min(num_proc, len(os.sched_getaffinity(0))),
+        num_proc=workers,
         label="measuring lengths",
         chunk=CHUNK,
         parallel_from=PARALLEL_FROM,

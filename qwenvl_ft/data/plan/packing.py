@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from qwenvl_ft.errors import DataError
 
 WASTE = 0.005
-"""Share of the mean length that rounding may waste. Samples whose lengths round alike swap places between epochs."""
+"""Share of the mean length that rounding may waste. Samples of equal rounded length swap places between epochs."""
 
 WINDOW = 64
 """Optimizer steps among which `group_rows` exchanges rows."""

@@ -1,4 +1,4 @@
-"""Samples each rank's batches from the epoch's plan, and loads them."""
+"""Yields each rank's batches from the epoch's plan, and loads them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -72,6 +72,7 @@ class PlanSampler(Sampler[list[Ticket]]):
             costs = self.costs.of(planned.tokens, planned.patches)
             rows: Sequence[Sequence[int]] = self.rows(epoch)
             if self.grouped:
+                # The steps must not depend on the machine, so the fitted costs are not used here.
                 same_everywhere = DEFAULT_COSTS.of(planned.tokens, planned.patches)
                 rows = group_rows(rows, same_everywhere, self.shape, seed=self.seed, epoch=epoch)
             passes = assign(rows, costs, self.shape, balance=self.shuffle)

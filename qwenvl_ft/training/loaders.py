@@ -7,8 +7,8 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.data.plan.costs import CostModel
 from qwenvl_ft.data.plan.dataset import SampleDataset
-from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.data.plan.packing import RunShape
+from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.data.plan.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.arguments import worker_context

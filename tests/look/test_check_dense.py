@@ -9,8 +9,8 @@ from look_cases import asked, checked
 
 from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.plan.sampler import PlanSampler
 from qwenvl_ft.data.plan.packing import RunShape
+from qwenvl_ft.data.plan.sampler import PlanSampler
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.check import check_recipe
 from qwenvl_ft.recipe.load import load_recipe

@@ -128,8 +128,8 @@ def _borders(lengths: Tensor) -> Tensor:
 def joined_media(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Concatenate the pixels and grids of all samples; keys of a medium that no sample has are absent."""
     keys = [key for pair in MEDIA for key in pair]
-    lists = {key: [sample[key] for sample in samples if key in sample] for key in keys}  # type: ignore[literal-required]
-    return {key: torch.cat(tensors) for key, tensors in lists.items() if tensors}
+    parts = {key: [s[key] for s in samples if key in s] for key in keys}  # type: ignore[literal-required]
+    return {key: torch.cat(tensors) for key, tensors in parts.items() if tensors}
 
 
 def tokens_per_sample(batch: dict[str, Any]) -> Tensor:

@@ -75,11 +75,12 @@ def require_same_samples(dataset: SampleDataset, epoch: int, world_size: int) ->
     """
     if world_size == 1:
         return
-    keys: list[tuple[int, str]] = [(0, "")] * world_size
-    torch.distributed.all_gather_object(keys, dataset.at(epoch).key())
+    own = dataset.at(epoch).key()
+    keys = [own] * world_size
+    torch.distributed.all_gather_object(keys, own)
     other = next((rank for rank in range(world_size) if keys[rank] != keys[0]), None)
     if other is not None:
-        count, other_count = keys[0][0], keys[other][0]
+        count, other_count = keys[0].samples, keys[other].samples
         raise DataError(
             f"{dataset.name}: rank 0 sees {count:,} samples but rank {other} sees {other_count:,}"
             + (", of other lengths" if count == other_count else "")

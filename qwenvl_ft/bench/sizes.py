@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qwenvl_ft.errors import unknown_name
-from qwenvl_ft.model.attention import resolve_attn_impl
+from qwenvl_ft.model.choose_attention import resolve_attn_impl
 from qwenvl_ft.model.load import use_packed_rows
 from qwenvl_ft.model.packed_attention import TEXT_NAME
 from qwenvl_ft.model.tiny import SIZES as TINY

@@ -107,7 +107,7 @@ def devices(faults: list[str]) -> Iterator[str]:
 
 def attention(faults: list[str]) -> Iterator[str]:
     """Yield the implementation that ``model.attn_impl: auto`` takes, and why the others cannot be used."""
-    from qwenvl_ft.model.attention import FLASH, obstacle, resolve_attn_impl
+    from qwenvl_ft.model.choose_attention import FLASH, obstacle, resolve_attn_impl
 
     yield f"auto is {resolve_attn_impl('auto')} in 16 bits, {resolve_attn_impl('auto', 'float32')} in float32"
     yield from (f"{name}: {obstacle(name) or 'usable'}" for name in FLASH)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_ft.errors import DataError
-from qwenvl_ft.evaluation.medical import box_iou, match, require_pairs
+from qwenvl_ft.evaluation.matching import box_iou, match, require_pairs
 from qwenvl_ft.evaluation.parse import clean, load_json, plain
 
 Points = NDArray[np.float64]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qwenvl_ft.evaluation.medical import require_pairs
+from qwenvl_ft.evaluation.matching import require_pairs
 from qwenvl_ft.flare.overlap import bleu, rouge, words
 
 FINDINGS: dict[str, str] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, RecipeError, one_line, unknown_name
 from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with_adapter
-from qwenvl_ft.model.attention import resolve_attn_impl
+from qwenvl_ft.model.choose_attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwenvl_ft.model.attention import resolve_attn_impl
+from qwenvl_ft.model.choose_attention import resolve_attn_impl
 from qwenvl_ft.prove.capacity import GIB, float32_place, weight_bytes
 from qwenvl_ft.prove.measure import Measured, alone_rows, measured
 from qwenvl_ft.prove.subject import Subject

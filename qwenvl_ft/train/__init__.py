@@ -7,7 +7,7 @@ Four checks stand between a recipe and its first step. Each fails with one line,
 | Is the recipe consistent? | `qwenvl_ft.recipe.checks`, when it is loaded | the recipe alone |
 | Can this machine run it? | `qwenvl_ft.training.preflight` | packages, devices, folders, the model's config.json |
 | Does the checkpoint belong to this run? | `qwenvl_ft.checkpoint.same_run` | the checkpoint that is resumed |
-| Is the data sound? | `qwenvl_ft.training.gate` | the records (``data.check_dataset_strategy``) |
+| Is the data sound? | `qwenvl_ft.training.data_gate` | the records (``data.check_dataset_strategy``) |
 
 `qwenvl_ft` imports the function `train` over this package of the same name, so that ``qwenvl_ft.train(recipe)`` works
 whatever was imported before. This file must therefore stay light: it imports what it needs when it needs it.
@@ -49,8 +49,8 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.training.build import build_callbacks, build_trainer
     from qwenvl_ft.training.callbacks.run_log import RunLog
     from qwenvl_ft.training.callbacks.signals import SignalCallback
+    from qwenvl_ft.training.data_gate import check_before_training
     from qwenvl_ft.training.finish import finish
-    from qwenvl_ft.training.gate import check_before_training
     from qwenvl_ft.training.out_of_memory import out_of_memory
     from qwenvl_ft.training.prepare import prepare_run
     from qwenvl_ft.training.result import TrainResult

@@ -12,7 +12,7 @@ from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.refused import FIXED
 from qwenvl_ft.recipe.schema import GALORE, Recipe
-from qwenvl_ft.training.checkpointing import chosen_parts
+from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.deepspeed import deepspeed_config, hierarchical
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 from qwenvl_ft.upstream.arguments import as_installed, require_checkpointing_options

@@ -7,10 +7,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.recipe.schema import Recipe
+from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.arguments import lora_plus
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
-from qwenvl_ft.training.checkpointing import chosen_parts
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import TrainingArguments
 
-from qwenvl_ft.model.kernels import LOSS, Fused, use_liger
+from qwenvl_ft.model.liger_kernels import LOSS, Fused, use_liger
 from qwenvl_ft.training.loss import use_fused_loss
 
 

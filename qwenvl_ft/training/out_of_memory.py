@@ -4,7 +4,7 @@ from typing import Any
 
 from qwenvl_ft.errors import TrainingError
 from qwenvl_ft.recipe.schema import Recipe
-from qwenvl_ft.training.checkpointing import chosen_parts
+from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.upstream.arguments import recomputes
 
 

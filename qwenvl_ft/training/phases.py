@@ -21,7 +21,7 @@ from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.training.callbacks.run_log import RunLog
-from qwenvl_ft.training.gate import check_before_training
+from qwenvl_ft.training.data_gate import check_before_training
 from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision

@@ -20,7 +20,7 @@ from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError, one_line
 from qwenvl_ft.model.adapters.load import trained_lengths
 from qwenvl_ft.model.config import skeleton
-from qwenvl_ft.model.kernels import require_liger
+from qwenvl_ft.model.liger_kernels import require_liger
 from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.recipe.values import shown

@@ -21,9 +21,9 @@ from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.model.compiled import restore_layers
 from qwenvl_ft.recipe.schema import Recipe
+from qwenvl_ft.training.activation_checkpointing import prepare_layers
 from qwenvl_ft.training.bad_samples import count_bad_samples, log_bad_samples
 from qwenvl_ft.training.callbacks.tuning_method import TuningMethodCallback
-from qwenvl_ft.training.checkpointing import prepare_layers
 from qwenvl_ft.training.device_batch import DeviceBatch, on_device
 from qwenvl_ft.training.eval_loss import evaluate_sum, joint_metrics, loss_metrics
 from qwenvl_ft.training.finite import LossCheck, require_finite_norm
@@ -34,7 +34,7 @@ from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.training.ranks import sum_over_ranks
 from qwenvl_ft.training.row_trainer import RowTrainer
-from qwenvl_ft.training.saving import cache_enabled
+from qwenvl_ft.training.saved_config import cache_enabled
 from qwenvl_ft.training.schedule import floor_schedule
 from qwenvl_ft.training.step_log import StepLog
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwenvl_ft.errors import RecipeError, unknown_name
 from qwenvl_ft.model.anatomy import PARTS, canonical_name, part_of
 from qwenvl_ft.model.quantization import quantized_modules, require_adapter_over_quantized
-from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
+from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import saved_modules

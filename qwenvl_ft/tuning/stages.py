@@ -18,7 +18,7 @@ from torch import nn
 
 from qwenvl_ft.errors import CheckpointError, RecipeError, one_line
 from qwenvl_ft.model.anatomy import part_of
-from qwenvl_ft.tuning.freeze import frozen_parts
+from qwenvl_ft.tuning.freeze_flags import frozen_parts
 from qwenvl_ft.tuning.targets import inside
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import nn
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import current_name, part_of
 from qwenvl_ft.model.quantization import is_linear
-from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
+from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig

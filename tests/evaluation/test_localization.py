@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.evaluation.localization import geometry_accuracy, line_distance, parse_objects, quad_iou
-from qwenvl_ft.evaluation.medical import box_iou
+from qwenvl_ft.evaluation.matching import box_iou
 
 REFERENCE = {
     "图片_1": {

@@ -11,13 +11,12 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from torchvision.ops import box_iou as torchvision_iou
 
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.evaluation.matching import box_iou, match
 from qwenvl_ft.evaluation.medical import (
-    box_iou,
     classification,
     counting,
     detection,
     instance_detection,
-    match,
     multi_label,
     regression,
 )

@@ -121,7 +121,7 @@ def test_files_with_gpu_tests_are_found_and_every_cell_appears_once():
 
     names = gpu_files()
     assert names[0] == "tests/gpu/test_attention.py"
-    assert {"tests/training/test_no_waiting.py", "tests/model/test_kernels.py"} < set(names)
+    assert {"tests/training/test_no_waiting.py", "tests/model/test_liger_kernels.py"} < set(names)
     sizes = {
         (size, kind, row) for size in ("2b", "4b", "8b") for kind in ("full", "lora") for row in (4096, 8192, 16384)
     }

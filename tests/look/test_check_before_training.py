@@ -6,7 +6,7 @@ from look_cases import asked
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.selection import target_recipe
-from qwenvl_ft.training.gate import check_before_training
+from qwenvl_ft.training.data_gate import check_before_training
 
 
 @pytest.mark.parametrize("strategy", ["none", "warning", "error"])

@@ -17,7 +17,7 @@ from cases import make_trainer
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.model.kernels import LOSS, PIECES, use_liger
+from qwenvl_ft.model.liger_kernels import LOSS, PIECES, use_liger
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.training.loss import loss_sum, split_labels, use_fused_loss
 

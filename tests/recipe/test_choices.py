@@ -55,7 +55,7 @@ def test_choices_that_repeat_a_table_equal_it():
     from qwenvl_ft.data.dense.prompts import SCHEMES
     from qwenvl_ft.model.adapters.interventions import INTERVENTIONS
     from qwenvl_ft.model.anatomy import FAMILIES, PARTS
-    from qwenvl_ft.model.attention import ATTENTION_NAMES
+    from qwenvl_ft.model.choose_attention import ATTENTION_NAMES
 
     assert literals("model.attn_impl") == set(ATTENTION_NAMES)
     assert literals("quantization.quantized_parts") == set(PARTS)

@@ -1,4 +1,4 @@
-"""`upstream/peft.py` and `upstream/ranks.py` with the installed peft, and with made-up releases that differ."""
+"""`upstream/peft.py` and `upstream/adalora_ranks.py` with the installed peft, and with made-up releases that differ."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from torch import nn
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.adapters.bottleneck import BottleneckConfig
+from qwenvl_ft.upstream import adalora_ranks as ranks
 from qwenvl_ft.upstream import peft as borrowed
-from qwenvl_ft.upstream import ranks
 from qwenvl_ft.upstream.peft import BaseTunerLayer, WrappingTuner
 
 

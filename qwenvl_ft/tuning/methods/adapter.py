@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.anatomy import current_name, part_of
-from qwenvl_ft.tuning.freeze import freeze_flags_of, frozen_parts
+from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods.lora import wrap
 from qwenvl_ft.tuning.targets import ALL_LINEAR, inside, saved_modules
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import FREEZE_FLAGS, current_name, family_of, part_of
-from qwenvl_ft.tuning.freeze import frozen_parts
+from qwenvl_ft.tuning.freeze_flags import frozen_parts
 from qwenvl_ft.tuning.targets import inside, saved_modules
 
 if TYPE_CHECKING:

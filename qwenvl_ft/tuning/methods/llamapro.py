@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.tuning.freeze import require_language_model_only
+from qwenvl_ft.tuning.freeze_flags import require_language_model_only
 from qwenvl_ft.tuning.targets import inside, saved_modules
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import part_of
-from qwenvl_ft.tuning.freeze import frozen_parts
+from qwenvl_ft.tuning.freeze_flags import frozen_parts
 from qwenvl_ft.tuning.methods.starts import check_sizes, start_of
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.stages import Earlier

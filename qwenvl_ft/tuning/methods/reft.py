@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError, unknown_name
 from qwenvl_ft.model.adapters import register_adapters
-from qwenvl_ft.tuning.freeze import require_language_model_only
+from qwenvl_ft.tuning.freeze_flags import require_language_model_only
 from qwenvl_ft.tuning.methods.lora import wrap
 from qwenvl_ft.tuning.targets import inside, saved_modules
 

@@ -1,7 +1,8 @@
 """Chooses the attention implementation of a run.
 
-``auto`` selects flash-attention if its package is installed and supports the CUDA device, else torch's SDPA on each
-sample (packed_attention.py). An implementation that is named but unusable is an error with the command to install it.
+``auto`` selects flash-attention if its package is installed and supports the CUDA device, else torch's own kernels
+(packed_attention.py: the one for unequal lengths on CUDA in 16 bits, SDPA on each sample elsewhere). An implementation
+that is named but unusable is an error with the command to install it.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.qwen3_vl import modeling_qwen3_vl as upstream
 
 from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.arguments import build_arguments
-from qwenvl_ft.training.checkpointing import chosen_parts
 
 ALL = {"per_device_train_batch_size": 8}
 LAYERS = {"vision": upstream.Qwen3VLVisionBlock, "llm": upstream.Qwen3VLTextDecoderLayer}

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.model import kernels
-from qwenvl_ft.model.kernels import FusedMLP, FusedNorm, Piece, require_liger, use_liger
+from qwenvl_ft.model import liger_kernels as kernels
+from qwenvl_ft.model.liger_kernels import FusedMLP, FusedNorm, Piece, require_liger, use_liger
 from qwenvl_ft.model.load import load_model
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.model import attention
-from qwenvl_ft.model.attention import resolve_attn_impl
+from qwenvl_ft.model import choose_attention as attention
+from qwenvl_ft.model.choose_attention import resolve_attn_impl
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ CANDIDATES = 200
 """Records, spread evenly over the data, whose lengths are measured to choose from."""
 WORDS = "a small red circle lies near the left edge and one large blue square stands behind it under bright light"
 GENERATED = "generated"
+TEXT = 1
+"""Number of a generated record of text alone, with the longest answer."""
 
 
 class FewRecords:
@@ -58,7 +60,11 @@ def proof_dataset(recipe: Recipe, encoder: Encoder, *, samples: int, max_tokens:
     first = [records[int(place)] for place in spread]
     dataset = _dataset(recipe, FewRecords(first, f"{records.fingerprint}-{len(spread)}"), encoder, seed, folder)
     if isinstance(dataset.epochs, RecordEpochs):
-        chosen = [first[int(dataset.index[k])] for k in _chosen(dataset, samples, max_tokens)]
+        places = _chosen(dataset, samples, max_tokens)
+        chosen = [first[int(dataset.index[k])] for k in places]
+        if len({_supervised(dataset, k) for k in places}) == 1:
+            # With answers of one length a mean of the samples' means is the mean over tokens: the fault would not show.
+            chosen = [*chosen[: samples - 1], (_record(TEXT), Source(GENERATED, f"{GENERATED}[{TEXT}]"), None)]
     else:  # dense captions form groups
         chosen = first[: samples * recipe.data.images_per_user_turn]
     key = f"{records.fingerprint}-{'-'.join(str(source) for _, source, _ in chosen)}"
@@ -102,6 +108,11 @@ def _chosen(dataset: SampleDataset, samples: int, max_tokens: int) -> list[int]:
                     chosen.append(same[turn])
                     tokens += more
     return chosen
+
+
+def _supervised(dataset: SampleDataset, index: int) -> int:
+    """Return the number of supervised tokens of a sample; no pixel is decoded."""
+    return int(dataset.encoder.draft(dataset.conversation(index)).supervised.sum())
 
 
 def generated_records(encoder: Encoder, count: int) -> FewRecords:

@@ -18,6 +18,7 @@ from qwenvl_ft.prove.exact_reference import attention_of, measure_alone, measure
 from qwenvl_ft.prove.frozen import Frozen
 from qwenvl_ft.prove.loss_split import Split
 from qwenvl_ft.prove.packed import Packed
+from qwenvl_ft.prove.proof_data import GENERATED
 from qwenvl_ft.prove.proof_recipe import ProofOptions, first_phase, proof_recipe
 from qwenvl_ft.prove.saved import Saved
 from qwenvl_ft.prove.subject import Subject, build_subject, still
@@ -100,6 +101,8 @@ def facts(subject: Subject) -> dict[str, str]:
     recipe, device, data = subject.recipe, subject.device, subject.recipe.data.train
     tokens = sum(len(sample["input_ids"]) for sample in subject.samples)
     source = ", ".join(data) if isinstance(data, list | dict) else data or "generated records"
+    if data and any(sample["source"].dataset == GENERATED for sample in subject.samples):
+        source += ", and a generated one because these have answers of one length"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     return {
         "model": f"{recipe.model.model}, {sum(p.numel() for p in subject.model.parameters()):,} parameters",

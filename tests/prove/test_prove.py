@@ -71,6 +71,14 @@ def test_all_weights_of_a_mixture_of_experts_in_16_bits(checkpoints):
     assert "float32" in report.facts["reference"]
 
 
+def test_answers_of_one_length_get_a_generated_record_that_exposes_a_mean_of_means(tiny_dir, write_jsonl):
+    turns = [{"from": "human", "value": "Yes or no?"}, {"from": "gpt", "value": "yes"}]
+    data = write_jsonl([{"conversations": turns, "id": f"{k}"} for k in range(4)])
+    report = proven(tiny_dir, "model.torch_dtype=float32", f"data.train={data}", skip=("saved",))
+    assert verdicts(report)["loss of any split"] == OK, report.text()
+    assert "a generated one because these have answers of one length" in report.facts["data"]
+
+
 def test_an_adapter_that_plain_peft_does_not_know_is_loaded_by_us_and_a_row_says_so(tiny_dir):
     report = proven(tiny_dir, "tuner.train_type=reft", "model.torch_dtype=float32")
     assert report.ok, report.text()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 from PIL import Image, ImageDraw
+from run_cases import short_run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
 
@@ -38,21 +39,18 @@ def write_dense(folder, count, name="dense.jsonl", first=0, **options):
 
 def dense_settings(tiny_dir, data, output, *more):
     """Return the overrides of a small full fine-tuning run on dense captions, exact on the CPU."""
-    return [
-        f"model.model={tiny_dir}",
-        "model.torch_dtype=float32",
-        f"data.train={data}",
+    return short_run(
+        tiny_dir,
+        data,
+        output,
         "template.max_length=1600",
         "tuner.train_type=full",
         "tuner.freeze_vit=false",
         "tuner.freeze_aligner=false",
         "training.num_train_epochs=3",
         "training.learning_rate=1e-3",
-        "training.dataloader_num_workers=0",
         "training.activation_checkpointing=false",
         "training.logging_steps=1",
         "training.save_strategy=no",
-        "training.report_to=none",
-        f"training.output_dir={output}",
         *more,
-    ]
+    )

@@ -5,27 +5,58 @@ import json
 from cases import picture
 
 
+def write_questions(
+    folder, count, name="train", *, first=0, answer="it is", widths=(64, 80, 96), longest=3, text_every=None
+):
+    """Write ``NAME.jsonl`` of records that ask for an image's number, with their images, and return its path.
+
+    Args:
+        first: number of the first record.
+        answer: words before the number; record ``i`` repeats both ``1 + i % longest`` times.
+        widths: widths of the images in turn, in pixels; their height is 64.
+        text_every: every so many-th record has no image; None gives all of them one.
+    """
+    path = folder / f"{name}.jsonl"
+    lines = []
+    for i in range(first, first + count):
+        record = {"id": f"r{i}"}
+        if text_every is None or i % text_every:
+            picture(widths[i % len(widths)], 64, i).save(folder / f"{i}.png")
+            record["image"] = f"{i}.png"
+        question = "<image>\nWhat?" if "image" in record else "What?"
+        answered = f"{answer} {i} " * (1 + i % longest)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answered}]
+        lines.append(json.dumps(record | {"conversations": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def write_records(folder):
     """Write eight training and three validation records with their images: ``train.jsonl`` and ``val.jsonl``."""
-    for name, first, count in (("train", 0, 8), ("val", 8, 3)):
-        lines = []
-        for i in range(first, first + count):
-            picture(64 + 16 * (i % 3), 64, i).save(folder / f"{i}.png")
-            turns = [
-                {"from": "human", "value": "<image>\nWhat?"},
-                {"from": "gpt", "value": f"it is {i} " * (1 + i % 3)},
-            ]
-            lines.append(json.dumps({"id": f"r{i}", "image": f"{i}.png", "conversations": turns}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    write_questions(folder, 8)
+    write_questions(folder, 3, "val", first=8)
     return folder
+
+
+def short_run(model, data, output, *more):
+    """Return the overrides that short runs share, then ``more``: float32, no dataloader workers, no reports."""
+    return [
+        f"model.model={model}",
+        "model.torch_dtype=float32",
+        f"data.train={data}",
+        "training.dataloader_num_workers=0",
+        "training.report_to=none",
+        f"training.output_dir={output}",
+        *more,
+    ]
 
 
 def run_settings(tiny_dir, data, output, *more):
     """Return overrides of a run of six steps that evaluates and saves at every second one."""
-    return [
-        f"model.model={tiny_dir}",
-        "model.torch_dtype=float32",
-        f"data.train={data / 'train.jsonl'}",
+    return short_run(
+        tiny_dir,
+        data / "train.jsonl",
+        output,
         f"data.val={data / 'val.jsonl'}",
         "template.max_length=160",
         "tuner.train_type=full",
@@ -33,14 +64,11 @@ def run_settings(tiny_dir, data, output, *more):
         "tuner.freeze_aligner=false",
         "training.max_steps=6",
         "training.learning_rate=1e-3",
-        "training.dataloader_num_workers=0",
         "training.activation_checkpointing=false",
         "training.logging_steps=1",
         "training.eval_strategy=steps",
         "training.eval_steps=2",
         "training.save_strategy=steps",
         "training.save_steps=2",
-        "training.report_to=none",
-        f"training.output_dir={output}",
         *more,
-    ]
+    )

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from cases import picture
+from run_cases import write_questions
 
 from qwenvl_ft import load_recipe, train
 from qwenvl_ft.bench.memory import memory
@@ -33,14 +33,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu_runs")
-    lines = []
-    for i in range(12):
-        picture(64 + 32 * (i % 3), 64, i).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"it is {i} " * (1 + i % 4)}]
-        lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    return write_questions(tmp_path_factory.mktemp("gpu_runs"), 12, widths=(64, 96, 128), longest=4)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import picture
+from run_cases import short_run, write_questions
 from transformers import AutoModelForImageTextToText
 
 PYTHON = sys.executable
@@ -18,17 +18,7 @@ PYTHON = sys.executable
 def data(tmp_path_factory):
     """Eight records, some with an image and some without: ranks get batches of different kinds."""
     folder = tmp_path_factory.mktemp("launch_data")
-    lines = []
-    for i in range(8):
-        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": f"it is {i} " * (1 + i % 4)}]
-        record = {"conversations": turns}
-        if i % 2:
-            picture(64 + 32 * (i % 3), 64, i).save(folder / f"{i}.png")
-            turns[0]["value"] = "<image>\nWhat?"
-            record["image"] = f"{i}.png"
-        lines.append(json.dumps(record))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    return write_questions(folder, 8, widths=(64, 96, 128), longest=4, text_every=2)
 
 
 def free_port():
@@ -48,10 +38,10 @@ def launchers(processes):
 
 def start(launcher, processes, checkpoint, data, output, *more):
     """Run four steps over all eight samples each; without packing, so that a step is 8 samples in any split."""
-    arguments = [
-        f"model.model={checkpoint}",
-        "model.torch_dtype=float32",
-        f"data.train={data}",
+    arguments = short_run(
+        checkpoint,
+        data,
+        output,
         "template.max_length=256",
         "tuner.train_type=full",
         "tuner.freeze_vit=false",
@@ -67,11 +57,9 @@ def start(launcher, processes, checkpoint, data, output, *more):
         "training.max_grad_norm=0.5",
         "training.logging_steps=1",
         "training.save_strategy=no",
-        "training.dataloader_num_workers=0",
-        "training.report_to=none",
-        f"training.output_dir={output}",
-    ]
-    command = [PYTHON, *launchers(processes)[launcher], "qwenvl_ft.train", *arguments, *more]
+        *more,
+    )
+    command = [PYTHON, *launchers(processes)[launcher], "qwenvl_ft.train", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import picture
+from run_cases import short_run
 
 from qwenvl_ft import train as train_function
 from qwenvl_ft.assemble import build_datasets, build_processor
@@ -39,10 +40,10 @@ def data(tmp_path_factory):
 
 def recipe_of(tiny_dir, data, output, *more):
     sets = {name: {"annotation_path": str(data / f"{name}.jsonl")} for name in ("short", "long")}
-    settings = [
-        f"model.model={tiny_dir}",
-        "model.torch_dtype=float32",
-        "data.train=short,long",
+    settings = short_run(
+        tiny_dir,
+        "short,long",
+        output,
         f"data.datasets={json.dumps(sets)}",
         f"data.loss_weights={json.dumps(WEIGHTS)}",
         "template.max_length=400",
@@ -51,14 +52,12 @@ def recipe_of(tiny_dir, data, output, *more):
         "training.num_train_epochs=1",
         "training.learning_rate=1e-3",
         "training.max_grad_norm=1e9",
-        "training.dataloader_num_workers=0",
         "training.activation_checkpointing=false",
         "training.logging_steps=1",
         "training.save_strategy=no",
-        "training.report_to=none",
-        f"training.output_dir={output}",
-    ]
-    return load_recipe(None, [*settings, *more])
+        *more,
+    )
+    return load_recipe(None, settings)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import picture
+from run_cases import write_questions
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -72,13 +72,7 @@ def data(tmp_path_factory):
     """Three files beside their images, each longer than the one before."""
     folder = tmp_path_factory.mktemp("phase_data")
     for name, count in (("simple", 6), ("medium", 8), ("all", 10)):
-        lines = []
-        for i in range(count):
-            picture(64 + 16 * (i % 4), 64, i).save(folder / f"{i}.png")
-            answer = {"from": "gpt", "value": f"{name} {i} " * (1 + i % 3)}
-            turns = [{"from": "human", "value": "<image>\nWhat?"}, answer]
-            lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_questions(folder, count, name, answer=name, widths=(64, 80, 96, 112))
     return folder
 
 

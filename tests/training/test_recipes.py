@@ -1,10 +1,9 @@
 """Every shipped recipe trains two steps on the tiny model of its kind, without its settings for GPUs."""
 
-import json
 from pathlib import Path
 
 import pytest
-from cases import picture
+from run_cases import short_run, write_questions
 from safetensors import safe_open
 
 from qwenvl_ft import train
@@ -43,14 +42,7 @@ WRITTEN = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipes")
-    lines = []
-    for i in range(6):
-        picture(64 + 16 * (i % 3), 64, i).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"it is {i} " * (1 + i % 3)}]
-        lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    return write_questions(tmp_path_factory.mktemp("recipes"), 6)
 
 
 def names_in(folder):
@@ -72,25 +64,22 @@ def test_a_recipe_trains(path, data, checkpoints, tmp_path):
         pytest.importorskip(EXTRAS[path.stem])
     shipped = load_recipe(path)
     kind = "moe" if "A3B" in shipped.model.model else "dense"
-    overrides = [
-        f"model.model={checkpoints[kind]}",
-        "model.torch_dtype=float32",
-        f"data.train={data}",
+    overrides = short_run(
+        checkpoints[kind],
+        data,
+        tmp_path / "run",
         "data.val=",
         "template.max_length=256",
         "template.max_pixels=65536",
         "training.max_steps=2",
         "training.gradient_accumulation_steps=1",
         "training.per_device_train_batch_size=1",
-        "training.dataloader_num_workers=0",
         "training.save_strategy=no",
         "training.eval_strategy=no",
-        "training.report_to=none",
-        f"training.output_dir={tmp_path / 'run'}",
         "deepspeed.enabled=false",
         "evaluation.run_after_training=false",
         *SMALLER.get(path.stem, []),
-    ]
+    )
     recipe = load_recipe(path, overrides)
     assert (recipe.tuner.train_type, recipe.tuner.freeze_aligner) == (
         shipped.tuner.train_type,

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from cases import picture
+from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft.checkpoint.complete import last_checkpoint, missing, resolve_resume
@@ -22,24 +22,14 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Ten records with images on disk."""
-    folder = tmp_path_factory.mktemp("resume_data")
-    lines = []
-    for i in range(10):
-        picture(64 + 16 * (i % 4), 64, i).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"number {i} " * (1 + i % 3)}]
-        lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    return write_questions(tmp_path_factory.mktemp("resume_data"), 10, answer="number", widths=(64, 80, 96, 112))
 
 
 def command(tiny_dir, data, output, *more):
-    return [
-        sys.executable,
-        "-m",
-        "qwenvl_ft.train",
-        f"model.model={tiny_dir}",
-        "model.torch_dtype=float32",
-        f"data.train={data}",
+    settings = short_run(
+        tiny_dir,
+        data,
+        output,
         "template.max_length=160",
         "tuner.train_type=lora",
         "tuner.lora_dropout=0.1",
@@ -52,10 +42,9 @@ def command(tiny_dir, data, output, *more):
         "training.save_steps=2",
         "training.save_total_limit=3",
         "training.logging_steps=1",
-        "training.report_to=none",
-        f"training.output_dir={output}",
         *more,
-    ]
+    )
+    return [sys.executable, "-m", "qwenvl_ft.train", *settings]
 
 
 def run(arguments, **options):

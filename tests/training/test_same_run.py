@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cases import picture
+from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
@@ -20,12 +20,7 @@ from qwenvl_ft.train import train as train_function
 def data(tmp_path_factory):
     """Twelve records with images, and the first six of them."""
     folder = tmp_path_factory.mktemp("same_run")
-    lines = []
-    for i in range(12):
-        picture(64 + 16 * (i % 4), 64, i).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"number {i} " * (1 + i % 3)}]
-        lines.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    lines = write_questions(folder, 12, answer="number", widths=(64, 80, 96, 112)).read_text().splitlines()
     (folder / "half.jsonl").write_text("\n".join(lines[:6]) + "\n")
     turned = [json.dumps(json.loads(line) | {"image": "3.png"}) for line in lines]
     (folder / "other.jsonl").write_text("\n".join(turned) + "\n")
@@ -33,10 +28,10 @@ def data(tmp_path_factory):
 
 
 def settings(tiny_dir, data, output, *more):
-    return [
-        f"model.model={tiny_dir}",
-        "model.torch_dtype=float32",
-        f"data.train={data / 'train.jsonl'}",
+    return short_run(
+        tiny_dir,
+        data / "train.jsonl",
+        output,
         "template.max_length=256",
         "tuner.train_type=lora",
         "tuner.freeze_vit=false",
@@ -47,14 +42,11 @@ def settings(tiny_dir, data, output, *more):
         "training.gradient_accumulation_steps=2",
         "training.max_steps=4",
         "training.learning_rate=1e-2",
-        "training.dataloader_num_workers=0",
         "training.save_strategy=steps",
         "training.save_steps=2",
         "training.save_total_limit=5",
-        "training.report_to=none",
-        f"training.output_dir={output}",
         *more,
-    ]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import json
 import math
 
 import pytest
-from cases import ListRecords, answers_of, make_trainer, picture
+from cases import ListRecords, answers_of, make_trainer
+from run_cases import short_run, write_questions
 
 from qwenvl_ft import train
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -31,11 +32,7 @@ def test_each_set_has_the_loss_it_has_alone_and_all_that_of_one_joined_set(tiny_
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     for name, count in (("train", 8), ("a", 3), ("b", 2)):
-        lines = []
-        for i in range(count):
-            picture(64, 64, i).save(folder / f"{i}.png")
-            lines.append(json.dumps({"image": f"{i}.png", "query": "What?", "response": f"{name} {i}"}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        write_questions(folder, count, name, answer=name, widths=(64,), longest=1)
     return folder
 
 
@@ -43,10 +40,10 @@ def files(tmp_path_factory):
 def test_a_run_logs_them_and_keeps_the_best_by_the_metric_that_is_named(tiny_dir, files, tmp_path, best):
     recipe = load_recipe(
         None,
-        [
-            f"model.model={tiny_dir}",
-            "model.torch_dtype=float32",
-            f"data.train={files / 'train.jsonl'}",
+        short_run(
+            tiny_dir,
+            files / "train.jsonl",
+            tmp_path,
             f'data.val={{"a": "{files / "a.jsonl"}", "b": "{files / "b.jsonl"}"}}',
             "template.max_length=160",
             "tuner.train_type=full",
@@ -57,11 +54,9 @@ def test_a_run_logs_them_and_keeps_the_best_by_the_metric_that_is_named(tiny_dir
             f"training.metric_for_best_model={best}",
             "training.early_stopping_patience=3",
             "training.activation_checkpointing=false",
-            "training.report_to=none",
-            f"training.output_dir={tmp_path}",
             "evaluation.run_after_training=true",
             "evaluation.max_new_tokens=2",
-        ],
+        ),
     )
     result = train(recipe)
     entries = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from cases import picture
 from peft import PeftModel
+from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft.cli.main import main as command
@@ -22,35 +22,26 @@ LAST = ("training.save_strategy=steps", "training.load_best_model_at_end=false")
 @pytest.fixture(scope="module")
 def run(tiny_dir, tmp_path_factory):
     """Train a recipe at toy size: ``run(name, folder, *overrides)``."""
-    data = tmp_path_factory.mktemp("staged")
-    lines = []
-    for i in range(8):
-        picture(64 + 16 * (i % 3), 64, i).save(data / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"it is {i}"}]
-        lines.append(json.dumps({"id": f"r{i}", "image": f"{i}.png", "conversations": turns}))
-    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    data = write_questions(tmp_path_factory.mktemp("staged"), 8, longest=1)
 
     def train(name, folder, *more):
-        overrides = [
-            f"recipe={name}",
-            f"model.model={tiny_dir}",
-            "model.torch_dtype=float32",
-            f"data.train={data / 'train.jsonl'}",
+        overrides = short_run(
+            tiny_dir,
+            data,
+            folder,
             "data.split_dataset_ratio=0.25",
             "template.max_length=128",
             "template.max_pixels=16384",
             "tuner.lora_rank=4",
             "training.gradient_accumulation_steps=1",
-            "training.dataloader_num_workers=0",
             "training.learning_rate=1e-2",
             "training.max_steps=4",
             "training.eval_steps=2",
             "training.save_steps=2",
             "training.logging_steps=1",
-            "training.report_to=none",
-            f"training.output_dir={folder}",
-        ]
-        return main([*overrides, *more])
+            *more,
+        )
+        return main([f"recipe={name}", *overrides])
 
     return train
 

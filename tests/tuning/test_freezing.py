@@ -46,10 +46,7 @@ def changed(model, before):
     return {name for name, value in before.items() if not torch.equal(after[name], value)}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize(
-    "frozen", COMBINATIONS, ids=lambda c: "-".join(f[7:] for f, on in zip(FLAGS, c, strict=True) if on)
-)
+@every_combination
 def test_full_training_changes_exactly_what_is_not_frozen(fresh, tuner, train, kind, frozen):
     settings = dict(zip(FLAGS, frozen, strict=True))
     model = fresh(kind)
@@ -65,10 +62,7 @@ def test_full_training_changes_exactly_what_is_not_frozen(fresh, tuner, train, k
     assert moved == (set() if settings["freeze_aligner"] else set(MERGERS))
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize(
-    "frozen", COMBINATIONS, ids=lambda c: "-".join(f[7:] for f, on in zip(FLAGS, c, strict=True) if on)
-)
+@every_combination
 def test_lora_adapts_exactly_the_linear_layers_and_experts_that_are_not_frozen(fresh, tuner, train, kind, frozen):
     settings = dict(zip(FLAGS, frozen, strict=True))
     model = fresh(kind)

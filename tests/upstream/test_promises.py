@@ -3,13 +3,13 @@
 Each is tested in depth elsewhere. Here they are tried once, on the shortest way from a recipe to a served model.
 """
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from cases import RECORDS, make_trainer, one_step, picture
+from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft.data.collate import QwenVLCollator
@@ -36,35 +36,23 @@ def samples(encoder, mixed_records):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Write records with images of two sizes and without images to a file."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for i in range(6):
-        picture(64 + 32 * (i % 2), 64, i).save(folder / f"{i}.png")
-        media = {"image": f"{i}.png"} if i % 3 else {}
-        asked = "<image>\nWhat?" if media else "What?"
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"number {i} " * (1 + i % 3)}]
-        lines.append(json.dumps(media | {"conversations": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    return write_questions(tmp_path_factory.mktemp("data"), 6, answer="number", widths=(64, 96), text_every=3)
 
 
 def settings(model, data, folder, *more):
-    return [
-        f"model.model={model}",
-        "model.torch_dtype=float32",
-        f"data.train={data}",
+    return short_run(
+        model,
+        data,
+        folder,
         f"data.val={data}",
         "template.max_length=160",
         "training.learning_rate=1e-3",
-        "training.dataloader_num_workers=0",
         "training.logging_steps=1",
-        "training.report_to=none",
         "training.max_steps=4",
         "training.eval_strategy=steps",
         "training.eval_steps=2",
-        f"training.output_dir={folder}",
         *more,
-    ]
+    )
 
 
 def run(*arguments):

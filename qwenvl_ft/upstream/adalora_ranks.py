@@ -71,5 +71,5 @@ def _other_allocator() -> str:
     return takes(adalora.RankAllocator, "model", "peft_config", "adapter_name")
 
 
-RANKS = Feature(name="AdaLoRA's ranks over what trains", packages=("peft",), missing=_other_allocator, instead="")
+RANKS = Feature(name="AdaLoRA's ranks over what trains", packages=("peft",), missing=_other_allocator)
 FEATURES = (RANKS,)

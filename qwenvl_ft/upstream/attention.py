@@ -123,7 +123,6 @@ def _no_borders() -> str:
 
 BORDERS = Feature(
     name="vision attention over all frames in one call",
-    packages=("transformers",),
     missing=_no_borders,
     instead="the vision tower attends frame by frame and waits for the device in each layer",
 )

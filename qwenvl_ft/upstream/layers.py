@@ -124,6 +124,5 @@ COMPILED = Feature(
     name="compiling the language model's layers",
     packages=("transformers", "torch"),
     missing=_not_compiled,
-    instead="",
 )
 FEATURES = (COMPILED,)

@@ -324,13 +324,11 @@ def _no_places() -> str:
 
 PLACES = Feature(
     name="media placed by the loader's workers",
-    packages=("transformers",),
     missing=_no_places,
     instead="the model looks for them itself and waits for the device about a dozen times a step",
 )
 POSITIONS = Feature(
     name="positions of patches computed by the loader's workers",
-    packages=("transformers",),
     missing=_no_tables,
     instead="the vision tower computes them itself and waits for the device a few times a step",
 )

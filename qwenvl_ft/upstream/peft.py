@@ -264,7 +264,6 @@ OWN_TYPES = Feature(
     name="a tuner of this package's own",
     packages=("peft",),
     missing=lambda: lacks(BaseTuner, ("_create_and_replace",)),
-    instead="",
 )
 FEATURES = (OWN_TYPES,)
 

@@ -22,11 +22,11 @@ class Feature:
 
     name: str
     """Its purpose, for messages."""
-    packages: tuple[str, ...]
+    packages: tuple[str, ...] = ("transformers",)
     """The libraries that it depends on; empty for the standard library."""
     missing: Callable[[], str]
     """Returns the reason why the installed versions do not support it; empty if they do."""
-    instead: str
+    instead: str = ""
     """The replacement and its cost; empty if there is none."""
 
     def line(self) -> str:

@@ -259,14 +259,8 @@ def _no_cap() -> str:
 
 RESIZING = Feature(
     name="media resized by the processors' own rule",
-    packages=("transformers",),
     missing=cache(lambda: first(_no_rule(IMAGE_RULE), _no_rule(VIDEO_RULE))),
     instead="the rule of transformers 5.24 is used where the processor counts as many patches, else data is refused",
 )
-CAP = Feature(
-    name="a largest area of a video's frames",
-    packages=("transformers",),
-    missing=_no_cap,
-    instead="",
-)
+CAP = Feature(name="a largest area of a video's frames", missing=_no_cap)
 FEATURES = (RESIZING,)

@@ -196,7 +196,6 @@ def _other_loop() -> str:
 
 LOOP = Feature(
     name="training by planned rows",
-    packages=("transformers",),
     missing=_other_loop,
     instead="Install a transformers that docs/compatibility.md lists.",
 )

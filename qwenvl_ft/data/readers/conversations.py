@@ -10,7 +10,7 @@ from typing import Any
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.data.media.images import resolve_path
 from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, split_tags
-from qwenvl_ft.data.readers.record_keys import checked_loss, with_record_keys
+from qwenvl_ft.data.readers.record_keys import checked_loss, checked_turns, with_record_keys
 from qwenvl_ft.errors import DataError, hint
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -26,9 +26,7 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
     Raises:
         DataError: a turn is malformed, or tags and media do not match.
     """
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{source}: 'conversations' must be a list with at least one turn, not {turns!r:.80}.")
+    turns = checked_turns(record, "conversations", source, singular="turn")
     root = _media_root(record, source, media_root)
     pool = MediaPool(record, source, root)
     messages = tuple(_message(turn, number, pool) for number, turn in enumerate(turns))

@@ -12,7 +12,7 @@ from typing import Any
 from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Part, Source, Text, Video
 from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, medium_value, split_tags
 from qwenvl_ft.data.readers.media_settings import checked_fps, limits_of, sampling_of
-from qwenvl_ft.data.readers.record_keys import checked_loss, checked_objects, with_record_keys
+from qwenvl_ft.data.readers.record_keys import checked_loss, checked_objects, checked_turns, with_record_keys
 from qwenvl_ft.errors import DataError, hint
 
 KEYS = {
@@ -34,9 +34,7 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
     Raises:
         DataError: a message is malformed, or tags and media do not match.
     """
-    entries = record.get("messages")
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{source}: 'messages' must be a list with at least one message, not {entries!r:.80}.")
+    entries = checked_turns(record, "messages", source, singular="message")
     pool = MediaPool(record, source, media_root)
     messages = tuple(_message(entry, number, pool, media_root) for number, entry in enumerate(entries))
     pool.finish()

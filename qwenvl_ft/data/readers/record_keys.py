@@ -1,12 +1,27 @@
-"""Keys that ``conversations`` and ``messages`` records share: ``system``, ``tools``, ``loss`` and ``weight``."""
+"""Keys of both ``conversations`` and ``messages`` records: turns, ``system``, ``tools``, ``loss`` and ``weight``."""
 
 import json
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from qwenvl_ft.data.conversation import Conversation, Message, Text
+from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.errors import DataError
+
+
+def checked_turns(record: dict[str, Any], key: str, source: Source, *, singular: str) -> list[Any]:
+    """Return the record's list of turns.
+
+    Args:
+        singular: name of a turn in the error message.
+
+    Raises:
+        DataError: it is not a list, or empty.
+    """
+    turns = record.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{source}: {key!r} must be a list with at least one {singular}, not {turns!r:.80}.")
+    return turns
 
 
 def with_record_keys(conversation: Conversation, record: dict[str, Any]) -> Conversation:

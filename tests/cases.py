@@ -1,9 +1,10 @@
-"""Helpers for several tests: pictures, records in memory, a trainer over them."""
+"""Helpers for several tests: pictures, records in memory, a trainer over them, changed weights."""
 
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 
@@ -53,6 +54,12 @@ def answers_of(*lengths):
 RECORDS = answers_of(1, 30, 2, 5, 17, 1, 9, 3)
 
 
+def quiet_arguments(folder, **options):
+    """Return TrainingArguments on the CPU without reports and progress bar; ``options`` override these."""
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_nan_inf_filter": False}
+    return TrainingArguments(output_dir=str(folder), **(quiet | options))
+
+
 def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, datasets=None, trainer_options=None, **arguments):
     from qwenvl_ft.data.plan.dataset import SampleDataset
     from qwenvl_ft.model.load import load_model
@@ -61,14 +68,7 @@ def make_trainer(folder, checkpoint, encoder, *, records=RECORDS, datasets=None,
     model = load_model(str(checkpoint), torch_dtype="float32", attn_impl="sdpa")
     options = {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9, "logging_steps": 1}
     options["save_strategy"] = "no"
-    args = TrainingArguments(
-        output_dir=str(folder),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        **(options | arguments),
-    )
+    args = quiet_arguments(folder, **(options | arguments))
     dataset = SampleDataset(ListRecords(records, datasets=datasets), encoder, cache_dir=folder / "cache")
     more = {"packing": False, "max_length": 512} | (trainer_options or {})
     return QwenVLTrainer(model, args, processor=encoder.processor, train_dataset=dataset, eval_dataset=dataset, **more)
@@ -85,3 +85,13 @@ def one_step(trainer):
     trainer.add_callback(Keep())
     trainer.train()
     return trainer.state.log_history[0]["loss"], kept
+
+
+def stirred(model, scale):
+    """Add noise of this scale to the trainable weights, the same each time, and return the model."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value += torch.randn_like(value) * scale
+    return model

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from cases import ListRecords, picture
+from cases import ListRecords, picture, quiet_arguments
 from methods_cases import BASES, CASES, COLUMNS, KINDS, Case, tuner_of
 from peft import PeftModel
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback
 
 from qwenvl_ft.assemble import start_batches
 from qwenvl_ft.data.collate import QwenVLCollator
@@ -243,15 +243,11 @@ def training(case, kind, folder, resume=None):
         "gradient_accumulation_steps": 2,
         "activation_checkpointing": True,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
         "logging_steps": 1,
         "seed": 3,
     } | case.arguments
     options = {"lorap_lr_ratio": arguments.pop("lorap_lr_ratio", None)}
-    args = TrainingArguments(output_dir=str(folder), **arguments)
+    args = quiet_arguments(folder, **arguments)
     model = prepared(case, kind)
     trainer = QwenVLTrainer(
         model, args, processor=encoder().processor, train_dataset=digits(), max_length=256, **options

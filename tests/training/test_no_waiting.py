@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import RECORDS, ListRecords
-from transformers import TrainerCallback, TrainingArguments
+from cases import RECORDS, ListRecords, quiet_arguments
+from transformers import TrainerCallback
 
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -29,11 +29,9 @@ class Forbidden(TrainerCallback):
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_step_waits(tmp_path, tiny_dir, processor, checkpointing):
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        report_to=[],
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
+    args = quiet_arguments(
+        tmp_path,
+        use_cpu=False,
         bf16=True,
         max_steps=6,
         logging_steps=100,

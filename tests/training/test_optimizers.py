@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 import torch
-from cases import RECORDS, ListRecords
-from transformers import Trainer, TrainingArguments
+from cases import RECORDS, ListRecords, quiet_arguments
+from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -54,8 +54,8 @@ def require(name):
 
 def arguments(folder, name, **more):
     projection = PROJECTION if name.startswith(("galore", "apollo")) else {}
-    options = {"optim": name, "learning_rate": RATES["llm"], "weight_decay": 0.1, "use_cpu": True, "report_to": []}
-    return TrainingArguments(output_dir=str(folder), **(options | projection | more))
+    options = {"optim": name, "learning_rate": RATES["llm"], "weight_decay": 0.1}
+    return quiet_arguments(folder, **(options | projection | more))
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +177,7 @@ def test_galore_takes_the_step_of_the_paper(tmp_path):
             f"training.galore_scale={scale}",
         ],
     )
-    args = TrainingArguments(
-        **{"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "adam_epsilon": 1e-8} | galore(recipe)
-    )
+    args = quiet_arguments(tmp_path, **{"adam_epsilon": 1e-8} | galore(recipe))
     cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     groups = param_groups(model, learning_rate=1.0, aligner_lr=rate, weight_decay=0.0)
     optimizer = build_optimizer(cls, options, groups, model)

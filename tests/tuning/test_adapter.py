@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import stirred
 from transformers.activations import ACT2FN
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
@@ -22,21 +23,12 @@ def wrapped(model):
     return [name for name, module in model.get_base_model().named_modules() if isinstance(module, BottleneckLayer)]
 
 
-def stirred(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value += torch.randn_like(value) * 0.1
-    return model
-
-
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("act", ["gelu", "relu", "silu"])
 def test_the_output_is_the_papers_formula(fresh, tuner, batch, kind, act):
     """Hooks on a plain base model recompute the output of each adapted module with plain matrices."""
     settings = tuner(train_type="adapter", adapter_length=8, adapter_act=act)
-    model = stirred(prepare_model(fresh(kind), settings)).eval()
+    model = stirred(prepare_model(fresh(kind), settings), 0.1).eval()
     plain = fresh(kind).eval()
 
     def by_hand(layer):
@@ -120,7 +112,7 @@ def test_what_cannot_be_adapted_is_one_line(fresh, tuner, settings, words):
 
 
 def test_it_does_not_merge_and_says_why(fresh, tuner, logits):
-    model = stirred(prepare_model(fresh(), tuner(train_type="adapter")))
+    model = stirred(prepare_model(fresh(), tuner(train_type="adapter")), 0.1)
     with pytest.raises(CheckpointError, match="cannot be merged"):
         model.merge_and_unload()
     with model.disable_adapter():
@@ -129,7 +121,7 @@ def test_it_does_not_merge_and_says_why(fresh, tuner, logits):
 
 
 def test_half_precision_computes_in_the_models_precision(fresh, tuner, batch):
-    model = stirred(prepare_model(fresh(torch_dtype="bfloat16"), tuner(train_type="adapter")))
+    model = stirred(prepare_model(fresh(torch_dtype="bfloat16"), tuner(train_type="adapter")), 0.1)
     assert {value.dtype for value in model.parameters() if value.requires_grad} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
         assert model(**batch).logits.dtype == torch.bfloat16

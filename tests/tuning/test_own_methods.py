@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import RECORDS, ListRecords
-from transformers import TrainingArguments
+from cases import RECORDS, ListRecords, quiet_arguments, stirred
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -52,10 +51,7 @@ def prepared(fresh, tuner):
         torch.manual_seed(0)
         model = prepare_model(fresh(kind), tuner(**METHODS[name]))
         if stir:
-            with torch.no_grad():
-                for value in model.parameters():
-                    if value.requires_grad:
-                        value += torch.randn(value.shape) * 0.05
+            stirred(model, 0.05)
         return model
 
     return make
@@ -163,18 +159,14 @@ def test_checkpointed_activations_give_the_same_gradients(prepared, samples, nam
 
 def trained_weights(model, folder, encoder, *, steps, resume=None):
     """Train to one of four steps, saving every second one, and return the trained weights."""
-    args = TrainingArguments(
-        output_dir=str(folder),
+    args = quiet_arguments(
+        folder,
         max_steps=4,
         save_steps=2,
         learning_rate=1e-2,
         weight_decay=0.1,
         activation_checkpointing=True,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
         logging_steps=1,
     )
     dataset = SampleDataset(ListRecords(RECORDS, "own"), encoder, cache_dir=folder / "cache")

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from cases import stirred
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
@@ -21,15 +22,6 @@ TEXT_ONLY = {"freeze_vit": True, "freeze_aligner": True}
 
 def edits(model):
     return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, ReftLayer)}
-
-
-def stirred(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.requires_grad:
-                value += torch.randn_like(value) * 0.3
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def by_loop(sample, first, last):
 def test_the_edit_is_the_papers_formula(fresh, tuner, batch, kind, intervention):
     """Hooks on the layers of a plain model, one token at a time, with R from the stored matrix by Gram-Schmidt."""
     settings = {"train_type": "reft", "reft_rank": 3, "reft_layers": [1, 3], "reft_intervention_type": intervention}
-    model = stirred(prepare_model(fresh(kind), tuner(**settings, reft_positions="f2+l3", **TEXT_ONLY))).eval()
+    model = stirred(prepare_model(fresh(kind), tuner(**settings, reft_positions="f2+l3", **TEXT_ONLY)), 0.3).eval()
     plain = fresh(kind).eval()
     tokens = batch["input_ids"].shape[1]
 
@@ -138,7 +130,7 @@ def test_a_prompt_alone_is_edited_at_its_ends_and_answers_in_the_cache_never():
 
 
 def test_a_padded_batch_has_the_loss_of_a_packed_row(fresh, tuner, samples, processor):
-    model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="f1+l2", **TEXT_ONLY)))
+    model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="f1+l2", **TEXT_ONLY)), 0.3)
     packed = loss_sum(model, split_labels(QwenVLCollator()(samples)))
     padded = loss_sum(model, split_labels(PaddedCollator(processor.tokenizer.pad_token_id)(samples)))
     torch.testing.assert_close(padded, packed, rtol=1e-5, atol=1e-4)
@@ -147,7 +139,7 @@ def test_a_padded_batch_has_the_loss_of_a_packed_row(fresh, tuner, samples, proc
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_batched_generation_answers_as_one_prompt_alone(fresh, tuner, processor, kind):
     """Left padding in front of the shorter prompt must not take its first position."""
-    model = stirred(prepare_model(fresh(kind), tuner(train_type="reft", **TEXT_ONLY))).eval()
+    model = stirred(prepare_model(fresh(kind), tuner(train_type="reft", **TEXT_ONLY)), 0.3).eval()
     processor.tokenizer.padding_side = "left"
     prompts = ["Say a word about the small red circle.", "Yes?"]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -206,7 +198,9 @@ def answered(model, inputs, count=6, **options):
 def test_generation_edits_the_prompt_alone(fresh, tuner, processor, batch, kind, positions):
     """A single prompt, one with images, and a batch padded on the left give the same results as without a cache."""
     first, last = parse_positions(positions)
-    model = stirred(prepare_model(fresh(kind), tuner(train_type="reft", reft_positions=positions, **TEXT_ONLY))).eval()
+    model = stirred(
+        prepare_model(fresh(kind), tuner(train_type="reft", reft_positions=positions, **TEXT_ONLY)), 0.3
+    ).eval()
     expected = answered_by_hand(fresh, kind, model, batch, first, last, 6)
     torch.testing.assert_close(answered(model, batch)[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -223,7 +217,7 @@ def test_generation_edits_the_prompt_alone(fresh, tuner, processor, batch, kind,
 def test_edits_of_generated_tokens_would_be_seen(fresh, tuner, batch, monkeypatch):
     """Simulates that no cache is found, as happened in transformers 5.24 to code that used its old name."""
     monkeypatch.setattr("qwenvl_ft.model.adapters.interventions.continues", lambda inputs: False)
-    model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="l1", **TEXT_ONLY))).eval()
+    model = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="l1", **TEXT_ONLY)), 0.3).eval()
     expected = answered_by_hand(fresh, "dense", model, batch, 0, 1, 6)
     with suppress(IndexError):  # transformers 5.5 hands on a mask that is longer than the tokens: no silent fault there
         found = answered(model, batch)[0]
@@ -243,11 +237,13 @@ def test_generation_without_a_cache_is_refused(fresh, tuner, batch):
 def test_a_prompt_in_several_pieces_is_refused_unless_every_token_is_edited(fresh, tuner, batch):
     """With chunked prefill, the model sees one piece at a time, and neither its position nor the prompt's end."""
     text = {"input_ids": torch.arange(5, 17)[None], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
-    model = stirred(prepare_model(fresh(), tuner(train_type="reft", **TEXT_ONLY))).eval()
+    model = stirred(prepare_model(fresh(), tuner(train_type="reft", **TEXT_ONLY)), 0.3).eval()
     for options in ({"prefill_chunk_size": 4}, {"generation_config": GenerationConfig(prefill_chunk_size=4)}):
         with pytest.raises(RecipeError, match=r"^prefill_chunk_size=4.*reft_positions.*Remove prefill_chunk_size.$"):
             model.generate(**text, max_new_tokens=3, **options)
-    everywhere = stirred(prepare_model(fresh(), tuner(train_type="reft", reft_positions="all", **TEXT_ONLY))).eval()
+    everywhere = stirred(
+        prepare_model(fresh(), tuner(train_type="reft", reft_positions="all", **TEXT_ONLY)), 0.3
+    ).eval()
     whole = answered(everywhere, text)
     torch.testing.assert_close(answered(everywhere, text, prefill_chunk_size=4), whole, rtol=1e-4, atol=1e-4)
 
@@ -277,7 +273,7 @@ def test_an_edit_comes_before_what_deepstack_adds(fresh, tuner, encoder, mixed_r
     """The reference is transformers' own model, each layer wrapped in a module that edits the layer's output."""
     options = {"attn_impl": "eager", "patch_embed": "conv3d"}
     settings = {"train_type": "reft", "reft_positions": positions} | TEXT_ONLY
-    model = stirred(prepare_model(fresh(kind, **options), tuner(**settings))).eval()
+    model = stirred(prepare_model(fresh(kind, **options), tuner(**settings)), 0.3).eval()
     sample = encoder(mixed_records[2])
     batches = [QwenVLCollator()([sample]), QwenVLCollator(places=MediaPlaces.of(model))([sample])]
     chosen = list(range(len(sample["input_ids"])))

@@ -101,18 +101,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--layouts", default="packed,padded,plain")
     args = parser.parse_args()
-    options = StepOptions(
-        size=args.size,
-        train_type=args.train_type,
-        row_length=args.row_length,
-        steps=args.steps,
-        warmup=args.warmup,
-    )
+    subject = {"size": args.size, "train_type": args.train_type, "row_length": args.row_length}
+    options = StepOptions(**subject, steps=args.steps, warmup=args.warmup)
     computed = computed_gib(options)
     for layout in args.layouts.split(","):
         reason = no_room(computed)
-        key = {"layout": layout, "size": args.size, "train_type": args.train_type, "row_length": args.row_length}
-        row = key | {"status": "skipped", "reason": reason} if reason else cell(layout, options)
+        skipped = {"layout": layout, **subject, "status": "skipped", "reason": reason}
+        row = skipped if reason else cell(layout, options)
         print("ROW", json.dumps(row | {"computed_gib": computed}), flush=True)
 
 

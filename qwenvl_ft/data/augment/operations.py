@@ -36,29 +36,30 @@ class Operation(Protocol):
     def draw(self, rng: Generator) -> Numbers: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class HFlip:
-    """Mirror left and right."""
+class Flip:
+    """Base of the flips, which draw no numbers."""
 
     kind = "affine"
-    prob: float = 0.5
 
     def draw(self, rng: Generator) -> Numbers:
         return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFlip(Flip):
+    """Mirror left and right."""
+
+    prob: float = 0.5
 
     def step(self, size: Size) -> Step:
         return Step((-1.0, 0.0, float(size[0]), 0.0, 1.0, 0.0), size, (True, False))
 
 
 @dataclass(frozen=True, kw_only=True)
-class VFlip:
+class VFlip(Flip):
     """Mirror top and bottom."""
 
-    kind = "affine"
     prob: float = 0.1
-
-    def draw(self, rng: Generator) -> Numbers:
-        return ()
 
     def step(self, size: Size) -> Step:
         return Step((1.0, 0.0, 0.0, 0.0, -1.0, float(size[1])), size, (False, True))
@@ -88,13 +89,11 @@ class Rotate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
-    """Zoom about the centre without changing the canvas: factors above 1 crop, below 1 leave a border."""
+class Factor:
+    """Base of the operations that draw a factor between ``lo`` and ``hi``."""
 
-    kind = "affine"
-    lo: PositiveFloat = 0.9
-    hi: PositiveFloat = 1.1
-    prob: float = 0.5
+    lo: PositiveFloat
+    hi: PositiveFloat
 
     def __post_init__(self) -> None:
         check_order("lo", self.lo, "hi", self.hi)
@@ -102,13 +101,23 @@ class Scale:
     def draw(self, rng: Generator) -> Numbers:
         return (between(rng, (self.lo, self.hi)),)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Factor):
+    """Zoom about the centre without changing the canvas: factors above 1 crop, below 1 leave a border."""
+
+    kind = "affine"
+    lo: PositiveFloat = 0.9
+    hi: PositiveFloat = 1.1
+    prob: float = 0.5
+
     def step(self, size: Size, factor: float) -> Step:
         margin = (1 - factor) / 2
         return Step((factor, 0.0, margin * size[0], 0.0, factor, margin * size[1]), size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeByScale:
+class ResizeByScale(Factor):
     """Resize the whole image, with each side rounded up to a multiple."""
 
     kind = "barrier"
@@ -121,7 +130,7 @@ class ResizeByScale:
     prob: float = 1.0
 
     def __post_init__(self) -> None:
-        check_order("lo", self.lo, "hi", self.hi)
+        super().__post_init__()
         if self.scales is not None and not self.scales:
             raise RecipeError("scales: [] has nothing to choose from. Leave it out to draw between lo and hi.")
 
@@ -153,7 +162,7 @@ class PadToMultiple:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomCrop:
+class RandomCrop(Factor):
     """Crop a random part of the image with the same aspect ratio."""
 
     kind = "barrier"
@@ -163,11 +172,11 @@ class RandomCrop:
     prob: float = 0.3
 
     def __post_init__(self) -> None:
-        check_order("lo", self.lo, "hi", self.hi)
+        super().__post_init__()
         check_share("hi", self.hi)
 
     def draw(self, rng: Generator) -> Numbers:
-        return (between(rng, (self.lo, self.hi)), rng.random(), rng.random())
+        return (*super().draw(rng), rng.random(), rng.random())
 
     def step(self, size: Size, share: float, at_x: float, at_y: float) -> Step:
         width, height = (max(1, round(side * share)) for side in size)

@@ -170,11 +170,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare") -> int:
-    """Run the command: exit code 0, 1 if a named data set gave no file, 2 for a user's error."""
-    return run_command(run, parser(prog).parse_args(argv))
-
-
 def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print(listing())
@@ -219,6 +214,11 @@ def logging_to(file: Path, *, verbose: bool) -> Iterator[None]:
         into_file.close()
         log.setLevel(before[0])
         log.propagate = before[1]
+
+
+def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare") -> int:
+    """Run the command: exit code 0, 1 if a named data set gave no file, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
 
 
 if __name__ == "__main__":

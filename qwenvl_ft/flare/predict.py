@@ -137,11 +137,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.predict") -> int:
-    """Run the command: exit code 0, 2 for a user's error."""
-    return run_command(run, parser(prog).parse_args(argv))
-
-
 def run(arguments: argparse.Namespace) -> int:
     questions = find_all(find_datasets(arguments.datasets), arguments.split, find_base(arguments.input_dir))
     answer = model_answerer(
@@ -158,6 +153,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _has_boxes(record: dict[str, Any], dataset: FlareDataset) -> bool:
     return find_task(record["TaskType"] if "TaskType" in record else None, dataset)[0] in BOX_TASKS
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.predict") -> int:
+    """Run the command: exit code 0, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -200,11 +200,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.score") -> int:
-    """Run the command: exit code 0, 2 for a user's error."""
-    return run_command(run, parser(prog).parse_args(argv))
-
-
 def run(arguments: argparse.Namespace) -> int:
     base = find_base(arguments.input_dir) if arguments.input_dir else None
     summary = score_files(_files(arguments.predictions), base, arguments.split)
@@ -274,6 +269,11 @@ def _files(paths: Iterable[str]) -> list[Path]:
     if not files:
         raise DataError(f"there is no .json file in {', '.join(paths)}.")
     return files
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m qwenvl_ft.flare.score") -> int:
+    """Run the command: exit code 0, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
 
 
 if __name__ == "__main__":

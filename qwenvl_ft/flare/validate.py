@@ -192,11 +192,6 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare-validate") -> int:
-    """Run the command: exit code 0, 1 if a file has an error, 2 for a user's error."""
-    return run_command(run, parser(prog).parse_args(argv))
-
-
 def run(arguments: argparse.Namespace) -> int:
     files = find_files(arguments.input_dir, arguments.files)
     report = validate(files, arguments.check_images, arguments.num_workers)
@@ -233,6 +228,11 @@ def _images(record: Any) -> list[str]:
     names = value if isinstance(value, list) else [value]
     kept = [name for name in names if isinstance(name, str) and name]
     return kept if len(kept) == len(names) else []
+
+
+def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare-validate") -> int:
+    """Run the command: exit code 0, 1 if a file has an error, 2 for a user's error."""
+    return run_command(run, parser(prog).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ def sampling(recipe: Recipe) -> str | None:
 def lengths(recipe: Recipe) -> str | None:
     """The model must be prepared for the longest sample."""
     length, prepared = recipe.template.max_length, recipe.model.max_model_len
-    if prepared is not None and length > prepared:
-        return (
-            f"template.max_length={length} exceeds model.max_model_len={prepared}. Lower the first or raise the "
-            "second, or set both by global_max_length."
-        )
-    return None
+    if prepared is None or length <= prepared:
+        return None
+    return (
+        f"template.max_length={length} exceeds model.max_model_len={prepared}. Lower the first or raise the second, "
+        "or set both by global_max_length."
+    )
 
 
 def areas(recipe: Recipe) -> str | None:

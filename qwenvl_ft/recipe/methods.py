@@ -78,15 +78,24 @@ LORA = (
 )
 
 
+def _adapter(
+    builder: str, trial: str, keys: tuple[str, ...], *, over_quantized: bool = False, reads_data: bool = False
+) -> Method:
+    """Return a method that adds weights to a frozen base model; its functions are named below `TUNING`."""
+    return Method(
+        builder=TUNING + builder,
+        trial=TUNING + trial,
+        adapter=True,
+        keys=keys,
+        over_quantized=over_quantized,
+        reads_data=reads_data,
+    )
+
+
 def _by_config(*keys: str, over_quantized: bool = False) -> Method:
     """Return a method of peft that is nothing but a config (tuning/methods/peft_methods.py)."""
-    return Method(
-        builder=f"{TUNING}peft_methods:build_by_config",
-        trial=f"{TUNING}peft_methods:fitting_config",
-        adapter=True,
-        keys=(*TARGETS, *keys),
-        over_quantized=over_quantized,
-    )
+    functions = "peft_methods:build_by_config", "peft_methods:fitting_config"
+    return _adapter(*functions, (*TARGETS, *keys), over_quantized=over_quantized)
 
 
 OPTIONS_ONLY = (
@@ -119,28 +128,15 @@ METHODS: dict[str, Method] = {
         adapter=False,
         keys=_keys(FullTraining),
     ),
-    "lora": Method(
-        builder=f"{TUNING}lora:build_lora",
-        trial=f"{TUNING}lora:lora_place",
-        adapter=True,
-        keys=LORA,
+    "lora": _adapter("lora:build_lora", "lora:lora_place", LORA, over_quantized=True, reads_data=True),
+    "longlora": _adapter(
+        "longlora:build_longlora",
+        "longlora:longlora_place",
+        (*LORA, "longlora_group_size", "longlora_embeddings_and_norms"),
         over_quantized=True,
         reads_data=True,
     ),
-    "longlora": Method(
-        builder=f"{TUNING}longlora:build_longlora",
-        trial=f"{TUNING}longlora:longlora_place",
-        adapter=True,
-        keys=(*LORA, "longlora_group_size", "longlora_embeddings_and_norms"),
-        over_quantized=True,
-        reads_data=True,
-    ),
-    "adalora": Method(
-        builder=f"{TUNING}adalora:build_adalora",
-        trial=f"{TUNING}lora:place",
-        adapter=True,
-        keys=(*TARGETS, *SCALED, *_keys(AdaLora)),
-    ),
+    "adalora": _adapter("adalora:build_adalora", "lora:place", (*TARGETS, *SCALED, *_keys(AdaLora))),
     "llamapro": Method(
         builder=f"{TUNING}llamapro:build_llamapro",
         trial=f"{TUNING}llamapro:build_llamapro",
@@ -148,18 +144,16 @@ METHODS: dict[str, Method] = {
         adapter=False,
         keys=("llamapro_num_new_blocks",),
     ),
-    "adapter": Method(
-        builder=f"{TUNING}adapter:build_adapter",
-        trial=f"{TUNING}adapter:build_adapter",
-        adapter=True,
-        keys=(*TARGETS, "adapter_length", "adapter_act"),
+    "adapter": _adapter(
+        "adapter:build_adapter",
+        "adapter:build_adapter",
+        (*TARGETS, "adapter_length", "adapter_act"),
         over_quantized=True,
     ),
-    "reft": Method(
-        builder=f"{TUNING}reft:build_reft",
-        trial=f"{TUNING}reft:build_reft",
-        adapter=True,
-        keys=("reft_layers", "reft_rank", "reft_intervention_type", "reft_positions"),
+    "reft": _adapter(
+        "reft:build_reft",
+        "reft:build_reft",
+        ("reft_layers", "reft_rank", "reft_intervention_type", "reft_positions"),
         over_quantized=True,
     ),
     "vera": _by_config("vera_rank", "vera_dropout", "vera_d_initial", over_quantized=True),

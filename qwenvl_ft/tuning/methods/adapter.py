@@ -11,7 +11,7 @@ from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.anatomy import current_name, part_of
 from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
-from qwenvl_ft.tuning.methods.lora import wrap
+from qwenvl_ft.tuning.methods.lora import wrap_own
 from qwenvl_ft.tuning.targets import ALL_LINEAR, inside, saved_modules
 
 if TYPE_CHECKING:
@@ -39,14 +39,8 @@ def build_adapter(model: nn.Module, tuner: TunerConfig) -> nn.Module:
     if tuner.adapter_act not in ACT2FN:
         raise unknown_name("tuner.adapter_act", tuner.adapter_act, ACT2FN)
     register_adapters()
-    config = BottleneckConfig(
-        length=tuner.adapter_length,
-        act=tuner.adapter_act,
-        task_type="CAUSAL_LM",
-        target_modules=mlps(model, tuner),
-        modules_to_save=saved_modules(model, tuner) or None,
-    )
-    return wrap(model, config, tuner)
+    settings = {"length": tuner.adapter_length, "act": tuner.adapter_act}
+    return wrap_own(model, BottleneckConfig, tuner, mlps(model, tuner), **settings)
 
 
 def mlps(model: nn.Module, tuner: TunerConfig) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,6 +151,25 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: type[TrainedPe
     if tuner.lora_dtype is not None:
         peft_model.hold_in(getattr(torch, tuner.lora_dtype))
     return peft_model
+
+
+def wrap_own(
+    model: nn.Module, config_type: Callable[..., Any], tuner: TunerConfig, targets: list[str], **settings: Any
+) -> nn.Module:
+    """Wrap the model with an adapter type of this package: at ``targets``, beside ``modules_to_save`` in full.
+
+    Args:
+        config_type: its peft config.
+        targets: full names of the modules that get an adapter.
+        settings: the other fields of the config.
+    """
+    config = config_type(
+        task_type="CAUSAL_LM",
+        target_modules=targets,
+        modules_to_save=saved_modules(model, tuner) or None,
+        **settings,
+    )
+    return wrap(model, config, tuner)
 
 
 def require_whole_weights(model: nn.Module, key: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qwenvl_ft.errors import RecipeError, unknown_name
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.tuning.freeze_flags import require_language_model_only
-from qwenvl_ft.tuning.methods.lora import wrap
+from qwenvl_ft.tuning.methods.lora import wrap_own
 from qwenvl_ft.tuning.targets import inside, saved_modules
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ def build_reft(model: Any, tuner: TunerConfig) -> nn.Module:
     require_language_model_only(tuner)
     parse_positions(tuner.reft_positions)
     register_adapters()
-    config = ReftConfig(
+    return wrap_own(
+        model,
+        ReftConfig,
+        tuner,
+        layers(model, tuner),
         rank=tuner.reft_rank,
         intervention=tuner.reft_intervention_type,
         positions=tuner.reft_positions,
-        task_type="CAUSAL_LM",
-        target_modules=layers(model, tuner),
-        modules_to_save=saved_modules(model, tuner) or None,
     )
-    return wrap(model, config, tuner)
 
 
 def layers(model: Any, tuner: TunerConfig) -> list[str]:

@@ -96,11 +96,12 @@ def render_with_tools(tokenizer: Any, template: str, messages: list[Any], tools:
 
 
 def _agree(ours: Callable[..., str], theirs: Callable[..., str]) -> bool:
-    """Return True if both render the same text, or raise the same type of error, for the probe messages."""
-    return all(
-        _outcome(ours, TURNS[first:last], flag) == _outcome(theirs, TURNS[first:last], flag)
+    """Return True if both give the same for the probe messages: at least one text, else the same type of error."""
+    outcomes = [
+        (_outcome(ours, TURNS[first:last], flag), _outcome(theirs, TURNS[first:last], flag))
         for first, last, flag in ((0, 4, True), (1, 3, False))
-    )
+    ]
+    return all(own == other for own, other in outcomes) and any(isinstance(own, str) for own, _ in outcomes)
 
 
 def _outcome(render: Callable[..., str], messages: list[dict[str, Any]], flag: bool) -> Any:

@@ -16,7 +16,6 @@ ODD = (
     "{{ dict(b=1, a=2) | tojson(sort_keys=true) }}{{ dict.fromkeys(['a']) }}{{ strftime_now('%Y') }}",
     "{{ pad_token }}{{ tools }}{{ documents }}{{ add_vision_id }}{{ nothing }}",
     "{{ '<&>' | tojson }}{{ ['é'] | tojson(ensure_ascii=true) }}",
-    "{{ raise_exception('no') }}",
 )
 HOSTILE = (
     "{{ namespace(__class__=1) }}",
@@ -45,11 +44,15 @@ def test_what_transformers_gives_to_templates_is_there(processor, template):
     """Compare compiled and transformers' own text for templates that use every feature."""
     renderer = TemplateRenderer(processor.tokenizer, template)
     assert renderer.is_compiled
-    if "raise_exception" in template:
-        with pytest.raises(jinja2.TemplateError, match="no"):
-            renderer(TURNS)
-    else:
-        assert renderer(TURNS, add_vision_id=True) == public(processor, template, TURNS, add_vision_id=True)
+    assert renderer(TURNS, add_vision_id=True) == public(processor, template, TURNS, add_vision_id=True)
+
+
+def test_a_template_that_refuses_every_probe_is_left_to_transformers(processor):
+    """Two errors of the same type say nothing of the texts that the template renders for other messages."""
+    renderer = TemplateRenderer(processor.tokenizer, "{{ raise_exception('no') }}")
+    assert not renderer.is_compiled
+    with pytest.raises(jinja2.TemplateError, match="no"):
+        renderer(TURNS)
 
 
 @pytest.mark.parametrize("template", HOSTILE)

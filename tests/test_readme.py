@@ -10,8 +10,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 IMAGES = sorted(path for path in (ROOT / "docs/images").iterdir() if path.suffix in (".svg", ".png"))
 ROWS = {
     "planning, records/s": "planning, records/s",
-    "encoding and collating, samples/s": "encoding and joining, samples/s",
-    "bytes of a batch per 1,000 tokens, MB": "bytes of a batch per 1,000 tokens, MB",
+    "encoding and collating, samples/s": "encoding and collating, samples/s",
+    "batch size per 1,000 tokens, MB": "batch size per 1,000 tokens, MB",
     "training 54M parameters, tokens/s": "training, 54M parameters, tokens/s",
     "peak memory of that, GiB": "peak memory of these steps, GiB",
     "training 11M parameters, tokens/s": "training, 11M parameters, tokens/s",
@@ -41,8 +41,8 @@ def test_figures_beside_other_libraries_are_those_of_the_guide():
         assert set(ours[row]) == set(theirs[there])
         for library, value in ours[row].items():
             assert value == (theirs[there][library] or "nothing to plan"), (row, library)
-    cached = theirs["200,000 records ready to index, nothing cached / cached, s"]
-    for library, value in ours["200,000 records ready, from cache, s"].items():
+    cached = theirs["opening 200,000 records, nothing cached / cached, s"]
+    for library, value in ours["opening 200,000 records from the cache, s"].items():
         assert value == cached[library].split(" / ")[1]
 
 

@@ -7,7 +7,7 @@ from qwenvl_ft.recipe.schema import TunerConfig
 KINDS = ("dense", "moe")
 COLUMNS = {
     "start": "before training, the model computes the same as the base model",
-    "own": "training changes every trainable weight and no bit of any other",
+    "isolated": "training changes every trainable weight and leaves every other weight bit-identical",
     "learns": "the loss on handwritten digits falls in 8 steps",
     "loads": "a checkpoint opened by plain peft (or transformers) on the base model gives the same logits",
     "resumes": "a resumed run ends with the same bits as the uninterrupted one",
@@ -78,7 +78,9 @@ CASES = {
     "lora over 4 bits": Case(bits="nf4"),
     "lora over 8 bits": Case(bits="int8"),
     "loftq over 4 bits": Case(
-        {"init_weights": "loftq"}, {"start": "closer to the 16-bit weights than 4 bits are"}, bits="nf4"
+        {"init_weights": "loftq"},
+        {"start": "by design, starts closer to the 16-bit model than the plain 4-bit base"},
+        bits="nf4",
     ),
     "pissa and use_dora": Case({"init_weights": "pissa", "use_dora": True}),
     "longlora": Case({"train_type": "longlora", "longlora_group_size": 16, **LLM_ONLY}),

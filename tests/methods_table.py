@@ -175,7 +175,7 @@ def trained(case, kind):
     return model, before
 
 
-def check_own(model, before):
+def check_isolated(model, before):
     named = {name for name, value in model.named_parameters() if value.requires_grad}
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     return bool(named) and moved == named
@@ -269,8 +269,7 @@ def digit_loss(model) -> float:
 
 def experts_of(model):
     names = [name for name, value in model.named_parameters() if value.requires_grad]
-    adapted = any(".experts." in name for name in names)
-    return "adapted" if adapted else "left out"
+    return "trained" if any(".experts." in name for name in names) else "not trained"
 
 
 def tried(name: str, kind: str) -> dict[str, str]:
@@ -278,7 +277,7 @@ def tried(name: str, kind: str) -> dict[str, str]:
     case, found = CASES[name], {}
     found["start"] = check_start(case, kind)
     model, before = trained(case, kind)
-    found["own"] = check_own(model, before)
+    found["isolated"] = check_isolated(model, before)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         exact = logits(model, training=case.bits != "whole")  # on a CPU, evaluation in 4 bits rounds to bfloat16

@@ -83,9 +83,9 @@ def test_the_document_explains_every_column():
 
 
 def test_cells_of_both_architectures_are_joined():
-    same = {"dense": {"own": "yes", "experts": "none"}, "moe": {"own": "yes", "experts": "adapted"}}
-    assert (joined(same, "own"), joined(same, "experts")) == ("yes", "adapted")
-    assert joined({"dense": {"own": "yes"}, "moe": {"own": "no"}}, "own") == "yes / no"
+    same = {"dense": {"isolated": "yes", "experts": "none"}, "moe": {"isolated": "yes", "experts": "trained"}}
+    assert (joined(same, "isolated"), joined(same, "experts")) == ("yes", "trained")
+    assert joined({"dense": {"isolated": "yes"}, "moe": {"isolated": "no"}}, "isolated") == "yes / no"
 
 
 def test_the_table_takes_the_place_of_the_last_one():
@@ -99,7 +99,7 @@ def test_the_table_takes_the_place_of_the_last_one():
 
 def test_a_weight_that_moves_and_should_not_is_seen():
     model, before = methods_table.trained(CASES["lora"], "dense")
-    assert methods_table.check_own(model, before)
+    assert methods_table.check_isolated(model, before)
     stray = next(value for value in model.parameters() if not value.requires_grad)
     stray.data.view(-1)[0] += 1
-    assert not methods_table.check_own(model, before)
+    assert not methods_table.check_isolated(model, before)

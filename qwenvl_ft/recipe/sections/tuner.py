@@ -173,7 +173,7 @@ class FullTraining:
     freeze_parameters_regex: str | None = None
     """Freeze parameters in whose names this regex is found: model.layers.[0-5].* freezes six layers."""
     freeze_parameters_ratio: Share = 0.0
-    """Freeze this share of all weights, starting at the pixels."""
+    """Share of all weights to freeze, counted from the input side (vision tower first)."""
     trainable_parameters: list[str] = field(default_factory=list)
     """Train parameters whose names start with one of these, for example lm_head, even if another key freezes them."""
     trainable_parameters_regex: str | None = None

@@ -7,7 +7,7 @@ from typing import Any
 OK, FAILED, UNCLEAR, SKIPPED = "ok", "FAILED", "unclear", "skipped"
 """Verdicts. ``unclear`` means that the comparison could not have found a fault; it does not count as passed."""
 
-HEADINGS = ("check", "what was compared", "figure", "tolerance", "a fault shows", "")
+HEADINGS = ("check", "what was compared", "figure", "tolerance", "with a fault", "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,9 @@ def machine(faults: list[str]) -> Iterator[str]:
         room = shutil.disk_usage("/dev/shm").free / GIB
         yield f"/dev/shm: {room:.1f} GiB free"
         if room < SHARED_MEMORY:
-            faults.append(f"/dev/shm has {room:.2f} GiB free for the loaders' batches; in Docker: --shm-size=8g")
+            faults.append(
+                f"/dev/shm has {room:.2f} GiB free for the dataloader workers' batches; in Docker: --shm-size=8g"
+            )
     yield f"TMPDIR: {tempfile.gettempdir()}, {shutil.disk_usage(tempfile.gettempdir()).free / GIB:.0f} GiB free"
     try:
         require_short_tempdir()
@@ -65,24 +67,24 @@ def packages(faults: list[str]) -> Iterator[str]:
         wanted = "" if fits or not here else f", wanted {needed.specifier}"
         yield f"{needed.name} {here or 'absent'}{wanted}" + (f" (extra {extra})" if extra else "")
         if not extra and not fits:
-            faults.append(
-                f"{needed.name}{needed.specifier} is required, and {here or 'nothing'} is here: pip install -e ."
-            )
+            state = f"{here} is installed" if here else "it is not installed"
+            faults.append(f"{needed.name}{needed.specifier} is required, but {state}. Run pip install -e .")
 
 
 def compatibility(faults: list[str]) -> Iterator[str]:
-    """Yield which of the installed versions our tests were run with, and what is slower or missing with them."""
+    """Yield which of the installed versions were tested, and what is slower or missing with them."""
     from qwenvl_ft.upstream import probe, proven
 
     installed, other = proven.here(), proven.unproven()
     for name in proven.PACKAGES:
-        note = f"not run; run were {', '.join(proven.proven(name)) or 'none'}" if name in other else "run"
+        tested = ", ".join(proven.proven(name)) or "none"
+        note = f"not tested; tested versions: {tested}" if name in other else "tested"
         yield f"{name} {installed[name]}: {note}"
     if same := proven.same_versions():
         results = "; ".join(f"{name} on {proven.runs()[name]['date']}: {proven.result(name)}" for name in same)
         yield f"all of them together, with this Python: {results}"
     else:
-        yield "all of them together, with this Python: not run; `qwenvl-ft prove` checks them on your model"
+        yield "all of them together, with this Python: not tested; `qwenvl-ft prove` checks them on your model"
     yield from probe.fallbacks()
 
 
@@ -100,13 +102,13 @@ def devices(faults: list[str]) -> Iterator[str]:
         yield f"{index}: {device.name}, {device.total_memory / GIB:.0f} GiB, {able}"
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         faults.append(
-            "nvidia-smi is here, but torch sees no GPU: the driver is too old for its CUDA, or CUDA_VISIBLE_DEVICES "
-            "hides them"
+            "nvidia-smi is installed, but torch sees no GPU: the driver is too old for torch's CUDA version, or "
+            "CUDA_VISIBLE_DEVICES hides the GPUs"
         )
 
 
 def attention(faults: list[str]) -> Iterator[str]:
-    """Yield the implementation that ``model.attn_impl: auto`` takes, and why the others cannot be used."""
+    """Yield the implementation that ``model.attn_impl: auto`` selects, and why the others cannot be used."""
     from qwenvl_ft.model.choose_attention import FLASH, obstacle, resolve_attn_impl
 
     yield f"auto is {resolve_attn_impl('auto')} in 16 bits, {resolve_attn_impl('auto', 'float32')} in float32"
@@ -116,7 +118,7 @@ def attention(faults: list[str]) -> Iterator[str]:
 REPORTS: dict[str, Callable[[list[str]], Iterator[Any]]] = {
     "machine": machine,
     "packages": packages,
-    "versions that our tests were run with": compatibility,
+    "tested versions": compatibility,
     "devices": devices,
     "attention": attention,
 }

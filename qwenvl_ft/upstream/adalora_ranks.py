@@ -1,7 +1,7 @@
-"""Borrowed: AdaLoRA's rank allocator, which is restricted to trainable layers, and whose state is saved and restored.
+"""Restricts peft's AdaLoRA rank allocator to trainable layers, and exposes its state for checkpoints.
 
-`peft.tuners.adalora.RankAllocator` is the same in peft 0.17.1 to 0.21.2: ``RankAllocator(model, peft_config,
-adapter_name)`` counts the ranks of all layers when it is created; ``update_and_allocate`` and
+Relies on `peft.tuners.adalora.RankAllocator`, which is the same in peft 0.17.1 to 0.21.2: ``RankAllocator(model,
+peft_config, adapter_name)`` counts the ranks of all layers when it is created; ``update_and_allocate`` and
 ``mask_using_rank_pattern`` iterate over ``model.named_parameters()``; ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc`` are
 dicts by parameter name; ``BaseTuner.rankallocator`` is the instance in use. If any of these is missing, AdaLoRA is
 refused in one line.
@@ -71,5 +71,9 @@ def _other_allocator() -> str:
     return takes(adalora.RankAllocator, "model", "peft_config", "adapter_name")
 
 
-RANKS = Feature(name="AdaLoRA's ranks over what trains", packages=("peft",), missing=_other_allocator)
+RANKS = Feature(
+    name="AdaLoRA rank allocation over trainable layers",
+    packages=("peft",),
+    missing=_other_allocator,
+)
 FEATURES = (RANKS,)

@@ -1,9 +1,10 @@
-"""Borrowed: the names of TrainingArguments' fields, which change between versions of transformers, unlike recipes.
+"""Translates the names of TrainingArguments' fields, which change between versions of transformers, unlike recipes.
 
-``activation_checkpointing`` and ``activation_checkpointing_kwargs`` are called ``gradient_checkpointing...`` before
-transformers 5.23, which keeps the old names as aliases until 6. The keys ``offload`` and ``every_n_layers`` of the
-``_kwargs`` exist since 5.17. Recipes use the newest name, and `installed_name` translates it to the installed
-version's. A field that the installed version lacks is an error that names its key, like an unknown field.
+Relies on the names and their changes: ``activation_checkpointing`` and ``activation_checkpointing_kwargs`` are called
+``gradient_checkpointing...`` before transformers 5.23, which keeps the old names as aliases until 6. The keys
+``offload`` and ``every_n_layers`` of the ``_kwargs`` exist since 5.17. Recipes use the newest name, and
+`installed_name` translates it to the installed version's. A field that the installed version lacks is an error that
+names its key, like an unknown field.
 """
 
 from __future__ import annotations

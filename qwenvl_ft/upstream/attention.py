@@ -1,4 +1,6 @@
-"""Borrowed: the setting that selects a config's attention function, and the name for which borders are passed to it.
+"""Sets the attention function of a single config, under a name for which the vision tower passes sample boundaries.
+
+Relies on:
 
 - ``config._attn_implementation`` (a property) and ``_attn_implementation_internal`` (the attribute that it reads),
   transformers 5.5 to 5.24. The property's setter also changes the sub-configs; the attribute changes one config alone.
@@ -137,7 +139,7 @@ def _no_varlen() -> str:
 
 
 VARLEN = Feature(
-    name="torch's attention kernel for unequal lengths",
+    name="torch's variable-length attention kernel",
     packages=("torch",),
     missing=_no_varlen,
     instead="attn_impl=packed_sdpa calls SDPA once for each length in a row; flash-attention does not need it",

@@ -1,10 +1,10 @@
-"""Borrowed: the instance attribute ``forward``, in which accelerate keeps the autocast of mixed precision.
+"""Removes the autocast wrapper that accelerate leaves in ``forward`` after mixed-precision training.
 
 `Accelerator.prepare_model` sets a wrapped ``forward`` on the model and leaves it there after training (accelerate 1.10,
 1.12 and 1.15), so every later call computes in 16 bits, in any autocast context. accelerate's own
 `unwrap_model(keep_fp32_wrapper=False)` removes too much: also the decorators with which transformers wraps the class's
-``forward`` to rename old arguments. `forward_restored` restores the previous attribute. It has no effect with an
-accelerate that wraps elsewhere or cleans up.
+``forward`` to rename old arguments. `forward_restored` restores the previous attribute. It relies on the wrapper being
+there, and has no effect with an accelerate that wraps elsewhere or cleans up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 @contextmanager
 def forward_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the model's ``forward`` on exit, whatever a preparation for training inside has set."""
+    """On exit, restore ``forward`` as it was on entry, dropping any wrapper that accelerate set inside the context."""
     attributes = vars(model)
     before = attributes["forward"] if "forward" in attributes else None
     try:

@@ -1,6 +1,6 @@
 """Detects whether a forward pass of a transformers model continues from tokens of earlier passes.
 
-Borrowed: the keyword arguments with which ``generate`` calls a model. The key-value cache is ``past_key_values`` up to
+Relies on the keyword arguments with which ``generate`` calls a model. The key-value cache is ``past_key_values`` up to
 transformers 5.23 and ``cache`` since 5.24; a forward pre-hook sees the caller's name. So names are not used: any value
 with ``get_seq_length`` (as the `Cache` classes of 5.5 to 5.24 have) counts as a cache, in an argument or one level
 inside it. Without a cache, the pass continues earlier tokens if its mask is longer than its tokens or no sample begins

@@ -1,9 +1,9 @@
-"""Borrowed: transformers' default implementation of experts, grouped matrix products.
+"""Selects an implementation of MoE experts that runs on this machine: grouped matrix products, or one after another.
 
-transformers 5.5 to 5.24 calls ``torch.nn.functional.grouped_mm`` (torch 2.10 and later) or ``torch._grouped_mm``
-(before) wherever one of them exists, even if it has no kernel for the device: torch 2.8 has none for a CPU. So it is
-tried once, and if it fails, models are loaded with ``experts_implementation="eager"`` (public), which runs one expert
-after another.
+Relies on the functions behind transformers' default: transformers 5.5 to 5.24 calls ``torch.nn.functional.grouped_mm``
+(torch 2.10 and later) or ``torch._grouped_mm`` (before) wherever one of them exists, even if it has no kernel for the
+device: torch 2.8 has none for a CPU. So it is tried once, and if it fails, models are loaded with
+``experts_implementation="eager"`` (public), which runs one expert after another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def experts_implementation(config: PreTrainedConfig, dtype: str) -> dict[str, st
     """Return the arguments of `from_pretrained` that select a model's expert implementation; empty for the default.
 
     Args:
-        dtype: name of the weights' dtype; a text that is no dtype (``auto``) counts as ``bfloat16``.
+        dtype: name of the weights' dtype; a string that is not a dtype name, such as ``auto``, is treated as
+            ``bfloat16``.
     """
     if not hasattr(config.get_text_config(), "num_experts"):
         return {}

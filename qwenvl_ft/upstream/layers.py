@@ -1,4 +1,6 @@
-"""Borrowed: replacement of a module's forward in place, so that names, weights, hooks and saved files do not change.
+"""Replaces a module's forward in place, so that names, weights, hooks and saved files do not change.
+
+Relies on:
 
 - A module's ``forward`` (an instance attribute takes precedence over the class's method) and ``__class__``: plain
   Python, any version.

@@ -1,4 +1,5 @@
-"""Borrowed: the way in which ``Qwen3VLModel.forward`` inserts media features into a row, and the vision tower's tables.
+"""Inserts media features into a row at positions that dataloader workers have computed, in place of the code in
+``Qwen3VLModel.forward``, and passes precomputed position tables to the vision tower.
 
 transformers finds image tokens by comparing ids, counts them, and asks the device for the number and positions of each
 image's patches: about a dozen synchronisations per training step. Public hooks insert the features instead, without a
@@ -15,7 +16,7 @@ in transformers 5.5 to 5.24, dense and MoE. The tables (``position_ids``, ``inte
 ``cu_seqlens`` and ``max_seqlen`` as keyword arguments of ``visual``, and the functions of ``transformers.vision_utils``
 that compute them) exist since 5.15; before, the vision tower computes them itself.
 
-If any of this differs, batches take transformers' own path (`PLACES`).
+If any of this differs, batches go through transformers' own code (`PLACES`).
 """
 
 from __future__ import annotations
@@ -59,11 +60,15 @@ class Placed:
 
 
 def place_media(model: nn.Module, borders_suffice: Callable[[Any], bool]) -> int:
-    """Let each Qwen3-VL in ``model``, dense or MoE, accept rows with known places of media, and return their number.
+    """Hook each Qwen3-VL in ``model``, dense or MoE, so that it accepts rows with precomputed media positions.
 
     Args:
         borders_suffice: called with the text model's config; returns True if its attention isolates samples without
-            text positions. (With both, transformers searches for borders itself, and synchronises.)
+            text positions. (If it gets text positions as well as boundaries, transformers searches for the boundaries
+            itself, and synchronises.)
+
+    Returns:
+        The number of models hooked.
     """
     found = 0
     for module in model.modules():
@@ -224,9 +229,9 @@ def differs(model_class: Any, config_class: Any) -> str:
                 return f"does not build {model_class.__name__} from its config"
             plain, placed = _both_ways(model)
     except Exception as error:
-        return f"runs another Qwen3-VL ({type(error).__name__}: {one_line(error, 80)})"
+        return f"fails on a tiny Qwen3-VL when the hooks are tried ({type(error).__name__}: {one_line(error, 80)})"
     if not torch.allclose(plain, placed, rtol=1e-4, atol=1e-5):
-        return "computes other hidden states than the hooks do"
+        return "computes different hidden states without the hooks"
     return ""
 
 
@@ -290,7 +295,8 @@ def _zero3() -> str:
     """Return a reason not to build the small model while DeepSpeed would shard it; empty without ZeRO-3."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    return "was not tested before DeepSpeed began to shard new models" if is_deepspeed_zero3_enabled() else ""
+    sharded = is_deepspeed_zero3_enabled()
+    return "could not be checked, because DeepSpeed ZeRO-3 already shards new models" if sharded else ""
 
 
 @cache
@@ -323,12 +329,12 @@ def _no_places() -> str:
 
 
 PLACES = Feature(
-    name="media placed by the loader's workers",
+    name="media positions computed by dataloader workers",
     missing=_no_places,
-    instead="the model looks for them itself and waits for the device about a dozen times a step",
+    instead="the model finds the media tokens itself and waits for the device about a dozen times a step",
 )
 POSITIONS = Feature(
-    name="positions of patches computed by the loader's workers",
+    name="patch positions computed by dataloader workers",
     missing=_no_tables,
     instead="the vision tower computes them itself and waits for the device a few times a step",
 )

@@ -1,6 +1,6 @@
-"""Borrowed from peft: importing it without bitsandbytes, its tables of adapter types, the base class of tuners, names.
+"""Registers this package's adapter types with peft, and wraps the internals of peft that the package uses.
 
-| borrowed | form in peft 0.17.1 to 0.21.2 | if it is missing |
+| relies on | form in peft 0.17.1 to 0.21.2 | if it is missing |
 |---|---|---|
 | the tables of `peft.mapping`, which we extend | the same in all; none has a public way to add a type | RecipeError |
 | members of the enumeration `PeftType` | up to 0.20, a type must be a member to be saved | nothing is added |
@@ -261,7 +261,7 @@ class WrappingTuner(BaseTuner):
 
 
 OWN_TYPES = Feature(
-    name="a tuner of this package's own",
+    name="an adapter type defined by this package",
     packages=("peft",),
     missing=lambda: lacks(BaseTuner, ("_create_and_replace",)),
 )

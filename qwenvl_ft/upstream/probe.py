@@ -1,7 +1,9 @@
-"""Checks which borrowed features the installed versions support, and what runs instead of the others.
+"""Defines `Feature`: a use of another library's internals, a test for whether the installed versions support it, and
+the fallback if they do not.
 
-A feature checks for the interface that it was proven with (a method, its parameters, a function), never for a version
-number. If that is missing, a plain public path runs and one line reports it; a feature without such a path is refused.
+A feature is detected by the interface that it was tested with (a method, its parameters, a function), never by version
+number. If the interface is missing, a fallback on public API runs and one log line says so; without a fallback, the
+feature is refused.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ from qwenvl_ft.errors import RecipeError
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """A borrowed feature."""
+    """A feature that relies on another library's internals."""
 
     name: str
-    """Its purpose, for messages."""
+    """A noun phrase for messages, as in "NAME does not work with peft 0.18.0"."""
     packages: tuple[str, ...] = ("transformers",)
     """The libraries that it depends on; empty for the standard library."""
     missing: Callable[[], str]
-    """Returns the reason why the installed versions do not support it; empty if they do."""
+    """Returns why the installed versions do not support it, in the form ``has no NAME``; empty if they do."""
     instead: str = ""
-    """The replacement and its cost; empty if there is none."""
+    """The fallback and its cost; empty if there is none."""
 
     def line(self) -> str:
         """Return the line that a run logs if the feature is missing; empty if it is supported."""
@@ -51,11 +53,11 @@ class Feature:
 
 
 def features() -> tuple[Feature, ...]:
-    """Return all features; imports the libraries that they are borrowed from."""
+    """Return all features; imports the libraries whose internals they use."""
     from qwenvl_ft.upstream import attention, layers, media, processors, templates, trainer, workers
 
-    borrowed = attention, layers, media, processors, templates, trainer, workers
-    return tuple(feature for module in borrowed for feature in module.FEATURES)
+    modules = attention, layers, media, processors, templates, trainer, workers
+    return tuple(feature for module in modules for feature in module.FEATURES)
 
 
 def fallbacks() -> list[str]:

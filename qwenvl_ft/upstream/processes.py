@@ -1,8 +1,8 @@
-"""Borrowed: accelerate's process-wide settings, which outlive an Accelerator.
+"""Resets accelerate's process-wide settings, which outlive an Accelerator.
 
-``AcceleratorState._reset_state``, accelerate 1.0 to 1.15. Without it, a second run in the same process keeps the
-precision and the DeepSpeed or FSDP settings of the first, or rejects other ones. If it is missing, several phases in
-one process are refused.
+Relies on ``AcceleratorState._reset_state``, accelerate 1.0 to 1.15. Without a reset, a second run in the same process
+keeps the precision and the DeepSpeed or FSDP settings of the first, or rejects other ones. If it is missing, several
+phases in one process are refused.
 """
 
 from __future__ import annotations

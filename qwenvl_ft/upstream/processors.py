@@ -1,17 +1,19 @@
-"""Borrowed: the rules by which transformers' Qwen processors resize images and videos, and their differences.
+"""Wraps the resizing rules of transformers' Qwen processors for images and videos, and their differences by version.
 
 Grids are planned from file headers with the processors' own functions, so that training resizes media as inference with
-the same transformers does.
+the same transformers does. Relies on:
 
 - ``smart_resize`` of ``models.qwen2_vl.image_processing_qwen2_vl`` and ``models.qwen3_vl.video_processing_qwen3_vl``:
   public names in model files, 5.5 to 5.24. The rule for videos counts an odd number of frames as one more and rejects
   frames smaller than a token up to 5.12; since 5.15 it rounds to even and enlarges such frames. If a name is missing, a
   copy of 5.24's rule is used (`RESIZING`), provided that the processors' public counts of patches agree with it.
-- ``Qwen3VLVideoProcessor.cap_pixels_per_frame`` and ``max_video_tokens``: 5.16 to 5.24. The switch is announced to be
-  removed, with the cap always on. Before 5.16 there is no cap, and a recipe that sets one is refused. A processor with
-  the number but without the switch always applies the cap.
-- ``transformers.image_utils.pil_torch_interpolation_mapping`` is not borrowed: `interpolation` has the same six pairs.
+- ``Qwen3VLVideoProcessor.cap_pixels_per_frame`` and ``max_video_tokens``: 5.16 to 5.24. transformers has announced that
+  it will remove ``cap_pixels_per_frame`` and always apply the cap, so a processor that has ``max_video_tokens`` but not
+  ``cap_pixels_per_frame`` counts as one that always does. Before 5.16 there is no cap, and a recipe that sets one is
+  refused.
 - ``backend``, a public property of image processors in 5.5 to 5.24, is "torchvision" for those based on torchvision.
+
+``transformers.image_utils.pil_torch_interpolation_mapping`` is not used: `INTERPOLATIONS` has the same six pairs.
 """
 
 from __future__ import annotations
@@ -258,9 +260,13 @@ def _no_cap() -> str:
 
 
 RESIZING = Feature(
-    name="media resized by the processors' own rule",
+    name="resizing of images and videos by the processors' own rule",
     missing=cache(lambda: first(_no_rule(IMAGE_RULE), _no_rule(VIDEO_RULE))),
-    instead="the rule of transformers 5.24 is used where the processor counts as many patches, else data is refused",
+    instead="a copy of transformers 5.24's rule is used if its patch counts agree with the processor's; otherwise the "
+    "run is refused",
 )
-CAP = Feature(name="a largest area of a video's frames", missing=_no_cap)
+CAP = Feature(
+    name="the per-frame pixel cap for videos",
+    missing=_no_cap,
+)
 FEATURES = (RESIZING,)

@@ -1,6 +1,7 @@
 """Results of the contract tests (tests/upstream) with several versions of the libraries that this package uses.
 
-`make upstream` writes proven.json beside this file, and docs/compatibility.md from it. Nothing is borrowed here.
+`make upstream` writes proven.json beside this file, and docs/compatibility.md from it. Uses no internals of other
+libraries.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def unproven_line() -> str:
         for name, nearest in unproven().items()
     ]
     if parts:
-        return f"our tests were not run with {'; '.join(parts)}: `qwenvl-ft prove --model DIR` checks them"
+        return f"not tested: {'; '.join(parts)}. `qwenvl-ft prove --model DIR` checks them on your model"
     if not any(run["versions"] == here() for run in runs().values() if held(run)):
-        return "our tests were run with each of these versions, but not together: `qwenvl-ft prove --model DIR` checks"
+        return "these versions were tested, but not together; `qwenvl-ft prove --model DIR` checks them on your model"
     return ""
 
 

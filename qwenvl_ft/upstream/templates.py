@@ -1,11 +1,12 @@
 """Renders chat templates with jinja2's public interface, in the same environment as transformers.
 
 `tokenizer.apply_chat_template` copies its input and takes twice as long as the rendering alone, for each record of a
-plan. Here a template is compiled once, and rendered from messages that contain nothing but texts and kinds of media.
+plan. This module compiles a template once, and renders it from messages that contain nothing but texts and kinds of
+media.
 
-Nothing private is borrowed. The code relies on the features that transformers 5.5 to 5.24 offers to templates: trimmed
-blocks, loop controls, ``{% generation %}`` blocks, ``tojson`` without HTML escapes, ``raise_exception``,
-``strftime_now``, and since 5.23 a ``dict`` and a ``namespace`` that hide Python's own. Each template is compared with
+Uses no private names. Relies on the features that transformers 5.5 to 5.24 offers to templates: trimmed blocks, loop
+controls, ``{% generation %}`` blocks, ``tojson`` without HTML escapes, ``raise_exception``, ``strftime_now``, and since
+5.23 a ``dict`` and a ``namespace`` that hide Python's own. Each template is compared with
 `tokenizer.apply_chat_template` when it is first used; if a later transformers renders another text, that method is
 used.
 """
@@ -118,7 +119,7 @@ def _renders_otherwise() -> str:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), eos_token="<end>")
-    return "" if TemplateRenderer(tokenizer, PROBE).is_compiled else "renders a chat template to another text"
+    return "" if TemplateRenderer(tokenizer, PROBE).is_compiled else "renders a test template to another text"
 
 
 @lru_cache(maxsize=32)
@@ -191,9 +192,9 @@ def _tojson(
 
 
 COMPILED = Feature(
-    name="chat templates compiled once",
+    name="compiled chat templates",
     packages=("transformers", "jinja2"),
     missing=_renders_otherwise,
-    instead="each record goes through apply_chat_template, and planning takes half as long again",
+    instead="each record goes through apply_chat_template, and planning takes 50% longer",
 )
 FEATURES = (COMPILED,)

@@ -1,11 +1,11 @@
-"""Borrowed: steps of transformers' training loop that have no public hook; this file gives them hooks with our names.
+"""Adds hooks to steps of transformers' training loop that have no public hook.
 
-`PlannedTrainer` overrides five private methods of `transformers.Trainer` (`OVERRIDDEN`), which have the same names and
-parameters in transformers 5.5 to 5.24. It also reads ``_train_batch_size`` and sets ``_created_lr_scheduler``. Each
-override calls a hook, whose name states its purpose, and the method that it overrides.
+Relies on five private methods of `transformers.Trainer` (`OVERRIDDEN`), which have the same names and parameters in
+transformers 5.5 to 5.24; `PlannedTrainer` overrides them. It also reads ``_train_batch_size`` and sets
+``_created_lr_scheduler``. Each override calls a hook, whose name states its purpose, and the method that it overrides.
 
-A release that renames one of these methods would no longer call ours, and would silently train on other rows than
-planned. There is no other path, so `LOOP` is checked before a trainer is built, and refuses in one line.
+A release that renamed one of these methods would not call the override, and would silently train on other rows than
+planned. There is no fallback, so `LOOP` is checked before a trainer is built, and refuses in one line.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _other_loop() -> str:
 
 
 LOOP = Feature(
-    name="training by planned rows",
+    name="training on planned rows",
     missing=_other_loop,
     instead="Install a transformers that docs/compatibility.md lists.",
 )

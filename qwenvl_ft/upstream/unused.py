@@ -1,9 +1,9 @@
-"""Borrowed: the way in which accelerate, transformers and peft check for optional packages, to keep unused ones out.
+"""Keeps accelerate, transformers and peft from importing optional packages that the run does not use.
 
 accelerate imports deepspeed, if it is installed, to save a model; peft imports bitsandbytes since 0.20 when it is
-imported itself. Both take seconds and print warnings about compilers and libraries. All three call
-`importlib.util.find_spec` or try the import (accelerate 1.0 to 1.15, transformers 5.5 to 5.24, peft 0.18 to 0.21), and
-Python neither finds nor imports a package whose entry in ``sys.modules`` is None.
+imported itself. Both take seconds and print warnings about compilers and libraries. Relies on the way in which the
+three check for a package: they call `importlib.util.find_spec` or try the import (accelerate 1.0 to 1.15, transformers
+5.5 to 5.24, peft 0.18 to 0.21), and Python neither finds nor imports a package whose entry in ``sys.modules`` is None.
 
 A release that checks in another way imports the package again, which is slower but correct. bitsandbytes is handled in
 `qwenvl_ft.upstream.peft`, because peft caches the answer.

@@ -1,9 +1,9 @@
-"""Borrowed: the handler that `multiprocessing` calls when an item cannot be pickled into a queue.
+"""Makes a dataloader worker exit when a batch cannot be pickled, so that the run does not wait for the batch forever.
 
-``multiprocessing.queues.Queue._on_queue_feeder_error(error, item)`` is a static method that the standard library has
-for `concurrent.futures` to override, Python 3.7 to 3.14. It runs in the queue's feeder thread. By default it prints the
-error, and the queue continues without the item. There is no public way to catch the error, because the queue pickles
-items later, in that thread.
+Relies on ``multiprocessing.queues.Queue._on_queue_feeder_error(error, item)``, a static method that the standard
+library has for `concurrent.futures` to override, Python 3.7 to 3.14. It runs in the queue's feeder thread. By default
+it prints the error, and the queue continues without the item. There is no public way to catch the error, because the
+queue pickles items later, in that thread.
 
 If it is missing, the error about a lost batch is only printed, and the run waits for the batch (`LOUD`).
 """
@@ -42,9 +42,9 @@ def _no_hook() -> str:
 
 
 LOUD = Feature(
-    name="loader workers that end when a batch is lost",
+    name="dataloader workers that exit when a batch is lost",
     packages=(),
     missing=_no_hook,
-    instead="an error in handing a batch over is printed, and the run waits for the batch",
+    instead="if a batch cannot be pickled, the error is only printed and the run waits for the batch",
 )
 FEATURES = (LOUD,)

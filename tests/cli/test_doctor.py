@@ -25,8 +25,8 @@ def test_an_old_package_and_a_missing_one_are_faults(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "requires", lambda name: ["peft>=99", "no-such-package>=1", "torch>=2"])
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out
-    assert f"fault: peft>=99 is required, and {version('peft')} is here: pip install -e ." in output
-    assert "fault: no-such-package>=1 is required, and nothing is here" in output
+    assert f"fault: peft>=99 is required, but {version('peft')} is installed. Run pip install -e ." in output
+    assert "fault: no-such-package>=1 is required, but it is not installed" in output
     assert output.count("fault: ") == 2
 
 
@@ -41,4 +41,4 @@ def test_little_shared_memory_a_long_tempdir_and_an_old_driver_are_faults(tmp_pa
     output = capsys.readouterr().out
     assert "fault: /dev/shm has 0.06 GiB free" in output
     assert "fault: TMPDIR=" in output
-    assert "fault: nvidia-smi is here, but torch sees no GPU" in output
+    assert "fault: nvidia-smi is installed, but torch sees no GPU" in output

@@ -13,9 +13,9 @@ HEAD = """\
 This page lists the versions of other libraries that were tested together. `qwenvl-ft doctor` shows which of the
 versions on your machine are among them.
 
-The lower bounds in `setup.cfg` are the oldest versions that pass the contract of `tests/upstream`. The contract trains
-tiny models and tests, with the installed versions, everything that this package takes from other libraries and every
-promise of the README. These environments were tested:
+The lower bounds in `setup.cfg` are the oldest versions that pass the contract tests in `tests/upstream`. These train
+tiny models and test, with the installed versions, every upstream internal that this package relies on and every promise
+of the README. These environments were tested:
 
 """
 TAIL = """
@@ -38,7 +38,7 @@ def write_page(path: Path, record: dict[str, dict[str, Any]], reasons: dict[str,
 def table(record: dict[str, dict[str, Any]], reasons: dict[str, str]) -> str:
     """Return the Markdown table, one row per environment."""
     packages = list(dict.fromkeys(package for run in record.values() for package in run["versions"]))
-    heads = ["environment", "Python", *packages, "date", "contract"]
+    heads = ["environment", "Python", *packages, "date", "contract tests"]
     rows = [heads, ["---"] * len(heads)]
     for name, run in record.items():
         versions = [run["versions"].get(package, "") for package in packages]

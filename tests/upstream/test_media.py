@@ -126,7 +126,7 @@ def test_a_release_with_another_text_model_goes_its_own_way(tiny_dir, samples, m
     places, (placed, plain) = losses(tiny_dir, samples)
     assert places is None
     assert placed == plain
-    assert "the model looks for them itself" in media.PLACES.line()
+    assert "the model finds the media tokens itself" in media.PLACES.line()
 
 
 def test_a_release_whose_tower_returns_other_names_goes_its_own_way(tiny_dir, monkeypatch, asked_anew):

@@ -78,7 +78,7 @@ def answer(rule, *given):
 
 
 def test_moved_rules_are_replaced_where_the_processor_counts_alike(processor, without_rules):
-    assert "transformers 5.24 is used" in RESIZING.line()
+    assert "a copy of transformers 5.24's rule is used" in RESIZING.line()
     if not hasattr(processor.video_processor, "get_num_of_video_patches"):  # 5.15 and older count no patches
         with pytest.raises(RecipeError, match=r"Qwen3VLVideoProcessor of transformers .* makes None patches"):
             Encoder(processor)

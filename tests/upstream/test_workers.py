@@ -44,8 +44,8 @@ def test_a_python_without_the_hook_says_so_and_goes_on(monkeypatch):
     monkeypatch.delattr(multiprocessing.queues.Queue, workers.HOOK)
     workers._no_hook.cache_clear()
     assert LOUD.line() == (
-        "loader workers that end when a batch is lost: this Python has no Queue._on_queue_feeder_error; "
-        "an error in handing a batch over is printed, and the run waits for the batch"
+        "dataloader workers that exit when a batch is lost: this Python has no Queue._on_queue_feeder_error; "
+        "if a batch cannot be pickled, the error is only printed and the run waits for the batch"
     )
     end_with_lost_items()
     assert not hasattr(multiprocessing.queues.Queue, workers.HOOK)

@@ -31,7 +31,7 @@ from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.upstream.attention import attention_of
 
 TOP_COSTS = 10
-"""Operations printed of a profile."""
+"""Number of operations in the printed profile."""
 PROFILED_STEPS = 2
 
 
@@ -89,7 +89,7 @@ class StepResult:
     samples: int
     peak_memory_gib: float
     model_flops: dict[str, int]
-    """Needed matrix work, by kind."""
+    """FLOPs of the matrix products that the result requires, by kind."""
     peak_tflops: float
     peak_source: str
     """``table``, or ``measured``: the fastest matrix product on this device."""
@@ -287,9 +287,8 @@ def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path)
     processor = assemble.build_processor(recipe)
     steps = options.warmup + options.steps + PROFILED_STEPS
     mean = options.mean_sample or min(512, options.row_length // 8)
-    row = (
-        options.row_length if recipe.training.packing else 2 * mean
-    )  # without packing, tokens per sample; lengths vary
+    # without packing a row is one sample; twice the mean, because lengths vary
+    row = options.row_length if recipe.training.packing else 2 * mean
     records = filled_records(
         processor.tokenizer,
         tokens=int(1.1 * steps * args.per_device_train_batch_size * args.gradient_accumulation_steps)

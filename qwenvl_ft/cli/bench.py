@@ -148,7 +148,7 @@ def fit(
     row_length: Annotated[int, typer.Option(help="Length of the longest timed row, in tokens.", min=256)] = 2048,
     rounds: Annotated[int, typer.Option(help="Number of repetitions of each row; the fastest counts.", min=1)] = 2,
     freeze_vit: Annotated[
-        bool, typer.Option("--freeze-vit", help="Freeze the vision tower, as in the runs to come.")
+        bool, typer.Option("--freeze-vit", help="Freeze the vision tower; set this if your training runs freeze it.")
     ] = False,
     as_json: JSON = False,
 ) -> None:

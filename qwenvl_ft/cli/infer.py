@@ -69,11 +69,11 @@ def load(model: str, adapters: list[Path], *, torch_dtype: str, attn_impl: str) 
     """Load a model and its adapters, on a GPU if there is one.
 
     Returns:
-        The model, with adapters named adapter_0, adapter_1, ...; and for each adapter, or for the model if there are
-        none, its directory and its processor.
+        The model, with adapters named adapter_0, adapter_1, ..., and a list of (directory, processor): one pair per
+        adapter, or a single pair for the model itself.
 
     Raises:
-        CheckpointError: a directory is no model or adapter, or the adapters are not of one method.
+        CheckpointError: a directory holds no model or adapter, or the adapters use different methods.
     """
     import torch
 

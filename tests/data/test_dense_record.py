@@ -66,7 +66,10 @@ def test_a_record_is_known_by_its_keys():
         ({"objects": [{"desc": "a", "quad": [0, 0, 9, 0, 0, 9, 9, 9]}]}, "the quad has no area"),
         ({"objects": [{"desc": "a", "line": [5, 5, 5, 5]}]}, "all points of the line are the same"),
         ({"objects": [{**LINE, "line_points": 3}]}, "line_points=3, but line has 8 numbers, 4 points"),
-        ({"objects": [{**BOX, "line_points": 2}]}, "line_points=2 stands beside bbox_2d"),
+        (
+            {"objects": [{**BOX, "line_points": 2}]},
+            "line_points=2 is only allowed with line, but this object has bbox_2d",
+        ),
     ],
 )
 def test_a_malformed_record_is_refused_by_record_object_key_and_value(change, message):

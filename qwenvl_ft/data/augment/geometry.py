@@ -54,7 +54,11 @@ def invert(matrix: Matrix) -> Matrix:
 
 
 def transform(points: Points, matrix: Matrix) -> Points:
-    """Map every point. Plain Python: shapes have few points, and planning an epoch maps those of every record."""
+    """Apply the matrix to every point.
+
+    Plain Python is faster than numpy for the few points of a shape, and planning an epoch maps the points of every
+    record.
+    """
     a, b, c, d, e, f = matrix
     return [(a * x + b * y + c, d * x + e * y + f) for x, y in points]
 
@@ -120,7 +124,10 @@ def clip_line(line: Points, size: Size) -> list[Points]:
 
 
 def _span(p: Point, q: Point, size: Size) -> tuple[float, float] | None:
-    """Return the part of a segment inside the frame as two shares, 0 at p and 1 at q (Liang and Barsky, 1984)."""
+    """Return the part of a segment inside the frame as parameters (start, end), 0 at p and 1 at q.
+
+    Liang and Barsky, 1984.
+    """
     first, last = 0.0, 1.0
     for axis in (0, 1):
         step = q[axis] - p[axis]
@@ -134,7 +141,7 @@ def _span(p: Point, q: Point, size: Size) -> tuple[float, float] | None:
 
 
 def _between(p: Point, q: Point, t: float, size: Size) -> Point:
-    """Return the point at share t of a segment: the exact ends for 0 and 1, and never outside the frame."""
+    """Return the point at parameter t of a segment: the exact ends for 0 and 1, and never outside the frame."""
     if t in (0, 1):
         return q if t else p
     x, y = (a + t * (b - a) for a, b in zip(p, q, strict=True))
@@ -144,10 +151,10 @@ def _between(p: Point, q: Point, t: float, size: Size) -> Point:
 def as_quad(polygon: Points, first: Point) -> Points:
     """Reduce a visible polygon to four of its corners, in their order, beginning with the one nearest to ``first``.
 
-    A quad that one side of the frame cuts straight through still has four corners, and a triangle gets a fourth on its
-    longest side; both are exact. If one corner is cut off, five corners remain, and the four that span the largest quad
-    are taken. A convex quad thus covers nothing but the object: 99 percent of the visible part of rectangles rotated by
-    up to 17 degrees, and always at least 85 percent.
+    If one side of the frame cuts off two corners, four corners remain. If three remain, the midpoint of the longest
+    side becomes the fourth. Neither changes the visible shape. If one corner is cut off, five corners remain, and the
+    four that span the largest quad are taken. The result for a convex quad never extends beyond the object. It covers
+    99 percent of the visible part for rectangles rotated by up to 17 degrees, and always at least 85 percent.
     """
     if len(polygon) == 3:
         i = max(range(3), key=lambda k: dist(polygon[k - 1], polygon[k]))

@@ -160,7 +160,8 @@ def _check_points(entry: Mapping[str, Any], where: str, key: str, values: Sequen
         return
     if key != "line":
         raise GeometryError(
-            f"{where}.line_points={line_points!r:.80} stands beside {key}; it belongs to line alone. Remove it."
+            f"{where}.line_points={line_points!r:.80} is only allowed with line, but this object has {key}. "
+            "Remove line_points."
         )
     if line_points != len(values) // 2:
         raise GeometryError(

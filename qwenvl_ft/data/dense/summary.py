@@ -19,7 +19,7 @@ _REMARK = re.compile(r"(?:^|/)\s*备注\s*[:：](.*)", re.DOTALL)
 _LEVELS = re.compile(r"[,，/]")
 
 LABELS = {"label": ("readable", "unreadable"), "标签": ("可识别", "无法识别")}
-"""Class of objects with a text -> words that replace the text in a summary: (it can be read, it cannot)."""
+"""Class of labels -> the two words that replace a label's text in a summary: (readable, unreadable)."""
 UNREADABLE = ("unreadable", "not readable", "illegible", "不可读", "无法识别", "不可识别", "无法辨认")
 """Attributes of a label whose text cannot be read."""
 

@@ -74,7 +74,8 @@ class Encoder:
         tools: function schemas, used for conversations without tools.
         add_vision_id: let the template number the media ("Picture 1: ").
         policy: limits on the media that may be opened.
-        raw_pixels: return images as raw patches (data/media/patches.py), for a model after `use_raw_patches`.
+        raw_pixels: return images as raw patches (data/media/patches.py); the model must have been prepared with
+            `use_raw_patches`.
 
     Raises:
         RecipeError: an unknown strategy, a control token in the system prompt or the tools, or a transformers version

@@ -26,7 +26,7 @@ STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 MEDIA_TOKENS = (("<|image_pad|>", 1), ("<|video_pad|>", 2))
 """(placeholder, its value in ``mm_token_type_ids``), by which transformers finds the media; text is 0."""
 MAX_WRONG = 20
-"""Most wrong answers that `evaluate` returns as examples."""
+"""Maximum number of wrong answers that `evaluate` returns as examples."""
 
 Progress = Callable[[int, int], None]
 
@@ -48,7 +48,8 @@ def generate(
     """Generate an answer to each conversation, in place of its last assistant turn.
 
     The model's state is restored afterwards: the training mode of every module, ``use_cache``, and no position offsets
-    are left from generation. With several ranks each answers a share, and all return all answers in order.
+    are left from generation. With several ranks, each rank generates a share of the answers, and every rank
+    returns all of them in order.
 
     Args:
         conversations: records in any format, `Conversation` s, or a `Records`.
@@ -94,7 +95,7 @@ def evaluate(
     Args:
         metric: a name in ``METRICS``.
         metric_options: options of the metric, e.g. ``{"ignore_case": True}``.
-        limit: evaluate only this many records, from the first.
+        limit: evaluate only the first ``limit`` records; None for all.
         options: passed to `generate`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Scores how well boxes, quads and lines of dense captions are found, for each kind separately.
+"""Scores the boxes, quads and lines of dense captions against the expected ones, each kind separately.
 
 Predicted objects are matched one to one with expected ones of the same kind and class, the most similar pair first.
 Similarity is the intersection over union for boxes and quads, and 1 - (mean distance / image diagonal) for lines.

@@ -29,7 +29,7 @@ Metrics = dict[str, Any]
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 """A box is found if its intersection over union is above the threshold."""
 BREAKDOWN_THRESHOLD = 0.3
-"""Threshold of the results per id."""
+"""IoU threshold of the results per id."""
 
 
 def classification(references: Sequence[str], answers: Sequence[str]) -> Metrics:

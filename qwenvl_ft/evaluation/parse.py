@@ -72,7 +72,7 @@ def parse_letter(text: str) -> str | None:
 
 
 def parse_class(text: str, classes: Iterable[str]) -> str | None:
-    """Return the one of ``classes`` (in `plain` form) that an answer names.
+    """Return which of ``classes`` (in `plain` form) an answer names.
 
     The name may be part of a sentence. Among names that contain each other the longest counts; an answer with two
     different names gives None.

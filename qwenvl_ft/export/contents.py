@@ -208,7 +208,7 @@ def _rank(name: str, factor: Tensor, config: dict[str, Any]) -> int:
 
 
 def _main_settings(folder: Path) -> dict[str, Any]:
-    """Return the keys of recipe.yaml that show what was trained."""
+    """Return the main training settings in recipe.yaml."""
     written = saved_recipe(folder)
     if not written:
         return {}

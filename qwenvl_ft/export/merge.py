@@ -1,10 +1,10 @@
-"""Merges an adapter into its base model, to one model that plain transformers, vLLM and the like load.
+"""Merges an adapter into its base model; plain transformers, vLLM and others can load the result.
 
     qwenvl-ft merge output/my_run merged
 
 Every method that changes weights can be merged, including its modules trained in full. Each layer is merged in float32
 and rounded once to the dtype of the result. An adapter that was trained on quantised weights is merged into their
-dequantised values in 16 bits, so the result computes what was trained.
+dequantised values in 16 bits, so the result computes the same as the trained model.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def merge(
 
     Raises:
         CheckpointError: the checkpoint is not an adapter, its method does not change weights, the base model does not
-            fit or is quantised, or ``out`` is not empty. Nothing is written then.
+            fit or is quantised, or ``out`` is not empty. In all these cases nothing is written.
     """
     folder, target = _mergeable_adapter(checkpoint), require_new(out)
     source, revision = (base, None) if base else base_of_adapter(folder)
@@ -104,7 +104,8 @@ def merge(
 
 
 def trained_over(folder: Path) -> QuantizationConfig:
-    """Return the quantisation of the base model in an adapter's training, from the recipe saved beside it."""
+    """Return the quantisation that an adapter's base model had in training, from the recipe saved beside the
+    adapter."""
     if not (folder / RECIPE).is_file():
         return QuantizationConfig()
     from qwenvl_ft.recipe.load import load_recipe
@@ -175,7 +176,7 @@ def require_new(out: str | Path) -> Path:
     """
     target = Path(out).expanduser().absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{out} is not empty. Give a folder that is empty or does not exist.")
+        raise CheckpointError(f"{out} is not empty. Name a folder that is empty or does not exist.")
     return target
 
 

@@ -114,7 +114,7 @@ def calibration(dataset: str, count: int, seed: int) -> list[list[dict[str, Any]
     """Draw calibration samples: messages in the form of chat templates, with opened images.
 
     Raises:
-        DataError: no record is without video, or a record cannot be read.
+        DataError: every record has a video, or a record cannot be read.
     """
     records, policy = load_records(dataset, seed=seed), MediaPolicy()
     chosen: list[list[dict[str, Any]]] = []
@@ -126,7 +126,7 @@ def calibration(dataset: str, count: int, seed: int) -> list[list[dict[str, Any]
         elif len(chosen) < count:
             chosen.append(_messages(conversation, policy))
     if not chosen:
-        raise DataError(f"{dataset} has no record without video, but calibration needs text and images only.")
+        raise DataError(f"{dataset} has only records with videos, but calibration needs text and images only.")
     if len(chosen) < count:
         logger.warning("calibrating on %d samples: %s has no more (%d with videos)", len(chosen), dataset, skipped)
     return chosen
@@ -146,7 +146,7 @@ def _messages(conversation: Conversation, policy: MediaPolicy) -> list[dict[str,
 
 
 def _norms_first(tree: list[Any]) -> None:
-    """Move the norms of attention before its projections in gptqmodel's module tree, as they are for Qwen3.
+    """Move the norms of attention before its projections in gptqmodel's module tree, as in its tree for Qwen3.
 
     For Qwen3-VL, gptqmodel 7.7 lists them after the projections, takes the query's norm for the MLP's input, and fails
     on its size.

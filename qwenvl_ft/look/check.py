@@ -1,4 +1,4 @@
-"""Is the data fit to train on? Checks every record of a recipe or of data files.
+"""Is the data fit for training? Checks every record of a recipe or of data files.
 
 report = check_recipe(load_recipe("mine"))
 report.ok, report.counts(), report.faults
@@ -26,7 +26,7 @@ from qwenvl_ft.recipe.schema import Recipe
 ENCODED = 5
 """Records per data set, and groups, that are fully encoded with pixels, as in training."""
 UNFIT = ("json", "structure", "tags", "geometry", "missing", "corrupt", "size", "unforeseen")
-"""Faults of a record that make its whole group unusable."""
+"""Reasons that make a record's whole group unusable."""
 
 
 @dataclass
@@ -218,7 +218,7 @@ class FirstSeen:
     def new(self, seen: Inspected) -> list[Fault]:
         """Return the faults of a record that were not reported yet, including duplicates and leaks.
 
-        A record that is drawn twice is reported once, and is no duplicate of itself.
+        A record that is drawn twice is reported once, and does not count as its own duplicate.
         """
         repeated = [Fault(reason, seen.where, message, seen.id) for reason, message in self._repetitions(seen)]
         return self.unreported(seen.faults + repeated)

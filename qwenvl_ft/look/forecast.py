@@ -68,7 +68,7 @@ def forecast(
 
 
 def histogram(values: Sequence[float], bins: int = BINS) -> list[Bar]:
-    """Count values in bars with round borders; whole numbers get whole borders.
+    """Count values in bars with round limits; for whole numbers the limits are whole.
 
     Example:
         ``histogram([1, 8], 2)`` is ``[(0, 5, 1), (5, 10, 1)]``: the step 3.5 becomes 5, the next of 1, 2, 5, 10, ...

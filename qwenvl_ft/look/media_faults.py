@@ -1,4 +1,4 @@
-"""Checks media files: does the file exist, can it be decoded, what is its size and its content hash?"""
+"""Checks that media files exist and can be decoded, and returns their sizes and content hashes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
 from qwenvl_ft.errors import DataError
 
 KNOWN = 50_000
-"""Media that a process remembers; questions about the same image usually stand together."""
+"""Number of media that a process remembers; questions about the same image usually follow each other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Opens the records of a selection even if some of its files are damaged.
 
-Training stops at the first file that cannot be opened; here the valid lines of such a file are kept.
+Training stops at the first file that cannot be opened; this module keeps the valid lines of such a file.
 """
 
 import json
@@ -114,7 +114,7 @@ def find_split(splits: Mapping[str, SplitData], name: str) -> SplitData:
 
 
 def open_selection(selection: Selection, options: dict[str, Any]) -> Opened:
-    """Open the records of a selection; what cannot be read becomes faults.
+    """Open the records of a selection; unreadable files and lines become faults.
 
     Args:
         options: keyword arguments of `load_records`.

@@ -1,4 +1,4 @@
-"""Measures the sample that training makes of a conversation, or finds out why there is none."""
+"""Measures the sample that training makes of a conversation, or reports why there is none."""
 
 import copy
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Measured:
 
 
 class SampleInspector:
-    """Measures conversations as the encoder makes them, and as they would be without ``max_length``."""
+    """Measures the samples of conversations, with the encoder's ``max_length`` and without it."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -69,7 +69,7 @@ class SampleInspector:
             if not draft.supervised[1:].any():
                 yield (
                     "unsupervised",
-                    f"{seen.tokens} tokens; the {draft.length} that are kept include no supervised one",
+                    f"{seen.tokens} tokens; none of the {draft.length} that are kept is supervised",
                 )
                 return
             yield "cut", f"{seen.tokens} tokens, of which {draft.length} are kept"

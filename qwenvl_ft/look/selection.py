@@ -43,7 +43,8 @@ def _is_override(word: str) -> bool:
 
 
 def _is_data(word: str) -> bool:
-    """Return True for a data path, with or without a rate: a file that is no recipe, a folder, or a folder's split."""
+    """Return True for a data path, with or without a rate: a file that is not a recipe, a folder, or a folder's
+    split."""
     name = parse_selection([word])[0][0]
     folders = (name, name.rpartition(":")[0])
     return Path(name).suffix not in ("", *SUFFIXES) or any(folder and Path(folder).is_dir() for folder in folders)

@@ -24,11 +24,11 @@ from qwenvl_ft.look.tokens import Piece, pieces, supervised_texts, texts_before_
 from qwenvl_ft.recipe.schema import Recipe
 
 LONGEST_TEXT = 2000
-"""Longest text of a source record that is shown in full, in characters; embedded images are longer."""
+"""Maximum length of a text of a source record that is shown in full, in characters; embedded images are longer."""
 MOST_FRAMES = 8
-"""Most frames shown of a video, spread from its first to its last."""
+"""Maximum number of frames shown of a video, spread from its first to its last."""
 SMALLEST_SHOWN = 260
-"""Least width of a picture on the page, in CSS pixels."""
+"""Minimum width of a picture on the page, in CSS pixels."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Row:
 
     parts: list[RowPart]
     capacity: int
-    """Most tokens of a row; without packing, the tokens of this row."""
+    """Maximum number of tokens of a row; without packing, the tokens of this row."""
 
     @property
     def tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Statistics of data: lengths, images, answers, objects, and how often they repeat."""
+"""Computes statistics of data: lengths, images, answers, objects, and how often texts repeat."""
 
 import copy
 import re

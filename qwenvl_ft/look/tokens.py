@@ -10,7 +10,7 @@ from qwenvl_ft.data.encode.draft import IMAGE_PAD, VIDEO_PAD
 SPLIT_CHARACTER = "\ufffd"
 """Character to which a tokenizer decodes an incomplete UTF-8 sequence."""
 LONGEST_CHARACTER = 8
-"""Most tokens over which one character (of several code points) may be spread."""
+"""Maximum number of tokens that one character (of several code points) may be spread over."""
 
 
 @dataclass(frozen=True, slots=True)

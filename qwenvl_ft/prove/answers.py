@@ -1,4 +1,4 @@
-"""Answers of the trained model, token by token, and the inputs from which another process generates them again.
+"""Generates the trained model's answers token by token, and saves the inputs for another process to repeat them.
 
 Letters: K supervised tokens of a sample, N new tokens, V vocabulary size.
 """
@@ -48,7 +48,7 @@ def generation(subject: Subject) -> GenerationConfig:
 
 
 def write_inputs(subject: Subject, index: int, folder: Path) -> tuple[Path, Path]:
-    """Write a sample and its prompt as plain transformers takes them: the processor's pixels, no position ids."""
+    """Write a sample and its prompt as plain transformers needs them: the processor's pixels, no position ids."""
     encoder = copy.copy(subject.dataset.encoder)
     encoder.raw_pixels = False
     conversation = subject.dataset.conversation(index)

@@ -41,7 +41,7 @@ def training_bytes(model: nn.Module) -> int:
 
 
 def shortages(model: nn.Module, device: torch.device, folder: Path) -> Iterator[str]:
-    """Yield a warning for memory and for disk space that may not suffice; the model is on its device already."""
+    """Yield a warning if memory, and one if disk space, may be too small; the model must be on its device already."""
     needed, free = training_bytes(model) + SLACK, free_memory(device)
     if needed > free:
         yield (
@@ -60,7 +60,7 @@ def shortages(model: nn.Module, device: torch.device, folder: Path) -> Iterator[
 
 
 def float32_place(model: nn.Module, device: torch.device) -> torch.device | None:
-    """Return the device on which the weights fit in float32: ``device``, the CPU, or None."""
+    """Return the device whose free memory holds the weights in float32: ``device``, the CPU, or None."""
     more = weight_bytes(model, torch.float32) - weight_bytes(model)
     if more + SLACK <= free_memory(device):
         return device

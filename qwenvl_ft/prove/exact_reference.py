@@ -1,8 +1,8 @@
 """Computes the reference of all comparisons: each sample alone, as exactly as memory allows.
 
 A run in float32 is its own reference. For a run in 16 bits the same weights are converted to float32, on the device, or
-on the CPU if the device is too small. If neither has enough memory, the reference is another attention implementation
-in 16 bits: it rounds in other places, which shows how large rounding errors are.
+on the CPU if the device is too small. If neither has enough memory, the reference is a different attention
+implementation in 16 bits: it rounds differently, which shows how large rounding errors are.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def attention_of(subject: Subject) -> str:
 
 
 def use_attention(model: nn.Module, name: str) -> None:
-    """Switch all parts of a model to another attention implementation."""
+    """Switch all parts of a model to the attention implementation ``name``."""
     from transformers import PreTrainedModel
 
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))

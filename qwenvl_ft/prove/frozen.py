@@ -1,4 +1,4 @@
-"""Checks that frozen weights do not change by a bit and trained weights do, over a few training steps."""
+"""Checks that a few training steps change the trained weights and no bit of a frozen one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qwenvl_ft.prove.subject import Subject, run_to_end
 from qwenvl_ft.prove.table import FAILED, OK, Row
 
 CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Least relative change of the logits by training that stands out from rounding."""
+"""Smallest relative change of the logits that is clearly due to training and not to rounding."""
 ATTEMPTS, FASTER = 4, 10.0
-"""Most rounds of training until then, and the factor of the learning rate from round to round."""
+"""Maximum number of training rounds until that change, and the factor on the learning rate between rounds."""
 
 
 class Frozen:
-    """The check. The other checks use the model that it trains."""
+    """The check ``frozen``. The other checks use the model that it trains."""
 
     name = "frozen"
 
@@ -61,7 +61,8 @@ class Frozen:
             yield from self._trained(part, [name for name in names if name in self.trained])
 
     def _trained(self, part: str, names: list[str]) -> Iterator[Row]:
-        """A weight without gradient may stay the same, such as an unused expert's, but not all weights of a part."""
+        """Yield a row: a weight without gradient may stay the same (an unused expert's), but not all weights of a
+        part."""
         if not names:
             return
         stuck = [name for name in names if name not in self.moved]
@@ -84,7 +85,7 @@ class Frozen:
 
 
 def train(subject: Subject, watch: TrainerCallback) -> None:
-    """Train some steps, and more at ten times the learning rate as long as the logits hardly change.
+    """Train ``steps`` steps, and again at ten times the learning rate as long as the logits hardly change.
 
     A saved model can be distinguished from the base model only if training changed more than rounding does.
     """

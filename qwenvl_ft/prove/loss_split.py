@@ -28,7 +28,7 @@ class Step:
 
 
 class Split:
-    """The check."""
+    """The check ``split``."""
 
     name = "split"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwenvl_ft.prove.subject import Subject
 
 KEPT_ELEMENTS = 20_000_000
-"""Most gradient elements kept per sample: 80 MB."""
+"""Maximum number of gradient elements kept per sample: 80 MB."""
 TINY = 1e-6
 """A gradient below this share of the largest counts as zero, as in the vision tower for a text-only sample."""
 HALF_SCALE = 1024.0
@@ -99,7 +99,7 @@ def _gradient_errors(found: list[dict[str, Tensor]], expected: list[dict[str, Te
 def measured(
     model: nn.Module, rows: Sequence[dict[str, Any]], *, autocast: Any, device: torch.device, share: Share
 ) -> Measured:
-    """Run each row forward, and the loss of each of its samples backward by itself.
+    """Run each row forward, and the loss of each of its samples backward separately.
 
     Args:
         rows: batches of the collator with ``labels``, and ``counts``, the supervised tokens of each sample.

@@ -20,7 +20,7 @@ def packed_row(subject: Subject) -> dict[str, Any]:
 
 
 class Packed:
-    """The check."""
+    """The check ``packed``."""
 
     name = "packed"
 

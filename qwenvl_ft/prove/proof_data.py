@@ -18,7 +18,7 @@ from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe
 
 CANDIDATES = 200
-"""Records, spread evenly over the data, whose lengths are measured to choose from."""
+"""Number of records, spread evenly over the data, whose lengths are measured before samples are chosen."""
 WORDS = "a small red circle lies near the left edge and one large blue square stands behind it under bright light"
 GENERATED = "generated"
 TEXT = 1
@@ -118,7 +118,7 @@ def _supervised(dataset: SampleDataset, index: int) -> int:
 def generated_records(encoder: Encoder, count: int) -> FewRecords:
     """Generate records of each kind in turn: an image, text, two images, a larger image, and a video if possible.
 
-    The answers differ much in length, which exposes a mean of means.
+    The lengths of the answers differ widely, which exposes a mean of means.
     """
     records = [_record(index) for index in range(count)]
     try:

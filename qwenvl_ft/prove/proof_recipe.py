@@ -23,7 +23,7 @@ class ProofOptions:
     samples: int = 5
     """Number of samples; each is run several times."""
     max_tokens: int = 4096
-    """Most tokens of all samples together; short records are chosen first."""
+    """Maximum number of tokens over all samples; short records are chosen first."""
     steps: int = 3
     """Training steps before anything is compared."""
     new_tokens: int = 16

@@ -38,7 +38,7 @@ class Check(Protocol):
         """Measure everything that needs the trained model."""
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        """Compare with the reference, after the trained model was released."""
+        """Compare with the reference, after the trained model has been released."""
 
 
 CHECKS: dict[str, Callable[[], Any]] = {"frozen": Frozen, "packed": Packed, "split": Split, "saved": Saved}

@@ -99,7 +99,7 @@ class Saved:
     def _jobs(
         self, subject: Subject, folder: Path, paths: list[tuple[Path, Path]], settings: GenerationConfig
     ) -> Iterator[dict[str, Any]]:
-        """Yield a job for each load of saved weights; what is not loaded becomes a row."""
+        """Yield a job for each way of loading the saved weights; a skipped way becomes a row."""
         adapter = (folder / "adapter_config.json").is_file()
         kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"] if adapter else ""
         common = {
@@ -165,7 +165,7 @@ class Saved:
         return f"a merged model takes {needed / GIB:.1f} GiB, and {space}"
 
     def merge(self, subject: Subject) -> None:
-        """Write the merged model, after the trained model was released."""
+        """Write the merged model, after the trained model has been released."""
         from qwenvl_ft.export.merge import merge
 
         for job in [job for job in self.jobs if job["check"] == "merged model"]:
@@ -184,7 +184,8 @@ class Saved:
         self.skipped.append(Row(check=check, compared=compared, verdict=SKIPPED, note=why))
 
     def _compared(self, subject: Subject, job: dict[str, Any], found: Answers) -> Iterator[Row]:
-        """Compare logits and tokens. The fault shown is what training changed: a loader that drops weights loses it."""
+        """Compare logits and tokens. The fault is the change that training made, which a loader that drops weights
+        loses."""
         limit = FACTOR * subject.noise("logits") + subject.floor
         errors = [relative(*pair) for pair in zip(found.logits, self.trained.logits, strict=True)]
         changes = [relative(*pair) for pair in zip(subject.before, subject.after, strict=True)]
@@ -215,7 +216,7 @@ def _tokens_row(job: dict[str, Any], ours: Answers, theirs: Answers, limit: floa
             ties.append(f"token {place + 1} of sample {k}")
         else:
             wrong = wrong or f"sample {k} differs from token {place + 1} on"
-    note = f"but for a tie within rounding at {', '.join(ties)}" if ties and not wrong else wrong
+    note = f"except for a tie within rounding at {', '.join(ties)}" if ties and not wrong else wrong
     return Row(
         check=job["check"],
         compared=f"answers token by token, opened {job['opened']}",

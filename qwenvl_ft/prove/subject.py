@@ -1,4 +1,4 @@
-"""The model, data and trainer under test, built as training builds them, and all measurements of them."""
+"""Holds the model, data and trainer under test, built as training builds them, and all measurements of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2.5e-4}
 
 @dataclass
 class Subject:
-    """Everything under test. The model is released once it was saved and measured."""
+    """Everything under test. The model is released once it has been saved and measured."""
 
     recipe: Recipe
     args: Any
@@ -82,7 +82,7 @@ class Subject:
         return max(error for _, error in self.alone.errors(self.reference, quantity))
 
     def trainer_like(self, *, packing: bool, max_length: int, rows: int = 1, passes: int = 1) -> Any:
-        """Build another trainer over the same model and samples, for one step that changes no weight.
+        """Build a second trainer over the same model and samples, for one step that changes no weight.
 
         Args:
             rows: rows per micro-batch; without packing, samples.
@@ -168,7 +168,7 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
 
 
 def run_to_end(trainer: Any) -> None:
-    """Train, and keep nothing but the weights.
+    """Train, and keep only the weights.
 
     Otherwise accelerate's wrapper around the model's forward would stay and compute the reference in 16 bits, and the
     optimizer's states would take the memory that the reference needs.

@@ -109,7 +109,7 @@ def test_plans_follow_the_machines_fit(monkeypatch, tmp_path):
     assert machine_costs() == costs
     assert costs.of([2, 10], [4, 0]).tolist() == [2 + 12 + 2, 10 + 50]
     costs_file().write_text('{"patches": 1}')
-    with pytest.raises(DataError, match="is no cost model"):
+    with pytest.raises(DataError, match="is not a cost model"):
         machine_costs()
 
 

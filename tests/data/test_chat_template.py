@@ -65,14 +65,14 @@ def with_template(encoder, template):
 def test_what_the_template_leaves_out_is_an_error(encoder):
     user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     late = {"messages": [user, {"role": "system", "content": "s"}, answer]}
-    with pytest.raises(DataError, match=r"message 2 of 3 \(system\) is not shown .* Put the system message first"):
+    with pytest.raises(DataError, match=r"message 2 of 3 \(system\) is not rendered .* Put the system message first"):
         encoder(late)
     older = with_template(encoder, OLDER_TEMPLATE)
     older(late)
     older({"messages": [user, answer]})
     with pytest.raises(DataError, match=r"message 2 of 2 \(assistant\) is not rendered in full .*'look' is missing"):
         older({"messages": [user, {"role": "assistant", "content": None, "tool_calls": [CALL]}]})
-    with pytest.raises(DataError, match="does not show the tool 'look'"):
+    with pytest.raises(DataError, match="does not render the tool 'look'"):
         older({"messages": [user, answer], "tools": [TOOL]})
     shouting = with_template(encoder, encoder._template.text.replace("{{- part.text -}}", "{{- part.text | upper -}}"))
     with pytest.raises(DataError, match=r"message 1 of 2 \(user\) is not rendered in full .*'q' is missing"):

@@ -60,7 +60,7 @@ def test_videos_are_skipped_and_too_few_samples_are_logged(records, tmp_path, ca
     assert "(3 with videos)" in caplog.text
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     (tmp_path / "videos.jsonl").write_text("\n".join(line for line in lines if "video" in line))
-    with pytest.raises(DataError, match="no record without video"):
+    with pytest.raises(DataError, match="only records with videos"):
         calibration(str(tmp_path / "videos.jsonl"), 4, seed=0)
 
 

@@ -23,9 +23,9 @@ ASCII_SPLIT = re.compile(
 )
 """The same for ASCII text only: beyond ASCII, Python and the tokenizer may use different versions of Unicode."""
 MAX_WORDS = 1 << 18
-"""Most words in the cache, about 30 MB."""
+"""Maximum number of words in the cache, about 30 MB."""
 MAX_WORD = 32
-"""Longest word in the cache, in characters."""
+"""Maximum length of a cached word, in characters."""
 
 
 class TokenCounter:

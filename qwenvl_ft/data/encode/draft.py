@@ -1,7 +1,7 @@
 """Defines the draft: a conversation as tokens, with one placeholder for each image or pair of video frames.
 
-A draft needs text and media headers only; no pixel is decoded. It already has the length of the sample it becomes, so
-truncation happens here. Letters in shapes: D draft tokens.
+A draft needs text and media headers only; no pixel is decoded. It already has the length of its sample, so truncation
+happens at this stage. Letters in shapes: D draft tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -40,9 +40,9 @@ class Draft:
     supervised: NDArray[np.bool_]
     """[D], see labels.py."""
     counts: NDArray[np.int64]
-    """[D] tokens that each draft token becomes; 1 for text."""
+    """[D] number of tokens that each draft token expands to; 1 for text."""
     widths: NDArray[np.int64]
-    """[D] tokens in one line of the placeholder's grid; 0 for text."""
+    """[D] number of tokens in one line of the placeholder's grid; 0 for text."""
     group: NDArray[np.int64]
     """[D] index of the medium that the token belongs to; -1 for text. Images come first, then videos.
 
@@ -77,7 +77,7 @@ class Draft:
 
 
 def cut(draft: Draft, max_length: int | None, strategy: str) -> Draft:
-    """Truncate a draft to at most ``max_length`` tokens. A medium at the border is removed whole.
+    """Truncate a draft to at most ``max_length`` tokens. A medium that the cut would split is removed whole.
 
     Raises:
         TooLong: the strategy is neither ``left`` nor ``right``.

@@ -67,7 +67,7 @@ class Encoder:
 
     Args:
         processor: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL processor.
-        max_length: most tokens of a sample; None for no limit.
+        max_length: maximum number of tokens of a sample; None for no limit.
         truncation_strategy: handling of longer samples. ``raise`` and ``delete`` raise `TooLong` (planning counts the
             deleted ones); ``right`` and ``left`` cut tokens off that end, never through an image or a video.
         system_prompt: used for conversations without a system message.
@@ -153,7 +153,8 @@ class Encoder:
         return self.extent(self.conversation(record, media_root)).tokens
 
     def extent(self, conversation: Conversation) -> Extent:
-        """Compute the size of the encoded conversation; several times as fast as `draft`, since no ids are made.
+        """Compute the size of the encoded conversation; several times as fast as `draft`, because it counts tokens
+        without encoding them.
 
         Raises:
             DataError, TooLong, Unsupervised: as `draft`.

@@ -43,7 +43,7 @@ def find_turns(text: str, messages: Sequence[Message], source: Source) -> list[S
 
     Raises:
         DataError: the template leaves out a message, one of its texts or one of its tool calls. It may change the
-            space around a text and drop an answer's ``<think>`` part, as thinking models do for earlier turns.
+            white space around a text and drop an answer's ``<think>`` part, as thinking models do for earlier turns.
     """
     spans: list[Span] = []
     place = 0
@@ -55,7 +55,7 @@ def find_turns(text: str, messages: Sequence[Message], source: Source) -> list[S
             end = text.find(TURN_END, begin)
             if begin < 0 or end < 0:
                 hint = " Put the system message first." if message.role == "system" and number else ""
-                raise DataError(f"{where} is not shown by the chat template as {header!r} ... {TURN_END!r}.{hint}")
+                raise DataError(f"{where} is not rendered by the chat template as {header!r} ... {TURN_END!r}.{hint}")
             begin += len(header)
         else:
             follows = number > 0 and messages[number - 1].role == "tool"

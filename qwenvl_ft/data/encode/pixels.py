@@ -42,7 +42,7 @@ def image_pixels(draft: Draft, processor: Any, policy: MediaPolicy, *, raw: bool
 
     Args:
         processor: an image processor.
-        raw: make raw patches (data/media/patches.py) instead of the processor's.
+        raw: return raw patches (data/media/patches.py) instead of the processor's.
 
     Returns:
         float32[P, C] (or raw, uint8[P, C / 2]), and the grids int64[N, 3].

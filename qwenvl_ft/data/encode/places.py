@@ -1,4 +1,5 @@
-"""Locates the media among a draft's tokens: how many tokens each placeholder becomes, and which tokens belong together.
+"""Locates the media among a draft's tokens: how many tokens each placeholder expands to, and which tokens belong
+together.
 
 Letters in shapes: D draft tokens.
 """
@@ -32,7 +33,7 @@ class MediaTokens:
     def spread(
         self, ids: NDArray[np.int64], image_grids: list[Grid], video_grids: list[Grid], source: Source
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return how many tokens each draft token becomes, and the tokens in one line of its grid.
+        """Return how many tokens each draft token expands to, and the number of tokens in one line of its grid.
 
         Args:
             ids: [D]
@@ -41,7 +42,7 @@ class MediaTokens:
             counts int64[D], 1 for text; widths int64[D], 0 for text.
 
         Raises:
-            DataError: the template shows another number of images or video frames.
+            DataError: the template renders a different number of images or video frames.
         """
         counts = np.ones(ids.size, dtype=np.int64)
         widths = np.zeros(ids.size, dtype=np.int64)
@@ -56,7 +57,7 @@ class MediaTokens:
         ):
             places = np.flatnonzero(ids == token)
             if places.size != len(grids):
-                raise DataError(f"{source}: {len(grids)} {kind}s, but the chat template shows {places.size}.")
+                raise DataError(f"{source}: {len(grids)} {kind}s, but the chat template renders {places.size}.")
             if places.size:
                 lines, line = (np.asarray(grids, dtype=np.int64) // merge[token]).T
                 counts[places], widths[places] = lines * line, line
@@ -71,7 +72,7 @@ class MediaTokens:
 
         Args:
             ids: [D]
-            frame_pairs: of each video.
+            frame_pairs: number of frame pairs of each video.
             text: the rendered text, and ``encoding`` its tokens.
 
         Returns:

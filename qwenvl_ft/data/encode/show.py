@@ -103,7 +103,7 @@ def write_times(text: str, clips: list[Clip], processor: Any, source: Source) ->
         raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(processor).__name__}.")
     pieces = text.split(VISION_START + VIDEO_PAD + VISION_END)
     if len(pieces) != len(clips) + 1:
-        raise DataError(f"{source}: {len(clips)} videos, but the chat template shows {len(pieces) - 1}.")
+        raise DataError(f"{source}: {len(clips)} videos, but the chat template renders {len(pieces) - 1}.")
     written, step = [pieces[0]], processor.video_processor.temporal_patch_size
     for clip, piece in zip(clips, pieces[1:], strict=True):
         written += [f"<{seconds:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for seconds in clip.times(step)]
@@ -115,7 +115,9 @@ def require_tools_shown(text: str, tools: Sequence[dict[str, Any]], source: Sour
     """Raise DataError if the template left out a tool; its name must be in the first turn."""
     for name in map(function_name, tools):
         if name not in text[: text.find(TURN_END)]:
-            raise DataError(f"{source}: the chat template does not show the tool {name!r}; this model takes no tools.")
+            raise DataError(
+                f"{source}: the chat template does not render the tool {name!r}; it does not support tools."
+            )
 
 
 def function_name(schema: dict[str, Any]) -> str:

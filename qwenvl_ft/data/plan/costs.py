@@ -1,7 +1,8 @@
 """Estimates the training time of a sample, by which the plan balances the ranks.
 
 ``qwenvl-ft bench --fit`` measures the coefficients on this machine and stores them beside the other caches; otherwise
-defaults apply. In a distributed run rank 0's coefficients hold for all ranks, because all must make the same plan.
+defaults apply. In a distributed run rank 0's coefficients hold for all ranks, because all ranks must compute the same
+plan.
 """
 
 import json
@@ -63,4 +64,6 @@ def machine_costs() -> CostModel:
     try:
         return CostModel(**{name: float(value) for name, value in json.loads(path.read_text("utf-8")).items()})
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no cost model: {error}. Remove it, or fit again: qwenvl-ft bench --fit.") from None
+        raise DataError(
+            f"{path} is not a cost model: {error}. Remove it, or fit again: qwenvl-ft bench --fit."
+        ) from None

@@ -85,11 +85,11 @@ class SampleDataset(Dataset[Sample]):
     Args:
         records: `Epochs`, or records that each become one conversation.
         name: of the data set, for messages.
-        num_proc: most worker processes that measure lengths.
+        num_proc: maximum number of worker processes that measure lengths.
         cache_dir: folder of the cached lengths, see `measure`.
-        on_error: for records that cannot be read, ``raise`` or ``skip``. A record that fails while lengths are measured
-            is dropped. One that fails later, when the plan is fixed, is replaced by a placeholder: a sample of one
-            unsupervised token, with the reason as its ``fault``.
+        on_error: what to do with records that cannot be read: ``raise`` or ``skip``. A record that fails while lengths
+            are measured is dropped. One that fails later, when the plan is fixed, is replaced by a placeholder: a
+            sample of one unsupervised token, with the reason as its ``fault``.
         max_bad_fraction: with ``skip``, the largest share of an epoch's records that may be dropped as unreadable.
 
     Raises:

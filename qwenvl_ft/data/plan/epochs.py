@@ -39,7 +39,7 @@ class Epochs(Protocol):
         """Return one conversation of an epoch.
 
         Raises:
-            DataError: the record, or one of its group, is malformed.
+            DataError: the record, or another record of its group, is malformed.
         """
         ...
 
@@ -83,8 +83,8 @@ class RecordEpochs:
     ) -> None:
         if augmenter is not None and augmenter.moving:
             raise MovedTextError(
-                f"{records[0][1]}: data.augmentation has {augmenter.moving[0]}, which moves pixels, and this is no "
-                "dense-caption record: coordinates in its text would become wrong. Use operations on colours only, "
+                f"{records[0][1]}: data.augmentation has {augmenter.moving[0]}, which moves pixels, but this is not "
+                "a dense-caption record: coordinates in its text would become wrong. Use operations on colours only, "
                 "or records with objects."
             )
         self.records = records

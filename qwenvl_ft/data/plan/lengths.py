@@ -37,7 +37,7 @@ COLUMNS = {
 CHUNK = 256
 """Records that a worker measures before it returns their lengths."""
 PARALLEL_FROM = 2_000
-"""Fewest records for which starting workers pays."""
+"""Number of records from which starting workers pays off."""
 LAYOUT = 3
 """Version of the cache file's layout; increase it whenever the meaning of the contents changes."""
 
@@ -130,7 +130,7 @@ def conversation_files(conversation: Conversation) -> list[str]:
 
 
 def _unreached(conversation: Conversation | None) -> list[File]:
-    """Return the URLs of an unreadable record in a state that no file has, so that the next start retries them."""
+    """Return the URLs of an unreadable record with a state that no file can have, so that the next run retries them."""
     if conversation is None:
         return []
     values = [str(medium.value) for kind in (Image, Video) for medium in conversation.media(kind)]
@@ -151,7 +151,7 @@ def measure(
 
     Args:
         records: a list of (record, `Source`, folder of relative media), or of `Conversation` s, with a ``fingerprint``.
-        num_proc: most worker processes; no more than the CPUs of this process are started.
+        num_proc: maximum number of worker processes; limited to the CPUs of this process.
         cache_dir: None is a folder beside the caches of datasets.
         on_error: ``skip`` counts an unreadable record as `BAD` instead of raising.
 

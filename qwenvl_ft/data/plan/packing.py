@@ -29,7 +29,7 @@ def pack_lengths(lengths: ArrayLike, *, max_length: int, seed: int = 0, epoch: i
 
     Args:
         lengths: int[N], tokens of each sample, from 1 to ``max_length``.
-        max_length: most tokens of a row.
+        max_length: maximum number of tokens of a row.
 
     Returns:
         Rows of indices into ``lengths``; every index is in exactly one row.
@@ -137,9 +137,10 @@ def assign(
     """Assign the rows of an epoch to forward passes and ranks.
 
     An optimizer step takes the next ``world_size * rows_per_batch * accumulation`` rows, for any number of ranks.
-    Within a step, rows of similar cost share a pass, and the costliest row of a pass goes to the rank with the least
-    cost so far, so that ranks wait little. If the epoch's last pass has no row left for a rank, that rank repeats the
-    cheapest sample of the step without labels: it takes part in every collective operation and contributes nothing.
+    Within a step, rows of similar cost share a pass, and the most expensive row of a pass goes to the rank with the
+    lowest cost so far, so that ranks wait little. If the epoch's last pass has no row left for a rank, that rank
+    repeats the cheapest sample of the step without labels: it takes part in every collective operation and contributes
+    nothing.
 
     Args:
         rows: indices of samples, from `pack_lengths` or `single_rows`.

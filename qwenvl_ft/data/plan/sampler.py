@@ -22,7 +22,7 @@ class PlanSampler(Sampler[list[Ticket]]):
 
     Args:
         packing: False puts one sample in each row.
-        max_length: most tokens of a row.
+        max_length: maximum number of tokens of a row.
         shuffle: False keeps the order of samples and rows (evaluation).
         costs: estimates by which the ranks are balanced.
         grouped: put rows of similar cost into the same step, see `group_rows`.

@@ -1,4 +1,4 @@
-"""Calls one function on every record: in order, in several processes if that pays, with a progress bar."""
+"""Calls one function on every record: in order, in several processes if that pays off, with a progress bar."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ from qwenvl_ft.data.plan.progress_bar import with_progress
 CHUNK = 32
 """Records that a worker handles before it returns their results."""
 PARALLEL_FROM = 128
-"""Fewest records for which starting workers pays."""
+"""Number of records from which starting workers pays off."""
 
 Result = TypeVar("Result")
 

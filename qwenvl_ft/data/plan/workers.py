@@ -7,7 +7,7 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.workers import end_with_lost_items
 
 SOCKET_PATH = 107
-"""Longest path of a Unix socket, in bytes (unix(7))."""
+"""Maximum length of a Unix socket's path, in bytes (unix(7))."""
 SOCKET_NAME = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 """Bytes that multiprocessing appends to the temporary folder's path."""
 
@@ -22,8 +22,8 @@ def require_short_tempdir() -> None:
     size, limit = len(os.fsencode(folder)), SOCKET_PATH - SOCKET_NAME
     if size > limit:
         raise RecipeError(
-            f"TMPDIR={folder} has {size} bytes, but loader workers need a path of at most {limit} for their sockets. "
-            "Set a shorter one, e.g. TMPDIR=/tmp, or training.dataloader_num_workers=0."
+            f"TMPDIR={folder} has {size} bytes, but dataloader workers need a path of at most {limit} for their "
+            "sockets. Set a shorter one, e.g. TMPDIR=/tmp, or training.dataloader_num_workers=0."
         )
 
 

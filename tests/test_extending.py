@@ -128,7 +128,9 @@ def test_the_table_has_a_row_for_each_extension():
 def test_a_metric(run):
     words = ["recipe", "base", "evaluation.metric=starts_with"]
     plain = run(*words, extended=False)
-    assert refused(plain, "evaluation.metric: 'starts_with' is not a choice here. Known: exact_match."), plain.error
+    assert refused(plain, "evaluation.metric: 'starts_with' is not one of the choices. Known: exact_match."), (
+        plain.error
+    )
     assert re.search(r"^evaluation\.metric +starts_with +override$", run(*words, extended=True).output, re.MULTILINE)
     code = (
         "from qwenvl_ft.evaluation.metrics import metric_of; score = metric_of('starts_with'); "
@@ -177,7 +179,7 @@ def test_a_training_method(run, tiny_dir, tmp_path):
     ]
     words += [f"training.output_dir={tmp_path / 'run'}", "training.warmup_steps=0"]
     plain = run(*words, extended=False)
-    assert refused(plain, "tuner.train_type: 'norms' is not a choice here."), plain.error
+    assert refused(plain, "tuner.train_type: 'norms' is not one of the choices."), plain.error
     done = run(*words, extended=True)
     assert done.code == 0, done.error
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_dir, tmp_path / "run"))

@@ -72,7 +72,7 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Path | None:
         if last is not None:
             raise CheckpointError(
                 f"training.output_dir={output_dir} holds {last.name} of an earlier run. Resume it with "
-                "training.resume_from_checkpoint=true, or give another folder."
+                "training.resume_from_checkpoint=true, or choose another folder."
             )
         _require_no_model(output_dir)
         return None
@@ -107,6 +107,6 @@ def _require_no_model(output_dir: Path) -> None:
     found = next((file for pattern in WEIGHTS for file in sorted(output_dir.glob(pattern))), None)
     if found is not None:
         raise CheckpointError(
-            f"training.output_dir={output_dir} holds {found.relative_to(output_dir)} already. Give another folder, or "
-            "remove this file."
+            f"training.output_dir={output_dir} holds {found.relative_to(output_dir)} already. Choose another folder "
+            "or remove this file."
         )

@@ -118,6 +118,6 @@ def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False)
     if (before["samples"], before["lengths"]) != (now["samples"], now["lengths"]):
         raise CheckpointError(
             f"{prefix}data.train has {now['samples']:,} samples and had {before['samples']:,}"
-            + (", of other lengths" if before["samples"] == now["samples"] else "")
+            + (", with different lengths" if before["samples"] == now["samples"] else "")
             + ". Give the data that the run began with, or start a new run in another training.output_dir."
         )

@@ -127,7 +127,7 @@ def expand_device_map(device_map: str | int | dict[str, Any], config: PreTrained
         for single in _expand_range(name):
             known = current_name(single)
             if known not in modules:
-                raise RecipeError(f"model.device_map names {single!r}, which is no module.{_near(known, modules)}")
+                raise RecipeError(f"model.device_map names {single!r}, which is not a module.{_near(known, modules)}")
             if known in expanded:
                 raise RecipeError(f"model.device_map places {known} twice, the second time by {name!r}. Keep one.")
             expanded[known] = _device(device)

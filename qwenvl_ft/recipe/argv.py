@@ -44,7 +44,7 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
         if name in FILES:
             if FILES[name] in files:
                 raise RecipeError(
-                    f"{spelled}={value}: {files[FILES[name]]!r} is given already. Name one file; it may extend others."
+                    f"{spelled}={value}: {files[FILES[name]]!r} is named already. Name one file; it may extend others."
                 )
             files[FILES[name]] = value
         elif "." in name or (name in TOP_LEVEL and name not in ALIASES):

@@ -38,7 +38,7 @@ class Alias:
 
 
 def same(key: str, also: tuple[str, ...] = ()) -> Alias:
-    """Return an alias that only has another name."""
+    """Return an alias that passes its value on unchanged."""
     return Alias(keys=(key,), kind=None, meaning=lambda value, where: {key: value}, effect="", also=also)
 
 
@@ -202,7 +202,7 @@ ENVIRONMENT = {
     "ROOT_IMAGE_DIR": "data.media_root",
 }
 """Environment variable of ms-swift and qwen-vl-utils -> key or alias in ``template``, or a dotted key. They override
-files, and command line arguments override them. VIDEO_MAX_PIXELS is the area of one frame, as it is there."""
+files, and command line arguments override them. VIDEO_MAX_PIXELS is the area of one frame, as in those tools."""
 
 REMOVED = {
     "sequence_parallel_size": "a sample is not split over GPUs. Remove it; for long samples: deepspeed.config=zero3, "

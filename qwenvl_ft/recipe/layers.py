@@ -42,7 +42,7 @@ DOTTED = ("model.device_map",)
 
 @dataclass
 class Layer:
-    """All that one file, or the command line, sets."""
+    """The settings of one file, or of the command line."""
 
     where: str
     """The file, or ``override``."""
@@ -60,7 +60,7 @@ class Layer:
         for parent in parents:
             inner = values.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise RecipeError(f"{self.where}: {spelled}: {parent} is {inner!r} there, which has no keys.")
+                raise RecipeError(f"{self.where}: {spelled}: {parent} is already set to {inner!r}, which has no keys.")
             values = inner
         values[last] = value
         self.spelled.pop(key, None)
@@ -138,7 +138,7 @@ def _bases(path: Path, values: Values) -> list[Path]:
     """Remove ``extends`` from ``values`` and return the files that it names."""
     lists = [values.pop(key) for key in ("extends", "inherit") if key in values]
     if len(lists) > 1:
-        raise RecipeError(f"{path}: both extends and inherit are given. Keep extends.")
+        raise RecipeError(f"{path}: both extends and inherit are set. Keep extends.")
     names = lists[0] if lists and lists[0] is not None else []
     bases: list[Path] = []
     for name in names if isinstance(names, list) else [names]:
@@ -154,7 +154,7 @@ def _bases(path: Path, values: Values) -> list[Path]:
 
 
 def _elsewhere(path: Path, missing: Path) -> str:
-    """Return a hint at where a missing base may be."""
+    """Return a hint where a missing base may be."""
     for folder in recipe_folders():
         shipped = folder / missing.name
         if shipped.is_file():
@@ -259,7 +259,7 @@ def override_layer(overrides: Iterable[str]) -> Layer:
     """Return the layer of overrides ``section.key=value``.
 
     Raises:
-        RecipeError: an entry has another form, or its section is unknown.
+        RecipeError: an entry does not have this form, or its section is unknown.
     """
     layer = Layer(OVERRIDE)
     for override in overrides:

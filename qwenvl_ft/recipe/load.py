@@ -1,4 +1,4 @@
-"""Loads a recipe: merges its file, the files it extends and the overrides into one typed and checked `Recipe`.
+"""Loads a recipe: merges its file, the files that it extends and the overrides into one typed and checked `Recipe`.
 
 Precedence, the weakest first: defaults, each base file in turn, the file itself, environment variables, overrides.
 Mappings are merged key by key. Nothing is written to disk.
@@ -191,7 +191,7 @@ def _derive(recipe: Recipe) -> None:
 
 
 def _drop_outweighed(recipe: Recipe, order: list[str]) -> None:
-    """Reset the keys that weaker layers set for another method than the strongest ``tuner.train_type``."""
+    """Reset keys that weaker layers set for a method other than the strongest ``tuner.train_type``."""
     origins = recipe.origins
     if "tuner.train_type" not in origins:
         return

@@ -29,12 +29,12 @@ class Method:
     over_quantized: bool = False
     """True if it can train over a base model that bitsandbytes quantised. Tests train, resume and merge each."""
     reads_data: bool = False
-    """True if the builder also takes ``batches``, for initialisations that look at data."""
+    """True if the builder also takes ``batches``, for initialisations that are computed from data."""
     trial: str | None = None
     """``module:function`` of ``(model without weights, tuner)``, which raises RecipeError for names or sizes that do
     not fit. It runs before the weights are loaded."""
     checker: str | None = None
-    """``module:function`` of ``(model, tuner)``, which raises RecipeError if other weights than the method's own would
+    """``module:function`` of ``(model, tuner)``, which raises RecipeError if weights other than the method's would
     train."""
 
     @property
@@ -93,7 +93,7 @@ def _adapter(
 
 
 def _by_config(*keys: str, over_quantized: bool = False) -> Method:
-    """Return a method of peft that is nothing but a config (tuning/methods/peft_methods.py)."""
+    """Return a method of peft that only needs a config (tuning/methods/peft_methods.py)."""
     functions = "peft_methods:build_by_config", "peft_methods:fitting_config"
     return _adapter(*functions, (*TARGETS, *keys), over_quantized=over_quantized)
 

@@ -1,4 +1,4 @@
-"""Package versions and git state, for the head of a saved recipe; and how a saved recipe is read back."""
+"""Package versions and git state, for the head of a saved recipe; also reads saved recipes."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

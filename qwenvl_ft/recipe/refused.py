@@ -1,7 +1,7 @@
 """Fields of TrainingArguments with only one possible value; any other value is an error.
 
-A setting that is accepted but has no effect costs its user a run. So this lists every field that only code of
-transformers' Trainer reads which we replace (the loaders, the evaluation, the loss), with its only value.
+A setting that is accepted but has no effect can cost its user a run. So this table lists every field that is only read
+by parts of transformers' Trainer that this package replaces (loaders, evaluation, loss), with its only value.
 """
 
 from collections.abc import Iterator

@@ -119,7 +119,7 @@ def _union(value: Any, members: tuple[Any, ...]) -> Any:
         return None
     members = tuple(member for member in members if member is not type(None))
     if value is None:
-        raise Mismatch("is no value here.")
+        raise Mismatch("is not a value of this key.")
     closed = [m for m in members if isinstance(m, type) and issubclass(m, Enum)]
     if closed:  # Enum | str: the names of the enum are all there is
         return _convert(value, closed[0])
@@ -159,7 +159,7 @@ def _choice(value: Any, known: Any) -> Any:
     if text is False and "no" in names:  # YAML 1.1 reads a bare no as false
         text = "no"
     if str(text) not in names:
-        raise Mismatch(f"is not a choice here.{hint(str(text), names)}")
+        raise Mismatch(f"is not one of the choices.{hint(str(text), names)}")
     return list(known)[names.index(str(text))]
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing by part of the model, and compiling of its layers."""
+"""Sets activation checkpointing for each part of the model, and compiles its layers."""
 
 from typing import Any, cast
 

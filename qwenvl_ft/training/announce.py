@@ -17,7 +17,7 @@ from qwenvl_ft.upstream.probe import fallbacks
 from qwenvl_ft.upstream.proven import unproven_line
 
 IMBALANCE = 0.03
-"""Smallest excess work of a step's slowest rank over the mean that is reported."""
+"""Share by which the work of a step's slowest rank must exceed the mean to be reported."""
 
 
 def announce(trainer: QwenVLTrainer, run_log: RunLog, resume: Path | None) -> None:
@@ -60,5 +60,5 @@ def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
         yield f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"
     imbalance = sampler.waiting() if args.world_size > 1 else 0.0
     if imbalance > IMBALANCE:
-        advice = "" if sampler.grouped else "; training.train_sampling_strategy=group_by_length puts like rows together"
+        advice = "" if sampler.grouped else "; training.train_sampling_strategy=group_by_length groups similar rows"
         yield f"the slowest rank of a step has {imbalance:.0%} more work than the mean{advice}"

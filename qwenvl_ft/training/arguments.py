@@ -21,7 +21,7 @@ LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
 """Default learning rates: 1e-5 where ``train_type`` moves the base weights, 1e-4 for adapters, which start at zero."""
 MAX_WORKERS = 8
-"""Most dataloader workers by default: one worker makes more samples a second than an eighth of what a GPU consumes."""
+"""Maximum default number of dataloader workers per rank; eight make more samples per second than a GPU consumes."""
 
 
 def build_arguments(recipe: Recipe) -> TrainingArguments:
@@ -30,7 +30,7 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     Mixed precision follows ``model.torch_dtype`` unless the recipe sets it.
 
     Raises:
-        RecipeError: a setting does not fit, or transformers refuses a combination, in its own words.
+        RecipeError: a setting is not supported, or transformers refuses a combination, with its message.
     """
     kwargs: dict[str, Any] = dict(recipe.training.arguments)
     if kwargs["dataloader_num_workers"] == "auto":

@@ -1,4 +1,4 @@
-"""Samples that could not be made and that placeholders replace (``data.on_error=skip``): logged, counted, limited."""
+"""Logs, counts and limits the unreadable samples that placeholders replace (``data.on_error=skip``)."""
 
 import logging
 from typing import Any
@@ -22,11 +22,11 @@ def log_bad_samples(batch: dict[str, Any]) -> int:
 
 
 def count_bad_samples(bad: int, dataset: SampleDataset, samples: int, accelerator: Accelerator) -> int:
-    """Return the number of replaced samples, summed over all ranks; 0 without asking them under ``on_error=raise``.
+    """Return the number of replaced samples, summed over all ranks; with ``on_error=raise`` 0, without communication.
 
     Args:
-        bad: of this rank.
-        samples: of the epoch, on all ranks together.
+        bad: number of replaced samples on this rank.
+        samples: number of the epoch's samples, over all ranks.
 
     Raises:
         DataError: more than ``data.max_bad_fraction`` of the samples were replaced; on every rank.

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a recipe, checked against the keys that decide the same things."""
+"""Reads the DeepSpeed configuration of a recipe and checks it against the recipe keys that set the same things."""
 
 import json
 from pathlib import Path

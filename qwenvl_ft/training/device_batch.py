@@ -12,7 +12,7 @@ from qwenvl_ft.training.loss import split_labels
 
 @dataclass
 class DeviceBatch:
-    """Holds the tensors of a batch where transformers does not look for them, and its loss."""
+    """The tensors of a batch, in a form that transformers does not inspect, and its loss."""
 
     tensors: dict[str, Any]
     loss: Tensor | None = None

@@ -13,7 +13,7 @@ from qwenvl_ft.training.device_batch import on_device
 from qwenvl_ft.training.loss import loss_sum
 
 MAX_EXPONENT = 700.0
-"""Above it a mean loss has no finite perplexity in float64."""
+"""Cap on the mean loss when its perplexity is computed: ``exp`` overflows in float64 above 709."""
 
 
 def evaluate_sum(
@@ -22,7 +22,7 @@ def evaluate_sum(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, int]:
-    """Run a model over batches in evaluation mode; it is put back into its own mode afterwards.
+    """Run a model over batches in evaluation mode, and restore its mode afterwards.
 
     Returns:
         float64[2], this rank's summed loss and number of supervised tokens; and its number of replaced samples.

@@ -17,7 +17,7 @@ class _PassLoss:
 
     step: int
     trained: Tensor
-    """Scalar that the backward pass began at."""
+    """Scalar on which the backward pass was called."""
     computed: Any
     """Scalar that `compute_loss` returned."""
     sources: list[Any]

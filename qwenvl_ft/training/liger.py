@@ -8,10 +8,10 @@ from qwenvl_ft.training.loss import use_fused_loss
 
 
 def use_liger_kernels(model: nn.Module, args: TrainingArguments, *, weighted: bool) -> Fused:
-    """Use Liger's kernels in a model's layers, and for the loss if nothing speaks against it.
+    """Use Liger's kernels in a model's layers, and for the loss unless a setting or the head rules that out.
 
     Args:
-        weighted: True if tokens have loss weights of their own, which Liger's loss does not take.
+        weighted: True if tokens have loss weights of their own, which Liger's loss does not support.
 
     Returns:
         The kernels in use, and why others are not.

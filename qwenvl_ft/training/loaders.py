@@ -38,7 +38,7 @@ def are_raw(datasets: Sequence[SampleDataset]) -> bool:
     """
     kinds = {dataset.encoder.raw_pixels for dataset in datasets}
     if len(kinds) > 1:
-        raise RecipeError("some data sets have raw pixels, others not. Give all of them the same Encoder.")
+        raise RecipeError("some data sets have raw pixels and others do not. Give all of them the same Encoder.")
     return True in kinds
 
 

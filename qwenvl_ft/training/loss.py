@@ -1,6 +1,7 @@
-"""The loss: cross entropy over supervised tokens only, as a sum, so that any split of a batch adds up to the same.
+"""The loss: cross entropy over supervised tokens only, as a sum, so that any split of a batch adds up to the same
+value.
 
-Letters: S rows, T tokens of a row, K supervised tokens, V words of the vocabulary, D hidden width.
+Letters: S rows, T tokens of a row, K supervised tokens, V vocabulary size, D hidden width.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, replace_forward
 
 HEAD_CHUNK = 1_024
-"""Supervised tokens whose logits exist at a time: 0.6 GiB of float32 at 151,936 words."""
+"""Supervised tokens whose logits exist at a time: 0.6 GiB of float32 with a vocabulary of 151,936 tokens."""
 CPU_CHUNK = 128
 """The same for a plain head on a CPU: a product of 128 rows is as fast there as one of 1,024, and needs less memory."""
 
@@ -112,7 +113,7 @@ def use_fused_loss(model: nn.Module, function: Any) -> str:
     head = _head_loss(model)
     if not head.is_linear:
         kind = type(owner_of(head.head_forward) or head.head_forward)
-        return f"the language head is no plain linear layer ({kind.__name__} of {kind.__module__})"
+        return f"the language head is not a plain linear layer ({kind.__name__} of {kind.__module__})"
     head.fused = function
     return ""
 
@@ -185,7 +186,7 @@ class HeadLoss:
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype that a linear layer would compute in here."""
+    """Return the dtype that a linear layer would compute in under the current autocast."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -300,7 +301,7 @@ def _losses_of(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing
 
 
 def _head_loss(model: nn.Module) -> HeadLoss:
-    """Return the `HeadLoss` of a model, put in at the first call; works through wrappers (DDP, adapters)."""
+    """Return the `HeadLoss` of a model, inserted at the first call; works through wrappers (DDP, adapters)."""
     inner: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     head: Any = inner.get_output_embeddings()
     if not isinstance(head.forward, HeadLoss):

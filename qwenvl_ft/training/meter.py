@@ -1,4 +1,4 @@
-"""Throughput and packing rate of a run, computed from the plan: the ranks need not communicate."""
+"""Measures throughput and row fill of a run from the plan, so that the ranks need not communicate."""
 
 import resource
 import time
@@ -36,7 +36,7 @@ class Meter(TrainerCallback):
         self._wholes: dict[int, tuple[int, int, int]] = {}
 
     def follow(self, sampler: PlanSampler, row_tokens: int | None) -> None:
-        """Read this plan from now on.
+        """Count by this plan from now on.
 
         Args:
             row_tokens: tokens that fit into a rank's micro-batch; None if rows are not packed.
@@ -53,7 +53,7 @@ class Meter(TrainerCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent inside, in evaluation or saving."""
+        """Exclude the time spent inside this context, for evaluation and saving."""
         begin = time.perf_counter()
         try:
             yield

@@ -27,7 +27,7 @@ class SampleNoise:
         return noise
 
     def follow(self, batch: dict[str, Any]) -> None:
-        """Take the sample lengths of the next batch: one flat row, or padded rows."""
+        """Set the sample lengths from the next batch: one flat row, or padded rows."""
         if "attention_mask" in batch:
             self.lengths = batch["attention_mask"].sum(dim=1, keepdim=True)  # [S, 1]
         else:

@@ -1,4 +1,4 @@
-"""A curriculum: the phases of a recipe in turn, each starting from the weights of the one before.
+"""Runs a curriculum: the phases of a recipe in order, each starting from the weights of the one before.
 
 A phase is a run of its own in ``output_dir/phase_N_NAME``, with its data, plan, optimizer, schedule and checkpoints,
 and a recipe that trains it again. This module does the rest: it checks all phases before the first one begins, skips
@@ -97,7 +97,7 @@ def between() -> None:
 
 
 def publish(recipe: Recipe) -> None:
-    """Put the last phase's model into ``output_dir`` too, by hard links where the file system has them."""
+    """Put the last phase's model into ``output_dir`` too, as hard links where the file system supports them."""
     between()
     on_rank_0 = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if not (on_rank_0 and recipe.training.save_final):
@@ -122,8 +122,8 @@ def _start_from(run: Recipe, before: Recipe) -> None:
         return
     if method == earlier == "llamapro":
         raise RecipeError(
-            f"phase {run.phase}: tuner.train_type=llamapro would add its blocks once more. Set tuner.train_type=full "
-            "there, which trains the whole longer model or the parameters in tuner.trainable_parameters."
+            f"phase {run.phase}: tuner.train_type=llamapro would add its blocks again. Set tuner.train_type=full "
+            "in this phase, which trains the whole longer model or the parameters in tuner.trainable_parameters."
         )
     run.model.model, run.model.model_revision = str(folder_of(before)), "main"
     run.tuner.resume_from_checkpoint = None
@@ -146,7 +146,7 @@ def _is_finished(run: Recipe) -> bool:
     if finished(folder) and not resumes:
         raise CheckpointError(
             f"training.output_dir={folder.parent} holds {folder.name} of an earlier run. Resume it with "
-            "training.resume_from_checkpoint=true, or give another folder."
+            "training.resume_from_checkpoint=true, or choose another folder."
         )
     return finished(folder)
 

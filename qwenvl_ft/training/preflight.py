@@ -1,7 +1,7 @@
-"""Can this machine run it? Tries packages, devices, folders and the model's config before anything is written.
+"""Can this machine run the recipe? Tries packages, devices, folders and the model's config before anything is written.
 
 transformers builds the optimizer, the schedule, the trackers and the hub's repository only after the data has been
-measured and the output folder created. Here each is tried beforehand, and a failure is one line.
+measured and the output folder created. This module tries each of them beforehand; a failure is one line.
 """
 
 import copy
@@ -34,9 +34,9 @@ NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
 IMPORTED_TO_BE_FOUND = ("wandb", "comet_ml")
 """Trackers that transformers imports to find out if they are installed."""
 MANY_STEPS = 10**6
-"""Length of the schedule that is tried, where the run's is not known yet."""
+"""Length of the test schedule if the run's is not known yet, in steps."""
 PROBES = ("1", "0.5")
-"""Two values of ``optim_args`` that every option distinguishes."""
+"""Two test values for an option of ``optim_args``; an option that is read gives different arguments for them."""
 
 
 def preflight(recipe: Recipe, args: TrainingArguments) -> None:
@@ -132,7 +132,7 @@ def _trackers(recipe: Recipe, args: Any) -> None:
     for name in args.report_to:
         if name not in installed:
             raise RecipeError(
-                f"training.report_to={name}: it is not installed. Install its package, or choose another: "
+                f"training.report_to={name}: its package is not installed. Install it, or choose another tracker: "
                 f"{', '.join(['none', *available()])}."
             )
 
@@ -167,16 +167,16 @@ def _compile(recipe: Recipe, args: Any) -> None:
     except Exception as error:
         cause = str(error).partition("\n")[0].rstrip(".")
         raise RecipeError(
-            f"training.torch_compile=true with {backend} cannot compile here: {cause}. Install what it needs (on a CPU "
-            "a C++ compiler: apt-get install g++), or remove the key."
+            f"training.torch_compile=true with {backend} cannot compile on this machine: {cause}. Install what it "
+            "needs (on a CPU a C++ compiler: apt-get install g++), or remove the key."
         ) from error
 
 
 def _sharding(recipe: Recipe, args: Any) -> None:
     if args.fsdp and args.world_size == 1:
         raise RecipeError(
-            f"training.fsdp={recipe.training.arguments['fsdp']} shards the model over processes, and there is one. "
-            "Start more (accelerate launch --num_processes 2 ...), or remove the key."
+            f"training.fsdp={recipe.training.arguments['fsdp']} shards the model over processes, but there is only "
+            "one. Start more (accelerate launch --num_processes 2 ...), or remove the key."
         )
 
 
@@ -188,7 +188,7 @@ def _output(recipe: Recipe, args: Any) -> None:
         raise RecipeError(f"training.output_dir={args.output_dir}: {existing} is a file. Give a folder.")
     if not os.access(existing, os.W_OK | os.X_OK) or not _can_create_in(existing):
         raise RecipeError(
-            f"training.output_dir={args.output_dir}: {existing} cannot be written to. Give another folder."
+            f"training.output_dir={args.output_dir}: {existing} cannot be written to. Choose another folder."
         )
 
 
@@ -205,7 +205,7 @@ def _one_device(recipe: Recipe, args: Any) -> None:
     if args.n_gpu > 1 and recipe.model.device_map is None:
         raise RecipeError(
             f"one process sees {args.n_gpu} GPUs. Launch one per GPU (accelerate launch -m qwenvl_ft.train ...), or "
-            "show it one by CUDA_VISIBLE_DEVICES=0."
+            "make only one visible: CUDA_VISIBLE_DEVICES=0."
         )
 
 
@@ -256,14 +256,15 @@ def try_model(recipe: Recipe) -> None:
     if scaling is not None and section.rope_scaling is None:
         raise RecipeError(
             f"tuner.resume_from_checkpoint={recipe.tuner.resume_from_checkpoint} was trained with model.rope_scaling="
-            f"{shown(scaling)}, and this recipe has none. Set it."
+            f"{shown(scaling)}, but this recipe does not set it. Set it to the same value."
         )
     _names(recipe.tuner, plan.config)
     length, text = recipe.template.max_length, plan.config.get_text_config()
     if length <= text.max_position_embeddings:
         return
     dynamic = text.rope_parameters["rope_type"] == "dynamic"
-    reason = ", and dynamic would stretch them for all samples of a row that has a longer one" if dynamic else ""
+    stretched = ", and dynamic scaling would stretch them for all samples of a row that contains a longer one"
+    reason = stretched if dynamic else ""
     raise RecipeError(
         f"template.max_length={length} exceeds the {text.max_position_embeddings} positions (max_position_embeddings) "
         f"of {section.model}{reason}. Lower it, or stretch the positions by model.rope_scaling=yarn."

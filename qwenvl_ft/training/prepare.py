@@ -1,4 +1,4 @@
-"""Everything that happens between a recipe and the loading of its data and model, in order."""
+"""Prepares a run: everything between reading the recipe and loading its data and model, in order."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext

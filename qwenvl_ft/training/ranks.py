@@ -83,6 +83,6 @@ def require_same_samples(dataset: SampleDataset, epoch: int, world_size: int) ->
         count, other_count = keys[0].samples, keys[other].samples
         raise DataError(
             f"{dataset.name}: rank 0 sees {count:,} samples but rank {other} sees {other_count:,}"
-            + (", of other lengths" if count == other_count else "")
+            + (", with different lengths" if count == other_count else "")
             + ". Check that every machine has the same data and media files."
         )

@@ -27,7 +27,7 @@ class RowTrainer(PlannedTrainer):
         options: further arguments of transformers' Trainer. The others are explained in `QwenVLTrainer`.
 
     Raises:
-        RecipeError: packing with padding; data sets with different pixels; or more than one GPU in this process.
+        RecipeError: packing with padding; raw pixels in only some of the data sets; or several GPUs in this process.
         DataError: the ranks see different samples.
     """
 

@@ -1,4 +1,4 @@
-"""The config of a saved model: as a server needs it, not as training holds it."""
+"""Sets the config of a saved model for inference, which differs from the config in training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Environment variables by which experiment trackers are configured, from keys of ``training``."""
+"""Sets the environment variables of experiment trackers from keys of ``training``."""
 
 import os
 
@@ -32,7 +32,7 @@ def set_tracker_variables(section: TrainingConfig, report_to: list[str]) -> None
         if tracker not in report_to:
             setting = f"training.{name}" if name in SECRETS else f"training.{name}={value}"
             raise RecipeError(
-                f"{setting} is read by {tracker} alone, and training.report_to is {', '.join(report_to)}. "
+                f"{setting} is only read by {tracker}, but training.report_to is {', '.join(report_to)}. "
                 f"Add {tracker} to it, or remove training.{name}."
             )
         os.environ[variable] = value

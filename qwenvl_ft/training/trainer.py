@@ -59,8 +59,8 @@ class QwenVLTrainer(RowTrainer):
         lorap_lr_ratio: factor on the learning rate of LoRA's B matrices (LoRA+); None is 1.
         loss_weights: data set -> weight of its tokens in training; None is 1 for all.
         zero_gradient_steps: consecutive steps without a gradient in a trainable part before a warning; 0 is never.
-        checkpointed: ``llm`` and ``vision`` -> False to exempt it from activation checkpointing; None is neither.
-        z_loss: weight of the squared logarithm of each softmax's sum, in training alone.
+        checkpointed: ``llm`` and ``vision`` -> False to exempt it from activation checkpointing; None exempts neither.
+        z_loss: weight of the squared logarithm of each softmax's sum, only in training.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
 
     Raises:
@@ -144,7 +144,7 @@ class QwenVLTrainer(RowTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
-        """Return a step's micro-batches, and the global batch's supervised tokens or the sum of their weights."""
+        """Return a step's micro-batches, and the number (or summed weights) of the global batch's supervised tokens."""
         batches = list(islice(epoch_iterator, num_batches))
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         count = sum_over_ranks(torch.full((), tokens, device=device, dtype=torch.int64), self.accelerator)
@@ -255,7 +255,7 @@ class QwenVLTrainer(RowTrainer):
             return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=count)
 
     def _evaluation_model(self) -> nn.Module:
-        """Return the model as training wraps it, or prepared for evaluation alone."""
+        """Return the model as training wraps it; without training, prepared for evaluation."""
         if not self.is_prepared:
             self.is_prepared = True
             return cast(nn.Module, self.accelerator.prepare_model(cast(nn.Module, self.model), evaluation_mode=True))
@@ -295,5 +295,6 @@ class QwenVLTrainer(RowTrainer):
 
 
 def _already_scaled(*_: Any, **__: Any) -> Any:
-    """Given to transformers as its loss function: it then does not divide the loss by the accumulation steps."""
+    """A loss function that is never called; with one, transformers does not divide the loss by the accumulation
+    steps."""
     raise AssertionError("QwenVLTrainer.compute_loss computes the loss")

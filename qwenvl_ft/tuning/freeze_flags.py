@@ -22,10 +22,10 @@ def freeze_flags_of(parts: list[str]) -> str:
 
 
 def require_language_model_only(tuner: TunerConfig) -> None:
-    """Raise unless a recipe fits a train type that changes nothing but the language model.
+    """Raise unless a recipe trains only the language model, for train types that change nothing else.
 
     Raises:
-        RecipeError: the language model is frozen, another part is not, or target modules are named.
+        RecipeError: the language model is frozen, another part is unfrozen, or target modules are named.
     """
     if tuner.freeze_llm or not (tuner.freeze_vit and tuner.freeze_aligner):
         raise RecipeError(

@@ -137,9 +137,9 @@ def schedule_with_floor(
 ) -> LambdaLR:
     """Build one of ``MIN_LR_SCHEDULES`` that ends at ``min_lr`` for every group.
 
-    transformers converts ``min_lr`` to a share of the optimizer's default rate, so a group with another rate would end
-    at another floor. Here each group follows transformers' schedule for an optimizer whose default is the group's rate.
-    A group whose rate is ``min_lr`` or less keeps its rate after the warmup.
+    transformers converts ``min_lr`` to a share of the optimizer's default rate, so a group with a different rate would
+    end at a different minimum. This schedule lets each group follow transformers' schedule for an optimizer whose
+    default is the group's rate. A group whose rate is ``min_lr`` or less keeps its rate after the warmup.
 
     Example:
         cosine_warmup_with_min_lr, rate 1e-4, 1,000 steps, 100 warmup steps, ``min_lr`` 1e-6: the rate is 1e-6 at step

@@ -23,7 +23,7 @@ def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Sequence[Any
     """Freeze and adapt a model according to ``tuner``. Call it once, before the trainer is built.
 
     Args:
-        batches: batches of the collator, for ``init_weights`` lora-ga and eva, which look at data.
+        batches: batches of the collator, for ``init_weights`` lora-ga and eva, which are computed from data.
 
     Returns:
         The model itself for ``full`` and ``llamapro``, a PeftModel for adapters.

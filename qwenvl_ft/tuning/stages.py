@@ -1,9 +1,9 @@
 """Continues training an adapter of an earlier run, together with new layers if the recipe names any.
 
-``tuner.resume_from_checkpoint`` names its folder. Only the weights are read; optimizer, schedule and data start afresh.
+``tuner.resume_from_checkpoint`` names its folder. Only the weights are read; optimizer, schedule and data start anew.
 The result is one adapter with the layers of both runs, each with its own rank and scale, and the modules that either
-run trained in full, so peft loads it on the base model without the earlier adapter. The earlier layers go on training
-in unfrozen parts, and are frozen in the others; ``tuner.modules_to_save`` train in any part.
+run trained in full, so peft loads it on the base model without the earlier adapter. The earlier layers keep training
+in unfrozen parts and are frozen in the others; ``tuner.modules_to_save`` train in all parts.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ class Earlier:
         """Load the weights into a model that was built from a widened config, and freeze those of frozen parts.
 
         Args:
-            saved: full names of ``tuner.modules_to_save``, which train in any part.
+            saved: full names of ``tuner.modules_to_save``, which train in frozen parts too.
 
         Raises:
-            CheckpointError: weights that have no place in the model, or another shape.
+            CheckpointError: weights that have no place in the model, or the wrong shape.
         """
         base = peft_model.get_base_model()
         trained_on, current = self.config.base_model_name_or_path, getattr(base, "name_or_path", "")
@@ -183,7 +183,7 @@ class Earlier:
             if then != now:
                 raise RecipeError(
                     f"{KEY}={self.folder} was trained with {name}={then}, but this recipe sets {now}. An adapter has "
-                    f"only one; use {then}."
+                    f"only one value; use {then}."
                 )
 
     def _keep_sizes(self, config: Any, names: list[str]) -> None:

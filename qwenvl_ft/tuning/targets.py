@@ -33,7 +33,7 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     language head. ``target_regex`` must match a whole name and replaces ``target_modules``; ``^$`` selects none.
 
     Raises:
-        RecipeError: a name or the pattern matches nothing there.
+        RecipeError: a name or the pattern matches none of these modules.
     """
     frozen = frozen_parts(tuner)
     saved = saved_modules(model, tuner)
@@ -202,7 +202,7 @@ def _problem_of(wanted: str, model: nn.Module, among: list[str] | None = None) -
         return f"which is a parameter. Name its module: {parameters[0].rpartition('.')[0]}."
     names = among or [name for name, _ in model.named_modules() if name]
     depth = wanted.count(".") + 1
-    return f"which is no module of the model.{hint(wanted, {_tail(name, depth) for name in names})}"
+    return f"which is not a module of the model.{hint(wanted, {_tail(name, depth) for name in names})}"
 
 
 def _tail(name: str, depth: int) -> str:

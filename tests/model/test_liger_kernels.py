@@ -86,7 +86,7 @@ class TestUnderTheInterpreter:
         assert differs(case["plain, weighted"], case["plain"]), "vacuous: the weights change nothing"
         assert case["calls with weights"] == 0
         if head == "lora on the head":
-            assert case["left"] == "the language head is no plain linear layer (Linear of peft.tuners.lora.layer)"
+            assert case["left"] == "the language head is not a plain linear layer (Linear of peft.tuners.lora.layer)"
             assert case["calls"] == []
             assert not differs(case["fused"], case["plain"])
 

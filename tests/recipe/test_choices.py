@@ -37,7 +37,7 @@ def test_choices_that_can_be_added_come_from_their_table(key, table, monkeypatch
     section, _, name = key.partition(".")
     assert table_of(key) == list(table)
     assert type_name(own_types(section)[name]) == ", ".join(table)
-    with pytest.raises(RecipeError, match=rf"override: {key}: 'mine' is not a choice here\. Known: "):
+    with pytest.raises(RecipeError, match=rf"override: {key}: 'mine' is not one of the choices\. Known: "):
         load_recipe(None, [f"{key}=mine"])
     monkeypatch.setitem(table, "mine", next(iter(table.values())))
     assert getattr(getattr(load_recipe(None, [f"{key}=mine"]), section), name) == "mine"

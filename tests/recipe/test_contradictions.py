@@ -108,7 +108,7 @@ CONTRADICTIONS = {
     ],
     'training.optim_target_modules=["q_proj"] is read only by GaLore and APOLLO, but training.optim=sgd. Remove it, '
     "or use one of them.": ["training.optim_target_modules=[q_proj]", "training.optim=sgd"],
-    "training.hub_model_id='me/mine' is read only with training.push_to_hub. Set it, or remove training."
+    "training.hub_model_id='me/mine' is only read if training.push_to_hub is set. Set that, or remove training."
     "hub_model_id.": ["training.hub_model_id=me/mine"],
     "training.activation_checkpointing_kwargs='x' is not a mapping. Example: {every_n_layers: 2}.": [
         "training.activation_checkpointing_kwargs=x"
@@ -119,15 +119,15 @@ CONTRADICTIONS = {
     "training.activation_checkpointing_kwargs.offload='maybe' is not true or false.": [
         "training.activation_checkpointing_kwargs.offload=maybe"
     ],
-    "training.torch_compile_mode=max-autotune records one CUDA graph per row length, and almost every row has another "
-    "length. Use max-autotune-no-cudagraphs.": ["training.torch_compile_mode=max-autotune"],
+    "training.torch_compile_mode=max-autotune records one CUDA graph per row length, and almost every row has a "
+    "different length. Use max-autotune-no-cudagraphs.": ["training.torch_compile_mode=max-autotune"],
     "training.torch_compile=true and training.use_liger_kernel=true both fuse the same operations. Keep one.": [
         "training.torch_compile=true",
         "training.use_liger_kernel=true",
     ],
-    "training.torch_compile_backend=cudagraphs records one CUDA graph per row length, and almost every row has another "
-    "length. Remove it.": ["training.torch_compile_backend=cudagraphs"],
-    "training.output_dir is empty. Give a folder: training.output_dir=output.": ["training.output_dir="],
+    "training.torch_compile_backend=cudagraphs records one CUDA graph per row length, and almost every row has a "
+    "different length. Remove it.": ["training.torch_compile_backend=cudagraphs"],
+    "training.output_dir is empty. Name a folder: training.output_dir=output.": ["training.output_dir="],
     "training.lr_scheduler_type=cosine has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
     "cosine_warmup_with_min_lr.": ["training.lr_scheduler_kwargs.min_lr=1e-6"],
 }

@@ -127,11 +127,11 @@ def test_every_field_of_training_arguments_is_converted_by_its_annotation(entry)
     enums = [plain for plain in plain_types(kind) if isinstance(plain, type) and issubclass(plain, Enum)]
     if enums:
         assert all(convert(member.value, kind, "here") == member.value for member in enums[0])
-        with pytest.raises(RecipeError, match="is not a choice here"):
+        with pytest.raises(RecipeError, match="is not one of the choices"):
             convert("no such choice", kind, "here")
     elif choices(kind) and not {str, int} & plain_types(kind):
         assert all(convert(word, kind, "here") == word for word in choices(kind))
-        with pytest.raises(RecipeError, match="is not a choice here"):
+        with pytest.raises(RecipeError, match="is not one of the choices"):
             convert("no such choice", kind, "here")
     elif entry.name in CANNOT_BE_WRITTEN:
         with pytest.raises(RecipeError, match="cannot be written in a recipe"):
@@ -144,7 +144,7 @@ def test_every_field_of_training_arguments_is_converted_by_its_annotation(entry)
 def test_every_schedule_is_a_choice():
     for kind in SchedulerType:
         assert load_recipe(None, [f"training.lr_scheduler_type={kind.value}"])
-    with pytest.raises(RecipeError, match=r"'cosin' is not a choice here\. Did you mean 'cosine'\?"):
+    with pytest.raises(RecipeError, match=r"'cosin' is not one of the choices\. Did you mean 'cosine'\?"):
         load_recipe(None, ["training.lr_scheduler_type=cosin"])
 
 

@@ -75,12 +75,12 @@ WRONG_FILES = {
     ),
     "a misspelt choice": (
         "template: {truncation_strategy: rihgt}",
-        "FILE: template.truncation_strategy: 'rihgt' is not a choice here. Did you mean 'right'? Known: delete, left, "
-        "raise, right.",
+        "FILE: template.truncation_strategy: 'rihgt' is not one of the choices. Did you mean 'right'? Known: delete, "
+        "left, raise, right.",
     ),
     "a misspelt choice of transformers": (
         "training: {save_strategy: bset}",
-        "FILE: training.save_strategy: 'bset' is not a choice here. Did you mean 'best'? Known: best, epoch, no, "
+        "FILE: training.save_strategy: 'bset' is not one of the choices. Did you mean 'best'? Known: best, epoch, no, "
         "steps.",
     ),
     "an unknown section": (
@@ -122,7 +122,7 @@ WRONG_FILES = {
     ),
     "two words for extends": (
         "extends: a.yaml\ninherit: a.yaml",
-        "FILE: both extends and inherit are given. Keep extends.",
+        "FILE: both extends and inherit are set. Keep extends.",
     ),
     "a reference to nothing": (
         "training: {vit_lr: '${training.nope}'}",
@@ -141,7 +141,7 @@ WRONG_FILES = {
         'FILE: data.datasets: {"a": "a.jsonl"} has an entry \'a.jsonl\' that is not a mapping. Example: '
         '{"key": "value"}.',
     ),
-    "null for a list or a text": ("data: {train: null}", "FILE: data.train: null is no value here."),
+    "null for a list or a text": ("data: {train: null}", "FILE: data.train: null is not a value of this key."),
     "a field that transformers dropped": (
         "training: {overwrite_output_dir: true}",
         "FILE: training.overwrite_output_dir: a run writes to output_dir even if files are there. Remove it.",
@@ -161,12 +161,12 @@ WRONG_FILES = {
     ),
     "the template of another model": (
         "template: {template: llava}",
-        "FILE: template.template: 'llava' is not a choice here. Known: qwen, qwen2_5_vl, qwen2_vl, qwen3_vl, "
+        "FILE: template.template: 'llava' is not one of the choices. Known: qwen, qwen2_5_vl, qwen2_vl, qwen3_vl, "
         "qwen3_vl_moe.",
     ),
     "a misspelt tracker": (
         "training: {report_to: tensorbord}",
-        "FILE: training.report_to: 'tensorbord' is not a choice here. Did you mean 'tensorboard'? Known: all, "
+        "FILE: training.report_to: 'tensorbord' is not one of the choices. Did you mean 'tensorboard'? Known: all, "
         "azure_ml, clearml, codecarbon, comet_ml, dagshub, dvclive, flyte, kubeflow, mlflow, neptune, none, swanlab, "
         "tensorboard, trackio, wandb.",
     ),
@@ -182,11 +182,12 @@ WRONG_FILES = {
     ),
     "a backend that is none": (
         "training: {ddp_backend: foo}",
-        "FILE: training.ddp_backend: 'foo' is not a choice here. Known: ccl, cncl, gloo, hccl, mccl, mpi, nccl, xccl.",
+        "FILE: training.ddp_backend: 'foo' is not one of the choices. Known: ccl, cncl, gloo, hccl, mccl, mpi, nccl, "
+        "xccl.",
     ),
     "the beginning of an optimizer's name": (
         "training: {optim: adamw}",
-        "FILE: training.optim: 'adamw' is not a choice here. Did you mean 'adamw_torch'? Known: ...",
+        "FILE: training.optim: 'adamw' is not one of the choices. Did you mean 'adamw_torch'? Known: ...",
     ),
     "a line break in a key": (
         'tuner: {"lora\\nrank": 8}',
@@ -219,8 +220,8 @@ WRONG_ARGUMENTS = {
     "tuner=full": "override: tuner is a section. Set one of its keys: tuner.key=value.",
     "tunner.lora_rank=8": "override: unknown key 'tunner.lora_rank'. Did you mean 'tuner'? Known: ",
     "model.rope_scaling.type.x=1 model.rope_scaling.type=a model.rope_scaling.type.x=2": "override: "
-    "model.rope_scaling.type.x: type is 'a' there, which has no keys.",
-    "recipe=a --config b": "--config=b: 'a' is given already. Name one file; it may extend others.",
+    "model.rope_scaling.type.x: type is already set to 'a', which has no keys.",
+    "recipe=a --config b": "--config=b: 'a' is named already. Name one file; it may extend others.",
     "recipe=lora4b": "there is no recipe 'lora4b'. Did you mean 'lora_4b'? Known: ",
     "recipe=": "recipe= names no recipe. Example: recipe=lora_4b.",
     "extends=lora_4b": "override: extends belongs in a file. On the command line, use base_config=lora_4b.",

@@ -309,7 +309,7 @@ WRONG = {
         RecipeError,
         "give true, which finds the phase",
     ),
-    "new blocks twice": (["tuner.train_type=llamapro"], RecipeError, "phase 2/3 top: .*once more"),
+    "new blocks twice": (["tuner.train_type=llamapro"], RecipeError, "phase 2/3 top: .*blocks again"),
 }
 
 

@@ -78,7 +78,7 @@ REFUSED = {
     ),
     "a tracker that is not installed": (
         ["training.report_to=[tensorboard,neptune]"],
-        "training.report_to=neptune: it is not installed. Install its package, or choose another: none, ",
+        "training.report_to=neptune: its package is not installed. Install it, or choose another tracker: none, ",
     ),
     "a tracker that does not know us": (
         ["training.report_to=wandb"],
@@ -90,11 +90,11 @@ REFUSED = {
     ),
     "a compiler that is not here": (
         ["training.torch_compile_backend=hpu_backend"],
-        "training.torch_compile=true with hpu_backend cannot compile here: Invalid backend",
+        "training.torch_compile=true with hpu_backend cannot compile on this machine: Invalid backend",
     ),
     "shards for one process": (
         ["training.fsdp=full_shard"],
-        "training.fsdp=full_shard shards the model over processes, and there is one.",
+        "training.fsdp=full_shard shards the model over processes, but there is only one.",
     ),
     "a misspelt way of sharding": (["training.fsdp=full_shrad"], "training: Unknown `fsdp` option: full_shrad"),
     "a backend that this torch has not": (["training.ddp_backend=cncl"], "training.ddp_backend=cncl is not part of"),
@@ -114,7 +114,7 @@ REFUSED = {
     ),
     "a module that is none": (
         ["model.device_map.model.visul=cpu"],
-        "model.device_map names 'model.visul', which is no module. Did you mean 'model.visual'?",
+        "model.device_map names 'model.visul', which is not a module. Did you mean 'model.visual'?",
     ),
     "a device that is not here": (["model.device_map=cuda:64"], "model.device_map places 'all' on 'cuda:64', but this"),
     "a size that is none": (["model.device_map=cpu", "model.max_memory.cpu=lots"], "model.max_memory gives 'cpu' the"),
@@ -125,7 +125,7 @@ REFUSED = {
     ),
     "a module to train in full that is none": (
         ["tuner.train_type=full", "tuner.modules_to_save=[model.visual.mergr]"],
-        "tuner.modules_to_save names 'model.visual.mergr', which is no module of the model.",
+        "tuner.modules_to_save names 'model.visual.mergr', which is not a module of the model.",
     ),
     "a start that is none": (["tuner.init_weights=pisa"], "unknown tuner.init_weights 'pisa'. Did you mean 'pissa'?"),
     "a rank for what is not adapted": (
@@ -158,7 +158,7 @@ REFUSED = {
     ),
     "a module to train beside new blocks that is none": (
         ["tuner.train_type=llamapro", "tuner.modules_to_save=[model.visual.mergr]"],
-        "tuner.modules_to_save names 'model.visual.mergr', which is no module of the model.",
+        "tuner.modules_to_save names 'model.visual.mergr', which is not a module of the model.",
     ),
     "a weight to freeze that is none": (
         ["tuner.train_type=full", "tuner.freeze_parameters=[model.layers.9]"],
@@ -196,7 +196,7 @@ def test_a_cpu_without_a_compiler_for_cpp_is_one_line(tiny_dir, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
-    expected = "error: training.torch_compile=true with inductor cannot compile here: InvalidCxxCompiler: "
+    expected = "error: training.torch_compile=true with inductor cannot compile on this machine: InvalidCxxCompiler: "
     assert error.startswith(expected)
     assert "apt-get install g++" in error
     assert list(tmp_path.iterdir()) == []
@@ -261,9 +261,9 @@ def test_only_trackers_in_report_to_get_their_environment_variables(tiny_dir, tm
     assert {name: os.environ[name] for name in variables} == variables
     assert "secret" not in silent.to_yaml()
     other = load_recipe(None, settings(tiny_dir, tmp_path, words[0], "training.report_to=tensorboard"))
-    with pytest.raises(RecipeError, match=r"wandb_project=scans is read by wandb alone, and .* is tensorboard\. Add"):
+    with pytest.raises(RecipeError, match=r"wandb_project=scans is only read by wandb, but .* is tensorboard\. Add"):
         prepare_run(other)
-    with pytest.raises(RecipeError, match=r"training\.swanlab_token is read by swanlab alone"):
+    with pytest.raises(RecipeError, match=r"training\.swanlab_token is only read by swanlab"):
         set_tracker_variables(silent.training, ["wandb"])
 
 

@@ -114,7 +114,7 @@ WRONG = {
     "training.do_train=false": "training.do_train=false cannot be honoured",
     "training.do_eval=false": "Set eval_strategy=no",
     "training.output_dir=/proc/run": "/proc cannot be written to",
-    "model.attn_impl=flash": "is not a choice here",
+    "model.attn_impl=flash": "is not one of the choices",
     "model.attn_impl=flash_attn": "model.attn_impl=flash_attention_2 cannot be used",
     "tuner.train_type=lora tuner.target_modules=[q_porj]": "q_porj",
     "tuner.freeze_llm=true tuner.freeze_vit=true tuner.freeze_aligner=true": "freeze",

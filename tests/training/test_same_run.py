@@ -82,7 +82,10 @@ CHANGES = {
     "accumulation": (["training.gradient_accumulation_steps=1"], "a step takes 1 rows and took 2"),
     "rows": (["training.per_device_train_batch_size=2"], "a step takes 4 rows and took 2"),
     "fewer records": (["data.train=DATA/half.jsonl"], "data.train has 6 samples and had 12. Give the data"),
-    "other records": (["data.train=DATA/other.jsonl"], "has 12 samples and had 12, of other lengths. Give the data"),
+    "other records": (
+        ["data.train=DATA/other.jsonl"],
+        "has 12 samples and had 12, with different lengths. Give the data",
+    ),
 }
 
 

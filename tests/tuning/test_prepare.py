@@ -131,7 +131,7 @@ def test_checkpointed_activations_give_every_adapter_the_same_gradient(fresh, tu
         (ALL_FROZEN, r"leaves nothing to train.*frozen: vision, merger, llm.*tuner\.freeze_llm=false"),
         ({"train_type": "full", **ALL_FROZEN}, r"nothing is left to train.*tuner\.freeze_vit=false"),
         ({"target_regex": "^$"}, r"leaves nothing to train.*no tuner\.modules_to_save"),
-        ({"train_type": "full", "modules_to_save": ["nothing"]}, r"'nothing', which is no module"),
+        ({"train_type": "full", "modules_to_save": ["nothing"]}, r"'nothing', which is not a module"),
     ],
 )
 def test_a_recipe_that_trains_nothing_is_one_line(fresh, tuner, settings, words):

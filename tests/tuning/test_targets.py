@@ -95,9 +95,9 @@ def test_the_empty_regex_asks_for_no_adapter(deep, tuner):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target_modules": ["q_prj"]}, r"'q_prj', which is no module.*Did you mean 'q_proj'"),
+        ({"target_modules": ["q_prj"]}, r"'q_prj', which is not a module.*Did you mean 'q_proj'"),
         ({"target_modules": ["mlp.up_prj"]}, r"Did you mean 'mlp\.up_proj'"),
-        ({"target_modules": ["q_proj", "k"]}, r"names 'k', which is no module"),
+        ({"target_modules": ["q_proj", "k"]}, r"names 'k', which is not a module"),
         ({"target_modules": ["self_attn"]}, r"is a Qwen3VLTextAttention, not a Linear layer.*q_proj, k_proj"),
         ({"target_modules": ["embed_tokens"]}, r"Embedding, not a Linear layer.*modules_to_save"),
         ({"target_modules": ["patch_embed.proj"]}, r"Conv3d, not a Linear layer"),
@@ -148,10 +148,10 @@ def test_saved_modules_get_no_adapter(deep, tuner):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.visual.mergr", r"'model\.visual\.mergr', which is no module.*Did you mean 'model\.visual\.merger'"),
+        ("model.visual.mergr", r"'model\.visual\.mergr', which is not a module.*Did you mean 'model\.visual\.merger'"),
         ("model.visual.merger.norm.weight", r"is a parameter. Name its module: model\.visual\.merger\.norm\."),
         ("rotary_emb", r"has no parameters"),
-        ("", r"which is no module"),
+        ("", r"which is not a module"),
     ],
 )
 def test_saved_names_that_match_nothing_are_errors(deep, tuner, name, words):

@@ -1,4 +1,4 @@
-"""Is this recipe consistent? Finds settings that are valid one by one but contradict each other.
+"""Is this recipe consistent? Finds settings that are valid individually but contradict each other.
 
 Each check takes a recipe and returns the error message for the first contradiction that it finds, with the key to
 change, or None. One module per topic; `CHECKS` lists all of them.

@@ -55,7 +55,7 @@ def areas(recipe: Recipe) -> str | None:
 
 
 def datasets(recipe: Recipe) -> str | None:
-    """Registered datasets need a file, and have no other keys than ours."""
+    """Registered datasets need a file, and have only known keys."""
     for name, entry in recipe.data.datasets.items():
         unknown = [key for key in entry if key not in DATASET_KEYS]
         if unknown:
@@ -66,7 +66,7 @@ def datasets(recipe: Recipe) -> str | None:
 
 
 def names_of_validation_sets(recipe: Recipe) -> str | None:
-    """Their names become part of a metric's name."""
+    """The names of validation sets become part of a metric's name."""
     for name in recipe.data.val if isinstance(recipe.data.val, dict) else ():
         if not re.fullmatch(r"\w+", name):
             return (

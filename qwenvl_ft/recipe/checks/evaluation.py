@@ -1,4 +1,4 @@
-"""Evaluation, and the choice of the best checkpoint by it."""
+"""Evaluation, and the choice of the best checkpoint."""
 
 from qwenvl_ft.errors import hint
 from qwenvl_ft.recipe.checks.argument import argument

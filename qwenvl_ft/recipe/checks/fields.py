@@ -21,7 +21,7 @@ NEEDS = {
 def output_dir(recipe: Recipe) -> str | None:
     """The output folder must have a name."""
     if not argument(recipe, "output_dir").strip():
-        return "training.output_dir is empty. Give a folder: training.output_dir=output."
+        return "training.output_dir is empty. Name a folder: training.output_dir=output."
     return None
 
 
@@ -37,7 +37,7 @@ def needs_another_field(recipe: Recipe) -> str | None:
         value = argument(recipe, name)
         if value and not argument(recipe, needed):
             return (
-                f"training.{name}={shown(value)} is read only with training.{needed}. Set it, or remove "
+                f"training.{name}={shown(value)} is only read if training.{needed} is set. Set that, or remove "
                 f"training.{name}."
             )
     return None

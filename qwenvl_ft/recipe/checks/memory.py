@@ -12,7 +12,7 @@ CUDA_GRAPHS = {
 
 
 def activation_checkpointing(recipe: Recipe) -> str | None:
-    """Options of ``torch.utils.checkpoint`` with which training is exact."""
+    """Training is exact only with some options of ``torch.utils.checkpoint``."""
     name = "activation_checkpointing_kwargs"
     options = argument(recipe, name) or {}
     if not isinstance(options, dict):
@@ -29,7 +29,7 @@ def activation_checkpointing(recipe: Recipe) -> str | None:
         if key == "every_n_layers" and (type(value) is not int or value < 1):
             return f"{setting} is not a whole number above 0. Example: 2."
         if key == "preserve_rng_state" and not value:
-            return f"{setting} would use another dropout mask in the backward pass. Remove it."
+            return f"{setting} would use a different dropout mask in the backward pass. Remove it."
     return None
 
 
@@ -40,7 +40,7 @@ def compilation(recipe: Recipe) -> str | None:
         if value in values:
             fix = "Use max-autotune-no-cudagraphs" if value == "max-autotune" else "Remove it"
             return (
-                f"training.{name}={value} records one CUDA graph per row length, and almost every row has another "
+                f"training.{name}={value} records one CUDA graph per row length, and almost every row has a different "
                 f"length. {fix}."
             )
     compiled = any(argument(recipe, name) for name in ("torch_compile", *CUDA_GRAPHS))

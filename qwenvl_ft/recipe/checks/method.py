@@ -1,4 +1,5 @@
-"""The training method: keys it does not read, what it cannot be combined with, and recipes that train nothing."""
+"""The training method: keys it does not read, settings that it cannot be combined with, and recipes that train
+nothing."""
 
 from qwenvl_ft.recipe.checks.argument import argument
 from qwenvl_ft.recipe.keys import own_types
@@ -39,7 +40,7 @@ def initialisation(recipe: Recipe) -> str | None:
 
 
 def _is_changed(recipe: Recipe, name: str) -> bool:
-    """Return True if the recipe sets a key of ``tuner`` to something else than its default."""
+    """Return True if the recipe sets a key of ``tuner`` to a value other than its default."""
     return f"tuner.{name}" in recipe.origins and getattr(recipe.tuner, name) != getattr(TunerConfig(), name)
 
 

@@ -16,8 +16,8 @@ class TemplateConfig:
     max_length: Positive = 8192
     """Length limit of a sample and of a packed row, in tokens, images included."""
     truncation_strategy: Literal["raise", "delete", "left", "right"] = "delete"
-    """Treatment of longer samples: raise stops the run, delete drops and counts the sample, left and right cut tokens
-    from that end, but never part of an image."""
+    """What to do with longer samples: raise stops the run, delete drops and counts the sample, left and right cut
+    tokens from that end, but never part of an image."""
     min_pixels: Positive | None = None
     """Smallest area of an image after resizing, in pixels; null keeps the processor's value."""
     max_pixels: Positive | None = None
@@ -26,7 +26,7 @@ class TemplateConfig:
     fps: PositiveFloat | None = None
     """Frames sampled per second of a video file; null keeps the processor's value (2)."""
     fps_min_frames: Positive | None = None
-    """Minimum number of frames sampled from a video file that has so many; null keeps the processor's value (4)."""
+    """Minimum number of frames sampled from a video file if it has that many; null keeps the processor's value (4)."""
     fps_max_frames: Positive | None = None
     """Maximum number of frames sampled from a video file; null keeps the processor's value (768)."""
     video_min_pixels: Positive | None = None
@@ -96,7 +96,7 @@ class DenseCaptions:
     """Dense captions: images with described objects and their coordinates."""
 
     images_per_user_turn: Positive = 2
-    """Number of records that one user turn asks about and one JSON object answers."""
+    """Number of records per group: one user turn asks about them, one JSON object answers."""
     emit_norm: Literal["none", "norm100", "norm1000"] = "norm1000"
     """Coordinates in answers: in pixels (none), or relative to the image's sides from 0 to 100 or 0 to 1000."""
     summary_ratio: Share | None = None

@@ -16,7 +16,7 @@ class EvaluationConfig:
     data: str | list[str] | None = None
     """Records to answer, written as in data.val; null takes data.val."""
     limit: Positive | None = None
-    """Use only the first so many records; null uses all."""
+    """Use only this number of records, from the first; null uses all."""
     metric: Annotated[str, OneOf("qwenvl_ft.evaluation.metrics:METRICS")] = "exact_match"
     """Metric that scores an answer."""
     max_new_tokens: Positive = 128

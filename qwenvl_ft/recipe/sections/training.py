@@ -111,9 +111,9 @@ class Monitoring:
     swanlab_token: str | None = None
     """SwanLab API key, as ${oc.env:NAME}; never printed or saved."""
     zero_gradient_steps: NonNegative = 20
-    """Warn after so many consecutive steps in which a trainable part gets no gradient; 0 never warns."""
+    """Warn after this number of consecutive steps in which a trainable part gets no gradient; 0 never warns."""
     early_stopping_patience: Positive | None = None
-    """Stop after so many evaluations without a better metric_for_best_model; null never stops early."""
+    """Stop after this number of evaluations without a better metric_for_best_model; null never stops early."""
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,8 @@ class MethodAndParts:
     freeze_aligner: bool = True
     """Freeze the merger and all deepstack mergers."""
     resume_from_checkpoint: str | None = None
-    """Folder of an adapter to continue training, for a second stage; new target modules may be added beside it. The run
-    itself starts at step 0."""
+    """Folder of an adapter to continue training, for a second stage; new target modules may be added. The run
+    starts at step 0."""
 
 
 @dataclass(kw_only=True)
@@ -179,9 +179,9 @@ class FullTraining:
     trainable_parameters_regex: str | None = None
     """Train parameters in whose names this regex is found, even if another key freezes them."""
     unfreeze_topk_llm: NonNegative = 0
-    """Train so many of the last language-model layers although freeze_llm is true."""
+    """Train this number of the last language-model layers although freeze_llm is true."""
     unfreeze_topk_vit: NonNegative = 0
-    """Train so many of the last vision blocks although freeze_vit is true."""
+    """Train this number of the last vision blocks although freeze_vit is true."""
 
 
 @dataclass(kw_only=True)

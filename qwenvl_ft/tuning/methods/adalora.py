@@ -103,7 +103,8 @@ class AdaLoraPeftModel(TrainedPeftModel):
         tuner.update_and_allocate(step)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as peft does, but with the ranks in use now: peft would drop those that grew since the last pruning."""
+        """Save as peft does, but with the current ranks: peft would drop those that have grown since the last
+        pruning."""
         config, kept = self._config, self._config.rank_pattern
         weights = self._adapter_weights()
         used = {_short(name): (value != 0).flatten().tolist() for name, value in weights if ".lora_E." in name}

@@ -23,7 +23,7 @@ MLPS = re.compile(
     r"model\.language_model\.layers\.\d+\.mlp|model\.visual\.blocks\.\d+\.mlp"
     r"|model\.visual\.merger|model\.visual\.deepstack_merger_list\.\d+"
 )
-"""Full names of the modules after which a bottleneck adapter can stand."""
+"""Matches the full names of the modules that a bottleneck adapter can follow."""
 
 
 def build_adapter(model: nn.Module, tuner: TunerConfig) -> nn.Module:

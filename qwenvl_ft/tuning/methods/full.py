@@ -53,9 +53,9 @@ def check_full(model: PreTrainedModel, tuner: TunerConfig) -> None:
 def free_weights(model: PreTrainedModel, tuner: TunerConfig) -> set[str]:
     """Return the names of the trainable weights.
 
-    Frozen parts come first, then ``freeze_parameters_ratio`` and ``freeze_parameters``, then what trains in any case:
-    ``trainable_parameters`` and ``modules_to_save``. A weight that two modules share, such as a tied language head,
-    has the name in the first module and is matched by both names.
+    Frozen parts come first, then ``freeze_parameters_ratio`` and ``freeze_parameters``, then the weights that train
+    regardless of all these: ``trainable_parameters`` and ``modules_to_save``. A weight that two modules share, such as
+    a tied language head, has the name in the first module and is matched by both names.
     """
     frozen, last = frozen_parts(tuner), _last_layers(model, tuner)
     free = {name for name, _ in model.named_parameters() if part_of(name) not in frozen or inside(name, last)}
@@ -83,7 +83,8 @@ def _last_layers(model: PreTrainedModel, tuner: TunerConfig) -> list[str]:
         count, layers = getattr(tuner, key), len(list(model.get_submodule(stack).children()))
         if count and not getattr(tuner, flag):
             raise RecipeError(
-                f"tuner.{key}={count} needs tuner.{flag}=true, but all of that part trains. Set it, or remove the key."
+                f"tuner.{key}={count} needs tuner.{flag}=true, but that part is not frozen. Set it, or remove "
+                f"tuner.{key}."
             )
         if count > layers:
             raise RecipeError(f"tuner.{key}={count}, but {stack} has {layers} layers.")
@@ -92,7 +93,7 @@ def _last_layers(model: PreTrainedModel, tuner: TunerConfig) -> list[str]:
 
 
 def _lowest(model: nn.Module, share: float) -> set[str]:
-    """Return the names of the first weights, in the model's order, that are together at most ``share`` of all."""
+    """Return the names of the first weights in the model's order, together at most ``share`` of all weights."""
     sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}
     left, found = share * sum(sizes.values()), set()
     for name, size in sizes.items():
@@ -151,6 +152,6 @@ def _first_names(key: str, value: str, hits: list[str], weights: dict[str, str])
     for name in hits:
         if weights[name] != name and weights[name] not in hits:
             logger.warning(
-                "tuner.%s %r: %s shares its weight with %s, which is treated alike", key, value, name, weights[name]
+                "tuner.%s %r: %s shares its weight with %s, which is treated the same", key, value, name, weights[name]
             )
     return found

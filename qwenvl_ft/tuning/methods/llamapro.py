@@ -35,8 +35,8 @@ def build_llamapro(model: Any, tuner: TunerConfig) -> nn.Module:
     Names in ``modules_to_save`` are those of the larger model.
 
     Raises:
-        RecipeError: the model was expanded by another number of blocks, or the recipe has keys that the method cannot
-            use.
+        RecipeError: the model was expanded by a different number of blocks, or the recipe has keys that the method
+            cannot use.
     """
     require_language_model_only(tuner)
     count = tuner.llamapro_num_new_blocks

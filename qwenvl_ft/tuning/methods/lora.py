@@ -32,7 +32,7 @@ def build_lora(
     """Wrap the model in a PeftModel (arXiv 2106.09685) whose only trainable weights are LoRA's and ``modules_to_save``.
 
     Args:
-        batches: batches of the collator, for an initialisation that looks at data, see `starts`.
+        batches: batches of the collator, for an initialisation that is computed from data, see `starts`.
         tied_copies: if ``modules_to_save`` has an embedding that shares its weight with the language head, let the
             head share the copy; otherwise that is an error.
 

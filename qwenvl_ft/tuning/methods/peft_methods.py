@@ -1,4 +1,4 @@
-"""Train types that peft implements and that need nothing but a config, which is built here from the recipe's keys.
+"""Train types that peft implements and that only need a config, which this module builds from the recipe's keys.
 
 A train type with recipe keys of its own (``vera_rank``) is listed in `OWN_KEYS`; all others take peft's fields through
 ``tuner.peft_options``. If a method does not support the size of a layer, the error names the layer.

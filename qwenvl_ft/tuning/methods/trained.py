@@ -1,4 +1,4 @@
-"""The interface through which the trainer calls a PeftModel whose method takes part in training."""
+"""Base class of PeftModels that the trainer calls during training, for methods such as AdaLoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwenvl_ft.upstream.peft import PeftModelForCausalLM
 
 
 class TrainedPeftModel(PeftModelForCausalLM):
-    """Base class of such models. Its hooks do nothing; subclasses override those that they need."""
+    """PeftModel with hooks for the trainer. The hooks do nothing; subclasses override those that they need."""
 
     def begin(self, total_steps: int) -> None:
         """Called once before the first step, with the number of optimizer steps of the run.

@@ -1,4 +1,5 @@
-"""Maps ``tuner.init_weights`` to the way LoRA's matrices are initialised: what peft does, and what runs around it.
+"""Maps ``tuner.init_weights`` to the way LoRA's matrices are initialised: the settings for peft, and the steps before
+and after it.
 
 `from_data` holds the initialisations that look at batches (LoRA-GA, EVA), `original_base` the model class of those that
 change the base weights (PiSSA, OLoRA, LoRA-GA), `loftq` the one that compensates for quantisation.

@@ -2,7 +2,7 @@
 
 These initialisations give LoRA an update that is not zero and subtract it from the base weights, so that the outputs of
 the model do not change. A checkpoint as peft writes it holds only the new update and fits only the changed base model.
-Here it is written as a plain adapter of the original base model, with twice the rank.
+This module writes it as a plain adapter of the original base model, with twice the rank.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OriginalBasePeftModel(TrainedPeftModel):
         """Split a saved adapter into the trained factors and A0, B0, and put both back.
 
         Raises:
-            RecipeError: the checkpoint has another rank.
+            RecipeError: the checkpoint has a different rank.
         """
         from peft.utils import load_peft_weights, set_peft_model_state_dict
 
@@ -96,7 +96,7 @@ class OriginalBasePeftModel(TrainedPeftModel):
         return set_peft_model_state_dict(self, trained, adapter_name=adapter_name)
 
     def _move_base(self, start: dict[str, Tensor]) -> None:
-        """Make the base weights ``W - s B0 A0`` for another A0 and B0; equal ones (same seed) change no bit."""
+        """Set the base weights to ``W - s B0 A0`` for new A0 and B0; if these are equal (same seed), no bit changes."""
         for key, first in start.items():
             if ".lora_A." not in key:
                 continue

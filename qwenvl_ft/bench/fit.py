@@ -20,7 +20,7 @@ from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.loss import loss_sum, split_labels
 
 EXPLAINED = 0.9
-"""Least share of the variance that a fit must explain to be saved."""
+"""Minimum share of the variance that a fit must explain to be saved."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def keep(costs: CostModel, explained: float) -> Path:
     if explained < EXPLAINED:
         raise BenchError(
             f"the fit explains {explained:.0%} of the variance of the measured times, less than {EXPLAINED:.0%}, and "
-            "was not saved: other work disturbed it or rows were too short. Use an idle machine or longer --row-length."
+            "was not saved: the machine was busy or the rows too short. Use an idle machine or a larger --row-length."
         )
     return save_costs(costs)
 

@@ -58,7 +58,7 @@ MAX_NAMED = 3
 
 
 def require_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
-    """Raise if settings differ that the checkpoint's state depends on.
+    """Raise if a setting that the checkpoint's state depends on has changed.
 
     Keys that only one of the two recipes has, as after an upgrade, are ignored.
 
@@ -97,7 +97,7 @@ def save_plan(sampler: Any, folder: Path) -> None:
 
 
 def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False) -> None:
-    """Raise if the checkpoint's step would be another place in the data of this run.
+    """Raise if the checkpoint's step number would point to a different position in this run's data.
 
     Args:
         any_rows: ignore the number of rows, which ``auto_find_batch_size`` takes from the checkpoint.

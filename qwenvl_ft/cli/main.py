@@ -11,13 +11,13 @@ COMMANDS = {
     "check": "check every record before training: qwenvl-ft check RECIPE or FILE ...",
     "show": "write an HTML page of what the model will see: images, objects, tokens, packed rows",
     "stats": "print statistics of the data: lengths, images, answers, objects, diversity",
-    "split": "split dense captions by number of objects, to train from simple to full ones",
+    "split": "split dense captions by number of objects, for a curriculum from few objects to many",
     "monitor": "show the progress of a run: loss, speed, time left, GPUs",
     "recipe": "print a resolved recipe, and the file that set each value",
     "convert": "convert datasets with a layout of their own to training files: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
     "merge": "merge an adapter into its base model, for serving",
-    "prove": "test the guarantees on your model and data: packed = alone, losses, frozen and saved weights",
+    "prove": "test the promises on your model and data: packed = alone, losses, frozen and saved weights",
     "inspect": "print the contents of a checkpoint: method, weights by part, ranks, sizes",
     "doctor": "report what this machine can train with",
     "bench": "measure data loading, training step, loss, attention; calibrate the planner for this machine",
@@ -77,7 +77,7 @@ def help_text() -> str:
     lines = [f"  {name:<8} {line}" for name, line in COMMANDS.items()]
     return "\n".join(
         [
-            "Fine-tune Qwen3-VL, exactly.",
+            "Fine-tune Qwen3-VL.",
             "",
             "usage: qwenvl-ft COMMAND [options]      qwenvl-ft COMMAND --help",
             "",

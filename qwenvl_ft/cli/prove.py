@@ -1,4 +1,4 @@
-"""``qwenvl-ft prove``: tests the guarantees with this model, data, method, device and installed versions."""
+"""``qwenvl-ft prove``: tests the promises with this model, data, method, device and installed versions."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,10 +27,10 @@ def prove(
     folder: Annotated[Path | None, typer.Option(help="Parent of the temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a few steps, then compare packed samples with single ones, split batches with whole ones, and weights.
+    """Train a few steps, then compare packed with single samples, split with whole batches, saved with trained weights.
 
-    The exit code is 0 if all guarantees hold, else 1. Run it first in a new environment, after an upgrade, and before a
-    long run.
+    Exit code: 0 if all promises hold, 1 if one does not, 2 if a setting, the model or the data is wrong. Run it first
+    in a new environment, after an upgrade, and before a long run.
     """
     import json
 

@@ -61,7 +61,7 @@ class Sampling:
     min_frames: int | None = None
     max_frames: int | None = None
     start: float | None = None
-    """Begin of the shown part, in seconds into the video."""
+    """Start of the clip, in seconds into the video."""
     end: float | None = None
     """End of the shown part, in seconds into the video."""
 

@@ -21,7 +21,7 @@ def forget_precision() -> None:
     """
     if reason := lacks(AcceleratorState, ("_reset_state",)):
         raise RecipeError(
-            f"phases: {installed(('accelerate',))} {reason}, so that one process cannot train twice. Run each phase as "
+            f"phases: {installed(('accelerate',))} {reason}, so one process cannot train twice. Run each phase as "
             "a recipe of its own."
         )
     AcceleratorState._reset_state()

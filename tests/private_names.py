@@ -49,7 +49,6 @@ def own_names(tree: ast.Module) -> set[str]:
 
 def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
     """Yield line and source text of each private name of another library in one file."""
-    documented = {id(node) for node in ast.walk(tree) if _is_module_class(node)}
     for node in ast.walk(tree):
         text = ""
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("qwenvl_ft"):
@@ -60,7 +59,7 @@ def borrowed(tree: ast.Module, own: set[str]) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Attribute):
             of_super = ast.unparse(node.value) == "super()"
             foreign = is_private(node.attr) and (node.attr not in own or of_super)
-            replaces = node.attr in REPLACED and isinstance(node.ctx, ast.Store) and id(node) not in documented
+            replaces = node.attr in REPLACED and isinstance(node.ctx, ast.Store)
             text = ast.unparse(node) if foreign or replaces or node.attr in INNARDS else ""
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and _in_innards(node):
             text = ast.unparse(node)
@@ -84,11 +83,6 @@ def _in_innards(node: ast.Subscript) -> bool:
     """Return True for ``vars(x)["forward"]`` and ``x.__dict__["forward"]``."""
     holder, name = ast.unparse(node.value), ast.unparse(node.slice).strip("'")
     return name in REPLACED and (holder.startswith("vars(") or holder.endswith(".__dict__"))
-
-
-def _is_module_class(node: ast.AST) -> bool:
-    """Return True for ``sys.modules[__name__].__class__``, which Python documents."""
-    return isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules[__name__].__class__"
 
 
 def findings(package: Path = PACKAGE, *, without: tuple[str, ...] = ("upstream",)) -> list[str]:

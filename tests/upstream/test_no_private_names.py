@@ -30,6 +30,7 @@ def test_the_room_itself_has_some():
         "super()._save(folder)",
         "module.forward = other",
         "module.__class__ = Other",
+        "sys.modules[__name__].__class__ = Own",
         "setattr(module, 'forward', other)",
         "hasattr(source, '_plan')",
         "vars(module)['forward'] = other",
@@ -46,7 +47,7 @@ def test_each_way_of_borrowing_is_seen(line):
 
 @pytest.mark.parametrize(
     "line",
-    ["self._own = 1; other._own", "os._exit(1)", "entry._replace(a=1)", "sys.modules[__name__].__class__ = Own"],
+    ["self._own = 1; other._own", "os._exit(1)", "entry._replace(a=1)"],
 )
 def test_names_of_our_own_and_documented_ones_are_not(line):
     tree = ast.parse(line)

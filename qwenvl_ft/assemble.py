@@ -29,6 +29,7 @@ from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.model.patch_embed import use_raw_patches
+from qwenvl_ft.model.processor import set_limits
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model
@@ -41,17 +42,24 @@ TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes
 
 def build_processor(recipe: Recipe) -> Any:
     """Load the processor of a recipe's model with the pixel limits and frame rates of ``template``."""
-    return load_processor(
-        _model_path(recipe),
-        min_pixels=recipe.template.min_pixels,
-        max_pixels=recipe.template.max_pixels,
-        video_min_pixels=recipe.template.video_min_pixels,
-        video_max_pixels=recipe.template.video_max_pixels,
-        video_frame_max_pixels=recipe.template.video_frame_max_pixels,
-        fps=recipe.template.fps,
-        min_frames=recipe.template.fps_min_frames,
-        max_frames=recipe.template.fps_max_frames,
-        revision=recipe.model.model_revision,
+    processor = load_processor(_model_path(recipe), revision=recipe.model.model_revision)
+    set_media_limits(recipe, processor)
+    return processor
+
+
+def set_media_limits(recipe: Recipe, processor: Any) -> None:
+    """Set the pixel limits and frame rates of a recipe's ``template``."""
+    template = recipe.template
+    set_limits(
+        processor,
+        min_pixels=template.min_pixels,
+        max_pixels=template.max_pixels,
+        video_min_pixels=template.video_min_pixels,
+        video_max_pixels=template.video_max_pixels,
+        video_frame_max_pixels=template.video_frame_max_pixels,
+        fps=template.fps,
+        min_frames=template.fps_min_frames,
+        max_frames=template.fps_max_frames,
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.errors import QwenVLError
 from qwenvl_ft.flare.catalog import read_catalog
 
@@ -14,6 +15,25 @@ def add_data_options(parser: argparse.ArgumentParser, *, input_help: str, datase
         parser.add_argument("--datasets", nargs="+", default=["starter"], metavar="NAME", help="names, starter or all")
     parser.add_argument("--input_dir", "--base_dir", metavar="DIR", help=input_help)
     parser.add_argument("--catalog", metavar="FILE", help="YAML of more data sets: name -> category, task_types")
+
+
+def add_image_limit(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max_image_pixels``."""
+    limit = MediaPolicy.max_image_pixels
+    parser.add_argument(
+        "--max_image_pixels",
+        type=_pixels,
+        default=limit,
+        metavar="PIXELS",
+        help=f"largest image file that is opened, as data.max_image_pixels in a recipe (default: {limit})",
+    )
+
+
+def _pixels(text: str) -> int:
+    """Return a number of pixels, 1 or more, of a command line."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels, 1 or more")
+    return int(text)
 
 
 def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

@@ -26,9 +26,10 @@ from qwenvl_ft.flare.catalog import (
     find_datasets,
     registry_name,
 )
-from qwenvl_ft.flare.command import add_data_options, run_command
+from qwenvl_ft.flare.command import add_data_options, add_image_limit, run_command
+from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions, unpacking_hint
-from qwenvl_ft.flare.question_record import CHECKS, COORDINATES, ImageCheck, Options, Tally, convert_questions
+from qwenvl_ft.flare.question_record import COORDINATES, Options, Tally, convert_questions
 
 REPORT, LOG = "conversion_report.json", "conversion.log"
 MAX_ERRORS = 50
@@ -65,7 +66,7 @@ def convert(
     root = find_base(base)
     folder = output_folder(root, output)
     folder.mkdir(parents=True, exist_ok=True)
-    check, total = ImageCheck(options.check_images), Tally()
+    check, total = ImageCheck(options.check_images, options.max_image_pixels), Tally()
     report: dict[str, Any] = {"conversion_results": [], "statistics": {}, "not_found": [], "notes": []}
     for name in names:
         for split in splits:
@@ -163,6 +164,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     options.add_argument("--coordinates", default="pixel", help=f"unit of boxes: {' or '.join(COORDINATES)}")
     options.add_argument("--check_images", default="decode", help=", ".join(CHECKS))
+    add_image_limit(options)
     options.add_argument("--keep_incomplete", action="store_true", help="keep questions with some unusable images")
     options.add_argument("--num_workers", type=int, default=4, help="threads that check images")
     options.add_argument("--list", action="store_true", help="print the catalog and exit")
@@ -180,6 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_images=arguments.check_images,
         keep_incomplete=arguments.keep_incomplete,
         num_workers=arguments.num_workers,
+        max_image_pixels=arguments.max_image_pixels,
     )
     base = find_base(arguments.input_dir)
     folder = output_folder(base, arguments.output_dir)

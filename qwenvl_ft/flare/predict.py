@@ -17,21 +17,28 @@ from qwenvl_ft.data.media.images import MediaPolicy, image_size
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.evaluation.parse import parse_instances
 from qwenvl_ft.flare.catalog import BOX_TASKS, FLARE_DATASETS, FlareDataset, find_datasets, find_task
-from qwenvl_ft.flare.command import add_data_options, run_command
+from qwenvl_ft.flare.command import add_data_options, add_image_limit, run_command
 from qwenvl_ft.flare.convert import write_json
+from qwenvl_ft.flare.image_check import ImageCheck
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions
-from qwenvl_ft.flare.question_record import COORDINATES, ImageCheck, LeftOut, Options, Tally, find_images, question_text
+from qwenvl_ft.flare.question_record import COORDINATES, LeftOut, Options, Tally, find_images, question_text
 
 Answerer = Callable[[Sequence[dict[str, Any]]], list[str]]
 """Function from prompts (records without an answer) to a text for each."""
 
 
-def predict(questions: Questions, answer: Answerer, *, coordinates: str = "pixel") -> tuple[list[dict[str, Any]], int]:
+def predict(
+    questions: Questions,
+    answer: Answerer,
+    *,
+    coordinates: str = "pixel",
+    max_image_pixels: int = MediaPolicy.max_image_pixels,
+) -> tuple[list[dict[str, Any]], int]:
     """Return the question records with ``prediction``, and the number of questions that could not be asked.
 
     A question with unusable images gets an empty prediction; no question is dropped.
     """
-    check = ImageCheck("header")
+    check = ImageCheck("header", max_image_pixels)
     records = [dict(record) if isinstance(record, dict) else {} for record in questions.records]
     prompts: dict[int, dict[str, Any]] = {}
     for index, record in enumerate(records):
@@ -42,7 +49,7 @@ def predict(questions: Questions, answer: Answerer, *, coordinates: str = "pixel
     for index, record in enumerate(records):
         text = answers[index] if index in answers else ""
         if coordinates == "norm1000" and text and _has_boxes(record, questions.dataset):
-            text = in_pixels(text, prompts[index]["image"][0])
+            text = in_pixels(text, prompts[index]["image"][0], check.encoder.policy)
         record["prediction"] = text
     return records, len(records) - len(answers)
 
@@ -59,12 +66,12 @@ def make_prompt(record: dict[str, Any], questions: Questions, check: ImageCheck)
     return {"image": [str(path) for path in images], "conversations": turns} if text else None
 
 
-def in_pixels(text: str, image: str) -> str:
+def in_pixels(text: str, image: str, policy: MediaPolicy | None = None) -> str:
     """Convert boxes in thousandths to pixels of an image, as JSON; a text without boxes is unchanged."""
     found = parse_instances(text)
     if not found:
         return text
-    height, width = image_size(image, MediaPolicy())
+    height, width = image_size(image, policy or MediaPolicy())
     sides = (width, height, width, height)
     boxes = {
         name: [[round(value * side / 1000, 2) for value, side in zip(box, sides, strict=True)] for box in boxes]
@@ -73,17 +80,21 @@ def in_pixels(text: str, image: str) -> str:
     return json.dumps(boxes[""] if set(boxes) == {""} else boxes, ensure_ascii=False)
 
 
-def model_answerer(model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str, **options: Any) -> Answerer:
+def model_answerer(
+    model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str, policy: MediaPolicy, **options: Any
+) -> Answerer:
     """Load a model, optionally with an adapter; ``options`` go to `generate`."""
     from transformers.utils import logging
 
     from qwenvl_ft.cli.infer import load
+    from qwenvl_ft.data.encode.encoder import Encoder
     from qwenvl_ft.evaluation.generate import generate
 
     logging.disable_progress_bar()
     adapters = [] if adapter is None else [adapter]
     loaded, [(_, processor)] = load(model, adapters, torch_dtype=torch_dtype, attn_impl=attn_impl)
-    return lambda prompts: generate(loaded, processor, prompts, progress=show_progress, **options)
+    encoder = Encoder(processor, policy=policy)
+    return lambda prompts: generate(loaded, processor, prompts, encoder=encoder, progress=show_progress, **options)
 
 
 def show_progress(done: int, batches: int) -> None:
@@ -110,13 +121,11 @@ def find_all(names: Iterable[str], split: str, base: Path) -> list[Questions]:
     return found
 
 
-def predict_all(
-    questions_by_set: Iterable[Questions], output: Path, answer: Answerer, *, coordinates: str = "pixel"
-) -> None:
-    """Write one file of predictions per data set."""
+def predict_all(questions_by_set: Iterable[Questions], output: Path, answer: Answerer, **options: Any) -> None:
+    """Write one file of predictions per data set; ``options`` go to `predict`."""
     output.mkdir(parents=True, exist_ok=True)
     for questions in questions_by_set:
-        records, not_asked = predict(questions, answer, coordinates=coordinates)
+        records, not_asked = predict(questions, answer, **options)
         target = output / f"{questions.dataset.name}_questions_{questions.split}.json"
         write_json(target, records)
         print(f"{questions.dataset.name}: {len(records):,} questions, {not_asked:,} not asked, {target}")
@@ -130,6 +139,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     options.add_argument("--split", default="val", help="train, val or test (default: val)")
     options.add_argument("--output_dir", type=Path, default=Path("predictions"), metavar="DIR")
     options.add_argument("--coordinates", default="pixel", choices=COORDINATES, help="unit of boxes in training")
+    add_image_limit(options)
     options.add_argument("--batch_size", type=int, default=8, help="questions per batch")
     options.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
     options.add_argument("--torch_dtype", default="auto", help="bfloat16, float16, float32, or auto: as it was saved")
@@ -144,10 +154,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.adapter,
         torch_dtype=arguments.torch_dtype,
         attn_impl=arguments.attn_impl,
+        policy=MediaPolicy(max_image_pixels=arguments.max_image_pixels),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
-    predict_all(questions, arguments.output_dir, answer, coordinates=arguments.coordinates)
+    limits = {"coordinates": arguments.coordinates, "max_image_pixels": arguments.max_image_pixels}
+    predict_all(questions, arguments.output_dir, answer, **limits)
     return 0
 
 

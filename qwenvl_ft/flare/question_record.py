@@ -2,21 +2,19 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.media.images import MediaPolicy, image_size
 from qwenvl_ft.errors import DataError, hint
 from qwenvl_ft.evaluation.parse import BOX, Box, map_boxes
 from qwenvl_ft.flare.catalog import BOX_TASKS, find_task
+from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
 from qwenvl_ft.flare.layout import Questions, answer_text, find_image, image_names
 
 COORDINATES = ("pixel", "norm1000")
 """Units of boxes in answers: pixels of the stored image, or thousandths of its width and height, as in Qwen3-VL."""
-CHECKS = ("decode", "header", "none")
 log = logging.getLogger("qwenvl_ft.flare")
 
 
@@ -31,6 +29,8 @@ class Options:
     """Keep a question with its usable images if others are missing or damaged."""
     num_workers: int = 4
     """Threads that check images."""
+    max_image_pixels: int = MediaPolicy.max_image_pixels
+    """Largest stored image, in pixels."""
 
     def __post_init__(self) -> None:
         for value, known, flag in (
@@ -59,8 +59,8 @@ class Tally:
     converted_samples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason -> number of skipped questions."""
-    missing_images: int = 0
-    corrupted_images: int = 0
+    faulty_images: Counter[str] = field(default_factory=Counter)
+    """Reason -> number of images that questions name and that cannot be used."""
     task_types: Counter[str] = field(default_factory=Counter)
     image_counts: Counter[str] = field(default_factory=Counter)
     guessed_tasks: int = 0
@@ -81,44 +81,15 @@ class Tally:
             "converted_samples": self.converted_samples,
             "skipped_samples": self.skipped.total(),
             "skipped_by_reason": dict(self.skipped.most_common()),
-            "missing_images": self.missing_images,
-            "corrupted_images": self.corrupted_images,
+            "missing_images": self.faulty_images["missing_image"],
+            "corrupted_images": self.faulty_images["corrupted_image"],
+            "too_large_images": self.faulty_images["too_large_image"],
+            "too_thin_images": self.faulty_images["too_thin_image"],
             "task_type_distribution": dict(self.task_types.most_common()),
             "image_count_distribution": dict(sorted(self.image_counts.items())),
             "guessed_task_types": self.guessed_tasks,
             "total_errors": len(self.errors),
         }
-
-
-class ImageCheck:
-    """Checks images and remembers the result, so that each file is checked once."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-        self.faults: dict[Path, str] = {}
-        self.policy = MediaPolicy()
-
-    def look(self, paths: Iterable[Path], num_workers: int) -> None:
-        """Check many files in threads; Pillow releases the GIL while it decodes."""
-        new = list(dict.fromkeys(path for path in paths if path not in self.faults))
-        with ThreadPoolExecutor(num_workers) as pool:
-            self.faults.update(zip(new, pool.map(self._fault, new), strict=True))
-
-    def fault(self, path: Path) -> str:
-        """Return the fault of an image, or ``""``."""
-        if path not in self.faults:
-            self.faults[path] = self._fault(path)
-        return self.faults[path]
-
-    def _fault(self, path: Path) -> str:
-        try:
-            if self.how == "decode":
-                open_image(str(path), self.policy)
-            elif self.how == "header":
-                image_size(str(path), self.policy)
-        except DataError as error:
-            return str(error)
-        return ""
 
 
 def convert_questions(questions: Questions, options: Options, check: ImageCheck) -> tuple[list[dict[str, Any]], Tally]:
@@ -149,7 +120,7 @@ def make_record(
     """Convert a question to a record; scoring needs the keys that training ignores.
 
     Raises:
-        LeftOut: the question has no image, text or answer, or an image is unusable.
+        LeftOut: the question has no image, text or answer, an image is unusable, or the encoder refuses the record.
     """
     if not isinstance(question, dict):
         raise LeftOut("malformed", f"a question is an object, this is a {type(question).__name__}")
@@ -177,9 +148,13 @@ def make_record(
         "image_name": question["ImageName"],
     }
     if task in BOX_TASKS and options.coordinates == "norm1000":
-        width, height = common_size(images)
+        width, height = common_size(images, check.encoder.policy)
         record["conversations"][1]["value"] = normalised(answer, width, height)
         record |= {"coordinates": "norm1000", "width": width, "height": height}
+    from qwenvl_ft.data.conversation import Source
+
+    if message := check.refusal(record, Source(dataset.name, f"{questions.file}[{index}]"), questions.folder):
+        raise LeftOut("encoding", message)
     return record
 
 
@@ -194,7 +169,7 @@ def find_images(
     """Return the image files of a question, all checked.
 
     Raises:
-        LeftOut: it names no image, or one is missing or damaged; with ``keep_incomplete`` only if none is left.
+        LeftOut: it names no image, or one is missing or unusable; with ``keep_incomplete`` only if none is left.
     """
     names = image_names(question)
     if not names:
@@ -203,13 +178,13 @@ def find_images(
     faults: list[tuple[str, str]] = []
     for name in names:
         path = find_image(folder, name)
-        fault = f"image {name} is not below {folder}" if path is None else check.fault(path)
-        if path is not None and not fault:
+        if path is None:
+            faults.append(("missing_image", f"image {name} is not below {folder}"))
+        elif (looked := check.fault(path)).kind:
+            faults.append((looked.kind, looked.message))
+        else:
             kept.append(path)
-            continue
-        faults.append(("missing_image" if path is None else "corrupted_image", fault))
-    tally.missing_images += sum(reason == "missing_image" for reason, _ in faults)
-    tally.corrupted_images += sum(reason == "corrupted_image" for reason, _ in faults)
+    tally.faulty_images.update(reason for reason, _ in faults)
     if faults and not (kept and options.keep_incomplete):
         raise LeftOut(*faults[0])
     for _, fault in faults:
@@ -227,13 +202,13 @@ def refuse_control_tokens(question: str, answer: str) -> None:
         raise LeftOut("control_token", f"its text holds {tokens[0]}")
 
 
-def common_size(images: list[Path]) -> tuple[int, int]:
+def common_size(images: list[Path], policy: MediaPolicy) -> tuple[int, int]:
     """Return the (width, height) that all images of a question share.
 
     Raises:
         LeftOut: the sizes differ, so thousandths would be ambiguous.
     """
-    sizes = {image_size(str(path), MediaPolicy()) for path in images}
+    sizes = {image_size(str(path), policy) for path in images}
     if len(sizes) > 1:
         raise LeftOut("several_sizes", "its boxes cannot be normalised: its images differ in size")
     height, width = sizes.pop()

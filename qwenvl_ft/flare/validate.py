@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.errors import DataError, one_line
-from qwenvl_ft.flare.command import run_command
+from qwenvl_ft.flare.command import add_image_limit, run_command
 from qwenvl_ft.flare.convert import REPORT as CONVERSION_REPORT
 from qwenvl_ft.flare.convert import write_json
+from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
 from qwenvl_ft.flare.layout import answer_text
-from qwenvl_ft.flare.question_record import CHECKS, ImageCheck
 
 REPORT = "validation_report.json"
 FOLDERS = ("converted_data", "../converted_data")
@@ -61,6 +62,8 @@ def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers
     Args:
         check: shared between files, so that each image is decoded once.
     """
+    from qwenvl_ft.data.conversation import Source
+
     check = check or ImageCheck("decode")
     findings = Findings(str(path))
     records, fault = _read(Path(path))
@@ -74,8 +77,10 @@ def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers
     seen: dict[str, int] = {}
     for index, record in enumerate(records):
         where = f"{path}[{index}]"
-        for kind, message in record_errors(record, Path(path).parent, check):
-            findings.errors.append({"record": where, "kind": kind, "message": message})
+        errors = list(record_errors(record, Path(path).parent, check))
+        if not errors and (refused := check.refusal(record, Source(str(path), where), Path(path).parent)):
+            errors = [("encoding", refused)]
+        findings.errors += [{"record": where, "kind": kind, "message": message} for kind, message in errors]
         for kind, message in record_warnings(record, index, seen):
             findings.warnings.append({"record": where, "kind": kind, "message": message})
     return findings
@@ -96,8 +101,8 @@ def record_errors(record: Any, folder: Path, check: ImageCheck) -> Iterator[tupl
     for name in images:
         if not (folder / name).is_file():
             yield "missing_image", f"{name} does not exist"
-        elif fault := check.fault(folder / name):
-            yield "corrupted_image", fault
+        elif (looked := check.fault(folder / name)).kind:
+            yield looked.kind, looked.message
     turns = record["conversations"] if "conversations" in record else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         yield "structure", "conversations is not a list of turns"
@@ -135,9 +140,14 @@ def record_warnings(record: Any, index: int, seen: dict[str, int]) -> Iterator[t
     seen.setdefault(key, index)
 
 
-def validate(files: Iterable[Path], check_images: str = "decode", num_workers: int = 4) -> dict[str, Any]:
+def validate(
+    files: Iterable[Path],
+    check_images: str = "decode",
+    num_workers: int = 4,
+    max_image_pixels: int = MediaPolicy.max_image_pixels,
+) -> dict[str, Any]:
     """Return the report on several files: ``files`` and a ``summary``."""
-    check = ImageCheck(check_images)
+    check = ImageCheck(check_images, max_image_pixels)
     results = [validate_file(path, check, num_workers) for path in files]
     kinds: Counter[str] = Counter()
     for result in results:
@@ -187,6 +197,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     options.add_argument("--files", nargs="+", metavar="FILE", help="check only these files")
     options.add_argument("--check_images", default="decode", choices=CHECKS, help="how thoroughly images are checked")
+    add_image_limit(options)
     options.add_argument("--num_workers", type=int, default=4, help="threads that check images")
     options.add_argument("--save_report", metavar="FILE", help=f"default: {REPORT} beside the files")
     return options
@@ -194,7 +205,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     files = find_files(arguments.input_dir, arguments.files)
-    report = validate(files, arguments.check_images, arguments.num_workers)
+    report = validate(files, arguments.check_images, arguments.num_workers, arguments.max_image_pixels)
     target = Path(arguments.save_report) if arguments.save_report else files[0].parent / REPORT
     write_json(target, report)
     for result in report["files"]:

@@ -16,16 +16,17 @@ from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.errors import unknown_name
-from qwenvl_ft.look.faults import ERROR, REASONS, WARNING, Fault
+from qwenvl_ft.look.faults import ERROR, IMAGE, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.one_record import Inspected, Inspector
 from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers
+from qwenvl_ft.look.reference import reference_encoder
 from qwenvl_ft.look.sample import GroupInspector, Measured, SampleOptions
 from qwenvl_ft.recipe.schema import Recipe
 
 ENCODED = 5
 """Records per data set, and groups, that are fully encoded with pixels, as in training."""
-UNFIT = ("json", "structure", "tags", "geometry", "missing", "corrupt", "size", "unforeseen")
+UNFIT = ("json", "structure", "tags", "geometry", "unforeseen", *(n for n, r in REASONS.items() if r.part == IMAGE))
 """Reasons that make a record's whole group unusable."""
 
 
@@ -141,7 +142,7 @@ def check_recipe(
 ) -> Report:
     """Check every record that a recipe trains or evaluates on.
 
-    Without ``model.model`` nothing is tokenized; everything else is checked.
+    Without ``model.model`` nothing is tokenized; everything else is checked, by Qwen3-VL's rules.
 
     Args:
         allow: reasons to report as warnings.
@@ -155,6 +156,7 @@ def check_recipe(
     levels = _levels(recipe.template.truncation_strategy, allow)
     workers = num_proc or sensible_workers(recipe)
     encoder, policy = optional_encoder(recipe), MediaPolicy.of(recipe.data)
+    reference = encoder or reference_encoder(recipe)
     sample_options = SampleOptions.of(recipe)
     start = perf_counter()
     report = Report({}, [], levels, recipe.model.model)
@@ -167,7 +169,11 @@ def check_recipe(
             report.faults += [fault] if fault else []
             for records, epochs in parts:
                 inspector = Inspector(
-                    policy, encoder, first_places(records.summary()), epochs, sample_options.summaries
+                    reference,
+                    count=encoder is not None,
+                    encode=first_places(records.summary()),
+                    epochs=epochs,
+                    summaries=sample_options.summaries,
                 )
                 report.faults += _check_records(
                     split, first_seen[name], records, inspector, num_proc=workers, quiet=quiet

@@ -30,6 +30,8 @@ REASONS: dict[str, Reason] = {
     "duplicate": Reason(ANNOTATION, WARNING, "the same media and text as an earlier record"),
     "missing": Reason(IMAGE, ERROR, "a media file that does not exist"),
     "corrupt": Reason(IMAGE, ERROR, "a medium that cannot be opened or decoded"),
+    "too_large": Reason(IMAGE, ERROR, "an image or frame with more pixels than data.max_image_pixels"),
+    "too_thin": Reason(IMAGE, ERROR, "an image or frame that is too thin for the processor"),
     "size": Reason(IMAGE, ERROR, "an image whose size differs from the stated one"),
     "too_long": Reason(MODEL, WARNING, "longer than template.max_length: left out"),
     "cut": Reason(MODEL, WARNING, "longer than template.max_length: cut"),

@@ -7,6 +7,7 @@ from typing import Any
 import xxhash
 
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.media.refused import TooLarge
 from qwenvl_ft.errors import DataError
 
 KNOWN = 50_000
@@ -58,6 +59,8 @@ class MediaInspector:
         try:
             height, width = image_size(value, self.policy)
             image = open_image(value, self.policy)
+        except TooLarge as error:
+            return MediumResult(("too_large", str(error)))
         except DataError as error:
             return MediumResult(("corrupt", str(error)))
         key = xxhash.xxh3_128_digest(image.tobytes() + b"%dx%d" % image.size)

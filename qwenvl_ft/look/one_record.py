@@ -14,8 +14,8 @@ from qwenvl_ft.data.dense.compose import DenseImage
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.summary import summary_fault
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.images import MediaPolicy, resolve_path
-from qwenvl_ft.data.media.video import clip_pixels, plan_clip
+from qwenvl_ft.data.media.images import resolve_path
+from qwenvl_ft.data.media.video import clip_pixels
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.readers import RecordWithReader, read_record
 from qwenvl_ft.data.readers.media_pool import TagsError
@@ -23,6 +23,7 @@ from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.look.media_faults import MediaInspector, MediumResult
 from qwenvl_ft.look.objects import AnswerObject, named_objects
+from qwenvl_ft.look.reference import NO_SUPERVISION, MediaPlan, least_tokens_case, plan_media, text_cases
 from qwenvl_ft.look.sample import Case, Measured, SampleInspector
 
 NORM = 1000
@@ -48,7 +49,8 @@ class Inspector:
     """Checks records one by one.
 
     Args:
-        encoder: counts tokens; None checks everything except tokens.
+        encoder: of training, or a `reference_encoder`.
+        count: count tokens; False checks everything else, and decodes no video.
         encode: indices of the records that are fully encoded, with pixels.
         epochs: the epochs of training over these records; None if training refuses them.
         summaries: every dense caption needs a summary.
@@ -56,17 +58,19 @@ class Inspector:
 
     def __init__(
         self,
-        policy: MediaPolicy,
-        encoder: Encoder | None = None,
+        encoder: Encoder,
+        *,
+        count: bool,
         encode: frozenset[int] = frozenset(),
         epochs: Epochs | None = None,
         summaries: bool = False,
     ) -> None:
-        self.media = MediaInspector(policy)
+        self.encoder = encoder
+        self.media = MediaInspector(encoder.policy)
         self.encode = encode
         self.epochs = epochs
         self.summaries = summaries
-        self.sample = None if encoder is None else SampleInspector(encoder)
+        self.sample = SampleInspector(encoder) if count else None
 
     def __call__(self, records: Any, index: int) -> Inspected:
         try:
@@ -115,13 +119,18 @@ class Inspector:
         seen.key = content_key(conversation, media)
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
         broken += size_cases(record, conversation, images)
+        plan = MediaPlan() if broken else plan_media(conversation, [image.size for image in images], self.encoder)
+        broken += plan.faults
         if self.sample is not None and not broken:
-            broken += video_cases(conversation, self.sample.encoder)
+            broken += video_cases(conversation, plan, self.encoder)
         yield from broken
         yield from answer_cases(record, conversation, images)
-        if self.sample is None or broken:
+        if broken:
             if not any(is_supervised(message) for message in conversation.messages):
-                yield "unsupervised", "no assistant turn is supervised"
+                yield "unsupervised", NO_SUPERVISION
+        elif self.sample is None:
+            yield from text_cases(conversation, plan, self.encoder)
+            yield from () if captioned else least_tokens_case(plan, self.encoder)
         elif not objects and not isinstance(self.epochs, DenseGroups):
             yield from self._sample_cases(self.sample, conversation, captioned, seen, index)
 
@@ -199,14 +208,14 @@ def size_cases(record: Any, conversation: Conversation, images: Sequence[MediumR
             yield "size", f"image {stored(part.value)!s:.200} is {found} pixels, the record states {expected}"
 
 
-def video_cases(conversation: Conversation, encoder: Encoder) -> Iterator[Case]:
+def video_cases(conversation: Conversation, plan: MediaPlan, encoder: Encoder) -> Iterator[Case]:
     """Yield the video files in which a frame that training uses cannot be decoded."""
     processor, policy, source = encoder.processor.video_processor, encoder.policy, conversation.source
-    for video in conversation.media(Video):
+    for video, clip in zip(conversation.media(Video), plan.clips, strict=True):
         if isinstance(video.value, (list, tuple)):
             continue
         try:
-            clip_pixels(video, plan_clip(video, processor, policy, source), processor, policy, source)
+            clip_pixels(video, clip, processor, policy, source)
         except DataError as error:
             yield "corrupt", str(error)
 

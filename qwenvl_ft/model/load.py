@@ -14,7 +14,7 @@ from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_m
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
-from qwenvl_ft.model.processor import set_areas, set_frames
+from qwenvl_ft.model.processor import set_limits
 from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
 from qwenvl_ft.upstream.experts import experts_implementation
@@ -163,31 +163,11 @@ def plan_loading(dir_or_id: str | Path, options: LoadOptions) -> LoadPlan:
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, kwargs=kwargs)
 
 
-def load_processor(
-    dir_or_id: str | Path,
-    *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    video_min_pixels: int | None = None,
-    video_max_pixels: int | None = None,
-    video_frame_max_pixels: int | None = None,
-    fps: float | None = None,
-    min_frames: int | None = None,
-    max_frames: int | None = None,
-    revision: str | None = None,
-) -> Any:
-    """Load the processor (tokenizer, image and video processor, chat template) and set its sizes.
+def load_processor(dir_or_id: str | Path, *, revision: str | None = None, **limits: Any) -> Any:
+    """Load the processor (tokenizer, image and video processor, chat template) and set its limits.
 
     Args:
-        min_pixels: smallest area of an image after resizing, in pixels; one token of Qwen3-VL covers 32 x 32. None
-            keeps the checkpoint's value, lowered if it would exceed ``max_pixels``.
-        max_pixels: largest area of an image, likewise.
-        video_min_pixels: smallest area of a video, all its frames together.
-        video_max_pixels: largest area of a video, all its frames together.
-        video_frame_max_pixels: largest area of one frame, rounded down to whole tokens.
-        fps: frames per second that are sampled from a video file.
-        min_frames: fewest frames sampled from a file, if it has that many.
-        max_frames: most frames sampled from a file.
+        limits: keyword arguments of `set_limits`.
 
     Raises:
         CheckpointError: there is no processor.
@@ -207,10 +187,7 @@ def load_processor(
         raise CheckpointError(f"cannot load the processor of {dir_or_id}: {one_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{dir_or_id} holds a {type(processor).__name__}, not a processor of images and text.")
-    set_areas(processor.image_processor, "", min_pixels, max_pixels)
-    video = processor.video_processor
-    set_areas(video, "video_", video_min_pixels, video_max_pixels)
-    set_frames(video, max_area=video_frame_max_pixels, fps=fps, min_frames=min_frames, max_frames=max_frames)
+    set_limits(processor, **limits)
     return processor
 
 

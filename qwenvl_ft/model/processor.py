@@ -7,6 +7,40 @@ from typing import Any
 from qwenvl_ft.errors import RecipeError
 
 
+def set_limits(
+    processor: Any,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    video_min_pixels: int | None = None,
+    video_max_pixels: int | None = None,
+    video_frame_max_pixels: int | None = None,
+    fps: float | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+) -> None:
+    """Set the sizes of images and videos and the sampling of frames; None keeps the processor's value.
+
+    Args:
+        min_pixels: smallest area of an image after resizing, in pixels; one token of Qwen3-VL covers 32 x 32. None
+            keeps the checkpoint's value, lowered if it would exceed ``max_pixels``.
+        max_pixels: largest area of an image, likewise.
+        video_min_pixels: smallest area of a video, all its frames together.
+        video_max_pixels: largest area of a video, all its frames together.
+        video_frame_max_pixels: largest area of one frame, rounded down to whole tokens.
+        fps: frames per second that are sampled from a video file.
+        min_frames: fewest frames sampled from a file, if it has that many.
+        max_frames: most frames sampled from a file.
+
+    Raises:
+        RecipeError: a minimum above its maximum, or an area below 1.
+    """
+    set_areas(processor.image_processor, "", min_pixels, max_pixels)
+    video = processor.video_processor
+    set_areas(video, "video_", video_min_pixels, video_max_pixels)
+    set_frames(video, max_area=video_frame_max_pixels, fps=fps, min_frames=min_frames, max_frames=max_frames)
+
+
 def set_areas(processor: Any, prefix: str, smallest: int | None, largest: int | None) -> None:
     """Set the smallest and largest area, in pixels after resizing, of an image or video processor.
 

@@ -97,7 +97,7 @@ def test_valid_data_of_every_format_has_no_fault(data, tiny_dir):
 
 
 def test_every_reason_has_a_case():
-    elsewhere = {"file", "leak_record", "leak_media", "cut", "unforeseen"}
+    elsewhere = {"file", "leak_record", "leak_media", "cut", "unforeseen", "too_large", "too_thin"}
     assert set(FAULTY) | elsewhere == set(REASONS)
     assert not set(FAULTY) & elsewhere
 
@@ -118,7 +118,7 @@ def test_one_bad_record_hides_no_other(data, tiny_dir):
 
 
 def test_without_a_model_everything_but_tokens_is_checked(data):
-    needs_model = {"too_long", "encoding"}
+    needs_model = {"too_long"}
     for reason, record, _ in CASES:
         report = checked(data([*sound(), as_line(record)]))
         assert {fault.reason for fault in report.faults} == ({reason} - needs_model), record

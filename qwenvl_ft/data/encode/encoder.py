@@ -25,12 +25,13 @@ from qwenvl_ft.data.encode.labels import (
     require_supervised,
     supervised_spans,
     supervised_tokens,
+    unsupervised,
 )
 from qwenvl_ft.data.encode.pixels import image_grids_in_time, image_pixels, video_pixels
 from qwenvl_ft.data.encode.places import MediaTokens
 from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
-from qwenvl_ft.data.encode.tokenise import TextTokenizer
+from qwenvl_ft.data.encode.tokenise import TextTokenizer, require_unicode
 from qwenvl_ft.data.media.grids import Grid, image_grid
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.media.video import Clip, plan_clip
@@ -174,6 +175,23 @@ class Encoder:
         draft = self.draft(conversation)  # cuts the sample, or raises the error that names the fault
         return Extent(draft.length, draft.patches, bool(draft.videos), draft.cut_tokens, draft.cut_media)
 
+    def require_sound(
+        self, conversation: Conversation, image_grids: list[Grid] | None = None, clips: list[Clip] | None = None
+    ) -> None:
+        """Ask all questions of `extent` whose answers do not depend on the tokenizer.
+
+        Args:
+            image_grids: grids of the conversation's images, if they are known; likewise the clips of its videos.
+
+        Raises:
+            DataError: the template leaves something out, a text is not valid, or a medium's header cannot be read.
+            Unsupervised: no turn is supervised.
+        """
+        shown = self._show(conversation, image_grids=image_grids, clips=clips)
+        require_unicode(shown.text, conversation.source)
+        if not shown.supervised:
+            raise unsupervised(conversation.source, None)
+
     def conversation(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> Conversation:
         """Read a record of any supported format; a `Conversation` is returned as it is.
 
@@ -247,7 +265,12 @@ class Encoder:
         return Draft(ids, supervised, counts, widths, group, *media, source)
 
     def _show(
-        self, conversation: Conversation, *, invite: bool = False, image_grids: list[Grid] | None = None
+        self,
+        conversation: Conversation,
+        *,
+        invite: bool = False,
+        image_grids: list[Grid] | None = None,
+        clips: list[Clip] | None = None,
     ) -> _Shown:
         """Read the media's headers, render the text and find the supervised spans."""
         source = conversation.source
@@ -259,7 +282,8 @@ class Encoder:
         images, videos = conversation.media(Image), conversation.media(Video)
         if image_grids is None:
             image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
-        clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
+        if clips is None:
+            clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
         text = self._template.render(messages, tools, source, invite=invite, add_vision_id=self.add_vision_id)
         text = write_times(text, clips, self.processor, source)

@@ -113,10 +113,15 @@ def token_span(encoding: Any, begin: int, end: int) -> tuple[int, int]:
 def require_supervised(draft: Draft, max_length: int | None) -> None:
     """Raise Unsupervised if no token after the first is supervised."""
     if not draft.supervised[1:].any():
-        raise Unsupervised(
-            f"{draft.source}: no token is supervised. Each record needs an assistant turn"
-            + (" within template.max_length." if max_length is not None else ".")
-        )
+        raise unsupervised(draft.source, max_length)
+
+
+def unsupervised(source: Source, max_length: int | None) -> Unsupervised:
+    """Return the error for a record without a supervised token."""
+    return Unsupervised(
+        f"{source}: no token is supervised. Each record needs an assistant turn"
+        + (" within template.max_length." if max_length is not None else ".")
+    )
 
 
 def expand_labels(

@@ -45,10 +45,17 @@ def _lone_surrogates_named(text: str, source: Source) -> Iterator[None]:
     try:
         yield
     except (TypeError, UnicodeEncodeError):
-        lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
-        if lone is None:
-            raise
+        require_unicode(text, source)
+        raise
+
+
+def require_unicode(text: str, source: Source) -> None:
+    """Raise DataError if a text holds a lone surrogate; the message shows where it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone, place = text[error.start], error.start
         raise DataError(
             f"{source}: the text holds U+{ord(lone):04X}, half of a character (a lone surrogate), near "
-            f"{text[max(0, text.index(lone) - 20) : text.index(lone)]!r}. Correct the record."
+            f"{text[max(0, place - 20) : place]!r}. Correct the record."
         ) from None

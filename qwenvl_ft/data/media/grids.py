@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 
 from qwenvl_ft.data.conversation import Image, Limits, Source
-from qwenvl_ft.data.media.images import MediaPolicy, image_size
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, medium_name
+from qwenvl_ft.data.media.refused import TooThin, too_thin
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.upstream import processors
 
@@ -31,21 +32,42 @@ def image_grid(image: Image, processor: MediaProcessor, policy: MediaPolicy, sou
     """Return the patch grid of an image after resizing.
 
     Raises:
-        DataError: the image cannot be opened, or its aspect ratio is too large.
+        DataError: the image cannot be opened.
+        TooThin: the processor refuses its aspect ratio.
     """
     try:
-        height, width = image_size(image.value, policy)
-        if processor.do_resize:
+        return grid_of_size(image, *image_size(image.value, policy), processor)
+    except DataError as error:
+        raise type(error)(f"{source}: {error}") from None
+
+
+def grid_of_size(image: Image, height: int, width: int, processor: MediaProcessor) -> Grid:
+    """Return the patch grid of an image whose size is known.
+
+    Raises:
+        TooThin: the processor refuses its aspect ratio.
+    """
+    if processor.do_resize:
+        try:
             height, width = _size(height, width, image.limits, processor)
-    except ValueError as error:  # a DataError, or the resize rule's limit on the aspect ratio
-        raise DataError(f"{source}: {error}") from None
+        except TooThin:
+            raise
+        except ValueError:  # the rule's limit on the aspect ratio
+            raise too_thin(f"image {medium_name(image.value)}", width, height) from None
     return 1, height // processor.patch_size, width // processor.patch_size
 
 
 def exact_size(height: int, width: int, factor: int) -> tuple[int, int]:
-    """Round an explicit size to whole merged patches of ``factor`` pixels."""
+    """Round an explicit size to whole merged patches of ``factor`` pixels.
+
+    Raises:
+        TooThin: the processor refuses its aspect ratio.
+    """
     smallest, largest = (tokens * factor * factor for tokens in EXACT_TOKENS)
-    return processors.image_size(height, width, factor=factor, min_pixels=smallest, max_pixels=largest)
+    try:
+        return processors.image_size(height, width, factor=factor, min_pixels=smallest, max_pixels=largest)
+    except ValueError:
+        raise too_thin("a medium resized by resized_width and resized_height", width, height) from None
 
 
 def _size(height: int, width: int, limits: Limits, processor: MediaProcessor) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
 
 from qwenvl_ft.data.media.jpeg import jpeg_size
+from qwenvl_ft.data.media.refused import require_area
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.recipe.schema import DataConfig
 
@@ -143,13 +144,13 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
     source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
     try:
         if source is None:
-            _check_area(value, name, policy)
+            require_area(f"image {name}", *value.size, policy.max_image_pixels)
             yield value
         else:
             if isinstance(source, str) and _may_block(source):
                 raise DataError(f"image {name} is a pipe or a device. Give a file.")
             with PILImage.open(source) as image:
-                _check_area(image, name, policy)
+                require_area(f"image {name}", *image.size, policy.max_image_pixels)
                 yield image
     except (DataError, MemoryError, AssertionError):
         raise
@@ -205,15 +206,6 @@ def _fetch(url: str, policy: MediaPolicy) -> bytes:
     return answer.content
 
 
-def _check_area(image: PILImage.Image, name: str, policy: MediaPolicy) -> None:
-    width, height = image.size
-    if width * height > policy.max_image_pixels:
-        raise DataError(
-            f"image {name} has {width} x {height} = {width * height} pixels, above data.max_image_pixels="
-            f"{policy.max_image_pixels}. Shrink the file or raise the limit."
-        )
-
-
 def _has_late_text(image: PILImage.Image) -> bool:
     """Return True if a PNG has a chunk after its pixels that could hold an orientation."""
     file: Any = getattr(image, "fp", None)
@@ -236,6 +228,8 @@ def _has_late_text(image: PILImage.Image) -> bool:
 
 def medium_name(value: Any) -> str:
     """Return the name of a medium for messages: its path, or a description of its value."""
+    if _is_lazy(value):
+        value = getattr(value, "value", "made when opened")
     if isinstance(value, PILImage.Image):
         return getattr(value, "filename", "") or "given as a PIL image"
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -23,6 +23,7 @@ from qwenvl_ft.data.media.deadline import within
 from qwenvl_ft.data.media.grids import Grid, MediaProcessor, exact_size
 from qwenvl_ft.data.media.images import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.media.patches import resized
+from qwenvl_ft.data.media.refused import MAX_ASPECT, require_area, too_thin
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.upstream import processors
 
@@ -80,6 +81,8 @@ def plan_clip(video: Video, processor: VideoProcessor, policy: MediaPolicy, sour
 
     Raises:
         DataError: the video cannot be opened, has too few frames, or the processor is not Qwen3-VL's.
+        TooLarge: its frames have too many pixels.
+        TooThin: the processor refuses the aspect ratio of its frames.
     """
     if not processors.shows_videos(processor):
         raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(processor).__name__}.")
@@ -87,8 +90,8 @@ def plan_clip(video: Video, processor: VideoProcessor, policy: MediaPolicy, sour
         footage = _frame_list(video, policy) if isinstance(video.value, (list, tuple)) else _file(video.value, policy)
         indices = _sampled(video, footage, processor)
         height, width = _size(video, footage, len(indices), processor)
-    except ValueError as error:  # a DataError, or the resize rule's limit on the aspect ratio
-        raise DataError(f"{source}: {error}") from None
+    except DataError as error:
+        raise type(error)(f"{source}: {error}") from None
     steps = -(-len(indices) // processor.temporal_patch_size)
     grid = (steps, height // processor.patch_size, width // processor.patch_size)
     return Clip(tuple(indices.tolist()), footage.rate, (footage.height, footage.width), grid)
@@ -178,11 +181,7 @@ def _header(value: Any, policy: MediaPolicy) -> Iterator[Footage]:
         if not frames:  # the headers of mkv and webm have no count: count packets, without decoding
             container.seek(0)
             frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-        if height * width > policy.max_image_pixels:
-            raise DataError(
-                f"video {medium_name(value)} has frames of {width} x {height} = {width * height} pixels, above "
-                f"data.max_image_pixels={policy.max_image_pixels}. Shrink the file or raise the limit."
-            )
+        require_area(f"a frame of video {medium_name(value)}", width, height, policy.max_image_pixels)
         if not rate or frames < 1:
             raise DataError(f"video {medium_name(value)} is damaged: it has {frames} frames at a rate of {rate}.")
         yield Footage(frames, float(rate), *((width, height) if rotated else (height, width)))
@@ -216,7 +215,11 @@ def _sampled(video: Video, footage: Footage, processor: VideoProcessor) -> NDArr
 
 
 def _size(video: Video, footage: Footage, frames: int, processor: VideoProcessor) -> tuple[int, int]:
-    """Return (height, width) after resizing; the area limits are for all frames together."""
+    """Return (height, width) after resizing; the area limits are for all frames together.
+
+    Raises:
+        DataError: the processor refuses the size; `TooThin` if it is the aspect ratio.
+    """
     limits, factor = video.limits, processor.patch_size * processor.merge_size
     if not processor.do_resize:
         return footage.height, footage.width
@@ -231,15 +234,21 @@ def _size(video: Video, footage: Footage, frames: int, processor: VideoProcessor
     if limits.min_pixels is not None:
         min_pixels = limits.min_pixels * frames
         max_pixels = max(min_pixels, max_pixels)
-    return processors.video_size(
-        frames,
-        footage.height,
-        footage.width,
-        temporal_factor=processor.temporal_patch_size,
-        factor=factor,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
+    try:
+        return processors.video_size(
+            frames,
+            footage.height,
+            footage.width,
+            temporal_factor=processor.temporal_patch_size,
+            factor=factor,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+    except ValueError as error:
+        what = f"a frame of video {medium_name(video.value)}"
+        if max(footage.height, footage.width) >= MAX_ASPECT * min(footage.height, footage.width):
+            raise too_thin(what, footage.width, footage.height) from None
+        raise DataError(f"{what} has {footage.width} x {footage.height} pixels: {one_line(error)}.") from None
 
 
 def _decoded(value: Any, indices: tuple[int, ...], policy: MediaPolicy) -> Iterator[NDArray[np.uint8]]:

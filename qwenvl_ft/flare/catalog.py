@@ -238,7 +238,7 @@ def converted_file(name: str, split: str) -> str:
 
 
 def register_converted(folder: str | Path = "converted_data", names: Iterable[str] | None = None) -> list[str]:
-    """Register the converted files of a folder for recipes and selections.
+    """Register the converted files of a folder for recipes and selections. `DATASETS` lists the training splits only.
 
     Args:
         names: data sets that must exist; None registers all that do.
@@ -260,5 +260,5 @@ def register_converted(folder: str | Path = "converted_data", names: Iterable[st
             f"Run: qwenvl-ft convert flare --datasets {' '.join(missing) or 'starter'} --output_dir {folder}"
         )
     for (split, name), path in there.items():
-        register_dataset(registry_name(name, split), str(path))
+        register_dataset(registry_name(name, split), str(path), listed=split == "train")
     return [registry_name(name, split) for split, name in there]

@@ -5,7 +5,8 @@
     qwenvl-ft convert flare --datasets neojaundice retino --splits train --verbose
 
 Every image is decoded once, so that a damaged one is found here and not hours into a run. Skipped questions are counted
-by reason in ``conversion_report.json`` and listed one by one in ``conversion.log``.
+by reason in ``conversion_report.json``, which keeps the counts of data sets that were converted earlier, and listed one
+by one in ``conversion.log``.
 """
 
 import argparse
@@ -27,11 +28,12 @@ from qwenvl_ft.flare.catalog import (
     registry_name,
 )
 from qwenvl_ft.flare.command import add_data_options, add_image_limit, run_command
+from qwenvl_ft.flare.conversion_report import CONVERTED, FAILED, NOTHING, REPORT, Report
 from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions, unpacking_hint
-from qwenvl_ft.flare.question_record import COORDINATES, Options, Tally, convert_questions
+from qwenvl_ft.flare.question_record import COORDINATES, Options, convert_questions
 
-REPORT, LOG = "conversion_report.json", "conversion.log"
+LOG = "conversion.log"
 MAX_ERRORS = 50
 """Most skipped questions listed in the report per data set and split; the log lists all."""
 
@@ -45,8 +47,8 @@ def convert(
     base: str | Path | None = None,
     output: str | Path | None = None,
     options: Options | None = None,
-) -> dict[str, Any]:
-    """Convert data sets; write their files and the report.
+) -> Report:
+    """Convert data sets; write their files and the report. A file that cannot be read does not stop the others.
 
     Args:
         names: names in the catalog.
@@ -54,10 +56,10 @@ def convert(
         output: output folder; None is ``converted_data`` beside ``base``.
 
     Returns:
-        The report: ``conversion_results``, ``statistics``, ``not_found`` and ``notes``.
+        The report on all that was ever converted into the folder.
 
     Raises:
-        DataError: the folder does not exist, or a file of questions is malformed.
+        DataError: the folder or a split does not exist.
     """
     options, splits = options or Options(), list(splits)
     for split in splits:
@@ -66,44 +68,42 @@ def convert(
     root = find_base(base)
     folder = output_folder(root, output)
     folder.mkdir(parents=True, exist_ok=True)
-    check, total = ImageCheck(options.check_images, options.max_image_pixels), Tally()
-    report: dict[str, Any] = {"conversion_results": [], "statistics": {}, "not_found": [], "notes": []}
+    check, report = ImageCheck(options.check_images, options.max_image_pixels), Report.read(folder / REPORT)
     for name in names:
         for split in splits:
-            questions = find_questions(root, FLARE_DATASETS[name], split)
-            if questions is None:
-                report["not_found"].append({"dataset": name, "split": split})
-                log.warning("%s %s: no questions below %s", name, split, root)
+            try:
+                questions = find_questions(root, FLARE_DATASETS[name], split)
+            except DataError as error:
+                report.add(FAILED, name, split, why=str(error))
+                log.error("%s %s: %s", name, split, error)
                 continue
-            total.add(_convert_split(questions, folder, options, check, report))
-    report["statistics"] = total.to_json()
-    write_json(folder / REPORT, report)
+            if questions is None:
+                report.add(NOTHING, name, split)
+                log.warning("%s %s: no questions below %s", name, split, root)
+            else:
+                _convert_split(questions, folder, options, check, report)
+    write_json(folder / REPORT, report.to_json())
     return report
 
 
-def _convert_split(
-    questions: Questions, folder: Path, options: Options, check: ImageCheck, report: dict[str, Any]
-) -> Tally:
+def _convert_split(questions: Questions, folder: Path, options: Options, check: ImageCheck, report: Report) -> None:
     records, tally = convert_questions(questions, options, check)
     name, split = questions.dataset.name, questions.split
-    for passed in questions.passed_over:
-        report["notes"].append(f"{passed} holds no answers; {questions.file} is used instead")
+    notes = [f"{passed} holds no answers; {questions.file} is used instead" for passed in questions.passed_over]
     if records:
         target = folder / converted_file(name, split)
         write_records(target, records)
-        result = {"dataset": name, "split": split, "samples": len(records), "output_file": str(target)}
-        report["conversion_results"].append(
-            result | {"skipped": dict(tally.skipped), "errors": tally.errors[:MAX_ERRORS]}
-        )
+        result = {"samples": len(records), "output_file": str(target), "notes": notes}
+        errors = {"skipped": dict(tally.skipped), "errors": tally.errors[:MAX_ERRORS]}
+        report.add(CONVERTED, name, split, tally, **result, **errors)
     else:
-        note = unpacking_hint(questions.folder) or "no question became a record"
-        report["not_found"].append({"dataset": name, "split": split, "file": str(questions.file), "why": note})
-        log.warning("%s %s: %s", name, split, note)
+        why = unpacking_hint(questions.folder) or "no question became a record"
+        report.add(NOTHING, name, split, tally, file=str(questions.file), why=why, notes=notes)
+        log.warning("%s %s: %s", name, split, why)
     skipped = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.most_common())
     log.info(
         "%s %s: %d of %d converted%s", name, split, len(records), tally.total_samples, f" ({skipped})" * bool(skipped)
     )
-    return tally
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -137,21 +137,6 @@ def listing() -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines) + "\n* starter set"
-
-
-def summary(report: dict[str, Any]) -> str:
-    """Summarise a report on a few lines."""
-    counts = report["statistics"]
-    lines = [
-        f"converted {counts['converted_samples']:,} of {counts['total_samples']:,} questions, "
-        f"{len(report['conversion_results'])} files"
-    ]
-    lines += [f"  left out: {count:,} {reason}" for reason, count in counts["skipped_by_reason"].items()]
-    if counts["guessed_task_types"]:
-        lines.append(f"  task unknown, the data set's first task used: {counts['guessed_task_types']:,}")
-    lines += [f"  {note}" for note in report["notes"]]
-    missing = [f"{item['dataset']} {item['split']}" for item in report["not_found"]]
-    return "\n".join([*lines, *([f"  nothing for: {', '.join(missing)}"] if missing else [])])
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -188,20 +173,23 @@ def run(arguments: argparse.Namespace) -> int:
     folder = output_folder(base, arguments.output_dir)
     with logging_to(folder / LOG, verbose=arguments.verbose):
         report = convert(names, arguments.splits, base=base, output=folder, options=options)
-    print(summary(report))
+    now = report.part((name, split) for name in names for split in arguments.splits)
+    print("\n".join(now.lines()))
     print(f"report: {folder / REPORT}, log: {folder / LOG}")
-    converted = {result["dataset"] for result in report["conversion_results"]}
+    converted = {entry["dataset"] for entry in now.of(CONVERTED)}
     without = [name for name in names if name not in converted]
+    for entry in now.of(FAILED):
+        print(f"error: {entry['dataset']} {entry['split']}: {entry['why']}", file=sys.stderr)
     if without:
         print(f"error: nothing was converted of {', '.join(without)}", file=sys.stderr)
-    return 1 if without else 0
+    return 1 if without or now.of(FAILED) else 0
 
 
 @contextmanager
 def logging_to(file: Path, *, verbose: bool) -> Iterator[None]:
-    """Log everything to a file, and results to stdout; with ``verbose`` also every skipped question."""
+    """Add everything to a log file, and write results to stdout; with ``verbose`` also every skipped question."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    into_file, onto_screen = logging.FileHandler(file, mode="w", encoding="utf-8"), logging.StreamHandler(sys.stdout)
+    into_file, onto_screen = logging.FileHandler(file, mode="a", encoding="utf-8"), logging.StreamHandler(sys.stdout)
     into_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     onto_screen.setLevel(logging.DEBUG if verbose else logging.INFO)
     before = log.level, log.propagate
@@ -220,7 +208,7 @@ def logging_to(file: Path, *, verbose: bool) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None, prog: str = "qwenvl-ft convert flare") -> int:
-    """Run the command: exit code 0, 1 if a named data set gave no file, 2 for a user's error."""
+    """Run the command: exit code 0, 1 if a data set gave no file or a file is malformed, 2 for a user's error."""
     return run_command(run, parser(prog).parse_args(argv))
 
 

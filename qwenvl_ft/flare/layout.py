@@ -132,13 +132,19 @@ def image_names(record: dict[str, Any]) -> list[str]:
     return kept if len(kept) == len(names) else []
 
 
-def find_image(folder: Path, name: str) -> Path | None:
-    """Return the file of an image, or None: as named, or by its last path component in one of the image folders."""
+def find_image(folder: Path, name: str) -> list[Path]:
+    """Return the files that an image name fits; several mean that the name is ambiguous.
+
+    A name with a folder fits only that file: another folder may hold another picture of the same name. A bare name fits
+    the file beside the questions, or else the files of that name in the image folders.
+    """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
-        return None
-    places = [folder.joinpath(*parts), *(folder / images / parts[-1] for images in IMAGE_FOLDERS)]
-    return next((place for place in places if place.is_file()), None)
+        return []
+    exact = folder.joinpath(*parts)
+    if exact.is_file() or len(parts) > 1:
+        return [exact] if exact.is_file() else []
+    return [place for images in IMAGE_FOLDERS if (place := folder / images / parts[0]).is_file()]
 
 
 def unpacking_hint(folder: Path) -> str:

@@ -61,18 +61,13 @@ class Tally:
     """Reason -> number of skipped questions."""
     faulty_images: Counter[str] = field(default_factory=Counter)
     """Reason -> number of images that questions name and that cannot be used."""
+    found_by_name: int = 0
+    """Images named without a folder and found in an image folder."""
     task_types: Counter[str] = field(default_factory=Counter)
     image_counts: Counter[str] = field(default_factory=Counter)
     guessed_tasks: int = 0
     """Questions with an unknown task name, for which the data set's first task was used."""
     errors: list[str] = field(default_factory=list)
-
-    def add(self, other: "Tally") -> None:
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as they stand in the report."""
@@ -83,6 +78,8 @@ class Tally:
             "skipped_by_reason": dict(self.skipped.most_common()),
             "missing_images": self.faulty_images["missing_image"],
             "corrupted_images": self.faulty_images["corrupted_image"],
+            "ambiguous_images": self.faulty_images["ambiguous_image"],
+            "images_found_by_name": self.found_by_name,
             "too_large_images": self.faulty_images["too_large_image"],
             "too_thin_images": self.faulty_images["too_thin_image"],
             "task_type_distribution": dict(self.task_types.most_common()),
@@ -97,7 +94,7 @@ def convert_questions(questions: Questions, options: Options, check: ImageCheck)
     tally = Tally(total_samples=len(questions.records))
     named = [name for question in questions.records if isinstance(question, dict) for name in image_names(question)]
     found = [find_image(questions.folder, name) for name in dict.fromkeys(named)]
-    check.look([path for path in found if path is not None], options.num_workers)
+    check.look([path for paths in found for path in paths if len(paths) == 1], options.num_workers)
     records: list[dict[str, Any]] = []
     for index, question in enumerate(questions.records):
         try:
@@ -177,13 +174,19 @@ def find_images(
     kept: list[Path] = []
     faults: list[tuple[str, str]] = []
     for name in names:
-        path = find_image(folder, name)
-        if path is None:
+        paths = find_image(folder, name)
+        if not paths:
             faults.append(("missing_image", f"image {name} is not below {folder}"))
-        elif (looked := check.fault(path)).kind:
+        elif len(paths) > 1:
+            places = " and ".join(path.parent.name for path in paths)
+            faults.append(("ambiguous_image", f"image {name} is in {places} of {folder}. Name its folder."))
+        elif (looked := check.fault(paths[0])).kind:
             faults.append((looked.kind, looked.message))
         else:
-            kept.append(path)
+            kept.append(paths[0])
+            if paths[0] != folder / name.replace("\\", "/"):
+                tally.found_by_name += 1
+                log.debug("%s is not in %s; %s is used", name, folder, paths[0])
     tally.faulty_images.update(reason for reason, _ in faults)
     if faults and not (kept and options.keep_incomplete):
         raise LeftOut(*faults[0])

@@ -18,7 +18,7 @@ from typing import Any
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.flare.command import add_image_limit, run_command
-from qwenvl_ft.flare.convert import REPORT as CONVERSION_REPORT
+from qwenvl_ft.flare.conversion_report import REPORT as CONVERSION_REPORT
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
 from qwenvl_ft.flare.layout import answer_text

@@ -3,7 +3,7 @@
 import pytest
 from flare_cases import CASES, MORE, Tree
 
-from qwenvl_ft.data.sources.registry import DATASETS
+from qwenvl_ft.data.sources.registry import DATASETS, UNLISTED
 from qwenvl_ft.flare.catalog import FLARE_DATASETS
 
 
@@ -24,7 +24,7 @@ def full_tree(tree):
 @pytest.fixture(autouse=True)
 def clean_tables():
     """The catalog and the registry as they were."""
-    before = [(table, dict(table)) for table in (FLARE_DATASETS, DATASETS)]
+    before = [(table, dict(table)) for table in (FLARE_DATASETS, DATASETS, UNLISTED)]
     yield
     for table, content in before:
         table.clear()

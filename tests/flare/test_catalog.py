@@ -132,7 +132,11 @@ def test_converted_files_are_registered_for_recipes(tmp_path):
     DATASETS["mine"] = {"annotation_path": "mine.json", "data_path": ""}
     names = register_converted(tmp_path)
     assert names == ["flare_neojaundice", "flare_retino", "flare_retino_val", "flare_cmmd_test"]
-    assert [name for name in DATASETS if name.startswith("flare_")] == names
+    assert [name for name in DATASETS if name.startswith("flare_")] == names[:2], "the guide counts training sets"
+    assert [find_dataset(name)["annotation_path"] for name in names[2:]] == [
+        str(tmp_path / "retino_val.json"),
+        str(tmp_path / "CMMD_test.json"),
+    ]
     assert DATASETS["flare_retino"] == {"annotation_path": str(tmp_path / "retino_train.json"), "data_path": ""}
     assert [find_dataset(name)["data_path"] for name, _ in parse_selection("flare_neojaundice%10,flare_retino")] == [
         "",

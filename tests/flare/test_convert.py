@@ -278,7 +278,7 @@ def test_converting_one_data_set_again_keeps_the_others(full_tree):
 
 def test_the_function_returns_the_report_that_it_writes(full_tree, tmp_path):
     report = convert(["CMMD"], ["train"], base=full_tree.base, output=tmp_path / "out", options=Options(num_workers=1))
-    assert json.loads((tmp_path / "out" / "conversion_report.json").read_text()) == report
+    assert json.loads((tmp_path / "out" / "conversion_report.json").read_text()) == report.to_json()
     with pytest.raises(DataError, match="unknown split"):
         convert(["CMMD"], ["dev"], base=full_tree.base)
 

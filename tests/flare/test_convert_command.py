@@ -60,7 +60,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(tree, capsys, arguments, mess
 def test_a_malformed_file_of_questions_is_an_error(tree, capsys, content, message):
     tree.write("retino", [])
     tree.file("retino").write_text(content)
-    assert run(tree, "--datasets", "retino") == 2
+    assert run(tree, "--datasets", "retino") == 1
     assert message in capsys.readouterr().err
 
 

@@ -88,6 +88,26 @@ def test_a_question_that_cannot_be_asked_gets_an_empty_prediction(tree):
     assert all("gpt" not in json.dumps(prompt) for prompt in asked)
 
 
+@pytest.mark.parametrize(("limit", "asked"), [(200 * 180, 1), (200 * 180 - 1, 0)])
+def test_images_above_the_limit_are_not_asked_about(tree, limit, asked):
+    questions = questions_of(tree, Case("retino", "classification", "", "classification"))
+    (record,), not_asked = predict(questions, answered("A"), max_image_pixels=limit)
+    assert (record["prediction"], not_asked) == ("A" * asked, 1 - asked)
+
+
+def test_the_limit_reaches_the_encoder(full_tree, tiny_dir, tmp_path, monkeypatch):
+    """The images of the tree have 36,000 pixels; a limit of 36,000 is kept by the check and by the generation."""
+    from qwenvl_ft.evaluation import generate as module
+
+    policies = []
+    keep = module.Encoder.prompt
+    monkeypatch.setattr(module.Encoder, "prompt", lambda self, r: policies.append(self.policy) or keep(self, r))
+    words = ["--model", str(tiny_dir), "--datasets", "retino", "--input_dir", str(full_tree.base), "--output_dir"]
+    limited = ["--max_image_pixels", "36000", "--max_new_tokens", "2", "--torch_dtype", "float32"]
+    assert main([*words, str(tmp_path / "out"), *limited]) == 0
+    assert [policy.max_image_pixels for policy in policies] == [36000]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from flare_cases import CASES
 
+from qwenvl_ft.data.sources.mixture import load_mixture
+from qwenvl_ft.errors import DataError
 from qwenvl_ft.flare.catalog import FLARE_DATASETS, converted_file, registry_name, select
 from qwenvl_ft.flare.convert import main as convert
 from qwenvl_ft.recipe.argv import recipe_from_argv
@@ -102,6 +104,21 @@ def temporary():
     """A folder with a short path, as loader workers need it."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+def test_the_recipe_trains_from_another_folder_by_one_setting(converted, tmp_path, monkeypatch):
+    """The data are in FLARE25/converted_data, the run starts elsewhere."""
+    (tmp_path / "FLARE25").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (converted / "converted_data").rename(tmp_path / "FLARE25/converted_data")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["recipe=flare25", "data.train=flare_neojaundice"]
+    with pytest.raises(DataError, match=r"neojaundice_train.json"):
+        load_mixture(recipe_from_argv(words).data, 1)
+    for root in ("../FLARE25", str(tmp_path / "FLARE25")):
+        train, _ = load_mixture(recipe_from_argv([*words, f"data.datasets_root={root}"]).data, 1)
+        assert len(train) == 20
+        assert Path(train[0][0]["image"][0]).is_file()
 
 
 def dry_run(folder, temporary, tiny_dir, *arguments):

@@ -3,6 +3,7 @@
 The result is a function of the section and the seed, so that all ranks see the same records.
 """
 
+from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.readers import import_reader, register_reader
@@ -25,7 +26,12 @@ def register(data: DataConfig) -> None:
         reader = import_reader(path)
         register_reader(name, reader.matches, reader.read)
     for name, entry in data.datasets.items():
-        register_dataset(name, **entry)
+        register_dataset(name, **{key: _rooted(key, value, data.datasets_root) for key, value in entry.items()})
+
+
+def _rooted(key: str, value: str, root: str | None) -> str:
+    """Return the value of an entry; a relative path starts at ``data.datasets_root``."""
+    return value if key == "reader" or not value or root is None else str(Path(root).expanduser() / value)
 
 
 def val_selections(data: DataConfig) -> dict[str, Selection]:

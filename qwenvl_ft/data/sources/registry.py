@@ -11,6 +11,9 @@ DATASETS: dict[str, dict[str, str]] = {}
 """Name -> ``{"annotation_path": file, "data_path": folder of relative media}``, in the order of registration. An
 empty ``data_path`` means that media paths are absolute or relative to ``data.media_root`` or the annotation file."""
 
+UNLISTED: dict[str, dict[str, str]] = {}
+"""Entries that selections find by name, and that a listing of `DATASETS` leaves out: splits for evaluation."""
+
 data_dict = DATASETS
 """qwen-vl-finetune's name for `DATASETS`."""
 
@@ -23,7 +26,9 @@ Amount = float | int
 """Amount of a data set to take: a float is a share (1.0 is everything), an int a number of records."""
 
 
-def register_dataset(name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None) -> None:
+def register_dataset(
+    name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None, listed: bool = True
+) -> None:
     """Register a data set under a name for recipes; registering a name again replaces it.
 
     Args:
@@ -33,15 +38,16 @@ def register_dataset(name: str, annotation_path: str, data_path: str = "", *, re
         data_path: folder that relative media paths start at.
         reader: name of the format, or the import path ``module:name`` of a custom reader; None recognises the format
             of each record.
+        listed: False puts the entry into `UNLISTED`.
 
     Raises:
         DataError: the name is empty or has characters that a selection gives a meaning.
     """
     if not name or re.search(r"[,%#\s/]", name):
         raise DataError(f"data set name {name!r}: use letters, digits, '_', '-' and '.' only.")
-    DATASETS[name] = {"annotation_path": annotation_path, "data_path": data_path} | (
-        {"reader": reader} if reader else {}
-    )
+    table, other = (DATASETS, UNLISTED) if listed else (UNLISTED, DATASETS)
+    other.pop(name, None)
+    table[name] = {"annotation_path": annotation_path, "data_path": data_path} | ({"reader": reader} if reader else {})
 
 
 def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tuple[str, Amount]]:
@@ -100,8 +106,9 @@ def find_dataset(name: str) -> dict[str, str]:
         DataError: there is no such name or file; the message begins like qwen-vl-finetune's (``do not find NAME``).
             Or the entry, which may have been added to `DATASETS` directly, is malformed.
     """
-    if name in DATASETS:
-        entry = DATASETS[name]
+    known = UNLISTED | DATASETS
+    if name in known:
+        entry = known[name]
         if unknown := sorted(set(entry) - set(ENTRY)):
             keys = ", ".join(map(repr, unknown))
             raise DataError(f"data set {name}: unknown key {keys} in its entry.{hint(unknown[0], ENTRY)}")
@@ -121,9 +128,7 @@ def find_dataset(name: str) -> dict[str, str]:
         raise DataError(f"do not find {name}: there is no such file.")
     if path.exists():
         raise DataError(f"do not find {name}: a data set must be a file ending in {', '.join(FILES)}.")
-    raise DataError(
-        f"do not find {name}.{hint(name, DATASETS)} Or give the path of a file ending in {', '.join(FILES)}."
-    )
+    raise DataError(f"do not find {name}.{hint(name, known)} Or give the path of a file ending in {', '.join(FILES)}.")
 
 
 def is_pattern(path: str) -> bool:

@@ -73,6 +73,8 @@ class Sources:
     """Fetch images from http(s) URLs."""
     datasets: dict[str, dict[str, str]] = field(default_factory=dict)
     """Dataset names to register: name -> {annotation_path: file, data_path: folder, reader: format}."""
+    datasets_root: str | None = None
+    """Folder that the relative paths in datasets start from; null means the working directory."""
     readers: dict[str, str] = field(default_factory=dict)
     """Your own record formats: name -> module:function that reads a record. They are tried before the built-in ones."""
     dataset_num_proc: Positive = 4

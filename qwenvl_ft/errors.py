@@ -3,13 +3,24 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+WORKER_TRACEBACK = "\nOriginal Traceback (most recent call last):\n"
+"""In the message of an error that a `DataLoader` has raised again (torch 2.8 to 2.14)."""
+
 
 class QwenVLError(Exception):
     """A fault in the user's input. Command line tools print it as one line and exit with code 2."""
 
     def __str__(self) -> str:
-        """Return the message on one line, even if a key, a value or another library's message has line breaks."""
-        return " ".join(super().__str__().split())
+        """Return the message on one line, even if a key, a value or another library's message has line breaks.
+
+        A `DataLoader` raises the error of a worker with the worker's traceback as its message; the error's own message
+        is the last line of it.
+        """
+        text = super().__str__()
+        if WORKER_TRACEBACK in text:
+            last = text.rstrip().rpartition("\n")[2]
+            text = last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
+        return " ".join(text.split())
 
 
 class RecipeError(QwenVLError, ValueError):

@@ -17,6 +17,10 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+LAUNCHED = (
+    "The launcher reports this exit with a traceback of its own, below. The cause is the error in the line above."
+)
+
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import Recipe
     from qwenvl_ft.training.result import TrainResult
@@ -121,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0; 2 after a user's error, which is printed on one line; 128 + n after signal n.
     """
     from qwenvl_ft.errors import QwenVLError
+    from qwenvl_ft.upstream.launcher import launched
 
+    note = f"\n{LAUNCHED}" if launched() else ""
     try:
         from qwenvl_ft.recipe.argv import recipe_from_argv
         from qwenvl_ft.training.ranks import leave_ranks
@@ -129,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         result = train(recipe_from_argv(sys.argv[1:] if argv is None else argv))
         leave_ranks()
     except QwenVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{note}\n", end="", file=sys.stderr, flush=True)  # in one piece, also from several ranks
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

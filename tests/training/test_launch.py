@@ -11,6 +11,8 @@ import torch
 from run_cases import short_run, write_questions
 from transformers import AutoModelForImageTextToText
 
+from qwenvl_ft.train import LAUNCHED
+
 PYTHON = sys.executable
 
 
@@ -130,3 +132,18 @@ def test_compiled_layers_of_two_processes_train_the_same_weights(tiny_dir, data,
     compiled = ["training.torch_compile_backend=aot_eager", "training.gradient_checkpointing=true"]
     run = start("torchrun", 2, tiny_dir, data, tmp_path, *compiled, *COMPILED[way])
     assert_same_run(run, reference, tiny_dir)
+
+
+@pytest.mark.parametrize(("launcher", "processes"), [("accelerate", 1), ("torchrun", 2), ("python", 1)])
+def test_a_users_error_is_the_last_line_or_says_that_the_launchers_traceback_follows(launcher, processes):
+    command = [PYTHON, *launchers(processes)[launcher], "qwenvl_ft.train", "modle.model=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ, check=False)
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("error: "))
+    assert "Did you mean 'model'?" in lines[place]
+    if launcher == "python":
+        assert place == len(lines) - 1
+    else:
+        assert lines[place + 1] == LAUNCHED
+        assert "Traceback" in "".join(lines[place + 2 :]), "vacuous: the launcher has none"

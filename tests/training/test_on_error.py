@@ -45,6 +45,19 @@ def test_by_default_the_run_stops_and_names_the_record(tiny_dir, damaged, tmp_pa
         run(tiny_dir, damaged, tmp_path / "run", f"training.dataloader_num_workers={workers}")
 
 
+def test_a_workers_error_is_the_same_line_as_without_workers(tiny_dir, damaged, tmp_path):
+    """A DataLoader raises it again with the worker's traceback of twenty lines in the message."""
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            run(tiny_dir, damaged, tmp_path / f"run{workers}", f"training.dataloader_num_workers={workers}")
+        messages.append(str(caught.value))
+        carried = "Traceback" in caught.value.args[0]
+        assert carried == bool(workers), "vacuous: the worker's error carries no traceback"
+    assert messages[0] == messages[1]
+    assert "Traceback" not in messages[1]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skip_trains_by_the_same_plan_as_if_the_record_had_no_labels(
     tiny_dir, damaged, tmp_path, monkeypatch, caplog, workers

@@ -3,7 +3,6 @@
 The trainer is built in `training/build.py`: this module stands below `look/`, which reads data through it.
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +18,8 @@ from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
 from qwenvl_ft.data.dense.groups import DenseGroups, EpochConversations
 from qwenvl_ft.data.dense.options import DenseOptions
+from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.images import MediaPolicy
-from qwenvl_ft.data.media.patches import obstacle
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.epochs import open_epochs
 from qwenvl_ft.data.sources.mixture import joined, load_mixture
@@ -29,87 +27,19 @@ from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.model.patch_embed import use_raw_patches
-from qwenvl_ft.model.processor import set_limits
+from qwenvl_ft.model.processor import set_template_limits
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model
 
 logger = logging.getLogger(__name__)
 
-TOOL_FORMS = ("react_en", "react_zh", "qwen_en", "qwen_zh", "toolbench", "hermes", "default")
-"""Names of ms-swift for ways of writing tools into the system prompt; their text is not ours to render."""
-
 
 def build_processor(recipe: Recipe) -> Any:
     """Load the processor of a recipe's model with the pixel limits and frame rates of ``template``."""
     processor = load_processor(_model_path(recipe), revision=recipe.model.model_revision)
-    set_media_limits(recipe, processor)
+    set_template_limits(processor, recipe.template)
     return processor
-
-
-def set_media_limits(recipe: Recipe, processor: Any) -> None:
-    """Set the pixel limits and frame rates of a recipe's ``template``."""
-    template = recipe.template
-    set_limits(
-        processor,
-        min_pixels=template.min_pixels,
-        max_pixels=template.max_pixels,
-        video_min_pixels=template.video_min_pixels,
-        video_max_pixels=template.video_max_pixels,
-        video_frame_max_pixels=template.video_frame_max_pixels,
-        fps=template.fps,
-        min_frames=template.fps_min_frames,
-        max_frames=template.fps_max_frames,
-    )
-
-
-def build_encoder(recipe: Recipe, processor: Any) -> Encoder:
-    """Build the encoder of a recipe's template and media rules.
-
-    Raises:
-        RecipeError: ``template.tools_prompt`` is not a JSON list of function schemas.
-    """
-    template = recipe.template
-    return Encoder(
-        processor,
-        max_length=template.max_length,
-        truncation_strategy=template.truncation_strategy,
-        system_prompt=template.system_prompt,
-        tools=read_tools(template.tools_prompt) if template.tools_prompt else None,
-        add_vision_id=template.add_vision_id,
-        policy=MediaPolicy.of(recipe.data),
-        raw_pixels=not obstacle(processor.image_processor),
-    )
-
-
-def read_tools(tools_prompt: str) -> list[dict[str, Any]]:
-    """Return the function schemas of ``template.tools_prompt``: JSON, or the name of a ``.json`` file.
-
-    Raises:
-        RecipeError: the file cannot be read; it is not a list of schemas; or it is one of `TOOL_FORMS`, which the
-            model's own chat template does not use.
-    """
-    text = tools_prompt
-    if tools_prompt.endswith(".json"):
-        try:
-            text = Path(tools_prompt).expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"template.tools_prompt: {tools_prompt} cannot be read: {error}.") from None
-    try:
-        tools = json.loads(text)
-    except ValueError:
-        tools = None
-    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
-        return tools
-    if tools_prompt in TOOL_FORMS:
-        raise RecipeError(
-            f"template.tools_prompt={tools_prompt} is a form of tool prompts, but a Qwen-VL model is trained in the "
-            "form of its own chat template. Remove the key, add 'tools' to the records, or give schemas here."
-        )
-    raise RecipeError(
-        f"template.tools_prompt={tools_prompt!r:.200} is not a JSON list of function schemas, nor a .json file with "
-        'one. Example: \'[{"type": "function", "function": {"name": "measure", "parameters": {}}}]\'.'
-    )
 
 
 def build_datasets(

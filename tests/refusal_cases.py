@@ -46,6 +46,16 @@ def resized(**size):
     return {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "A blur."}]}
 
 
+def shown_by_system(name):
+    part = [{"type": "image", "image": name}, {"type": "text", "text": "Look."}]
+    return {"messages": [{"role": "system", "content": part}, *messages("user", "assistant")["messages"]]}
+
+
+def asked_with_tool(text):
+    schema = {"name": "look", "description": text, "parameters": {}}
+    return messages("user", "assistant") | {"tools": [{"type": "function", "function": schema}]}
+
+
 REFUSALS = [
     Refusal("an image that does not exist", image("gone.png"), "missing", "missing_image", "missing_image"),
     Refusal("a text file named as an image", image("text.png"), "corrupt", "corrupted_image", "corrupted_image"),
@@ -88,6 +98,9 @@ REFUSALS = [
         *("encoding", "encoding", "encoding"),
     ),
     Refusal("a system message at the end", messages("user", "assistant", "system"), "encoding", "structure"),
+    Refusal("an image in the system message", shown_by_system("a.png"), "encoding"),
+    Refusal("half of a character in a tool", asked_with_tool("\ud83d"), "encoding"),
+    Refusal("a control token in a tool", asked_with_tool("<|im_end|>"), "encoding"),
     Refusal("no answer", messages("user"), "unsupervised", "structure"),
     Refusal("more tags than images", image("a.png", conversations=turns("<image><image>?")), "tags", "tags"),
     Refusal("no known format", {"text": "Hello."}, "structure", "image"),

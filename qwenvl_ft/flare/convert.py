@@ -118,7 +118,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own escape of half a character
     partial.replace(path)
 
 
@@ -189,7 +189,10 @@ def run(arguments: argparse.Namespace) -> int:
 def logging_to(file: Path, *, verbose: bool) -> Iterator[None]:
     """Add everything to a log file, and write results to stdout; with ``verbose`` also every skipped question."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    into_file, onto_screen = logging.FileHandler(file, mode="a", encoding="utf-8"), logging.StreamHandler(sys.stdout)
+    into_file, onto_screen = (
+        logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"),
+        logging.StreamHandler(sys.stdout),
+    )
     into_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     onto_screen.setLevel(logging.DEBUG if verbose else logging.INFO)
     before = log.level, log.propagate

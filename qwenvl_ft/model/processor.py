@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qwenvl_ft.recipe.sections.data import TemplateConfig
 
 
 def set_limits(
@@ -39,6 +42,21 @@ def set_limits(
     video = processor.video_processor
     set_areas(video, "video_", video_min_pixels, video_max_pixels)
     set_frames(video, max_area=video_frame_max_pixels, fps=fps, min_frames=min_frames, max_frames=max_frames)
+
+
+def set_template_limits(processor: Any, template: TemplateConfig) -> None:
+    """Set the pixel limits and frame rates of a recipe's ``template`` section; see `set_limits`."""
+    set_limits(
+        processor,
+        min_pixels=template.min_pixels,
+        max_pixels=template.max_pixels,
+        video_min_pixels=template.video_min_pixels,
+        video_max_pixels=template.video_max_pixels,
+        video_frame_max_pixels=template.video_frame_max_pixels,
+        fps=template.fps,
+        min_frames=template.fps_min_frames,
+        max_frames=template.fps_max_frames,
+    )
 
 
 def set_areas(processor: Any, prefix: str, smallest: int | None, largest: int | None) -> None:

@@ -5,18 +5,20 @@ import json
 import pytest
 from flare_cases import Tree
 from look_cases import checked
-from refusal_cases import LARGEST, REFUSALS, image, write_media
+from refusal_cases import LARGEST, REFUSALS, image, messages, write_media
 
 from qwenvl_ft.assemble import build_datasets, build_processor
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.conversation import Image, Source
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.media.images import MediaPolicy, image_size
 from qwenvl_ft.data.media.refused import TooLarge, TooThin
+from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.flare.convert import main as convert
 from qwenvl_ft.flare.image_check import ImageCheck
 from qwenvl_ft.flare.validate import validate_file
-from qwenvl_ft.look.reference import reference_processor
+from qwenvl_ft.look.reference import is_plain, plan_media, reference_processor, require_plain_texts
 from qwenvl_ft.look.selection import target_recipe
 from qwenvl_ft.training.data_gate import check_before_training
 
@@ -96,7 +98,7 @@ def test_flare_convert_leaves_them_out_by_reason(tmp_path):
         for case in cases
     ]
     sound = {"TaskType": "classification", "ImageName": "imagesTr/a.png", "Question": "?", "Answer": "A"}
-    tree.write("retino", [sound, *questions])
+    tree.write("retino", []).write_text(json.dumps([sound, *questions]))
     (tree.folder("retino") / "imagesTr").mkdir()
     write_media(tree.folder("retino") / "imagesTr")
     words = ["--input_dir", str(tree.base), "--datasets", "retino", "--splits", "train"]
@@ -132,7 +134,7 @@ def test_training_can_leave_out_what_its_plan_refuses(path, tiny_dir):
         (
             "large.png",
             TooLarge,
-            "large.png has 600 x 500 = 300000 pixels (width x height), above data.max_image_pixels=250000. Shrink the "
+            "large.png has 600 x 500 = 300000 pixels, above data.max_image_pixels=250000. Shrink the "
             "file, raise the limit, or set data.on_error=skip",
         ),
     ],
@@ -148,17 +150,17 @@ def test_the_message_names_width_and_height_and_what_to_do(name, kind, expected,
 @pytest.mark.parametrize(("side", "fits"), [(200, True), (201, False)])
 def test_the_border_of_the_aspect_ratio_is_the_processors(side, fits, tmp_path, processor):
     """The limit that the messages state is the one of transformers' own processor."""
-    from PIL import Image
+    from PIL import Image as Picture
 
-    Image.new("RGB", (10 * side, 10)).save(tmp_path / "x.png")
+    Picture.new("RGB", (10 * side, 10)).save(tmp_path / "x.png")
     report = checked(_write(tmp_path, image("x.png")))
     assert report.ok == fits
     official = reference_processor().image_processor
     if fits:
-        official(images=[Image.open(tmp_path / "x.png")])
+        official(images=[Picture.open(tmp_path / "x.png")])
     else:
         with pytest.raises(ValueError, match="aspect"):
-            official(images=[Image.open(tmp_path / "x.png")])
+            official(images=[Picture.open(tmp_path / "x.png")])
 
 
 def _write(folder, *records):
@@ -184,3 +186,33 @@ def test_training_stops_with_one_line_at_a_thin_image(folder, tiny_dir, tmp_path
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {path}:2: image ")
     assert "2 x 1333 pixels (width x height)" in error
+
+
+def test_a_plain_conversation_is_judged_without_rendering_as_with_it(folder, path, processor):
+    """For every record of the cases, and for others that are sound."""
+    encoder = Encoder(reference_processor(), policy=MediaPolicy(max_image_pixels=LARGEST))
+    roles = [("user", "assistant"), ("system", "user", "assistant"), ("assistant",), ("user", "assistant", "user")]
+    records = [SOUND, *(messages(*turns) for turns in roles), *(case.record for case in REFUSALS)]
+    judged = {True: 0, False: 0}
+    for record in records:
+        try:
+            conversation = read_record(record, Source("d", "d[0]"), str(folder))
+            sizes = [image_size(part.value, encoder.policy)[::-1] for part in conversation.media(Image)]
+            plan = plan_media(conversation, sizes, encoder)
+        except DataError:
+            continue
+        if plan.faults or not is_plain(conversation, encoder):
+            continue
+        outcomes = [_outcome(require_plain_texts, conversation)]
+        outcomes.append(_outcome(encoder.require_sound, conversation, plan.grids, plan.clips))
+        assert outcomes[0] == outcomes[1]
+        judged[outcomes[0] == ""] += 1
+    assert min(judged.values()) >= 3, "vacuous"
+
+
+def _outcome(ask, *arguments):
+    try:
+        ask(*arguments)
+    except DataError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

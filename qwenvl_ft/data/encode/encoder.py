@@ -28,7 +28,7 @@ from qwenvl_ft.data.encode.labels import (
     unsupervised,
 )
 from qwenvl_ft.data.encode.pixels import image_grids_in_time, image_pixels, video_pixels
-from qwenvl_ft.data.encode.places import MediaTokens
+from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
 from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
 from qwenvl_ft.data.encode.tokenise import TextTokenizer, require_unicode
@@ -189,6 +189,8 @@ class Encoder:
         """
         shown = self._show(conversation, image_grids=image_grids, clips=clips)
         require_unicode(shown.text, conversation.source)
+        if (rendered := shown.text.count(IMAGE_PAD)) != len(shown.images):
+            raise not_rendered(conversation.source, len(shown.images), "image", rendered)
         if not shown.supervised:
             raise unsupervised(conversation.source, None)
 

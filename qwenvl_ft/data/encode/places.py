@@ -15,6 +15,11 @@ from qwenvl_ft.data.media.grids import Grid
 from qwenvl_ft.errors import DataError
 
 
+def not_rendered(source: Source, given: int, kind: str, rendered: int) -> DataError:
+    """Return the error for a chat template that renders a different number of media."""
+    return DataError(f"{source}: {given} {kind}s, but the chat template renders {rendered}.")
+
+
 class MediaTokens:
     """Finds placeholders and vision tokens by their ids.
 
@@ -57,7 +62,7 @@ class MediaTokens:
         ):
             places = np.flatnonzero(ids == token)
             if places.size != len(grids):
-                raise DataError(f"{source}: {len(grids)} {kind}s, but the chat template renders {places.size}.")
+                raise not_rendered(source, len(grids), kind, places.size)
             if places.size:
                 lines, line = (np.asarray(grids, dtype=np.int64) // merge[token]).T
                 counts[places], widths[places] = lines * line, line

@@ -23,7 +23,7 @@ def require_area(what: str, width: int, height: int, limit: int) -> None:
     """
     if width * height > limit:
         raise TooLarge(
-            f"{what} has {width} x {height} = {width * height} pixels (width x height), above "
+            f"{what} has {width} x {height} = {width * height} pixels, above "
             f"data.max_image_pixels={limit}. Shrink the file, raise the limit, {SKIP}."
         )
 

@@ -17,7 +17,7 @@ def check(
     processes: Annotated[int, typer.Option(help="GPUs of the planned run, to compute its steps.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all cases.")] = False,
 ) -> None:
-    """Check every record before training. The exit code is 0, or 1 if something is wrong.
+    """Check every record before training. The exit code is 0, or 1 if something is wrong; the last lines say so.
 
     For data files without a recipe, lengths in tokens need --model DIR, and --val FILE finds records that are also in
     the training data. In a recipe with phases, the data of every phase is checked.
@@ -25,7 +25,7 @@ def check(
     import json
 
     from qwenvl_ft.look.check import check_recipe
-    from qwenvl_ft.look.check_report import text
+    from qwenvl_ft.look.check_report import closing, text
     from qwenvl_ft.look.selection import target_recipe
 
     reports = {}
@@ -35,7 +35,9 @@ def check(
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(report, show))
     if as_json:
-        by_phase = {phase: report.to_json() for phase, report in reports.items()}
+        by_phase = {phase: report.to_json(strict=strict) for phase, report in reports.items()}
         typer.echo(json.dumps(by_phase[""] if "" in by_phase else by_phase, ensure_ascii=False))
-    if not all(report.ok and not (strict and report.faults) for report in reports.values()):
+    else:
+        typer.echo("\n".join(closing(reports.values(), strict=strict)))
+    if any(report.exit_code(strict=strict) for report in reports.values()):
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.errors import unknown_name
-from qwenvl_ft.look.faults import ERROR, IMAGE, REASONS, WARNING, Fault
+from qwenvl_ft.look.faults import ERROR, IMAGE, PARTS, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.one_record import Inspected, Inspector
 from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers
@@ -38,6 +38,8 @@ class Split:
     records: int = 0
     images: int = 0
     """Images in all records; an image that occurs twice counts twice."""
+    videos: int = 0
+    """Videos in all records, likewise."""
     media: set[bytes] = field(default_factory=set)
     """Content hashes of all media."""
     datasets: Counter[str] = field(default_factory=Counter)
@@ -56,6 +58,7 @@ class Split:
         """Count a record, and its sample if the record is a sample by itself."""
         self.records += 1
         self.images += seen.num_images
+        self.videos += seen.num_videos
         self.media.update(seen.media)
         self.datasets[seen.dataset] += 1
         self.measure(seen)
@@ -87,6 +90,10 @@ class Report:
         """True if there is no error; warnings do not count."""
         return not self.errors()
 
+    def exit_code(self, *, strict: bool = False) -> int:
+        """Return the exit code of ``check``: 1 if there is an error, or with ``strict`` a warning, else 0."""
+        return int(not self.ok or (strict and bool(self.faults)))
+
     def errors(self) -> list[Fault]:
         return [fault for fault in self.faults if self.levels[fault.reason] == ERROR]
 
@@ -103,21 +110,29 @@ class Report:
         """Return True if one of the three tests (``Annotation``, ``Image``, ``Model``) found no error."""
         return not any(REASONS[fault.reason].part == part for fault in self.errors())
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as a dict that JSON can hold."""
+    def to_json(self, *, strict: bool = False) -> dict[str, Any]:
+        """Return the report as a dict that JSON can hold.
+
+        Args:
+            strict: count warnings as errors in ``exit_code``.
+        """
         cases: dict[str, list[dict[str, str]]] = {}
         for fault in self.faults:
             case = asdict(fault)
             cases.setdefault(case.pop("reason"), []).append(case)
         return {
             "ok": self.ok,
+            "exit_code": self.exit_code(strict=strict),
+            "errors": len(self.errors()),
+            "warnings": len(self.faults) - len(self.errors()),
+            "tests": {part: self.passed(part) for part in PARTS},
             "records": self.records,
             "seconds": round(self.seconds, 3),
             "records_per_second": round(self.records / self.seconds, 1) if self.seconds else None,
             "model": self.model or None,
             "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
             "faults": {
-                reason: {"level": self.levels[reason], "count": count, "told": REASONS[reason].meaning}
+                reason: {"level": self.levels[reason], "count": count, "meaning": REASONS[reason].meaning}
                 | {"cases": cases[reason]}
                 for reason, count in self.counts().items()
             },
@@ -129,6 +144,7 @@ def _split_to_json(split: Split) -> dict[str, Any]:
         "records": split.records,
         "datasets": dict(split.datasets),
         "images": split.images,
+        "videos": split.videos,
         "different_media": len(split.media),
         "groups": split.groups,
         "encoded": split.encoded,

@@ -1,9 +1,12 @@
-"""Text report of a check: faults by reason, lengths, the forecast of an epoch, the summary of all tests."""
+"""Text report of a check: faults by reason, lengths, the forecast of an epoch, the summary of all tests, the exit code.
 
-from collections.abc import Iterator
+Where the faults are comes first, and the first of them again at the end: a long histogram may stand between.
+"""
+
+from collections.abc import Iterable, Iterator
 
 from qwenvl_ft.look.check import Report, Split
-from qwenvl_ft.look.faults import ANNOTATION, ERROR, IMAGE, MODEL, PARTS, REASONS, Fault
+from qwenvl_ft.look.faults import ANNOTATION, ERROR, IMAGE, MODEL, PARTS, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Bar, histogram, quantiles
 from qwenvl_ft.look.readable import TRAIN
 
@@ -14,7 +17,7 @@ RULE = "=" * 60
 
 
 def text(report: Report, shown: int = SHOWN) -> str:
-    """Return the whole report.
+    """Return the report without its `closing`.
 
     Args:
         shown: cases printed per reason.
@@ -50,7 +53,9 @@ def faults(report: Report, shown: int = SHOWN) -> Iterator[str]:
 
 def _splits(report: Report) -> Iterator[str]:
     for name, split in report.splits.items():
-        yield f"{name}: {split.records:,} records, {split.images:,} images, {len(split.media):,} different media"
+        counts = {"records": split.records, "images": split.images, "videos": split.videos}
+        named = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count or kind == "records")
+        yield f"{name}: {named}, {len(split.media):,} different media"
         if len(split.datasets) > 1:
             yield from (f"    {dataset}: {count:,}" for dataset, count in split.datasets.items())
         if split.groups:
@@ -93,35 +98,66 @@ def epoch(split: Split) -> Iterator[str]:
 
 
 def summary(report: Report) -> list[str]:
-    """Return the verdicts on annotations, images and model; the last line says if training can begin."""
+    """Return the verdicts on annotations, media and model."""
     verdict = {part: "PASSED" if report.passed(part) else "FAILED" for part in PARTS}
     if not report.model:
         verdict[MODEL] = "SKIPPED (no model given: nothing was tokenized)"
-    counts = report.counts()
     splits = report.splits.values()
     names = {name for split in splits for name in split.datasets}
     warnings = len(report.faults) - len(report.errors())
     rate = f"{report.records / report.seconds:,.0f} records/s" if report.seconds else ""
-    lines = [
+    return [
         RULE,
         "TEST SUMMARY",
         RULE,
         f"Annotation Tests: {verdict[ANNOTATION]}",
         f"  Total samples: {report.records}",
         f"  Datasets: {len(names)}",
-        f"Image Tests: {verdict[IMAGE]}",
-        f"  Images tested: {sum(split.images for split in splits)}",
-        f"  Missing: {_count(counts, 'missing')}",
-        f"  Corrupted: {_count(counts, 'corrupt')}",
+        *_media(report, verdict[IMAGE]),
         f"Model Tests: {verdict[MODEL]}",
         *([f"  Samples encoded with pixels: {sum(split.encoded for split in splits)}"] if report.model else []),
         f"Warnings: {warnings}",
         f"Time: {report.seconds:.1f} s, {rate}",
         RULE,
     ]
-    if not report.ok:
-        return [*lines, f"FAILED: {len(report.errors()):,} errors. Correct or remove these records."]
-    return [*lines, "ALL TESTS PASSED - Ready for training"]
+
+
+def _media(report: Report, verdict: str) -> Iterator[str]:
+    """Yield the verdict on images and videos, by the names of those that the records have."""
+    images, videos = (sum(getattr(split, kind) for split in report.splits.values()) for kind in ("images", "videos"))
+    counts = report.counts()
+    if not images and not videos and report.passed(IMAGE):
+        yield "Image Tests: SKIPPED (no record has an image or a video)"
+        return
+    kinds = [name for name, count in (("Image", images), ("Video", videos)) if count] or ["Image"]
+    yield f"{' and '.join(kinds)} Tests: {verdict}"
+    if "Image" in kinds:
+        yield f"  Images tested: {images}"
+    if "Video" in kinds:
+        yield f"  Videos tested: {videos}" + ("" if report.model else " (opened; frames are decoded only with a model)")
+    yield f"  Missing: {_count(counts, 'missing')}"
+    yield f"  Corrupted: {_count(counts, 'corrupt')}"
+    if refused := _count(counts, "too_large") + _count(counts, "too_thin"):
+        yield f"  Too large or too thin: {refused}"
+
+
+def closing(reports: Iterable[Report], *, strict: bool = False) -> list[str]:
+    """Return the last lines of the command: whether training can begin, and what the exit code means.
+
+    Args:
+        reports: one, or one for each phase.
+        strict: count warnings as errors.
+    """
+    reports = list(reports)
+    errors = [fault for report in reports for fault in report.errors()]
+    warnings = [fault for report in reports for fault in report.faults if report.levels[fault.reason] == WARNING]
+    wrong, kind = (errors, "errors") if errors else (warnings if strict else [], "warnings, errors by --strict")
+    if wrong:
+        return [
+            f"FAILED: {len(wrong):,} {kind}; the first: {wrong[0].where}: {wrong[0].message}",
+            "Exit code 1: correct or remove these records, or accept a reason with --allow.",
+        ]
+    return [f"Exit code 0: no errors, {len(warnings):,} warnings.", "ALL TESTS PASSED - Ready for training"]
 
 
 def _count(counts: dict[str, int], reason: str) -> int:

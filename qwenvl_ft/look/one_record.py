@@ -39,6 +39,7 @@ class Inspected(Measured):
     id: str = ""
     dataset: str = ""
     num_images: int = 0
+    num_videos: int = 0
     key: bytes = b""
     """Hash of media and text; empty if the record cannot be read."""
     media: tuple[bytes, ...] = ()
@@ -114,7 +115,7 @@ class Inspector:
         images = [self.media.image(stored(image.value)) for image in conversation.media(Image)]
         frames = [frame for video in conversation.media(Video) for frame in self.media.video(video.value)]
         media = images + frames
-        seen.num_images = len(images)
+        seen.num_images, seen.num_videos = len(images), len(conversation.media(Video))
         seen.media = tuple(medium.key for medium in media if medium.key)
         seen.key = content_key(conversation, media)
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))

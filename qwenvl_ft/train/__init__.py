@@ -36,8 +36,9 @@ def train(recipe: "Recipe") -> "TrainResult":
     if recipe.phases:
         return _train_phases(recipe)
     from qwenvl_ft.training.prepare import unused_packages
+    from qwenvl_ft.upstream.quiet import quiet
 
-    with unused_packages(recipe):
+    with unused_packages(recipe), quiet():
         return _train(recipe)
 
 

@@ -1,0 +1,85 @@
+"""upstream/quiet.py: bars and notices of other libraries are hidden inside the context, and as before outside."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from run_cases import run_settings, write_records
+from transformers.utils import logging as transformers_logging
+
+from qwenvl_ft.train import main
+from qwenvl_ft.upstream.quiet import NOTICES, quiet
+
+
+@pytest.fixture(autouse=True)
+def bars():
+    enabled, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.enable_progress_bar()
+    yield
+    if not enabled:
+        transformers_logging.disable_progress_bar()
+    (enable_progress_bars if downloads else disable_progress_bars)()
+
+
+def shown(capfd):
+    """Return what a bar of transformers writes."""
+    capfd.readouterr()
+    list(transformers_logging.tqdm(range(3), desc="Loading weights"))
+    return capfd.readouterr().err
+
+
+def test_bars_of_transformers_are_hidden_and_those_of_downloads_stay(capfd):
+    assert "Loading weights" in shown(capfd), "vacuous"
+    with quiet():
+        assert shown(capfd) == ""
+        assert not are_progress_bars_disabled()
+    assert "Loading weights" in shown(capfd)
+
+
+def test_bars_that_the_user_has_switched_off_stay_off(capfd):
+    transformers_logging.disable_progress_bar()
+    with quiet():
+        assert are_progress_bars_disabled()
+    assert shown(capfd) == ""
+    assert are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("name", NOTICES)
+def test_notices_are_dropped_and_other_messages_are_not(name):
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        for inside in (True, False):
+            with quiet() if inside else pytest.MonkeyPatch.context():
+                for beginning in NOTICES[name]:
+                    logger.warning("%s and so on", beginning)
+                logger.warning("the disk is full")
+            assert len(seen) == (1 if inside else 2 + len(NOTICES[name]))
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("name", NOTICES)
+def test_the_libraries_still_write_these_messages(name):
+    """If this fails, a library has changed its words: correct or remove the entry."""
+    files = {"DeepSpeed": ("deepspeed", "accelerator/real_accelerator.py")}
+    package, file = files.get(name, ("transformers", f"{name.partition('.')[2]}.py"))
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed")
+    text = (Path(spec.origin).parent / file).read_text()
+    assert [beginning for beginning in NOTICES[name] if beginning not in text] == []
+
+
+def test_a_run_prints_only_its_own_lines_while_it_loads_and_saves(tiny_dir, tmp_path, capfd):
+    words = run_settings(tiny_dir, write_records(tmp_path), tmp_path / "out", "training.save_strategy=steps")
+    assert main([*words, "training.max_steps=2", "training.save_steps=1"]) == 0
+    out, err = capfd.readouterr()
+    assert "saved " in out
+    for text in ("Loading weights", "Writing model shards", "new PAD/BOS/EOS", "mtime may not"):
+        assert text not in out + err

@@ -19,6 +19,7 @@ from qwenvl_ft import assemble
 from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
 from qwenvl_ft.bench.sizes import random_model, write_size
 from qwenvl_ft.bench.workload import filled_records
+from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import BenchError
 from qwenvl_ft.model.source import load_config
@@ -300,9 +301,7 @@ def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path)
         supervised_share=options.supervised_share,
         seed=args.seed,
     )
-    dataset = SampleDataset(
-        records, assemble.build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths"
-    )
+    dataset = SampleDataset(records, build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths")
     torch.manual_seed(args.seed)
     model = random_model(load_config(str(folder)), recipe.model, args.device)
     trainer = build_trainer(recipe, args, assemble.prepared(model, recipe, args), processor, dataset)

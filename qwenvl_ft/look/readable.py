@@ -65,7 +65,8 @@ def optional_encoder(recipe: Recipe) -> Encoder | None:
     """Build the encoder that training uses; None if the recipe names no model."""
     if not recipe.model.model:
         return None
-    from qwenvl_ft.assemble import build_encoder, build_processor
+    from qwenvl_ft.assemble import build_processor
+    from qwenvl_ft.data.encode.by_recipe import build_encoder
 
     return build_encoder(recipe, build_processor(recipe))
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qwenvl_ft.data.conversation import Sample
+from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.prove.measure import Measured, Share
 from qwenvl_ft.prove.proof_recipe import ProofOptions
@@ -141,7 +142,7 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
     processor = assemble.build_processor(recipe)
     dataset = proof_dataset(
         recipe,
-        assemble.build_encoder(recipe, processor),
+        build_encoder(recipe, processor),
         samples=options.samples,
         max_tokens=options.max_tokens,
         folder=folder / "lengths",

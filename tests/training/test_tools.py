@@ -5,7 +5,8 @@ import json
 import pytest
 from cases import ListRecords
 
-from qwenvl_ft.assemble import build_encoder, build_processor
+from qwenvl_ft.assemble import build_processor
+from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.load import load_recipe

@@ -144,13 +144,13 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
     source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
     try:
         if source is None:
-            require_area(f"image {name}", *value.size, policy.max_image_pixels)
+            _check_area(value, name, policy)
             yield value
         else:
             if isinstance(source, str) and _may_block(source):
                 raise DataError(f"image {name} is a pipe or a device. Give a file.")
             with PILImage.open(source) as image:
-                require_area(f"image {name}", *image.size, policy.max_image_pixels)
+                _check_area(image, name, policy)
                 yield image
     except (DataError, MemoryError, AssertionError):
         raise
@@ -204,6 +204,11 @@ def _fetch(url: str, policy: MediaPolicy) -> bytes:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DataError(f"image {url} cannot be fetched: {error}.") from None
     return answer.content
+
+
+def _check_area(image: PILImage.Image, name: str, policy: MediaPolicy) -> None:
+    width, height = image.size
+    require_area(f"image {name}", width, height, policy.max_image_pixels)
 
 
 def _has_late_text(image: PILImage.Image) -> bool:

@@ -26,7 +26,8 @@ def register(data: DataConfig) -> None:
         reader = import_reader(path)
         register_reader(name, reader.matches, reader.read)
     for name, entry in data.datasets.items():
-        register_dataset(name, **{key: _rooted(key, value, data.datasets_root) for key, value in entry.items()})
+        rooted: dict[str, Any] = {key: _rooted(key, value, data.datasets_root) for key, value in entry.items()}
+        register_dataset(name, **rooted)
 
 
 def _rooted(key: str, value: str, root: str | None) -> str:

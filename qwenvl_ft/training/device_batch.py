@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ class DeviceBatch:
     tensors: dict[str, Any]
     loss: Tensor | None = None
     """Scalar that `compute_loss` returned for it."""
+
+    @property
+    def weight(self) -> Tensor | int:
+        """The number of its supervised tokens, or the sum of their weights."""
+        weights = self.tensors.get("target_weights")
+        return self.tensors["targets"].numel() if weights is None else cast(Tensor, weights.sum())
 
 
 def on_device(

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from qwenvl_ft.checkpoint.same_run import save_plan
 from qwenvl_ft.data.conversation import IGNORE
@@ -30,6 +30,7 @@ from qwenvl_ft.training.finite import LossCheck, require_finite_norm
 from qwenvl_ft.training.liger import use_liger_kernels
 from qwenvl_ft.training.loaders import datasets_in, has_media
 from qwenvl_ft.training.loss import loss_sum, target_weights
+from qwenvl_ft.training.mean_loss import MeanLoss
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.training.ranks import sum_over_ranks
@@ -93,7 +94,7 @@ class QwenVLTrainer(RowTrainer):
         self.checkpointed = checkpointed or {}
         self.z_loss = z_loss
         self.recipe = recipe
-        self.losses = LossCheck()
+        self.losses, self.mean_loss = LossCheck(), MeanLoss()
         self.bad_samples = 0
         liger, args.use_liger_kernel = args.use_liger_kernel, False  # transformers would patch classes, and fail
         super().__init__(
@@ -114,6 +115,7 @@ class QwenVLTrainer(RowTrainer):
         self.step_log = StepLog(args, zero_gradient_steps, has_media=has_media(datasets_in(train_dataset)))
         for callback in self.step_log.callbacks(deepspeed=self.is_deepspeed_enabled):
             self.add_callback(callback)
+        self.add_callback(self.mean_loss)
         if isinstance(model, TrainedPeftModel):
             self.add_callback(TuningMethodCallback(model))
 
@@ -126,7 +128,8 @@ class QwenVLTrainer(RowTrainer):
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Train as transformers does; with ``torch_compile`` the layers are compiled only while it lasts."""
         try:
-            return super().train(*arguments, **options)
+            output = super().train(*arguments, **options)
+            return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
         finally:
             if self.args.torch_compile:
                 restore_layers(cast(nn.Module, self.model))
@@ -162,6 +165,7 @@ class QwenVLTrainer(RowTrainer):
         batch = DeviceBatch(on_device(inputs, self.args.device, self.loss_weights))
         loss = super().training_step(model, {"batch": batch}, num_items_in_batch)
         self.losses.add(self.state.global_step + 1, loss, batch.loss, inputs["sources"])
+        self.mean_loss.add(loss.double() * num_items_in_batch / self.args.world_size, batch.weight)
         return loss
 
     def compute_loss(
@@ -264,6 +268,7 @@ class QwenVLTrainer(RowTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.losses.check()
+            logs["loss"] = self.mean_loss.since_log(self.accelerator)
             logs.update(self.step_log.read(logs, self.state))
             if bad := self._replaced_samples(self.train_sampler.epoch):
                 logs["bad_samples"] = bad
@@ -271,11 +276,14 @@ class QwenVLTrainer(RowTrainer):
             scaled = self.accelerator.scaler is not None  # float16: an overflow skips the step and halves the scale
             if "grad_norm" in logs and not scaled:
                 require_finite_norm(self.state.global_step, logs["grad_norm"])
+        elif "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss.of_run(self.accelerator)
         super().log(logs, start_time)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         self.losses.check()
+        self.mean_loss.save(self.state, self.accelerator)
         self._use_evaluation_weights()
         with self.step_log.meter.paused():
             yield

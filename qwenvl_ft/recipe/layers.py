@@ -4,7 +4,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,48 @@ class Layer:
     """Section -> key -> value, under our own names."""
     spelled: dict[str, str] = field(default_factory=dict)
     """Dotted key -> the alias that set it, if one did."""
+    settings: "dict[str, list[tuple[str, Any]]]" = field(default_factory=dict)
+    """Dotted key -> each spelling that set it, with its value; `exclusive.settle` chooses among them."""
     phases: "dict[str, Layer] | None" = None
     """Name -> layer of a phase; None without ``phases``. A file defines all phases, overrides change some of them."""
 
+    @property
+    def repeats(self) -> bool:
+        """True for a command line, where a setting may be repeated under the same name, and the last one counts."""
+        return self.where.startswith(OVERRIDE)
+
     def set(self, key: str, value: Any, spelled: str) -> None:
-        """Set a dotted key to a value. A later call replaces an earlier one."""
+        """Set a dotted key to a value. If several settings of a layer set it, `exclusive.settle` chooses one."""
+        self.settings.setdefault(key, []).append((spelled, value))
+        self.choose(key, spelled, value)
+
+    def choose(self, key: str, spelled: str, value: Any) -> None:
+        """Give a dotted key the value of one of its settings."""
         *parents, last = _steps(key)
         values = self.values
         for parent in parents:
-            inner = values.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise RecipeError(f"{self.where}: {spelled}: {parent} is already set to {inner!r}, which has no keys.")
-            values = inner
+            if not isinstance(values.get(parent), dict):
+                values[parent] = {}
+            values = values[parent]
         values[last] = value
         self.spelled.pop(key, None)
         if spelled != key:
             self.spelled[key] = spelled
+
+    def get(self, key: str) -> Any:
+        """Return the value of a dotted key that this layer sets."""
+        value: Any = self.values
+        for step in _steps(key):
+            value = value[step]
+        return value
+
+    def with_values(self, values: Values, spelled: str) -> "Layer":
+        """Return a copy in which dotted keys have other values, all set by one spelling."""
+        copied = replace(self, values=deepcopy(self.values), spelled=dict(self.spelled), settings=dict(self.settings))
+        for key, value in values.items():
+            copied.settings[key] = []
+            copied.set(key, value, spelled)
+        return copied
 
     def put(self, section: str, name: str, value: Any) -> None:
         """Set ``section.name``, where the name is a key or an alias."""

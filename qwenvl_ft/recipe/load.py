@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.recipe.checks import check
 from qwenvl_ft.recipe.dialects import REMOVED
+from qwenvl_ft.recipe.exclusive import outweighed, set_lengths, settle
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
 from qwenvl_ft.recipe.layers import (
     ENVIRONMENT_LAYER,
@@ -87,22 +88,35 @@ def _typed(layers: list[Layer]) -> Recipe:
     origins: dict[str, str] = {}
     spelled: dict[tuple[str, str], str] = {}
     for layer in layers:
+        settle(layer)
+    for layer in set_lengths(layers):
+        lost = outweighed(layer)
+        _remove(lost, merged, origins)
         merged = _merge(merged, layer.values, layer.where, origins)
+        _remove([key for key in lost if key in layer.settings], merged, origins)
         spelled |= {(layer.where, key): name for key, name in layer.spelled.items()}
     merged = _resolved(merged, origins)
     places = _Places(origins, spelled)
     length = merged.pop("global_max_length", None)
     if length is not None:
         length = convert(length, LENGTH, places["global_max_length"])
-    if length is not None:
-        for section, key in (("model", "max_model_len"), ("template", "max_length")):
-            merged.setdefault(section, {})[key] = length
-            origins[f"{section}.{key}"] = origins["global_max_length"]
     sections = {name: _section(name, merged[name] if name in merged else {}, places) for name in SECTIONS}
-    recipe = Recipe(**sections, global_max_length=length, origins=origins)
+    recipe = Recipe(**sections, origins=origins)
+    if length == recipe.model.max_model_len == recipe.template.max_length:
+        recipe.global_max_length = length
     _derive(recipe)
     _drop_outweighed(recipe, [layer.where for layer in layers])
     return recipe
+
+
+def _remove(keys: list[str], merged: Values, origins: dict[str, str]) -> None:
+    """Remove dotted keys from merged values, as if no layer had set them."""
+    for key in keys:
+        section, _, name = key.partition(".")
+        if section in merged and name in merged[section]:
+            merged[section] = {other: value for other, value in merged[section].items() if other != name}
+        for gone in [other for other in origins if other == key or other.startswith(f"{key}.")]:
+            del origins[gone]
 
 
 class _Places:

@@ -29,9 +29,13 @@ A recipe is a YAML file with the sections below. At the top of the file may also
 - `extends`: a file or a list of files to build on, relative to this file. A later file overrides an earlier one, and
   this file overrides all of them. `inherit` means the same.
 - `global_max_length`: length limit in tokens. It sets both `model.max_model_len` and `template.max_length`, and
-  overrides them.
+  overrides them in its own file or command line; a stronger one may still set each of them.
 - `phases`: a list of consecutive runs, each with a `name` and the keys that it changes: see
   [Phases](training.md#phases).
+
+The order of keys has no meaning. If two keys, or two names of a key, exclude each other, one file or command line with
+both is an error; a stronger file, or the command line, replaces all that weaker ones set of them. As in transformers,
+`warmup_steps` outweighs `warmup_ratio`, and `max_steps` outweighs `num_train_epochs`.
 
 Mappings are merged key by key. `${section.key}` takes the value of another key, `${oc.env:NAME}` that of an environment
 variable. On the command line, `section.key=value` overrides a key. `--key value` does the same with the key's name

@@ -27,22 +27,10 @@ CONTRADICTIONS = {
     "training.padding_free=false pads each sample to a row of its own. Set training.packing=false too.": [
         "training.padding_free=false"
     ],
-    "deepspeed.enabled=true places the model itself. Remove model.device_map.": [
-        "deepspeed.enabled=true",
-        "model.device_map=auto",
-    ],
     "tuner.train_type=adalora ranks weights by their gradients, which deepspeed does not keep. Remove deepspeed "
     "(accelerate launch runs several processes without it), or set tuner.train_type=lora.": [
         "tuner.train_type=adalora",
         "deepspeed.enabled=true",
-    ],
-    "deepspeed.enabled=true and training.fsdp=full_shard both shard the model. Keep one.": [
-        "deepspeed.enabled=true",
-        "training.fsdp=full_shard",
-    ],
-    "training.fsdp=full_shard places the model itself. Remove model.device_map.": [
-        "training.fsdp=full_shard",
-        "model.device_map=auto",
     ],
     "model.max_memory limits model.device_map, which is not set. Add model.device_map=auto.": [
         'model.max_memory={"0": "40GB"}'
@@ -73,7 +61,6 @@ CONTRADICTIONS = {
         "training.eval_steps=20",
         "data.val=v.jsonl",
     ],
-    "training.bf16 and training.fp16 are both true. Keep one.": ["training.bf16=true", "training.fp16=true"],
     "training.eval_on_start=true needs an evaluation set. Set data.val.": ["training.eval_on_start=true"],
     "training.do_eval=true needs an evaluation set. Set data.val.": ["training.do_eval=true"],
     "template.max_length=9000 exceeds model.max_model_len=8999. Lower the first or raise the second, or set both by "

@@ -220,7 +220,7 @@ WRONG_ARGUMENTS = {
     "tuner=full": "override: tuner is a section. Set one of its keys: tuner.key=value.",
     "tunner.lora_rank=8": "override: unknown key 'tunner.lora_rank'. Did you mean 'tuner'? Known: ",
     "model.rope_scaling.type.x=1 model.rope_scaling.type=a model.rope_scaling.type.x=2": "override: "
-    "model.rope_scaling.type.x: type is already set to 'a', which has no keys.",
+    "model.rope_scaling.type and model.rope_scaling.type.x are both set. Set the whole mapping, or its keys.",
     "recipe=a --config b": "--config=b: 'a' is named already. Name one file; it may extend others.",
     "recipe=lora4b": "there is no recipe 'lora4b'. Did you mean 'lora_4b'? Known: ",
     "recipe=": "recipe= names no recipe. Example: recipe=lora_4b.",

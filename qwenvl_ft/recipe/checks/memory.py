@@ -50,14 +50,7 @@ def compilation(recipe: Recipe) -> str | None:
 
 
 def placement(recipe: Recipe) -> str | None:
-    """Only one of DeepSpeed, FSDP and device_map can place the model."""
-    fsdp = argument(recipe, "fsdp")
-    if recipe.deepspeed.enabled and recipe.model.device_map is not None:
-        return "deepspeed.enabled=true places the model itself. Remove model.device_map."
-    if recipe.deepspeed.enabled and fsdp:
-        return f"deepspeed.enabled=true and training.fsdp={fsdp} both shard the model. Keep one."
-    if fsdp and recipe.model.device_map is not None:
-        return f"training.fsdp={fsdp} places the model itself. Remove model.device_map."
+    """Memory limits need a placement that they limit. (`exclusive.GROUPS` keeps placements apart.)"""
     if recipe.model.max_memory is not None and recipe.model.device_map is None:
         return "model.max_memory limits model.device_map, which is not set. Add model.device_map=auto."
     return None
@@ -65,8 +58,6 @@ def placement(recipe: Recipe) -> str | None:
 
 def precision(recipe: Recipe) -> str | None:
     """Trainable weights need float32, or mixed precision over 16 bits."""
-    if argument(recipe, "bf16") and argument(recipe, "fp16"):
-        return "training.bf16 and training.fp16 are both true. Keep one."
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         other = "fp16" if name == "bf16" else "bf16"
         switched_off = argument(recipe, name) is False and not argument(recipe, other)

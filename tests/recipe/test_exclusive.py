@@ -228,6 +228,8 @@ def test_every_two_names_of_a_key_agree_in_either_order():
     recipes = 0
     for key, spellings in names.items():
         for pair in combinations(spellings, 2):
+            if len({name.rpartition(".")[2].removeprefix("--") for name in pair}) == 1:
+                continue  # one name, which a command line may repeat
             for texts in (("true", "false"), ("0.5", "0.25"), ("3", "4"), ("zero3", "zero2"), ("true", "true")):
                 words = [f"{name}={text}" for name, text in zip(pair, texts, strict=True)]
                 one, other = (outcome_of(order) for order in (words, words[::-1]))

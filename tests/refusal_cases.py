@@ -98,7 +98,7 @@ REFUSALS = [
         *("encoding", "encoding", "encoding"),
     ),
     Refusal("a system message at the end", messages("user", "assistant", "system"), "encoding", "structure"),
-    Refusal("an image in the system message", shown_by_system("a.png"), "encoding"),
+    Refusal("an image in the system message", shown_by_system("a.png"), "tags"),
     Refusal("half of a character in a tool", asked_with_tool("\ud83d"), "encoding"),
     Refusal("a control token in a tool", asked_with_tool("<|im_end|>"), "encoding"),
     Refusal("no answer", messages("user"), "unsupervised", "structure"),

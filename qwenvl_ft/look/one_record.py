@@ -165,9 +165,9 @@ def stored(value: Any) -> Any:
 
 
 def content_key(conversation: Conversation, media: Sequence[MediumResult]) -> bytes:
-    """Hash media and text of a conversation."""
+    """Hash media, text and tools of a conversation."""
     keys = iter(media)
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(json.dumps(conversation.tools, sort_keys=True, default=str).encode())
     for message in conversation.messages:
         calls = json.dumps(message.tool_calls, sort_keys=True, default=str)
         digest.update(f"\0{message.role}\0{calls}".encode(errors="surrogatepass"))

@@ -181,6 +181,13 @@ def test_the_same_question_about_another_image_is_no_duplicate(data):
     assert not report.faults
 
 
+def test_the_same_question_with_another_tool_is_no_duplicate(data):
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    tools = [[{"type": "function", "function": {"name": name, "parameters": {}}}] for name in ("look", "point")]
+    assert not checked(data([{"messages": turns, "tools": each} for each in tools])).faults
+    assert [f.reason for f in checked(data([{"messages": turns, "tools": tools[0]}] * 2)).faults] == ["duplicate"]
+
+
 def test_a_record_that_is_drawn_twice_is_reported_once_and_is_no_duplicate(data):
     path = data([asked("a.png"), asked("gone.png")])
     report = checked(f"{path}%200")

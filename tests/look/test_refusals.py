@@ -214,5 +214,5 @@ def _outcome(ask, *arguments):
     try:
         ask(*arguments)
     except DataError as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".partition(", near ")[0]  # the text around it differs
     return ""

@@ -67,7 +67,8 @@ def exact_size(height: int, width: int, factor: int) -> tuple[int, int]:
     try:
         return processors.image_size(height, width, factor=factor, min_pixels=smallest, max_pixels=largest)
     except ValueError:
-        raise too_thin("a medium resized by resized_width and resized_height", width, height) from None
+        what, remedy = "a medium with resized_width and resized_height", "Correct these two keys"
+        raise too_thin(what, width, height, remedy) from None
 
 
 def _size(height: int, width: int, limits: Limits, processor: MediaProcessor) -> tuple[int, int]:

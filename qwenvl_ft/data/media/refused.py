@@ -28,10 +28,10 @@ def require_area(what: str, width: int, height: int, limit: int) -> None:
         )
 
 
-def too_thin(what: str, width: int, height: int) -> TooThin:
+def too_thin(what: str, width: int, height: int, remedy: str = "Crop or pad it") -> TooThin:
     """Return the error for a medium whose size the processor refuses."""
     longer, shorter = max(width, height), min(width, height)
     return TooThin(
         f"{what} has {width} x {height} pixels (width x height): one side is {longer / shorter:.4g} times the other, "
-        f"and the processor takes at most {MAX_ASPECT} times. Crop or pad it, drop the record, {SKIP}."
+        f"and the processor takes at most {MAX_ASPECT} times. {remedy}, drop the record, {SKIP}."
     )

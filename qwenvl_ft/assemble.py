@@ -22,7 +22,7 @@ from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.epochs import open_epochs
-from qwenvl_ft.data.sources.mixture import joined, load_mixture
+from qwenvl_ft.data.sources.mixture import joined, load_mixture, load_options
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
@@ -82,6 +82,7 @@ def build_dataset(
         augmenter=Augmenter.from_config(data.augmentation),
         training=training,
         policy=encoder.policy,
+        skip=data.skips_unreadable,
     )
     if training and recipe.template.system_prompt and isinstance(epochs, DenseGroups):
         raise RecipeError(
@@ -93,8 +94,8 @@ def build_dataset(
         encoder,
         name=name,
         num_proc=data.dataset_num_proc,
-        on_error=data.on_error,
-        max_bad_fraction=data.max_bad_fraction,
+        on_error="skip" if data.skips_unreadable else "raise",
+        max_bad_fraction=data.bad_limit,
     )
 
 
@@ -113,7 +114,7 @@ def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
     from qwenvl_ft.evaluation.generate import require_answers
 
     if section.data:
-        records = load_records(section.data, seed=seed, media_root=data.media_root, num_proc=data.dataset_num_proc)
+        records = load_records(section.data, **load_options(data, seed))
     else:
         records = joined(load_mixture(data, seed)[1])
     dataset = build_dataset(recipe, records, encoder, seed, "evaluation.data")

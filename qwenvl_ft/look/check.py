@@ -60,7 +60,8 @@ class Split:
         self.images += seen.num_images
         self.videos += seen.num_videos
         self.media.update(seen.media)
-        self.datasets[seen.dataset] += 1
+        if seen.dataset:  # a damaged row does not know its data set
+            self.datasets[seen.dataset] += 1
         self.measure(seen)
 
     def measure(self, seen: Measured) -> None:

@@ -19,7 +19,7 @@ class Reason:
 
 REASONS: dict[str, Reason] = {
     "file": Reason(ANNOTATION, ERROR, "a file that does not exist or cannot be read"),
-    "json": Reason(ANNOTATION, ERROR, "not valid JSON, or not UTF-8"),
+    "json": Reason(ANNOTATION, ERROR, "not valid JSON, not UTF-8, or a damaged row or archive"),
     "structure": Reason(ANNOTATION, ERROR, "in no known format, or a value is malformed"),
     "tags": Reason(ANNOTATION, ERROR, "<image> and <video> tags do not match the media"),
     "geometry": Reason(ANNOTATION, ERROR, "coordinates that are outside the image, reversed or of the wrong count"),

@@ -135,12 +135,14 @@ class SampleOptions:
 
     options: DenseOptions
     augmenter: Augmenter
+    skip: bool = False
+    """Leave out what cannot be read."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> "SampleOptions":
-        return cls(
-            DenseOptions.of(recipe, recipe.training.arguments["seed"]), Augmenter.from_config(recipe.data.augmentation)
-        )
+        data = recipe.data
+        options = DenseOptions.of(recipe, recipe.training.arguments["seed"])
+        return cls(options, Augmenter.from_config(data.augmentation), data.skips_unreadable)
 
     @property
     def summaries(self) -> bool:
@@ -155,7 +157,9 @@ class SampleOptions:
         The fault concerns the records as a whole, not a single record.
         """
         try:
-            epochs = open_epochs(records, self.options, augmenter=self.augmenter, training=training, policy=policy)
+            epochs = open_epochs(
+                records, self.options, augmenter=self.augmenter, training=training, policy=policy, skip=self.skip
+            )
         except MovedTextError as error:
             where, _, message = str(error).partition(": ")
             return [(records, None)], Fault("structure", where, message)

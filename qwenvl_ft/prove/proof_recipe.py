@@ -84,7 +84,7 @@ def proof_recipe(recipe: Recipe, steps: int, folder: Path) -> Recipe:
     proof = copy.deepcopy(recipe)
     proof.deepspeed.enabled = False
     proof.data.val, proof.data.split_dataset_ratio, proof.data.loss_weights = None, 0.0, {}
-    proof.data.on_error = "raise"
+    proof.data.on_error, proof.data.check_dataset_strategy = "raise", "none"
     proof.evaluation.run_after_training = False
     proof.training.z_loss, proof.training.early_stopping_patience = 0.0, None
     proof.training.resume_from_checkpoint = None

@@ -1,4 +1,4 @@
-"""Logs, counts and limits the unreadable samples that placeholders replace (``data.on_error=skip``)."""
+"""Logs, counts and limits the unreadable samples that placeholders replace (see `DataConfig.skips_unreadable`)."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ def log_bad_samples(batch: dict[str, Any]) -> int:
     """Log each record of a batch that a placeholder replaces; return their number."""
     faults = batch.get("faults", [])
     for fault in faults:
-        logger.warning("left out (data.on_error=skip): %s", fault)
+        logger.warning("left out: %s", fault)
     return len(faults)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from dense_cases import dense_settings, write_dense
+from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft import train as train_function
@@ -114,3 +115,32 @@ def test_records_that_cannot_be_measured_are_left_out_and_counted(tiny_dir, tmp_
         DataError, match=r"dense.jsonl:1: image .* is 160 x 128 pixels, but its record states width=161"
     ):
         build_datasets(recipe, processor, 42)
+
+
+def test_the_warning_strategy_trains_on_what_can_be_read_and_counts_the_rest(tiny_dir, tmp_path, capsys):
+    """A quarter of the records is damaged: a line, a missing image, a record in no format. The rest is trained on."""
+    data = write_questions(tmp_path, 12)
+    lines = data.read_text().splitlines()
+    sound = tmp_path / "sound.jsonl"
+    sound.write_text("\n".join(lines[:3] + lines[4:7] + lines[9:]))
+    lines[3], lines[8] = lines[3][:40], '{"a": 1}'
+    data.write_text("\n".join(lines))
+    (tmp_path / "7.png").unlink()
+
+    def trained(source, *more):
+        output = tmp_path / f"{source.stem}-{len(more)}"
+        settings = short_run(tiny_dir, source, output, "template.max_length=160", "training.max_steps=3", *more)
+        train_function(load_recipe(None, [*settings, "training.learning_rate=1e-2", "tuner.train_type=full"]))
+        return load_file(output / "model.safetensors")
+
+    with pytest.raises(DataError, match=r"train.jsonl:4: not valid JSON"):
+        trained(data)
+    found = trained(data, "data.check_dataset_strategy=warning")
+    out = capsys.readouterr().out
+    for reason in ("json", "structure", "missing"):
+        assert f"error    {reason:<13}        1" in out
+    assert f"left out: 3 that cannot be read (the first: {data}:4: not valid JSON" in out
+    expected = trained(sound, "training.seed=42")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(DataError, match=r"3 of 12 samples cannot be read, more than data.max_bad_fraction=0.2"):
+        trained(data, "data.check_dataset_strategy=warning", "data.max_bad_fraction=0.2")

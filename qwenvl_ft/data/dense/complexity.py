@@ -13,7 +13,7 @@ from typing import Any
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.dense.dense_record import DenseRecord, geometry_of, read_dense_record
 from qwenvl_ft.data.media.images import resolve_path
-from qwenvl_ft.data.sources.json_files import parse_json, read_jsonl
+from qwenvl_ft.data.sources.json_files import parse_json, read_jsonl, sound
 from qwenvl_ft.errors import DataError, unknown_name
 
 LEVELS = {"simple": "1-3", "medium": "4-10", "full": "0-"}
@@ -76,7 +76,7 @@ def split_by_complexity(
     try:
         files = {name: file.open("w", encoding="utf-8") for name, file in partial.items()}
         try:
-            for place, text in read_jsonl(path):
+            for place, text in sound(read_jsonl(path)):
                 record, line = _read(path, place, text, target)
                 count = MEASURES[measure](record)
                 matching = [

@@ -76,9 +76,11 @@ class DenseGroups:
             the losses of different epochs can be compared.
         augmenter: changes images and coordinates; None changes nothing.
         policy: limits on opening media.
+        skip: a record without a valid summary makes its group unreadable if the group asks for summaries.
 
     Raises:
-        DataError: there are no records, or groups may ask for summaries and some records have no valid one.
+        DataError: there are no records; or, without ``skip``, groups may ask for summaries and some records have no
+            valid one.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class DenseGroups:
         training: bool = True,
         augmenter: Augmenter | None = None,
         policy: MediaPolicy | None = None,
+        skip: bool = False,
     ) -> None:
         if not len(records):
             raise DataError("there are no dense-caption records.")
@@ -98,7 +101,7 @@ class DenseGroups:
         self.augmenter = augmenter if training else None
         self.policy = policy or MediaPolicy()
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        if options.draws_summaries:
+        if options.draws_summaries and not skip:
             require_summaries(records)
 
     def __len__(self) -> int:

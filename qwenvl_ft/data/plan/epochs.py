@@ -83,9 +83,9 @@ class RecordEpochs:
     ) -> None:
         if augmenter is not None and augmenter.moving:
             raise MovedTextError(
-                f"{records[0][1]}: data.augmentation has {augmenter.moving[0]}, which moves pixels, but this is not "
-                "a dense-caption record: coordinates in its text would become wrong. Use operations on colours only, "
-                "or records with objects."
+                f"{_first_source(records)}: data.augmentation has {augmenter.moving[0]}, which moves pixels, but this "
+                "is not a dense-caption record: coordinates in its text would become wrong. Use operations on colours "
+                "only, or records with objects."
             )
         self.records = records
         self.augmenter = augmenter
@@ -187,6 +187,7 @@ def open_epochs(
     augmenter: Augmenter | None = None,
     training: bool = True,
     policy: MediaPolicy | None = None,
+    skip: bool = False,
 ) -> Epochs:
     """Build the epochs of a data set.
 
@@ -195,33 +196,50 @@ def open_epochs(
 
     Args:
         training: False is for validation: the same conversations in every epoch, in order, never augmented.
+        skip: pass over records that cannot be read, which raise when their conversation is asked for.
 
     Raises:
-        DataError: the first record of a file is malformed, the augmentation does not fit a file's format, or summaries
-            are asked for and a record has none.
+        DataError: the augmentation does not fit a file's format; or, without ``skip``, the first record of a file is
+            malformed, or summaries are asked for and a record has none.
     """
     options = options or DenseOptions()
     augmenter = augmenter if training and augmenter is not None and augmenter.enabled else None
     parts: list[Epochs] = []
-    for dense, run in _runs(records):
+    for dense, run in _runs(records, skip):
         if dense:
-            parts.append(DenseGroups(run, options, training=training, augmenter=augmenter, policy=policy))
+            parts.append(DenseGroups(run, options, training=training, augmenter=augmenter, policy=policy, skip=skip))
         else:
             parts.append(RecordEpochs(run, augmenter=augmenter, policy=policy, seed=options.seed, options=options))
     return parts[0] if len(parts) == 1 else JoinedEpochs(parts)
 
 
-def _runs(records: Any) -> Iterator[tuple[bool, Any]]:
+def _runs(records: Any, skip: bool) -> Iterator[tuple[bool, Any]]:
     """Yield (is dense captions, records) for each run of consecutive files of the same kind."""
     if not isinstance(records, Records):
-        yield _is_dense(records), records
+        yield _is_dense(records, skip), records
         return
     files = [Records([part]) for part in records.parts]
-    for dense, run in groupby(files, _is_dense):
+    for dense, run in groupby(files, lambda file: _is_dense(file, skip)):
         yield dense, Records([part for file in run for part in file.parts])
 
 
-def _is_dense(records: Any) -> bool:
-    """Return True if the first record is a dense caption, or is read as one."""
-    record, source, root = records[0]
-    return not isinstance(read_to_dense(record, source, root), Conversation)
+def _is_dense(records: Any, skip: bool) -> bool:
+    """Return True if the first record is a dense caption, or read as one; with ``skip``, the first that can be read."""
+    for index in range(len(records)):
+        try:
+            record, source, root = records[index]
+            return not isinstance(read_to_dense(record, source, root), Conversation)
+        except DataError:
+            if not skip:
+                raise
+    return False
+
+
+def _first_source(records: Any) -> str:
+    """Return the origin of the first record that is not damaged."""
+    for index in range(len(records)):
+        try:
+            return str(records[index][1])
+        except DataError:
+            continue
+    return "every record is damaged"

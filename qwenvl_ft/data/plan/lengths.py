@@ -246,4 +246,5 @@ def require_some(lengths: Lengths, name: str) -> None:
     """Raise DataError if no record becomes a sample; the error counts the reasons."""
     if lengths.kept.size == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in lengths.dropped().items()) or "it is empty"
-        raise DataError(f"{name}: no record can be used ({reasons}).")
+        first = f" The first that cannot be read: {lengths.faults[0]}" if lengths.faults else ""
+        raise DataError(f"{name}: no record can be used ({reasons}).{first}")

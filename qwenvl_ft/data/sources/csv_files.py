@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.sources.json_files import parse_json
+from qwenvl_ft.data.sources.json_files import Entry, parse_json
 from qwenvl_ft.errors import DataError
 
 LONGEST_CELL = 2**30
@@ -15,11 +15,13 @@ NESTED = ("conversations", "messages", "texts", "history", "objects", "tools", "
 """Columns whose cells may hold JSON lists or objects; other columns are never parsed."""
 
 
-def read_table(path: Path) -> Iterator[tuple[str, str]]:
+def read_table(path: Path) -> Iterator[Entry]:
     """Yield (place, JSON) of every row; an empty cell is an absent field.
 
+    A row with more or fewer cells than there are columns, or with a list that is not JSON, is an error in its place.
+
     Raises:
-        DataError: the file is not UTF-8, a row has more or fewer cells than there are columns, or a list is not JSON.
+        DataError: the file is not UTF-8, or not a table.
     """
     csv.field_size_limit(LONGEST_CELL)
     dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
@@ -30,11 +32,18 @@ def read_table(path: Path) -> Iterator[tuple[str, str]]:
             for cells in rows:
                 if cells:
                     place = f":{rows.line_num}"
-                    yield place, json.dumps(_record(columns, cells, f"{path}{place}"), ensure_ascii=False)
+                    yield place, _row(columns, cells, f"{path}{place}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}. Save as UTF-8.") from None
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num}: not a table: {error}.") from None
+
+
+def _row(columns: list[str], cells: list[str], where: str) -> str | DataError:
+    try:
+        return json.dumps(_record(columns, cells, where), ensure_ascii=False)
+    except DataError as error:
+        return error
 
 
 def _record(columns: list[str], cells: list[str], where: str) -> dict[str, Any]:

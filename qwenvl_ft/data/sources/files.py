@@ -25,7 +25,8 @@ from filelock import FileLock
 
 from qwenvl_ft.data.sources.coco_files import read_coco
 from qwenvl_ft.data.sources.csv_files import read_table
-from qwenvl_ft.data.sources.json_files import opens_object, parse_json, read_json, read_jsonl
+from qwenvl_ft.data.sources.damage import COLUMN, Batch, Damage, intact, marked
+from qwenvl_ft.data.sources.json_files import Entry, opens_object, parse_json, read_json, read_jsonl
 from qwenvl_ft.data.sources.tar_files import MEMBERS, read_tar, tar_record
 from qwenvl_ft.errors import DataError, hint, one_line
 
@@ -39,7 +40,7 @@ TURNS = ("conversations", "messages", "texts")
 """Keys of lists of turns, which `datasets` stores as one struct of lists."""
 
 Row = dict[str, Any]
-Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
+Batches = tuple[pa.Schema, Iterator[Batch]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Kind:
     """One file type."""
 
     batches: Callable[[Path], Batches]
-    """Returns the schema and the record batches of a file's Arrow copy."""
+    """Returns the schema and the record batches of a file's Arrow copy, with the damage between them."""
     record: Callable[[Row, Path, int], tuple[str, Any]]
     """(row of the table, file, row number) -> place of the record for messages, and the record."""
 
@@ -92,12 +93,13 @@ def find_file(text: str) -> DataFile | None:
     return DataFile(Path(folder), _checked_split(Path(folder), split), is_folder=True)
 
 
-def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Table]:
+def open_tables(files: list[DataFile], folder: Path, num_proc: int, *, skip: bool = False) -> list[Table]:
     """Open each file as a memory-mapped table.
 
     Args:
         folder: cache folder of the Arrow files.
         num_proc: processes that copy new files to Arrow.
+        skip: rows that cannot be read become rows that raise in `row_of`.
 
     Raises:
         DataError: a file cannot be read, is empty, or the cache cannot be written.
@@ -105,17 +107,29 @@ def open_tables(files: list[DataFile], folder: Path, num_proc: int) -> list[Tabl
     new = [file for file in dict.fromkeys(files) if not file.is_folder and not _target(file, folder).exists()]
     if min(num_proc, len(new)) > 1:
         with ProcessPoolExecutor(min(num_proc, len(new))) as pool:
-            list(pool.map(_arrow_copy, new, [folder] * len(new)))
-    return [_open_table(file, folder) for file in files]
+            list(pool.map(partial(_arrow_copy, folder=folder, skip=skip), new))
+    return [_open_table(file, folder, skip) for file in files]
+
+
+def row_of(table: Table, number: int) -> Row:
+    """Return a row of a table from `open_tables`.
+
+    Raises:
+        DataError: the row is damaged.
+    """
+    row: Row = table.fast_slice(number, 1).to_pylist()[0]
+    if damage := row.pop(COLUMN, None):
+        raise DataError(damage)
+    return row
 
 
 def default_cache() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "qwenvl_ft"
 
 
-def _open_table(file: DataFile, folder: Path) -> Table:
+def _open_table(file: DataFile, folder: Path, skip: bool) -> Table:
     if not file.is_folder:
-        return MemoryMappedTable.from_file(str(_arrow_copy(file, folder)))
+        return MemoryMappedTable.from_file(str(_arrow_copy(file, folder, skip)))
     try:
         saved: Any = datasets.load_from_disk(str(file.path / file.split), keep_in_memory=False)
     except Exception as error:  # of any type: json, Arrow and datasets errors come through
@@ -129,14 +143,23 @@ def _target(file: DataFile, folder: Path) -> Path:
     return folder / f"records-{hashlib.sha256(f'{LAYOUT}:{file.state}'.encode()).hexdigest()[:32]}.arrow"
 
 
-def _arrow_copy(file: DataFile, folder: Path) -> Path:
+def _arrow_copy(file: DataFile, folder: Path, skip: bool) -> Path:
     """Return the file's Arrow copy; if several processes need it, one writes it while the others wait."""
     target = _target(file, folder)
+    damaged = target.with_suffix(".damaged.arrow")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.exists():
-                _write(file, target)
+            if target.exists() or (skip and damaged.exists()):
+                return target if target.exists() else damaged
+            try:
+                schema, batches = file.kind.batches(file.path)
+                _write(file, target, schema, intact(batches))
+            except DataError:
+                if not skip:
+                    raise
+                _write(file, damaged, *_with_damage(file))
+                return damaged
     except OSError as error:
         raise DataError(
             f"{file} cannot be copied to {folder}: {error.strerror or error}. Set HF_DATASETS_CACHE to a folder with "
@@ -145,9 +168,16 @@ def _arrow_copy(file: DataFile, folder: Path) -> Path:
     return target
 
 
-def _write(file: DataFile, target: Path) -> None:
+def _with_damage(file: DataFile) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Return the content of a damaged file; one damaged row if nothing of it can be read."""
+    try:
+        return marked(*file.kind.batches(file.path))
+    except DataError as error:
+        return marked(pa.schema([]), [Damage(error, last=True)])
+
+
+def _write(file: DataFile, target: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     unfinished = target.with_suffix(f".{os.getpid()}.partial")
-    schema, batches = file.kind.batches(file.path)
     count = 0
     try:
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -164,13 +194,13 @@ def _write(file: DataFile, target: Path) -> None:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def _open_text(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> Batches:
+def _open_text(path: Path, read: Callable[[Path], Iterator[Entry]]) -> Batches:
     """Return batches with the place and the JSON text of each record."""
     schema = pa.schema({"place": pa.string(), "text": pa.large_string()})
     return schema, _record_batches(read(path), schema)
 
 
-def _list_or_coco(path: Path) -> Iterator[tuple[str, str]]:
+def _list_or_coco(path: Path) -> Iterator[Entry]:
     """Read a .json file: a list of records, or a single object, which is a COCO detection file."""
     return read_coco(path) if opens_object(path) else read_json(path)
 
@@ -180,18 +210,30 @@ def _text_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
     return where, parse_json(row["text"], where)
 
 
-def _record_batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Group (place, text, ...) rows into record batches."""
+def _record_batches(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> Iterator[Batch]:
+    """Group (place, text, ...) rows into record batches; an error in place of a text is damage."""
     pending: list[tuple[Any, ...]] = []
     size = 0
-    for row in rows:
-        pending.append(row)
-        size += len(row[1])
-        if len(pending) >= BATCH_RECORDS or size >= BATCH_CHARACTERS:
+    for row in _to_the_end(rows):
+        damage = row if isinstance(row, Damage) else Damage(row[1]) if isinstance(row[1], DataError) else None
+        if damage is None:
+            pending.append(row)
+            size += len(row[1])
+        if pending and (damage or len(pending) >= BATCH_RECORDS or size >= BATCH_CHARACTERS):
             yield _record_batch(pending, schema)
             pending, size = [], 0
+        if damage is not None:
+            yield damage
     if pending:
         yield _record_batch(pending, schema)
+
+
+def _to_the_end(rows: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """Yield the rows; an error that ends them is yielded as damage."""
+    try:
+        yield from rows
+    except DataError as error:
+        yield Damage(error, last=True)
 
 
 def _record_batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
@@ -209,11 +251,16 @@ def _open_parquet(path: Path) -> Batches:
     return file.schema_arrow, _parquet_batches(file, path)
 
 
-def _parquet_batches(file: pq.ParquetFile, path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(batch_size=PARQUET_RECORDS)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {one_line(error, 200)}.") from None
+def _parquet_batches(file: pq.ParquetFile, path: Path) -> Iterator[Batch]:
+    """Yield the rows of one row group after another; of a damaged group, those before the damage."""
+    for group in range(file.num_row_groups):
+        rest = file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(batch_size=PARQUET_RECORDS, row_groups=[group]):
+                rest -= batch.num_rows
+                yield batch
+        except (pa.ArrowException, OSError) as error:
+            yield Damage(DataError(f"{path} is damaged: {one_line(error, 200)}."), rows=rest)
 
 
 def _column_record(row: Row, path: Path, number: int) -> tuple[str, Any]:

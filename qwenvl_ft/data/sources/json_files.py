@@ -6,7 +6,7 @@ A place is the suffix that messages append to the file's name: ``:12`` for line 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,8 @@ DECODER = json.JSONDecoder()
 USE_JSONL = "A file with one record per line must be named .jsonl."
 BLANK = " \t\r\n"
 """Whitespace that JSON allows between values."""
+Entry = tuple[str, str | DataError]
+"""Place and JSON text of a record, or why that one record cannot be read."""
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -39,20 +41,27 @@ def parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON: {error}.") from None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of every line that is not blank.
+def sound(entries: Iterable[Entry]) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of every entry; raise the error of the first that cannot be read."""
+    for place, text in entries:
+        if isinstance(text, DataError):
+            raise text
+        yield place, text
 
-    Raises:
-        DataError: a line is not UTF-8, or is a list that is not valid JSON. Other lines are not parsed.
+
+def read_jsonl(path: Path) -> Iterator[Entry]:
+    """Yield every line that is not blank; an error for one that is not UTF-8, or a list that is not valid JSON.
+
+    Other lines are not parsed.
     """
     with path.open("rb") as file:  # as bytes: lines end at newlines only, and a decoding error can name its line
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(BLANK)
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}. Save as UTF-8."
-                ) from None
+                message = f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}. Save as UTF-8."
+                yield f":{number}", DataError(message)
+                continue
             if text:
                 yield from _unpacked(text, path, f":{number}")
 
@@ -66,11 +75,11 @@ def load_jsonl(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist.")
-    return [parse_json(text, f"{path}{place}") for place, text in read_jsonl(path)]
+    return [parse_json(text, f"{path}{place}") for place, text in sound(read_jsonl(path))]
 
 
-def read_json(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of every entry of a list, without holding the list in memory.
+def read_json(path: Path) -> Iterator[Entry]:
+    """Yield every entry of a list, without holding the list in memory.
 
     Raises:
         DataError: the file is not UTF-8, not JSON, or not a list.
@@ -109,12 +118,17 @@ def _open_utf8(path: Path) -> Iterator[TextIO]:
             raise DataError(f"{path}: not UTF-8: {error.reason}, {wrong!r}. Save the file as UTF-8.") from None
 
 
-def _unpacked(text: str, path: Path, place: str) -> Iterator[tuple[str, str]]:
+def _unpacked(text: str, path: Path, place: str) -> Iterator[Entry]:
     """Yield the record, or each record of a packed sample."""
     if not text.startswith("["):
         yield place, text
         return
-    for number, record in enumerate(parse_json(text, f"{path}{place}")):
+    try:
+        records = parse_json(text, f"{path}{place}")
+    except DataError as error:
+        yield place, error
+        return
+    for number, record in enumerate(records):
         yield f"{place}[{number}]", json.dumps(record)
 
 

@@ -42,6 +42,16 @@ def val_selections(data: DataConfig) -> dict[str, Selection]:
     return dict(data.val) if isinstance(data.val, dict) else {"": data.val}
 
 
+def load_options(data: DataConfig, seed: int) -> dict[str, Any]:
+    """Return the keyword arguments of `load_records` that the section sets."""
+    return {
+        "seed": seed,
+        "media_root": data.media_root,
+        "num_proc": data.dataset_num_proc,
+        "skip": data.skips_unreadable,
+    }
+
+
 def load_mixture(data: DataConfig, seed: int) -> tuple[Records, dict[str, Records]]:
     """Return the training records, and the validation records by name (empty for a single set).
 
@@ -55,7 +65,7 @@ def load_mixture(data: DataConfig, seed: int) -> tuple[Records, dict[str, Record
     if not data.train:
         raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
     register(data)
-    options: Any = {"seed": seed, "media_root": data.media_root, "num_proc": data.dataset_num_proc}
+    options = load_options(data, seed)
     train = load_records(data.train, **options)
     others = load_records(data.train_dataset_mix_ds, **options) if data.train_dataset_mix_ds else None
     if data.train_dataset_mix_ratio and others is None:

@@ -15,7 +15,7 @@ from datasets.table import Table
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers import RecordWithReader, code_state, own_readers, register_reader
-from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables
+from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables, row_of
 from qwenvl_ft.data.sources.registry import find_dataset, matching_files, parse_selection
 from qwenvl_ft.data.sources.sampling import Rows, draw_rows, rates_of_weights, split_places, validation_mask
 from qwenvl_ft.errors import DataError
@@ -40,8 +40,9 @@ class Part:
     rows: Rows
 
     def record(self, place: int) -> tuple[Any, Source]:
+        """Return a record and its origin; raise DataError if it is damaged."""
         row = int(self.rows[place])
-        where, record = self.file.kind.record(self.table.fast_slice(row, 1).to_pylist()[0], self.file.path, row)
+        where, record = self.file.kind.record(row_of(self.table, row), self.file.path, row)
         if not isinstance(record, dict):
             return record, Source(self.name, where)
         record_id = "" if record.get("id") is None else str(record["id"])
@@ -141,6 +142,7 @@ def load_records(
     media_root: str | None = None,
     num_proc: int = 1,
     cache_dir: str | Path | None = None,
+    skip: bool = False,
 ) -> Records:
     """Open the data sets of a selection.
 
@@ -153,14 +155,16 @@ def load_records(
     Args:
         num_proc: number of new files copied to Arrow in parallel.
         cache_dir: folder of the Arrow files; None is ``qwenvl_ft`` in the folder of `datasets` (HF_DATASETS_CACHE).
+        skip: a line, row or archive member that cannot be read is a record that raises DataError when it is read.
 
     Raises:
-        DataError: a name or file does not exist, a file cannot be parsed or is empty, or a rate selects no record.
+        DataError: a name or file does not exist, a file cannot be parsed (without ``skip``) or is empty, or a rate
+            selects no record.
     """
     chosen = [(name, amount, find_dataset(name)) for name, amount in parse_selection(selection)]
     files = [[_file(name, path) for path in matching_files(entry["annotation_path"])] for name, _, entry in chosen]
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
-    opened = iter(open_tables([file for several in files for file in several], folder, num_proc))
+    opened = iter(open_tables([file for several in files for file in several], folder, num_proc, skip=skip))
     tables = [[next(opened) for _ in several] for several in files]
     sizes = [sum(table.num_rows for table in several) for several in tables]
     rates = [

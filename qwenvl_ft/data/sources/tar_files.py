@@ -30,8 +30,8 @@ REFERENCE_KEYS = ("image", "images", "video", "videos", "url", "path", "image_ur
 class TarRecord:
     place: str
     """``[key]``"""
-    text: str
-    """The record without its media, as JSON."""
+    text: str | DataError
+    """The record without its media, as JSON, or why it cannot be read."""
     members: list[dict[str, Any]]
     """The media, as `MEMBERS` describes them."""
 
@@ -40,13 +40,14 @@ def read_tar(path: Path) -> Iterator[TarRecord]:
     """Yield the records of a shard, in order, without reading the media.
 
     Raises:
-        DataError: the file is not a plain tar, or a .json or text member cannot be read.
+        DataError: the file is not a plain tar, is cut off, or has a damaged header.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             files = (member for member in tar if member.isfile() and not Path(member.name).name.startswith("."))
             for key, members in groupby(files, _key):
                 yield _read_one(tar, key, list(members), path)
+            _require_end(path, tar.offset)
     except tarfile.TarError as error:
         raise DataError(f"{path} cannot be read as .tar: {error}. A shard is a plain tar; unpack .gz first.") from None
 
@@ -80,18 +81,43 @@ def _key(member: tarfile.TarInfo) -> str:
     return f"{folder}{slash}{name.partition('.')[0]}"
 
 
+def _require_end(path: Path, offset: int) -> None:
+    """Raise tarfile.ReadError unless a tar ends at ``offset``; tarfile ends its list at any header it cannot read."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block and block != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no header of a member at byte {offset}: the file is cut off or damaged there")
+
+
 def _read_one(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], path: Path) -> TarRecord:
-    record: dict[str, Any] = {}
-    media: list[dict[str, Any]] = []
+    texts, media = [], []
     for member in members:
         field = member.name[len(key) + 1 :]
-        if field.lower() == "json":
-            record |= _object(_text(tar, member, path), f"{path}[{member.name}]")
-        elif f".{field}".lower().endswith(TEXTS):
-            record[field.rpartition(".")[0] or field] = _text(tar, member, path)
+        if field.lower() == "json" or f".{field}".lower().endswith(TEXTS):
+            texts.append((field, member))
         else:
             media.append({"name": member.name, "offset": member.offset_data, "size": member.size})
+    try:
+        record = _fields(tar, texts, path)
+    except DataError as error:
+        return TarRecord(f"[{key}]", error, media)
     return TarRecord(f"[{key}]", json.dumps({"id": key} | record, ensure_ascii=False), media)
+
+
+def _fields(tar: tarfile.TarFile, texts: list[tuple[str, tarfile.TarInfo]], path: Path) -> dict[str, Any]:
+    """Return the fields of a record from its .json and text members.
+
+    Raises:
+        DataError: a member is not UTF-8, or a .json member is no JSON object.
+    """
+    record: dict[str, Any] = {}
+    for field, member in texts:
+        if field.lower() == "json":
+            record |= _object(_text(tar, member, path), f"{path}[{member.name}]")
+        else:
+            record[field.rpartition(".")[0] or field] = _text(tar, member, path)
+    return record
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> str:

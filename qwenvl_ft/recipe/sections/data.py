@@ -120,10 +120,24 @@ class BadRecords:
 
     on_error: Literal["raise", "skip"] = "raise"
     """raise stops the run at an unreadable record; skip leaves it out, counts it and reports it."""
-    max_bad_fraction: Share = 0.01
-    """With on_error: skip, the share of unreadable samples per epoch above which the run stops anyway."""
+    max_bad_fraction: Share | None = None
+    """Share of unreadable samples per epoch above which a run that leaves them out stops anyway. null is 0.01 with
+    on_error: skip, and 1 (no limit) with check_dataset_strategy: warning."""
     check_dataset_strategy: Literal["none", "warning", "error"] = "none"
-    """Check every record before training, as qwenvl-ft check does: warning reports faults, error refuses to start."""
+    """Check every record before training, as qwenvl-ft check does: warning reports faults and leaves out what cannot be
+    read, as on_error: skip does; error refuses to start."""
+
+    @property
+    def skips_unreadable(self) -> bool:
+        """True if records that cannot be read are left out and counted."""
+        return self.on_error == "skip" or self.check_dataset_strategy == "warning"
+
+    @property
+    def bad_limit(self) -> float:
+        """Largest share of an epoch's samples that may be left out as unreadable."""
+        if self.max_bad_fraction is not None:
+            return self.max_bad_fraction
+        return 1.0 if self.check_dataset_strategy == "warning" else 0.01
 
 
 @dataclass(kw_only=True)

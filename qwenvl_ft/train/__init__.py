@@ -29,17 +29,21 @@ if TYPE_CHECKING:
 def train(recipe: "Recipe") -> "TrainResult":
     """Run a recipe from model and data to checkpoint and evaluation; the phases of a curriculum in turn.
 
+    The process is left as it was, so that a second call trains what it would train in a process of its own.
+
     Raises:
         QwenVLError: the recipe, the data or a checkpoint is wrong (found before anything is written), or training
             cannot continue: a loss is not finite, or a device is out of memory.
     """
-    if recipe.phases:
-        return _train_phases(recipe)
     from qwenvl_ft.training.prepare import unused_packages
+    from qwenvl_ft.training.process_state import restored_process
     from qwenvl_ft.upstream.quiet import quiet
 
-    with unused_packages(recipe), quiet():
-        return _train(recipe)
+    with restored_process():
+        if recipe.phases:
+            return _train_phases(recipe)
+        with unused_packages(recipe), quiet():
+            return _train(recipe)
 
 
 def _train(recipe: "Recipe") -> "TrainResult":
@@ -85,6 +89,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
         raise out_of_memory(recipe, args, trainer.state.global_step, error) from error
     finally:
         signals.restore()
+        run_log.stop()
     stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None
     result = TrainResult(output_dir, dict(output.metrics), output.global_step, stopped_by)
     if stopped_by is None:

@@ -5,16 +5,12 @@ and a recipe that trains it again. This module does the rest: it checks all phas
 finished ones, and puts the last one's model into ``output_dir``.
 """
 
-import gc
 import os
 import shutil
-import sys
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
@@ -23,6 +19,7 @@ from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import check_before_training
 from qwenvl_ft.training.prepare import prepare_run
+from qwenvl_ft.training.process_state import restored_process
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision
 
@@ -46,20 +43,23 @@ def open_phases(recipe: Recipe) -> list[Recipe]:
         if run not in pending:
             continue
         try:
-            resolve_resume(run.training.resume_from_checkpoint, folder_of(run))
-            args = prepare_run(phase)
-            on_rank_0 = args.process_index == 0
-            check_before_training(phase)
-            train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
-            assemble.build_questions(phase, train_set.encoder, args.seed)
+            with restored_process():  # e.g. DeepSpeed's settings would shard the models of later phases
+                on_rank_0 = _check(phase, run)
         except QwenVLError as error:
             raise type(error)(f"phase {phase.phase}: {error}") from error
-        finally:
-            # It would shard the models of later phases while they are checked.
-            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     if on_rank_0:
         _announce(recipe, runs, pending)
     return pending
+
+
+def _check(phase: Recipe, run: Recipe) -> bool:
+    """Check one phase; return True on rank 0."""
+    resolve_resume(run.training.resume_from_checkpoint, folder_of(run))
+    args = prepare_run(phase)
+    check_before_training(phase)
+    train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
+    assemble.build_questions(phase, train_set.encoder, args.seed)
+    return bool(args.process_index == 0)
 
 
 def chain(recipe: Recipe) -> list[Recipe]:
@@ -84,16 +84,10 @@ def folder_of(run: Recipe) -> Path:
 
 
 def between() -> None:
-    """Wait for all ranks and release what the last phase held: memory, accelerate's precision, trackers."""
+    """Wait for all ranks, and forget accelerate's precision, which the next phase may change."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     forget_precision()
-    wandb: Any = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()  # the next phase's steps begin at 0 again
 
 
 def publish(recipe: Recipe) -> None:

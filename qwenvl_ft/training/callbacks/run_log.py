@@ -112,6 +112,10 @@ class RunLog(TrainerCallback):
             self.write(f"saved {Path(args.output_dir) / f'checkpoint-{state.global_step}'}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Remove the progress bar; one that is left after an error would forbid the next run its own."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

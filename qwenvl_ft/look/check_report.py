@@ -94,7 +94,7 @@ def epoch(split: Split) -> Iterator[str]:
     else:
         yield f"  packing: {expected.rows:,} rows of {expected.max_length:,} tokens, {expected.fill:.1%} full"
     if split.name == TRAIN:
-        yield f"  {expected.steps_per_epoch:,} steps per epoch, {expected.rows_per_step:,} rows per step"
+        yield f"  steps per epoch: {expected.steps_per_epoch:,}, of {expected.step}"
 
 
 def summary(report: Report) -> list[str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwenvl_ft.data.plan.packing import fill, pack_lengths
+from qwenvl_ft.data.plan.packing import RunShape, fill, pack_lengths
+from qwenvl_ft.data.plan.step_size import StepSize
 from qwenvl_ft.recipe.schema import Recipe
 
 BINS = 12
@@ -30,7 +31,12 @@ class Forecast:
     fill: float | None
     """Share of the capacity of packed rows that holds tokens, 0 to 1; None without packing."""
     rows_per_step: int
+    """Rows that fit into a step; an epoch may have fewer."""
+    samples_per_step: float
+    """Samples of a step, on average."""
     steps_per_epoch: int
+    step: str
+    """What a step holds, in words."""
     max_length: int
     longest: int
 
@@ -51,7 +57,8 @@ def forecast(
         if packing
         else [[k] for k in range(len(lengths))]
     )
-    per_step = processes * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    shape = RunShape(processes, arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"])
+    step = StepSize(shape, len(rows), len(lengths), packing)
     tokens = sum(lengths)
     return Forecast(
         samples=len(lengths),
@@ -60,8 +67,10 @@ def forecast(
         supervised_share=sum(supervised) / tokens,
         rows=len(rows),
         fill=fill(rows, lengths, limit) if packing else None,
-        rows_per_step=per_step,
-        steps_per_epoch=math.ceil(len(rows) / per_step),
+        rows_per_step=step.room,
+        samples_per_step=step.samples_per_step,
+        steps_per_epoch=step.steps,
+        step=str(step),
         max_length=limit,
         longest=max(lengths),
     )

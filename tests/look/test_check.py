@@ -237,6 +237,8 @@ def test_the_forecast_is_the_plan_that_training_makes(data, encoder, tiny_dir):
     assert expected.supervised_share == pytest.approx(supervised / sum(lengths))
     alone = checked(path, *words, "training.packing=false").splits["train"].forecast
     assert (alone.rows, alone.fill, alone.steps_per_epoch) == (29, None, 15)
+    assert expected.samples_per_step == 29 / expected.steps_per_epoch
+    assert alone.step == "2 samples (1 x 2 accumulated x 1 processes; the last of an epoch holds 1 sample)"
 
 
 def test_the_command_prints_the_summary_and_returns_an_exit_code(data, tiny_dir, capsys):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from qwenvl_ft.data.plan.costs import CostModel
 from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
 from qwenvl_ft.data.plan.packing import Batch, RunShape, assign, fill, group_rows, pack_lengths, single_rows
+from qwenvl_ft.data.plan.step_size import StepSize
 
 DEFAULT_COSTS = CostModel()
 
@@ -89,6 +90,10 @@ class PlanSampler(Sampler[list[Ticket]]):
     def steps(self, epoch: int) -> int:
         """Return the number of optimizer steps of an epoch."""
         return -(-self.passes(epoch) // self.shape.accumulation)
+
+    def step_size(self, epoch: int) -> StepSize:
+        """Return what the optimizer steps of an epoch hold."""
+        return StepSize(self.shape, len(self.rows(epoch)), len(self.dataset.at(epoch)), self.packing)
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return (complete epochs, steps done in the next epoch) after ``step`` optimizer steps."""

@@ -66,19 +66,13 @@ class RunLog(TrainerCallback):
         folder = Path(args.output_dir)
         self.folder = folder.parent if self.phase else folder
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         self.start = time.perf_counter()
         self.follow(args)
         if not state.is_world_process_zero:
             return
-        rows_found = state.train_batch_size if args.auto_find_batch_size else None
-        rows = rows_found or args.per_device_train_batch_size
-        batch = rows * args.gradient_accumulation_steps * args.world_size
-        self.write(
-            f"{state.max_steps:,} steps of {rows} rows x "
-            f"{args.gradient_accumulation_steps} accumulated x {args.world_size} processes = {batch} rows; "
-            f"from step {state.global_step}"
-        )
+        size = train_dataloader.batch_sampler.step_size(0)
+        self.write(f"{state.max_steps:,} steps of {size}; from step {state.global_step}")
         if sys.stdout.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
             self.progress = Progress(*columns)

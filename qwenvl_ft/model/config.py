@@ -140,24 +140,34 @@ def expand_device_map(device_map: str | int | dict[str, Any], config: PreTrained
     return expanded
 
 
-def check_devices(device_map: str | dict[str, Any]) -> None:
-    """Raise RecipeError if a device of an expanded map does not exist on this machine."""
+def check_devices(device_map: str | dict[str, Any], max_memory: dict[int | str, Any] | None = None) -> None:
+    """Raise RecipeError if a device of an expanded map, or one with a memory limit, does not exist on this machine."""
+    placed = device_map.items() if isinstance(device_map, dict) else ()
+    named = [(device, f"model.device_map places {name or 'all'!r} on {device!r}") for name, device in placed]
+    named += [(device, f"model.max_memory limits the device {device!r}") for device in max_memory or ()]
+    existing = _devices()
+    for device, what in named:
+        if device not in ("disk", "meta") and _full_name(device) not in existing:
+            raise RecipeError(f"{what}, but this machine has only {', '.join(existing)}.")
+
+
+def _devices() -> list[str]:
+    """Return the names of this machine's devices: cpu, cuda:0, cuda:1, ..."""
     import torch
 
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if kind is not None else 0
-    for name, device in device_map.items() if isinstance(device_map, dict) else ():
-        if device in ("cpu", "disk", "meta"):
-            continue
-        try:
-            parsed = torch.device(device)
-        except (RuntimeError, TypeError, ValueError):
-            parsed = None
-        if parsed is None or kind is None or parsed.type != kind.type or (parsed.index or 0) >= count:
-            existing = ", ".join(["cpu", *(f"{kind}:{index}" for index in range(count))])
-            raise RecipeError(
-                f"model.device_map places {name or 'all'!r} on {device!r}, but this machine has only {existing}."
-            )
+    return ["cpu", *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()) if kind is not None)]
+
+
+def _full_name(device: Any) -> str | None:
+    """Return a device's name with its number (0 and ``cuda`` are ``cuda:0``); None if it is not a device."""
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return parsed.type if parsed.type == "cpu" else f"{parsed.type}:{parsed.index or 0}"
 
 
 def _placed(parameter: str, device_map: dict[str, Any]) -> bool:

@@ -217,9 +217,9 @@ def _placement(device_map: Any, max_memory: Any, config: PreTrainedConfig) -> di
             "Remove model.device_map, or start a single process."
         )
     placement: dict[str, Any] = {"device_map": expand_device_map(device_map, config)}
-    check_devices(placement["device_map"])
     if max_memory is not None:
         placement["max_memory"] = parse_max_memory(max_memory)
+    check_devices(placement["device_map"], placement.get("max_memory"))
     return placement
 
 

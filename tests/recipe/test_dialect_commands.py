@@ -5,9 +5,10 @@ import shlex
 import pytest
 from recipe_cases import value_of
 
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.dialects import ALIASES, UPSTREAM
-from qwenvl_ft.recipe.keys import type_of
+from qwenvl_ft.recipe.dialects import SAME_ANYWAY
+from qwenvl_ft.recipe.load import load_recipe
 
 RECOMMENDED = """--model /models/qwen3-vl --torch_dtype bfloat16 --attn_impl flash_attn --train_type lora --lora_rank 8
     --lora_alpha 32 --lora_dropout 0.05 --target_modules all-linear --freeze_llm false --freeze_vit true
@@ -139,8 +140,6 @@ def test_flags_of_train_qwen_bring_its_defaults():
     assert recipe_from_argv([*OFFICIAL.split(), "--data_packing", "True"]).training.packing
     assert recipe_from_argv(["--tune_mm_llm", "True", "recipe=lora_4b"]).tuner.train_type == "lora"
     assert recipe_from_argv([]).tuner.train_type == "lora", "vacuous: full is the default anyway"
-    assert all(name in ALIASES for name in UPSTREAM)
-    assert all(type_of(key) is not None for defaults in UPSTREAM.values() for key in defaults)
 
 
 def test_lora_on_the_llm_with_the_projection_in_full(tiny_dir):
@@ -159,3 +158,55 @@ def test_lora_on_the_llm_with_the_projection_in_full(tiny_dir):
     )
     assert all("lora_" in name and "language_model" in name for name in trained if name not in mergers)
     assert len(mergers) < len(trained)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_placeholder_beside_a_file_is_dropped_in_any_order(order):
+    words = [["--jsonl", "a.jsonl"], ["--dataset", "placeholder"]][::order]
+    words += [["--val_dataset", "custom"], ["--val_jsonl", "v.jsonl"]][::order]
+    data = recipe_from_argv([word for pair in words for word in pair]).data
+    assert (data.train, data.val) == ("a.jsonl", "v.jsonl")
+    with pytest.raises(RecipeError, match="--jsonl and --dataset 'b' both name data"):
+        recipe_from_argv([word for pair in [["--jsonl", "a.jsonl"], ["--dataset", "b"]][::order] for word in pair])
+    assert recipe_from_argv(["--dataset", "custom"]).data.train == "custom", "without a file it may be a name"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--train_type reft --reft_layers [8, 16, 24]", "tuner.reft_layers", [8, 16, 24]),
+        ("--target_modules ['q_proj', 'v_proj'] --lora_rank 4", "tuner.target_modules", ["q_proj", "v_proj"]),
+        ("tuner.target_modules=['q_proj', 'v_proj'] lora_rank=4", "tuner.target_modules", ["q_proj", "v_proj"]),
+        ("--target_modules=[ q_proj ,v_proj ] --lora_rank 4", "tuner.target_modules", ["q_proj", "v_proj"]),
+        (
+            '--device_map auto --max_memory {"0": "40GB", "cpu": "100GB"}',
+            "model.max_memory",
+            {"0": "40GB", "cpu": "100GB"},
+        ),
+        ("--system [INST --output_dir [a]", "template.system_prompt", "[INST"),
+        ("--system [INST --output_dir [a]", "training.output_dir", "[a]"),
+    ],
+)
+def test_a_list_that_the_shell_has_split_is_put_together(words, key, value):
+    """shlex splits and strips quotes as a shell does."""
+    assert value_of(recipe_from_argv(shlex.split(words)), key) == value
+
+
+@pytest.mark.parametrize("flag", ["quant_method gptq", "quant_bits 4", "gptq_group_size 128", "quant_n_samples 128"])
+def test_quantisation_after_training_is_pointed_to_its_command(flag):
+    with pytest.raises(RecipeError, match=rf"--{flag.split()[0]}: .* qwenvl-ft merge .*--quantization_bit 4"):
+        recipe_from_argv(["--dataset", "a", *f"--{flag}".split()])
+    with pytest.raises(RecipeError, match=r"override: quantization\.quant_bits: .* qwenvl-ft merge"):
+        recipe_from_argv(["quantization.quant_bits=4"])
+
+
+@pytest.mark.parametrize("name", SAME_ANYWAY)
+def test_a_removed_setting_is_accepted_with_the_value_that_changes_nothing(name, write):
+    value = str(SAME_ANYWAY[name])
+    plain = recipe_from_argv(["--dataset", "a"])
+    assert recipe_from_argv(["--dataset", "a", f"--{name}", value]) == plain
+    assert recipe_from_argv(["--dataset", "a", f"training.{name}={value}"]) == plain
+    assert load_recipe(write("a.yaml", f"training: {{{name}: {value}}}")) == load_recipe()
+    for words in (["--dataset", "a", f"--{name}", "0"], [f"training.{name}=0"]):
+        with pytest.raises(RecipeError, match=name):
+            recipe_from_argv(words)

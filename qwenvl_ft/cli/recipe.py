@@ -1,24 +1,26 @@
-"""``qwenvl-ft recipe NAME [section.key=value ...]``: prints the resolved recipe and the origin of each value."""
+"""``qwenvl-ft recipe [NAME] [section.key=value ...]``: prints the resolved recipe and the origin of each value."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 
 def recipe(
-    name: Annotated[str, typer.Argument(help="Name of a recipe in recipes/, or a file.")],
+    name: Annotated[str, typer.Argument(help="Name of a recipe in recipes/, or a file; without one, the flags alone.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, or flags of ms-swift and train_qwen.py.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print YAML without the origins.")] = False,
 ) -> None:
-    """Print a resolved recipe, with the file that set each value."""
+    """Print a resolved recipe, with the file, override or tool that set each value."""
     from qwenvl_ft.data.augment.pipeline import Augmenter
     from qwenvl_ft.data.dense.options import DenseOptions
-    from qwenvl_ft.recipe.argv import recipe_from_argv
+    from qwenvl_ft.recipe.argv import ASSIGNMENT, recipe_from_argv
 
-    resolved = recipe_from_argv([f"recipe={name}", *(overrides or [])])
+    is_recipe = not name.startswith("--") and (ASSIGNMENT.match(name) is None or Path(name).exists())
+    resolved = recipe_from_argv([f"recipe={name}" if is_recipe else name, *(overrides or [])])
     for run in resolved.by_phase().values():
         DenseOptions.of(run, seed=0)  # these two check what the types of the schema cannot
         Augmenter.from_config(run.data.augmentation)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.dialects import ALIASES, FILES, UPSTREAM, flag_type, flag_values
+from qwenvl_ft.recipe.dialect_defaults import default_layer, dialect_of
+from qwenvl_ft.recipe.dialects import ALIASES, FILE_FLAGS, FILES, PLACEHOLDERS, flag_type, flag_values
 from qwenvl_ft.recipe.keys import bare_names
 from qwenvl_ft.recipe.layers import OVERRIDE, Layer, environment_layer, find_recipe, read_layers, set_override
 from qwenvl_ft.recipe.load import build_recipe
 from qwenvl_ft.recipe.schema import TOP_LEVEL, Recipe
+from qwenvl_ft.recipe.values import shown
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\.[^=\s]+)?=")
 USAGE = """Train a model as a recipe describes.
@@ -29,7 +31,8 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
     """Build a recipe from command line arguments in any order.
 
     ``recipe=NAME|PATH`` or ``--config PATH`` names the recipe, and ``--base_config PATH`` a weaker one beneath it. A
-    flag takes one word, or all following words if its key is a list. A boolean flag may stand alone.
+    flag takes one word, or all following words if its key is a list. A boolean flag may stand alone. Without a file, a
+    command line of another tool gets that tool's defaults.
 
     Raises:
         RecipeError: a flag or key is unknown, or a value is wrong.
@@ -39,8 +42,8 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     files: dict[str, str] = {}
     overrides = Layer(OVERRIDE)
-    upstream = Layer("train_qwen.py")
-    for name, value, spelled in _arguments(list(argv)):
+    flags: set[str] = set()
+    for name, value, spelled in _without_placeholder(list(_arguments(_joined(argv)))):
         if name in FILES:
             if FILES[name] in files:
                 raise RecipeError(
@@ -52,13 +55,53 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
         else:
             for key, converted in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
                 overrides.set(key, converted, spelled)
-        if name in UPSTREAM:
-            for key, default in UPSTREAM[name].items():
-                upstream.set(key, default, key)
+        if spelled.startswith("--"):
+            flags.add(name)
     from_files = [
         layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))
     ]
-    return build_recipe([upstream, *from_files, environment_layer(), overrides])
+    strong = [environment_layer(), overrides]
+    dialect = None if from_files else dialect_of(flags)
+    defaults = [default_layer(dialect, flags, strong)] if dialect else []
+    return build_recipe([*defaults, *from_files, *strong])
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """Put lists and mappings together that the shell has split: ``[8,``, ``16,``, ``24]`` is ``[8, 16, 24]``."""
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        value = word.partition("=")[2] if ASSIGNMENT.match(word.removeprefix("--")) else word
+        if value.startswith(("[", "{")) and _open_brackets(value):
+            end = next((k for k in range(1, len(rest) + 1) if not _open_brackets(" ".join([value, *rest[:k]]))), 0)
+            if end and not any(other.startswith("--") for other in rest[:end]):
+                word, rest = " ".join([word, *rest[:end]]), rest[end:]
+        words.append(word)
+    return words
+
+
+def _open_brackets(text: str) -> bool:
+    return any(text.count(opening) > text.count(closing) for opening, closing in ("[]", "{}"))
+
+
+def _without_placeholder(arguments: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
+    """Drop a placeholder for data if another argument, in any place, names their file.
+
+    Raises:
+        RecipeError: two arguments name different data.
+    """
+    kept: list[tuple[str, Any, str]] = []
+    for name, value, spelled in arguments:
+        others = [other for other in arguments if other[0] in FILE_FLAGS.get(name, ())]
+        if not others or value == others[-1][1]:
+            kept.append((name, value, spelled))
+        elif str(value).lower() not in PLACEHOLDERS:
+            raise RecipeError(
+                f"{others[-1][2]} and {spelled} {shown(value)} both name data. Keep one; {spelled} takes several, also "
+                "files."
+            )
+    return kept
 
 
 def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:

@@ -204,32 +204,42 @@ ENVIRONMENT = {
 """Environment variable of ms-swift and qwen-vl-utils -> key or alias in ``template``, or a dotted key. They override
 files, and command line arguments override them. VIDEO_MAX_PIXELS is the area of one frame, as in those tools."""
 
+_QUANTISED_LATER = (
+    "GPTQ and AWQ quantise a trained model. Remove it, train, then run: qwenvl-ft merge OUTPUT_DIR NEW --quant-method "
+    "gptq --quant-bits 4 --group-size 128 --dataset my.jsonl. To train over 4-bit weights (bnb): --quantization_bit 4."
+)
 REMOVED = {
     "sequence_parallel_size": "a sample is not split over GPUs. Remove it; for long samples: deepspeed.config=zero3, "
     "training.activation_checkpointing=true.",
     "overwrite_output_dir": "a run writes to output_dir even if files are there. Remove it.",
     "save_safetensors": "checkpoints are always safetensors. Remove it.",
+    "quant_method": _QUANTISED_LATER,
+    "quant_bits": _QUANTISED_LATER,
+    "quant_n_samples": _QUANTISED_LATER,
+    "gptq_group_size": _QUANTISED_LATER,
 }
 """Setting of other tools without a key of ours -> what to do instead."""
 
+SAME_ANYWAY = {"sequence_parallel_size": 1}
+"""Setting in `REMOVED` -> the value that changes nothing, which is accepted."""
+
+FILE_FLAGS = {"dataset": ("jsonl", "train_jsonl"), "val_dataset": ("val_jsonl",)}
+"""Flag that names data -> flags that name their file instead. Beside one of them it may hold a placeholder."""
+PLACEHOLDERS = ("placeholder", "custom", "dummy", "none", "null")
+"""Words that are a placeholder for the name of data."""
+
+
+def is_same_anyway(name: str, value: Any, where: str) -> bool:
+    """Return True if a setting of another tool has the value that describes what happens here anyway."""
+    same = SAME_ANYWAY.get(name)
+    try:
+        return same is not None and convert(value, type(same), where) == same
+    except RecipeError:
+        return False
+
+
 FILES = {"recipe": "recipe", "config": "recipe", "base_config": "base"}
 """Argument that names a recipe file -> its role: keys of the recipe override those of the base."""
-
-FROZEN: Values = {
-    "tuner.train_type": "full",
-    "tuner.freeze_llm": True,
-    "tuner.freeze_vit": True,
-    "tuner.freeze_aligner": True,
-    "training.packing": False,
-}
-UPSTREAM: dict[str, Values] = {
-    "tune_mm_llm": FROZEN,
-    "tune_mm_vision": FROZEN,
-    "tune_mm_mlp": FROZEN,
-    "data_flatten": {"training.packing": False},
-}
-"""Flag that only qwen-vl-finetune has -> the defaults of qwen-vl-finetune that a command with this flag relies on.
-Recipe files and other flags override them."""
 
 
 def alias_in(section: str, name: str) -> Alias | None:
@@ -249,6 +259,8 @@ def flag_type(flag: str) -> Any:
     if flag in ALIASES:
         alias = ALIASES[flag]
         return alias.kind if alias.kind is not None else type_of(alias.keys[0])
+    if flag in REMOVED and flag not in bare_names():
+        return type(SAME_ANYWAY.get(flag, ""))
     return type_of(_flag_key(flag))
 
 
@@ -260,7 +272,7 @@ def flag_values(flag: str, value: Any, where: str) -> Values:
     """
     if flag in ALIASES:
         return ALIASES[flag].meaning(value, where)
-    return {_flag_key(flag): value}
+    return {} if is_same_anyway(flag, value, where) else {_flag_key(flag): value}
 
 
 def _flag_key(flag: str) -> str:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.recipe.checks import check
-from qwenvl_ft.recipe.dialects import REMOVED
+from qwenvl_ft.recipe.dialects import REMOVED, is_same_anyway
 from qwenvl_ft.recipe.exclusive import outweighed, set_lengths, settle
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
 from qwenvl_ft.recipe.layers import (
@@ -170,6 +170,10 @@ def _section(name: str, values: Values, places: _Places) -> Any:
         where = places[f"{name}.{key}"]
         if key in own:
             fields[key] = convert(value, own[key], where)
+        elif is_same_anyway(key, value, where):
+            continue
+        elif key in REMOVED:
+            raise RecipeError(f"{where}: {REMOVED[key]}")
         elif name == "training":
             arguments[key] = _argument(key, value, where)
         else:
@@ -183,8 +187,6 @@ def _argument(key: str, value: Any, where: str) -> Any:
     """Convert the value of a field of TrainingArguments to the type of its annotation there."""
     hints = argument_types()
     if key not in hints:
-        if key in REMOVED:
-            raise RecipeError(f"{where}: {REMOVED[key]}")
         close = hint(key, [*own_types("training"), *hints]).split(" Known:")[0]  # all of them would be too many
         raise RecipeError(f"{where}: unknown key.{close} docs/reference.md lists all keys.")
     return convert(value, hints[key], where)

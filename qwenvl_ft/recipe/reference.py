@@ -15,7 +15,8 @@ from inspect import get_annotations
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from qwenvl_ft.recipe.choices import OneOf
-from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT, UPSTREAM
+from qwenvl_ft.recipe.dialect_defaults import DIALECTS, KEPT, MARKS, Computed
+from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT
 from qwenvl_ft.recipe.keys import argument_types, own_types
 from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS
 from qwenvl_ft.recipe.sections import topics
@@ -55,7 +56,7 @@ LIMIT_WORDS = {">0": "above 0", ">=0": "from 0", "0..1": "from 0 to below 1"} | 
 
 def reference() -> str:
     """Return the text of docs/reference.md."""
-    parts = [OPENING, *(_section(name) for name in SECTIONS), _changed(), _names(), _arguments()]
+    parts = [OPENING, *(_section(name) for name in SECTIONS), _changed(), _names(), _dialects(), _arguments()]
     return "\n".join(parts)
 
 
@@ -142,17 +143,10 @@ def _changed() -> str:
 
 def _names() -> str:
     rows = [(f"`{name}`", ", ".join(f"`{key}`" for key in alias.keys), alias.effect) for name, alias in ALIASES.items()]
-    upstream = [
-        (f"`--{flag}`", ", ".join(f"`{key}: {_yaml(value)}`" for key, value in defaults.items()))
-        for flag, defaults in UPSTREAM.items()
-    ]
     return (
         "\n## Other names\n\nFlags of ms-swift and of qwen-vl-finetune's `train_qwen.py`, and older spellings. They "
         "also work in a file, in the\nsection of the key that they set.\n\n"
         + _table(("name", "our key", "value"), rows)
-        + "\nThe following flags exist only in qwen-vl-finetune. A command line with one of them gets the defaults of "
-        "that tool, unless\nanother flag or a recipe file sets the key:\n\n"
-        + _table(("flag", "defaults"), upstream)
         + "\nEnvironment variables of "
         "ms-swift and qwen-vl-utils override files, and command line arguments override them:\n\n"
         + _table(
@@ -160,6 +154,24 @@ def _names() -> str:
             [(f"`{key}`", f"`{name if '.' in name else f'template.{name}'}`") for key, name in ENVIRONMENT.items()],
         )
     )
+
+
+def _dialects() -> str:
+    text = (
+        "\n## Defaults of other tools\n\nA command line without a recipe that has one of a tool's marks gets the "
+        "defaults of that tool wherever they differ from\nours. `qwenvl-ft recipe FLAGS` shows them. A key of `tuner` "
+        "applies only to methods that read it.\n"
+    )
+    for tool, defaults in DIALECTS.items():
+        rows = [(f"`{key}`", _default(value), "") for key, value in defaults.items()]
+        rows += [(f"`{key}`", "ours", why) for key, why in KEPT[tool].items()]
+        marks = ", ".join(f"`--{mark}`" for mark in MARKS[tool])
+        text += f"\n### {tool}\n\nMarks: {marks}.\n\n" + _table(("key", "default", "why ours is kept"), rows)
+    return text
+
+
+def _default(value: Any) -> str:
+    return value.shown if isinstance(value, Computed) else f"`{_yaml(value)}`"
 
 
 def _arguments() -> str:

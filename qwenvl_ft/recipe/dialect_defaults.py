@@ -1,0 +1,290 @@
+"""Which defaults does a command line of another tool rely on? One table for each tool, and where ours are kept instead.
+
+A command line that has one of a tool's marks and names no recipe file was written for that tool. A setting that it
+leaves out then has that tool's default instead of ours. Everything that the user gives is stronger.
+
+Sources: ms-swift 4.6.0 (tests hold its table against the installed package), and argument.py, train_qwen.py and
+data_processor.py of qwen-vl-finetune with transformers 4.57, the version that it names.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
+from qwenvl_ft.recipe.layers import Layer
+from qwenvl_ft.recipe.methods import reads
+
+Values = dict[str, Any]
+UNSET: Any = object()
+"""Result of a computed default that does not apply: our own default stays."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says, for the defaults that depend on it."""
+
+    flags: frozenset[str]
+    """Flags as they are spelled, without dashes."""
+    values: Values = field(default_factory=dict)
+    """Dotted key -> value, as it was given (text) or as a default that comes earlier in the table set it."""
+
+    def number(self, key: str, otherwise: int) -> int:
+        """Return a whole number; ``otherwise`` if it is absent, or malformed, which is reported later."""
+        try:
+            return int(self.values.get(key, otherwise))
+        except (TypeError, ValueError):
+            return otherwise
+
+    @property
+    def train_type(self) -> str:
+        """The training method."""
+        return str(self.values.get("tuner.train_type", "lora"))
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A default that follows from other settings."""
+
+    of: Callable[[Given], Any]
+    """Its value, or `UNSET`."""
+    shown: str
+    """How docs/reference.md says it."""
+
+
+POSITIONS = {"qwen3": 262144, "qwen2.5": 128000, "qwen2": 32768}
+"""Part of a model's name on the Hub -> its number of positions (max_position_embeddings)."""
+
+
+def longest(given: Given) -> Any:
+    """Return the number of tokens that the model has positions for, which is the limit of a tool that sets none."""
+    if "global_max_length" in given.values:
+        return UNSET
+    if "model.max_model_len" in given.values:
+        return given.values["model.max_model_len"]
+    name = str(given.values.get("model.model", ""))
+    config = Path(name).expanduser() / "config.json"
+    if name and config.is_file():
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return UNSET  # loading the model reports it
+        positions = (values.get("text_config") or values).get("max_position_embeddings")
+        return positions if isinstance(positions, int) else UNSET
+    return next((positions for part, positions in POSITIONS.items() if part in name.lower()), UNSET)
+
+
+def _sixteen_samples(given: Given) -> int:
+    """Return ms-swift's accumulation: as many micro-batches as give 16 samples per step over all ranks."""
+    per_rank = max(1, given.number("training.per_device_train_batch_size", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    return max(1, math.ceil(16 / per_rank / ranks))
+
+
+def _evaluates(given: Given) -> bool:
+    return any(given.values.get(key) for key in ("data.val", "data.split_dataset_ratio"))
+
+
+def _evaluate_as_saved(given: Given) -> Any:
+    """Return ms-swift's eval_strategy: that of the checkpoints."""
+    strategy = given.values.get("training.save_strategy")
+    return strategy if strategy == "epoch" and _evaluates(given) else UNSET
+
+
+def _named_parts(given: Given) -> bool:
+    return any(flag.startswith("tune_mm_") for flag in given.flags)
+
+
+def _full_by_parts(given: Given) -> Any:
+    return "full" if _named_parts(given) else UNSET
+
+
+def _frozen_unless_named(given: Given) -> Any:
+    """Return the freezing of a part in full training: frozen beside ``--tune_mm_*``, else trained. LoRA keeps ours."""
+    return _named_parts(given) if given.train_type == "full" else UNSET
+
+
+PAIRS = (
+    ("template.min_pixels", "template.max_pixels"),
+    ("template.fps_min_frames", "template.fps_max_frames"),
+    ("template.video_min_pixels", "template.video_max_pixels"),
+)
+"""Keys of which the first may not exceed the second."""
+
+
+def _contradicts(key: str, value: Any, given: Given) -> bool:
+    """Return True if a default would contradict what the user gives, so that it would be an error."""
+    for least, most in PAIRS:
+        if key == least and value > given.number(most, value):
+            return True
+        if key == most and value < given.number(least, value):
+            return True
+    is_image = key in PAIRS[0]
+    return is_image and value // TOKEN_PIXELS >= given.number("template.max_length", value)
+
+
+PARTS = Computed(_frozen_unless_named, "true beside --tune_mm_*; false in other full training")
+LENGTH = Computed(longest, "the model's number of positions")
+
+
+MARKS: dict[str, tuple[str, ...]] = {
+    "train_qwen.py": (
+        "dataset_use",
+        "eval_dataset_use",
+        "model_name_or_path",
+        "tune_mm_llm",
+        "tune_mm_vision",
+        "tune_mm_mlp",
+        "data_flatten",
+        "data_packing",
+        "model_max_length",
+        "max_seq_length",
+        "mm_projector_lr",
+        "vision_tower_lr",
+        "use_lora",
+        "lora_enable",
+        "lora_r",
+        "train_modules",
+        "train_mlp",
+        "freeze_vision",
+        "video_max_frames",
+        "video_min_frames",
+        "video_fps",
+    ),
+    "ms-swift": (
+        "dataset",
+        "val_dataset",
+        "jsonl",
+        "train_jsonl",
+        "val_jsonl",
+        "train_type",
+        "sft_type",
+        "tuner_type",
+        "padding_free",
+        "freeze_llm",
+        "freeze_vit",
+        "freeze_aligner",
+    ),
+}
+"""Tool -> flags that show that a command line was written for it. The first tool of which a mark is given counts:
+ms-swift comes last, because many of its flags are also ours."""
+
+DIALECTS: dict[str, Values] = {
+    "ms-swift": {
+        "template.max_length": LENGTH,
+        "model.torch_dtype": "auto",
+        "training.packing": False,
+        "training.gradient_accumulation_steps": Computed(_sixteen_samples, "16 samples per step over all ranks"),
+        "training.weight_decay": 0.1,
+        "training.adam_beta2": 0.95,
+        "training.warmup_steps": 0,
+        "training.logging_steps": 5,
+        "training.save_total_limit": None,
+        "training.eval_strategy": Computed(_evaluate_as_saved, "epoch if save_strategy is epoch"),
+    },
+    "train_qwen.py": {
+        "tuner.train_type": Computed(_full_by_parts, "full beside --tune_mm_*"),
+        "tuner.freeze_llm": PARTS,
+        "tuner.freeze_vit": PARTS,
+        "tuner.freeze_aligner": PARTS,
+        "tuner.lora_rank": 64,
+        "tuner.lora_alpha": 128,
+        "tuner.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "template.max_length": LENGTH,
+        "template.max_pixels": 576 * 28 * 28,
+        "template.min_pixels": 16 * 28 * 28,
+        "template.fps": 2,
+        "template.fps_min_frames": 4,
+        "template.fps_max_frames": 8,
+        "template.video_min_pixels": 256 * 28 * 28,
+        "template.video_max_pixels": 1024 * 28 * 28,
+        "training.packing": False,
+        "training.per_device_train_batch_size": 8,
+        "training.per_device_eval_batch_size": 8,
+        "training.learning_rate": 5e-5,
+        "training.weight_decay": 0.0,
+        "training.lr_scheduler_type": "linear",
+        "training.warmup_steps": 0,
+        "training.logging_steps": 500,
+        "training.logging_first_step": False,
+        "training.save_total_limit": None,
+    },
+}
+"""Tool -> our key -> its default, for each default that differs from ours. A key of ``tuner`` applies only to methods
+that read it."""
+
+_SAME_RESULT = "the result is the same"
+KEPT: dict[str, dict[str, str]] = {
+    "ms-swift": {
+        "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
+        "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
+        "data.dataset_num_proc": f"{_SAME_RESULT}; it only measures lengths",
+        "training.output_dir": "a run does not name its folder by model and date",
+        "model.attn_impl": f"{_SAME_RESULT}; auto takes the fastest kernel that runs",
+        "model.model_revision": f"{_SAME_RESULT}: a hub's default branch is main",
+        "template.template": f"{_SAME_RESULT}: the text comes from the processor's own chat template",
+        "training.galore_target_modules": "ours are the linear layers of the language model, by name",
+        "training.swanlab_project": "it only names the project in a tracker",
+        "training.swanlab_mode": "the tracker's own default",
+        "training.ddp_timeout": "a rank that hangs ends the run after transformers' 30 minutes, not after 208 days",
+        "training.lazy_tokenize": f"{_SAME_RESULT}; samples are tokenized on demand anyway",
+        "training.remove_unused_columns": "a batch is not a table with columns",
+        "training.bf16": f"{_SAME_RESULT}: it follows the precision of the model",
+        "training.fp16": f"{_SAME_RESULT}: it follows the precision of the model",
+        "training.data_seed": "the order of the data follows training.seed, which is 42 too",
+        "training.metric_for_best_model": f"{_SAME_RESULT}: loss is the metric where one is needed",
+    },
+    "train_qwen.py": {
+        "tuner.train_type": "without a flag that names parts, the script trains nothing and stops; LoRA trains",
+        "tuner.lora_dropout": "the script reads 0 as 0.05, which is our default",
+        "model.torch_dtype": "the script runs only with --bf16: flash-attention does not take float32",
+        "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
+        "training.activation_checkpointing": f"{_SAME_RESULT}, in less memory",
+        "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
+        "training.dataloader_persistent_workers": f"{_SAME_RESULT}; workers start once",
+        "training.optim": f"{_SAME_RESULT}; the fused kernel computes the same update faster",
+        "training.report_to": "all would start every tracker that is installed",
+    },
+}
+"""Tool -> our key -> why our default stays although the tool's is another."""
+
+
+def dialect_of(flags: Iterable[str]) -> str | None:
+    """Return the tool that a command line with these flags was written for, or None."""
+    given = set(flags)
+    return next((name for name, marks in MARKS.items() if given.intersection(marks)), None)
+
+
+def default_layer(dialect: str, flags: Iterable[str], stronger: Iterable[Layer]) -> Layer:
+    """Return the layer of a tool's defaults, the weakest of a recipe.
+
+    Args:
+        flags: flags of the command line, without dashes.
+        stronger: the layers of what the user gives, the weakest first.
+    """
+    user = {key: value for layer in stronger for key, value in _dotted(layer.values)}
+    layer = Layer(dialect)
+    seen: Values = {}
+    for key, default in DIALECTS[dialect].items():
+        given = Given(frozenset(flags), seen | user)
+        value = default.of(given) if isinstance(default, Computed) else default
+        section, _, name = key.partition(".")
+        unread = section == "tuner" and not reads(given.train_type, name)
+        if value is UNSET or unread or _contradicts(key, value, given):
+            continue
+        layer.set(key, value, key)
+        seen[key] = value
+    return layer
+
+
+def _dotted(values: Values, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and not prefix:
+            yield from _dotted(value, f"{name}.")
+        else:
+            yield name, value

@@ -43,9 +43,14 @@ def build_processor(recipe: Recipe) -> Any:
 
 
 def build_datasets(
-    recipe: Recipe, processor: Any, seed: int
+    recipe: Recipe, processor: Any, seed: int | None = None
 ) -> tuple[SampleDataset, SampleDataset | dict[str, SampleDataset] | None]:
-    """Return the training samples, and the validation samples if there are any: one set, or several by name."""
+    """Return the training samples, and the validation samples if there are any: one set, or several by name.
+
+    Args:
+        seed: of draws and splits; None is ``training.seed``.
+    """
+    seed = int(recipe.training.arguments["seed"]) if seed is None else seed
     train, val = load_mixture(recipe.data, seed)
     require_known(recipe.data.loss_weights, train.summary(), "data.loss_weights")
     encoder = build_encoder(recipe, processor)
@@ -188,14 +193,20 @@ def keep_float32(model: nn.Module, *, keep_adapter: bool = False) -> None:
     AdamW at 1e-5 changes a bfloat16 weight by less than its last bit, so a model trained in plain bfloat16 loses most
     of its updates. DeepSpeed keeps a float32 copy of its own and needs no conversion.
 
+    A LayerNorm of which only the bias trains (``tuner.lora_bias=all``) is converted whole, which changes no value: on a
+    CPU, weight and bias must have the same dtype.
+
     Args:
         keep_adapter: leave LoRA's weights in the dtype that ``tuner.lora_dtype`` has set.
     """
-    for name, parameter in model.named_parameters():
-        if keep_adapter and ".lora_" in name:
-            continue
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(prefix, recurse=False))
+        whole = isinstance(module, nn.LayerNorm) and any(value.requires_grad for value in own.values())
+        for name, parameter in own.items():
+            if keep_adapter and ".lora_" in name:
+                continue
+            if (parameter.requires_grad or whole) and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
 
 def _model_path(recipe: Recipe) -> str:

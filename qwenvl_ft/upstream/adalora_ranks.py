@@ -5,6 +5,10 @@ peft_config, adapter_name)`` counts the ranks of all layers when it is created; 
 ``mask_using_rank_pattern`` iterate over ``model.named_parameters()``; ``ipt``, ``exp_avg_ipt`` and ``exp_avg_unc`` are
 dicts by parameter name; ``BaseTuner.rankallocator`` is the instance in use. If any of these is missing, AdaLoRA is
 refused in one line.
+
+Each layer also holds its rank as a frozen parameter, ``ranknum``. Over a 16-bit base model peft converts the adapter's
+weights to float32 by assigning them anew, which makes this one trainable (peft 0.21.2; up to 0.21.0 it converts in
+place). `freeze_rank_numbers` freezes it again, and does nothing where no parameter has that name.
 """
 
 from __future__ import annotations
@@ -55,6 +59,13 @@ def count_trained_ranks(model: PeftModel) -> None:
     for kind, kept in memory_of(model).items():
         setattr(ranks, kind, kept)
     tuner.rankallocator = ranks
+
+
+def freeze_rank_numbers(model: nn.Module) -> None:
+    """Freeze the parameters in which the layers hold their rank, a constant by which the update is divided."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
 
 
 def memory_of(model: PeftModel) -> dict[str, dict[str, Tensor]]:

@@ -21,9 +21,7 @@ def test_it_trains_on_a_file_that_split_has_split(tiny_dir, tmp_path):
         lines.append(json.dumps({"images": [f"{i}.png"], "objects": objects, "width": 96, "height": 64}))
     (tmp_path / "full.jsonl").write_text("\n".join(lines) + "\n")
     assert main(["split", str(tmp_path / "full.jsonl")]) == 0
-    overrides = [f"model.model={tiny_dir}", "model.torch_dtype=float32", "training.max_steps=1"]
-    overrides += ["training.report_to=none", "training.dataloader_num_workers=0"]
-    overrides += ["training.activation_checkpointing=false"]
+    overrides = [f"model.model={tiny_dir}", "training.max_steps=1"]
     overrides += [f"training.output_dir={tmp_path / 'run'}", f"phases.full.data.train={tmp_path}/full.jsonl"]
     overrides += [f"phases.{name}.data.train={tmp_path}/full.{name}.jsonl" for name in ("simple", "medium")]
     assert train(load_recipe("curriculum", overrides)).steps == 3

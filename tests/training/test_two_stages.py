@@ -87,6 +87,17 @@ def test_the_second_stage_leaves_one_adapter_of_both(stages, tiny_dir):
     assert size < (tiny_dir / "model.safetensors").stat().st_size / 2, "no full model in an adapter's folder"
 
 
+def test_both_recipes_train_as_they_are_shipped(tiny_dir, tmp_path):
+    """Only model, data, steps and folders differ: bfloat16, dataloader workers and sizes are those of the recipes."""
+    data = write_questions(tmp_path, 60, longest=1)  # the second recipe holds out a fiftieth
+    words = [f"model.model={tiny_dir}", f"data.train={data}", "training.max_steps=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["recipe=stage_1_aligner", *words, f"training.output_dir={one}"]) == 0
+    first = f"tuner.resume_from_checkpoint={one}"
+    assert main(["recipe=stage_2_llm_aligner", *words, first, f"training.output_dir={two}"]) == 0
+    assert load_file(one / WEIGHTS).keys() < load_file(two / WEIGHTS).keys()
+
+
 def test_a_second_stage_that_was_stopped_ends_at_the_same_bits(run, stages, tmp_path):
     first = f"tuner.resume_from_checkpoint={stages[0]}"
     again = f"training.resume_from_checkpoint={stages[1] / 'checkpoint-2'}"

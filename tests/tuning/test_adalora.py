@@ -48,6 +48,18 @@ def trainer_of(model, folder, encoder, tiny_dir, *, save_steps=None, **arguments
     )
 
 
+def test_over_a_bfloat16_model_the_rank_of_a_layer_stays_frozen(fresh, settings):
+    """peft converts the adapter to float32, and the parameter that holds the rank may come back trainable."""
+    models = [prepare_model(fresh(torch_dtype=dtype), settings) for dtype in ("float32", "bfloat16")]
+    whole, half = ({name: value.requires_grad for name, value in model.named_parameters()} for model in models)
+    assert whole == half
+    assert [trains for name, trains in half.items() if ".ranknum." in name] == [False] * len(adapted(models[1]))
+
+
+def adapted(model):
+    return [name for name, _ in model.named_parameters() if ".lora_E." in name]
+
+
 def ranks(model):
     return {name: int((value != 0).sum()) for name, value in model.named_parameters() if ".lora_E." in name}
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from qwenvl_ft.assemble import keep_float32
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import canonical_name, part_of
 from qwenvl_ft.tuning.prepare import check_prepared, prepare_model, trainable_table
@@ -40,6 +41,27 @@ def test_trained_adapter_saves_loads_and_merges_to_the_same_logits(fresh, tuner,
     again = PeftModel.from_pretrained(fresh(kind), tmp_path)
     torch.testing.assert_close(logits(again), trained)
     torch.testing.assert_close(logits(again.merge_and_unload()), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_norms_train_in_float32_beside_bfloat16_weights(fresh, tuner, batch):
+    """On a CPU a LayerNorm with two dtypes is an error; converting its weight as well changes no value."""
+    model = prepare_model(fresh(torch_dtype="bfloat16"), tuner(lora_bias="all"))
+    before = {name: (value.detach().clone(), value.requires_grad) for name, value in model.named_parameters()}
+    inputs = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
+    with torch.autocast("cpu", torch.bfloat16):
+        biases = [value for value in model.parameters() if value.requires_grad]
+        for value in biases:
+            value.data = value.data.float()
+        with pytest.raises(RuntimeError, match="scalar type"):
+            model(**inputs)
+        keep_float32(model)
+        assert bool(model(**inputs).logits.isfinite().all())
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name][0].to(value.dtype)), name
+        assert value.requires_grad == before[name][1]
+        assert value.dtype == torch.float32 or not value.requires_grad, name
+    norm = next(module for module in model.modules() if isinstance(module, nn.LayerNorm))
+    assert {value.dtype for value in norm.parameters()} == {torch.float32}
 
 
 def test_the_only_trained_weights_are_the_named_modules(fresh, tuner):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.tuning.methods.lora import place, require_whole_weights, wrap
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
-from qwenvl_ft.upstream.adalora_ranks import RANKS, count_trained_ranks, memory_of
+from qwenvl_ft.upstream.adalora_ranks import RANKS, count_trained_ranks, freeze_rank_numbers, memory_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +62,7 @@ def build_adalora(model: PreTrainedModel, tuner: TunerConfig) -> nn.Module:
         **targets,
     )
     wrapped: Any = wrap(model, config, tuner, AdaLoraPeftModel)
+    freeze_rank_numbers(wrapped)
     count_trained_ranks(wrapped)
     return wrapped
 

@@ -9,6 +9,7 @@ COLUMNS = {
     "start": "before training, the model computes the same as the base model",
     "isolated": "training changes every trainable weight and leaves every other weight bit-identical",
     "learns": "the loss on handwritten digits falls in 8 steps",
+    "bfloat16": "base.yaml as shipped trains the weights that train in float32, and the loss falls",
     "loads": "a checkpoint opened by plain peft (or transformers) on the base model gives the same logits",
     "resumes": "a resumed run ends with the same bits as the uninterrupted one",
     "merges": "merged into the base model, plain transformers gives the same logits",

@@ -18,6 +18,7 @@ import torch
 import yaml
 from cases import ListRecords, picture, quiet_arguments
 from methods_cases import BASES, CASES, COLUMNS, KINDS, Case, tuner_of
+from methods_shipped import check_shipped
 from peft import PeftModel
 from transformers import PrinterCallback
 
@@ -292,6 +293,7 @@ def tried(name: str, kind: str) -> dict[str, str]:
         found["learns"] = digit_loss(model) < 0.95 * digit_loss(prepared(case, kind))
         again, _ = training(case, kind, folder / "run", str(folder / "run" / "checkpoint-4"))
         found["resumes"] = whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+        found["bfloat16"] = check_shipped(case, kind, checkpoint(kind), folder)
     cells = {}
     for column in COLUMNS:
         if column == "experts":

@@ -22,12 +22,22 @@ PUBLIC = {
     "QwenVLCollator": "qwenvl_ft.data.collate",
     "pack_lengths": "qwenvl_ft.data.plan.packing",
     "prepare_model": "qwenvl_ft.tuning.prepare",
+    "prepare_run": "qwenvl_ft.training.prepare",
+    "build_processor": "qwenvl_ft.assemble",
+    "build_datasets": "qwenvl_ft.assemble",
+    "build_model": "qwenvl_ft.assemble",
+    "keep_float32": "qwenvl_ft.assemble",
+    "build_trainer": "qwenvl_ft.training.build",
     "QwenVLTrainer": "qwenvl_ft.training.trainer",
     "train": "qwenvl_ft.train",
 }
 """Public name -> module that defines it."""
 
 if TYPE_CHECKING:
+    from qwenvl_ft.assemble import build_datasets as build_datasets
+    from qwenvl_ft.assemble import build_model as build_model
+    from qwenvl_ft.assemble import build_processor as build_processor
+    from qwenvl_ft.assemble import keep_float32 as keep_float32
     from qwenvl_ft.data.collate import QwenVLCollator as QwenVLCollator
     from qwenvl_ft.data.dense.preprocessor import AugmentationPreprocessor as AugmentationPreprocessor
     from qwenvl_ft.data.encode.encoder import Encoder as Encoder
@@ -38,6 +48,8 @@ if TYPE_CHECKING:
     from qwenvl_ft.model.load import load_model as load_model
     from qwenvl_ft.model.load import load_processor as load_processor
     from qwenvl_ft.recipe.load import load_recipe as load_recipe
+    from qwenvl_ft.training.build import build_trainer as build_trainer
+    from qwenvl_ft.training.prepare import prepare_run as prepare_run
     from qwenvl_ft.training.trainer import QwenVLTrainer as QwenVLTrainer
     from qwenvl_ft.tuning.prepare import prepare_model as prepare_model
 

@@ -304,7 +304,7 @@ def bench_trainer(recipe: Recipe, args: Any, options: StepOptions, folder: Path)
     dataset = SampleDataset(records, build_encoder(recipe, processor), name="bench", cache_dir=folder / "lengths")
     torch.manual_seed(args.seed)
     model = random_model(load_config(str(folder)), recipe.model, args.device)
-    trainer = build_trainer(recipe, args, assemble.prepared(model, recipe, args), processor, dataset)
+    trainer = build_trainer(recipe, args, assemble.prepared(model, recipe, args), processor, dataset, callbacks=[])
     trainer.remove_callback(ProgressCallback)
     return trainer
 

@@ -100,14 +100,14 @@ class Subject:
         args.per_device_train_batch_size, args.gradient_accumulation_steps = rows, passes
         args.learning_rate, args.weight_decay, args.max_steps, args.max_grad_norm = 0.0, 0.0, 1, 1e9
         args.optim, args.optim_args, args.optim_target_modules = OptimizerNames.SGD, None, None
-        trainer = build_trainer(recipe, args, self.model, self.processor, self.dataset)
+        trainer = build_trainer(recipe, args, self.model, self.processor, self.dataset, callbacks=[])
         trainer.remove_callback(TuningMethodCallback)  # AdaLoRA would prune its ranks
         calm(trainer)
         return trainer
 
     def train_faster(self, factor: float) -> None:
         """Replace the trainer by one that continues at ``factor`` times all learning rates."""
-        from qwenvl_ft.training.build import build_callbacks, build_trainer
+        from qwenvl_ft.training.build import build_trainer
 
         recipe, args, model = copy.deepcopy(self.recipe), copy.copy(self.args), self.model
         args.learning_rate *= factor
@@ -115,8 +115,7 @@ class Subject:
             if (rate := getattr(recipe.training, key)) is not None:
                 setattr(recipe.training, key, rate * factor)
         self.trainer = None
-        more = {"callbacks": build_callbacks(recipe, int(args.seed))}
-        self.trainer = build_trainer(recipe, args, model, self.processor, self.dataset, **more)
+        self.trainer = build_trainer(recipe, args, model, self.processor, self.dataset)
         calm(self.trainer)
 
     def release(self) -> None:
@@ -135,7 +134,7 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
     """
     from qwenvl_ft import assemble
     from qwenvl_ft.prove.proof_data import proof_dataset
-    from qwenvl_ft.training.build import build_callbacks, build_trainer
+    from qwenvl_ft.training.build import build_trainer
     from qwenvl_ft.training.prepare import prepare_run
 
     args = prepare_run(recipe)
@@ -150,8 +149,7 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
     samples = [dataset[index] for index in range(len(dataset))]
     say(f"loading {recipe.model.model}")
     model = assemble.build_model(recipe, args, dataset)
-    callbacks = build_callbacks(recipe, int(args.seed))
-    trainer = build_trainer(recipe, args, model, processor, dataset, callbacks=callbacks)
+    trainer = build_trainer(recipe, args, model, processor, dataset)
     calm(trainer)
     return Subject(
         recipe=recipe,

@@ -55,7 +55,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.checkpoint.complete import resolve_resume
     from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training.announce import announce
-    from qwenvl_ft.training.build import build_callbacks, build_trainer
+    from qwenvl_ft.training.build import build_trainer
     from qwenvl_ft.training.callbacks.run_log import RunLog
     from qwenvl_ft.training.callbacks.signals import SignalCallback
     from qwenvl_ft.training.data_gate import check_before_training
@@ -72,11 +72,10 @@ def _train(recipe: "Recipe") -> "TrainResult":
     if not recipe.phase:  # the data of all phases were checked before the first one
         check_before_training(recipe)
     processor = assemble.build_processor(recipe)
-    train_set, eval_set = assemble.build_datasets(recipe, processor, args.seed)
+    train_set, eval_set = assemble.build_datasets(recipe, processor)
     questions = assemble.build_questions(recipe, train_set.encoder, args.seed)
     model = assemble.build_model(recipe, args, train_set)
-    callbacks = build_callbacks(recipe, args.seed)
-    trainer = build_trainer(recipe, args, model, processor, train_set, eval_dataset=eval_set, callbacks=callbacks)
+    trainer = build_trainer(recipe, args, model, processor, train_set, eval_set)
     if resume is not None:
         require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
     run_log, signals = RunLog(recipe.phase), SignalCallback()

@@ -15,18 +15,31 @@ from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
 def build_trainer(
-    recipe: Recipe, args: TrainingArguments, model: nn.Module, processor: Any, train_set: SampleDataset, **options: Any
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: nn.Module,
+    processor: Any,
+    train_set: SampleDataset,
+    eval_set: SampleDataset | dict[str, SampleDataset] | None = None,
+    *,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> QwenVLTrainer:
     """Return the trainer of a recipe, without the callback by which transformers prints logs.
 
     Args:
-        options: ``eval_dataset`` and ``callbacks`` of `QwenVLTrainer`.
+        args: from `prepare_run`.
+        model: from `build_model`.
+        callbacks: instead of the recipe's, see `build_callbacks`.
+
+    Raises:
+        RecipeError: the model is not prepared as the recipe says.
     """
     trainer = QwenVLTrainer(
         model,
         args,
         processor=processor,
         train_dataset=train_set,
+        eval_dataset=eval_set,
         max_length=recipe.template.max_length,
         packing=recipe.training.packing,
         padding_free=recipe.training.padding_free,
@@ -38,7 +51,7 @@ def build_trainer(
         z_loss=recipe.training.z_loss,
         checkpointed=chosen_parts(recipe.training),
         recipe=recipe,
-        **options,
+        callbacks=build_callbacks(recipe, int(args.seed)) if callbacks is None else callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -31,6 +31,7 @@ from qwenvl_ft.training.liger import use_liger_kernels
 from qwenvl_ft.training.loaders import datasets_in, has_media
 from qwenvl_ft.training.loss import loss_sum, target_weights
 from qwenvl_ft.training.mean_loss import MeanLoss
+from qwenvl_ft.training.matches_recipe import require_prepared
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.training.ranks import sum_over_ranks
@@ -63,8 +64,10 @@ class QwenVLTrainer(RowTrainer):
         checkpointed: ``llm`` and ``vision`` -> False to exempt it from activation checkpointing; None exempts neither.
         z_loss: weight of the squared logarithm of each softmax's sum, only in training.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
+        check_model: require that the model is prepared as ``recipe`` says; False for a model prepared in another way.
 
     Raises:
+        RecipeError: the model is not prepared as ``recipe`` says.
         TrainingError: a loss is NaN or infinite; names the records of its row.
     """
 
@@ -87,8 +90,11 @@ class QwenVLTrainer(RowTrainer):
         checkpointed: dict[str, bool] | None = None,
         z_loss: float = 0.0,
         recipe: Recipe | None = None,
+        check_model: bool = True,
         **options: Any,
     ) -> None:
+        if recipe is not None and check_model:
+            require_prepared(model, recipe, args)
         self.vit_lr, self.aligner_lr, self.lorap_lr_ratio = vit_lr, aligner_lr, lorap_lr_ratio
         self.loss_weights = loss_weights or None
         self.checkpointed = checkpointed or {}

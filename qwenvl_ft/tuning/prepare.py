@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qwenvl_ft.recipe.schema import TunerConfig
+
+PREPARED = "_qwenvl_ft_tuner"
+"""Attribute of a prepared model that holds its tuner section."""
 
 
 def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Sequence[Any] | None = None) -> Any:
@@ -49,7 +53,13 @@ def prepare_model(model: nn.Module, tuner: TunerConfig, *, batches: Sequence[Any
     if earlier is not None:
         earlier.load(prepared, tuner, saved)
     check_prepared(prepared, tuner)
+    setattr(prepared, PREPARED, copy.deepcopy(tuner))
     return prepared
+
+
+def tuner_of(model: nn.Module) -> TunerConfig | None:
+    """Return the tuner section by which `prepare_model` prepared a model; None if it did not."""
+    return getattr(model, PREPARED, None)
 
 
 def check_prepared(model: nn.Module, tuner: TunerConfig) -> None:

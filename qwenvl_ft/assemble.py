@@ -23,7 +23,7 @@ from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.epochs import open_epochs
 from qwenvl_ft.data.sources.mixture import joined, load_mixture, load_options
-from qwenvl_ft.data.sources.records import load_records
+from qwenvl_ft.data.sources.records import Records, load_records
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.model.patch_embed import use_raw_patches
@@ -101,6 +101,7 @@ def build_dataset(
         num_proc=data.dataset_num_proc,
         on_error="skip" if data.skips_unreadable else "raise",
         max_bad_fraction=data.bad_limit,
+        left_out=records.left_out() if isinstance(records, Records) else 0,
     )
 
 

@@ -60,7 +60,9 @@ def infer(
 
 def record(prompt: str, images: list[str]) -> dict[str, Any]:
     """Return the question as a record, with the images where the prompt has ``<image>``, else before it."""
-    tags = "" if "<image>" in prompt else "<image>\n" * len(images)
+    from qwenvl_ft.data.readers.media_pool import TAGS
+
+    tags = "" if TAGS.search(prompt) else "<image>\n" * len(images)
     places = [path if "://" in path else str(Path(path).expanduser().resolve()) for path in images]
     return {"id": "prompt", "image": places, "conversations": [{"from": "human", "value": tags + prompt}]}
 

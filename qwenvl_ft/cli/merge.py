@@ -24,6 +24,9 @@ def merge(
         int, typer.Option("--n-samples", "--quant_n_samples", help="Number of calibration samples.")
     ] = 128,
     dataset: Annotated[str | None, typer.Option(help="Calibration records, written as in data.train.")] = None,
+    ignored_keys: Annotated[
+        str, typer.Option("--ignored-keys", help="Keys of calibration records that are taken as absent: a,b.")
+    ] = "",
 ) -> None:
     """Write a model whose weights include the adapter's update, with processor and generation config."""
     from tempfile import TemporaryDirectory
@@ -60,6 +63,7 @@ def merge(
             group_size=group_size,
             dataset=dataset or "",
             n_samples=n_samples,
+            ignored_keys=[key.strip() for key in ignored_keys.split(",") if key.strip()],
         )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 2**20
     typer.echo(f"{target}: {quant_method}, {quant_bits} bits in groups of {group_size}, {size:,.1f} MiB")

@@ -5,10 +5,12 @@ A reader turns a record (a dict, as stored in its file) into a `Conversation`; t
 Letters in shapes: L tokens of one sample, P vision patches, N images or videos.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from torch import Tensor
+
+from qwenvl_ft.data.unread import Unread
 
 IGNORE = -100
 """Label of an unsupervised token: the ``ignore_index`` of torch's cross entropy."""
@@ -101,6 +103,8 @@ class Conversation:
     messages: tuple[Message, ...]
     source: Source
     tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[Unread, ...] = field(default=(), compare=False)
+    """What the record holds and nothing reads."""
 
     def media(self, kind: type) -> list[Any]:
         """Return all `Image` or all `Video` parts, in the order in which the template shows them."""

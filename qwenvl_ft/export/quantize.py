@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from qwenvl_ft.data.conversation import Conversation, Image, Text, Video
 from qwenvl_ft.data.media.images import MediaPolicy, open_image
 from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.data.sources.key_rules import KEEP_TRUE, KeyRules
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import CheckpointError, DataError, RecipeError, unknown_name
 from qwenvl_ft.model.quantization import INSTALL
@@ -65,6 +67,7 @@ def quantize(
     dataset: str,
     n_samples: int = 128,
     seed: int = 0,
+    ignored_keys: Sequence[str] = (),
 ) -> None:
     """Write a quantised model, with its processor, to a new folder.
 
@@ -73,6 +76,7 @@ def quantize(
         group_size: number of weights in a row that share a scale.
         dataset: calibration samples, in the form of ``data.train``; those with videos are skipped.
         n_samples: number of samples, drawn at random by the seed.
+        ignored_keys: keys of records that are taken as absent, as in ``data.ignored_keys``.
 
     Raises:
         RecipeError: see `check_quantization`, or a group size that does not divide a layer's width.
@@ -80,7 +84,7 @@ def quantize(
     """
     check_quantization(method, bits, dataset)
     _require_whole_groups(str(model), group_size)
-    samples = calibration(dataset, n_samples, seed)
+    samples = calibration(dataset, n_samples, seed, ignored_keys)
     # By its own default, gptqmodel 7.7 fails on two cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
     from gptqmodel import GPTQModel  # type: ignore[import-not-found]
@@ -110,13 +114,16 @@ def quantize(
     partial.rename(out)
 
 
-def calibration(dataset: str, count: int, seed: int) -> list[list[dict[str, Any]]]:
+def calibration(dataset: str, count: int, seed: int, ignored_keys: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
     """Draw calibration samples: messages in the form of chat templates, with opened images.
+
+    Records whose label is false are left out.
 
     Raises:
         DataError: every record has a video, or a record cannot be read.
     """
-    records, policy = load_records(dataset, seed=seed), MediaPolicy()
+    records = load_records(dataset, seed=seed, rules=KeyRules(tuple(ignored_keys), KEEP_TRUE))
+    policy = MediaPolicy()
     chosen: list[list[dict[str, Any]]] = []
     skipped = 0
     for index in np.random.default_rng(seed).permutation(len(records)).tolist():

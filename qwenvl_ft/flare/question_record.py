@@ -198,9 +198,13 @@ def find_images(
 def refuse_control_tokens(question: str, answer: str) -> None:
     """Raise LeftOut for text with control tokens or media tags, which the encoder would refuse."""
     from qwenvl_ft.data.encode.draft import CONTROL
+    from qwenvl_ft.data.readers.media_pool import TAGS
 
-    tags = [tag for tag in ("<image>", "<video>") if tag in answer]
-    tokens = tags + [token for token in CONTROL if token in question or token in answer]
+    tokens = (
+        TAGS.findall(question)
+        + TAGS.findall(answer)
+        + [token for token in CONTROL if token in question or token in answer]
+    )
     if tokens:
         raise LeftOut("control_token", f"its text holds {tokens[0]}")
 

@@ -115,10 +115,25 @@ def record_errors(record: Any, folder: Path, check: ImageCheck) -> Iterator[tupl
     if not isinstance(question, str) or not isinstance(answer, str):
         yield "structure", "the value of a turn is not a text"
         return
-    if question.count("<image>") != len(images):
-        yield "tags", f"{question.count('<image>')} <image> tags, {len(images)} images"
-    if "<image>" in answer:
-        yield "tags", "the answer holds an <image> tag"
+    from qwenvl_ft.data.readers.media_pool import TAGS
+
+    tags = TAGS.findall(question)
+    if tags != ["<image>"] * len(images):
+        yield "tags", f"{len(tags)} <image> tags, {len(images)} images"
+    if found := TAGS.findall(answer):
+        yield "tags", f"the answer holds an {found[0]} tag"
+    yield from _unread_errors(record)
+
+
+def _unread_errors(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key that changes what a record means and that training does not read."""
+    from qwenvl_ft.data.conversation import Source
+    from qwenvl_ft.data.readers.unread_turns import unread_of_record
+
+    try:
+        unread_of_record(record, "conversations", Source("", ""))
+    except DataError as error:
+        yield "meaning", str(error).removeprefix(": ")
 
 
 def record_warnings(record: Any, index: int, seen: dict[str, int]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ import numpy as np
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.plan.walk import walk
+from qwenvl_ft.data.unread import Tally, tally
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.faults import ERROR, IMAGE, PARTS, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
@@ -51,6 +52,10 @@ class Split:
     """Full length of each sample in tokens, including samples that will be dropped or truncated."""
     samples: list[tuple[int, int, int]] = field(default_factory=list)
     """(tokens, image tokens, supervised tokens) of each sample that is trained on."""
+    unread: dict[str, Tally] = field(default_factory=dict)
+    """Keys of its records that hold something and are read by nothing."""
+    left_out: int = 0
+    """Records that are left out for their label."""
     forecast: Forecast | None = None
     """Forecast of an epoch over its samples."""
 
@@ -62,6 +67,7 @@ class Split:
         self.media.update(seen.media)
         if seen.dataset:  # a damaged row does not know its data set
             self.datasets[seen.dataset] += 1
+        tally(self.unread, seen.unread, f"{seen.where} (id {seen.id!r})" if seen.id else seen.where)
         self.measure(seen)
 
     def measure(self, seen: Measured) -> None:
@@ -149,6 +155,8 @@ def _split_to_json(split: Split) -> dict[str, Any]:
         "different_media": len(split.media),
         "groups": split.groups,
         "encoded": split.encoded,
+        "left_out_by_label": split.left_out,
+        "unread_keys": {path: entry._asdict() for path, entry in split.unread.items()},
         "lengths": [{"from": low, "to": high, "count": count} for low, high, count in histogram(split.lengths)],
         "epoch": asdict(split.forecast) if split.forecast else None,
     }
@@ -182,6 +190,7 @@ def check_recipe(
         report.faults += opened.faults
         split, first_seen[name] = Split(name), FirstSeen(first_seen[TRAIN] if TRAIN in first_seen else None)
         for part in opened.parts:
+            split.left_out += part.left_out()
             parts, fault = sample_options.parts(part, policy, training=name == TRAIN)
             report.faults += [fault] if fault else []
             for records, epochs in parts:

@@ -5,6 +5,7 @@ Where the faults are comes first, and the first of them again at the end: a long
 
 from collections.abc import Iterable, Iterator
 
+from qwenvl_ft.data.unread import tally_lines
 from qwenvl_ft.look.check import Report, Split
 from qwenvl_ft.look.faults import ANNOTATION, ERROR, IMAGE, MODEL, PARTS, REASONS, WARNING, Fault
 from qwenvl_ft.look.forecast import Bar, histogram, quantiles
@@ -58,6 +59,9 @@ def _splits(report: Report) -> Iterator[str]:
         yield f"{name}: {named}, {len(split.media):,} different media"
         if len(split.datasets) > 1:
             yield from (f"    {dataset}: {count:,}" for dataset, count in split.datasets.items())
+        if split.left_out:
+            yield f"  left out for their false label (data.label=keep_true): {split.left_out:,}"
+        yield from (f"  {line}" for line in tally_lines(split.unread))
         if split.groups:
             yield f"  {split.groups:,} groups of dense captions, as the first epoch draws them"
         if split.lengths:

@@ -19,6 +19,7 @@ from qwenvl_ft.data.media.video import clip_pixels
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.readers import RecordWithReader, read_record
 from qwenvl_ft.data.readers.media_pool import TagsError
+from qwenvl_ft.data.unread import Unread
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.faults import Fault
 from qwenvl_ft.look.media_faults import MediaInspector, MediumResult
@@ -44,6 +45,8 @@ class Inspected(Measured):
     """Hash of media and text; empty if the record cannot be read."""
     media: tuple[bytes, ...] = ()
     """Content hashes of its media."""
+    unread: tuple[Unread, ...] = ()
+    """What nothing reads of it."""
 
 
 class Inspector:
@@ -112,6 +115,7 @@ class Inspector:
             absent = list(self._absent(record, root))  # some formats need an image's size to be read
             yield from absent or [(reason, str(error))]
             return
+        seen.unread = conversation.unread
         images = [self.media.image(stored(image.value)) for image in conversation.media(Image)]
         frames = [frame for video in conversation.media(Video) for frame in self.media.video(video.value)]
         media = images + frames

@@ -55,6 +55,7 @@ def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
     yield from trainable_table(model, rates).splitlines()
     for dataset in datasets_in(trainer.train_dataset, trainer.eval_dataset):
         yield dataset.summary()
+        yield from dataset.unread()
     sampler = trainer.plan_sampler(trainer.samples)
     if trainer.packing:
         yield f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"

@@ -119,7 +119,8 @@ def dense_conversation(
         Message("user", (*content, Text(prompt.user))),
         Message("assistant", (Text(json.dumps(answer, ensure_ascii=False)),)),
     )
-    return Conversation(messages, _joined_source([record.source for record in records]))
+    unread = tuple(key for record in records for key in record.unread)
+    return Conversation(messages, _joined_source([record.source for record in records]), unread=unread)
 
 
 def dense_target(objects: Sequence[Mapping[str, Any]], size: Size, options: DenseOptions) -> dict[str, Any]:

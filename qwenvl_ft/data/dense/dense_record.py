@@ -11,7 +11,7 @@ corners) or ``line`` (two points or more; ``line_points`` may state how many).
 # ruff: noqa: RUF002 - Chinese punctuation
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,12 @@ from PIL import Image as PILImage
 from qwenvl_ft.data.augment.geometry import SHAPES, area
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.media.images import resolve_path, unpack_arrow
+from qwenvl_ft.data.unread import Unread, once, unread_keys
 from qwenvl_ft.errors import DataError
 
+KEYS = {"images", "objects", "width", "height", "summary", "id", "categories"}
+"""Keys of a record that are read; ``categories`` by readers/coco.py."""
+OBJECT_KEYS = {"desc", "line_points", *SHAPES}
 REQUIRED = ("images", "objects", "width", "height")
 HUGE = 1e9
 """Pixels; coordinates must be smaller, which rejects infinity and NaN too."""
@@ -46,6 +50,8 @@ class DenseRecord:
     summary: Any
     """Unchecked value of the file; `require_summary` checks it where it is used."""
     source: Source
+    unread: tuple[Unread, ...] = field(default=(), compare=False)
+    """Keys of the record and its objects that hold something and are read by nothing."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,7 +83,10 @@ def read_dense_record(record: Any, source: Source, media_root: str | Path | None
         raise DataError(f"{source}: objects={entries!r:.80} must be a list; an empty one for an image without objects.")
     objects = tuple(read_object(entry, f"{source}: objects[{k}]", width, height) for k, entry in enumerate(entries))
     images = _images(record["images"], source, media_root)
-    return DenseRecord(images, objects, width, height, record.get("summary"), source)
+    unread = unread_keys(record, KEYS, source)
+    for entry in entries:
+        unread += unread_keys(entry, OBJECT_KEYS, source, "objects[].", meanings=())
+    return DenseRecord(images, objects, width, height, record.get("summary"), source, once(unread))
 
 
 def geometry_of(entry: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ UNREADABLE = ("unreadable", "not readable", "illegible", "不可读", "无法识
 
 FORBIDDEN = {
     "a line break": re.compile(r"[\r\n]"),
-    "a special token": re.compile(r"<\|[^|<>]*\|>|<image>|<video>"),
+    "a special token": re.compile(r"<\|[^|<>]*\|>|<image>|<video>|<audio>"),
     "coordinates": re.compile(
         r"[\[(]\s*-?\d+(?:\.\d+)?(?:\s*[,，]\s*-?\d+(?:\.\d+)?)+\s*[\])]|\b(?:bbox_2d|line_points)\b|[\"'](?:quad|line)[\"']\s*:"
     ),

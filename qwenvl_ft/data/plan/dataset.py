@@ -19,6 +19,7 @@ from qwenvl_ft.data.dense.groups import EpochConversations
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.plan.lengths import BAD, Lengths, measure, require_some
+from qwenvl_ft.data.unread import tally_lines
 from qwenvl_ft.errors import DataError
 
 
@@ -91,6 +92,7 @@ class SampleDataset(Dataset[Sample]):
             are measured is dropped. One that fails later, when the plan is fixed, is replaced by a placeholder: a
             sample of one unsupervised token, with the reason as its ``fault``.
         max_bad_fraction: with ``skip``, the largest share of an epoch's records that may be dropped as unreadable.
+        left_out: number of records that were left out for their label (``data.label``), for the summary.
 
     Raises:
         DataError: no record is usable, a record is malformed, or too many are.
@@ -106,6 +108,7 @@ class SampleDataset(Dataset[Sample]):
         cache_dir: str | Path | None = None,
         on_error: str = "raise",
         max_bad_fraction: float = 0.01,
+        left_out: int = 0,
     ) -> None:
         self.epochs: Epochs = records if hasattr(records, "measured_as") else RecordEpochs(records)
         self.encoder = encoder
@@ -114,6 +117,7 @@ class SampleDataset(Dataset[Sample]):
         self.cache_dir = cache_dir
         self.on_error = on_error
         self.max_bad_fraction = max_bad_fraction
+        self.left_out = left_out
         self._planned: dict[int, Planned] = {}
         self.at(0)
 
@@ -217,10 +221,15 @@ class SampleDataset(Dataset[Sample]):
         """Summarise epoch 0 in one line: samples, tokens, dropped records by reason, truncation."""
         planned = self.at(0)
         tokens, measured = planned.tokens, planned.measured
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in measured.dropped().items())
+        reasons = measured.dropped() | ({"with label false": self.left_out} if self.left_out else {})
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         line = f"{self.name}: {len(planned):,} samples, {int(tokens.sum()):,} tokens, mean {tokens.mean():.0f}"
         line = f"{line}, longest {tokens.max():,}" + (f"; left out: {dropped}" if dropped else "")
         line += f" (the first: {measured.faults[0]})" if measured.faults else ""
         samples, lost, media = measured.cut()
         cut = f"; cut: {samples:,} samples, by {lost:,} tokens" + (f" and {media:,} media" if media else "")
         return line + (cut if samples else "")
+
+    def unread(self) -> list[str]:
+        """Return one line for each key of epoch 0's records that nothing reads."""
+        return [f"{self.name}: {line}" for line in tally_lines(self.at(0).measured.unread)]

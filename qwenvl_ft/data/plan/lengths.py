@@ -8,10 +8,10 @@ unchanged. Letters in shapes: R records.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -23,6 +23,7 @@ from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import file_of
 from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.data.unread import Tally, Unread, tally
 from qwenvl_ft.errors import DataError
 
 COLUMNS = {
@@ -38,7 +39,7 @@ CHUNK = 256
 """Records that a worker measures before it returns their lengths."""
 PARALLEL_FROM = 2_000
 """Number of records from which starting workers pays off."""
-LAYOUT = 3
+LAYOUT = 4
 """Version of the cache file's layout; increase it whenever the meaning of the contents changes."""
 
 KEPT, TOO_LONG, UNSUPERVISED, BAD = range(4)
@@ -47,6 +48,17 @@ File = tuple[str, int, int]
 """Path of a media file, its size in bytes and its modification time in nanoseconds; -1 and 0 if it is missing."""
 Row = tuple[int, int, bool, int, int, int]
 """One record's entries in the arrays of `Lengths`, in the order of `COLUMNS`."""
+
+
+class _Unread(NamedTuple):
+    """What nothing reads of a record or group."""
+
+    keys: tuple[Unread, ...]
+    where: str
+
+
+NOTHING_UNREAD = _Unread((), "")
+Measurement = tuple[Row, list[File], _Unread, str]
 REASONS = {
     TOO_LONG: "longer than template.max_length",
     UNSUPERVISED: "no supervised token",
@@ -75,6 +87,8 @@ class Lengths:
     """[R] images and videos that truncation removed."""
     faults: tuple[str, ...] = ()
     """Errors of the first `MAX_FAULTS` unreadable records."""
+    unread: Mapping[str, Tally] = field(default_factory=dict)
+    """Keys that hold something and are read by nothing."""
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -92,24 +106,25 @@ class Lengths:
 
 
 class _MeasureRecord:
-    """Measures one record: its `Row`, its media files, and why it cannot be read (else empty)."""
+    """Measures one record: its `Row`, its media files, what nothing reads, and why it cannot be read (else empty)."""
 
     def __init__(self, encoder: Encoder, on_error: str) -> None:
         self.encoder = encoder
         self.on_error = on_error
 
-    def __call__(self, records: Any, index: int) -> tuple[Row, list[File], str]:
+    def __call__(self, records: Any, index: int) -> Measurement:
         files: list[File] = []
         conversation = None
         try:
             record = records[index]
             conversation = record if isinstance(record, Conversation) else read_record(*record)
             files = [_state(path) for path in conversation_files(conversation)]  # before they are opened
-            return self._row(conversation), files, ""
+            unread = _Unread(conversation.unread, str(conversation.source))
+            return self._row(conversation), files, unread, ""
         except DataError as error:
             if self.on_error == "raise" or isinstance(error, (TooLong, Unsupervised)):
                 raise
-            return (0, 0, False, BAD, 0, 0), files + _unreached(conversation), str(error)
+            return (0, 0, False, BAD, 0, 0), files + _unreached(conversation), NOTHING_UNREAD, str(error)
 
     def _row(self, conversation: Conversation) -> Row:
         try:
@@ -186,15 +201,17 @@ def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tu
     rows: list[Row] = []
     files: dict[str, File] = {}
     faults: list[str] = []
-    for row, opened, fault in measured:
+    counted: dict[str, Tally] = {}
+    for row, opened, unread, fault in measured:
         rows.append(row)
         if fault and len(faults) < MAX_FAULTS:
             faults.append(fault)
+        tally(counted, *unread)
         for file in opened:
             files.setdefault(file[0], file)
     columns = np.asarray(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
     arrays = {name: column.astype(dtype) for (name, dtype), column in zip(COLUMNS.items(), columns, strict=True)}
-    return Lengths(**arrays, faults=tuple(faults)), list(files.values())
+    return Lengths(**arrays, faults=tuple(faults), unread=counted), list(files.values())
 
 
 def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
@@ -202,7 +219,9 @@ def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
     names = _as_bytes([file[0] for file in files])
     states = np.asarray([file[1:] for file in files], dtype=np.int64).reshape(-1, 2)
     arrays = {name: getattr(lengths, name) for name in COLUMNS}
-    np.savez(partial, files=names, states=states, faults=_as_bytes(lengths.faults), **arrays)
+    unread = [text for path, (count, example) in lengths.unread.items() for text in (path, str(count), example)]
+    arrays |= {"faults": _as_bytes(lengths.faults), "unread": _as_bytes(unread)}
+    np.savez(partial, files=names, states=states, **arrays)
     partial.replace(path)
 
 
@@ -215,7 +234,10 @@ def _cached(path: Path) -> Lengths | None:
         for name, (size, changed) in zip(_as_texts(arrays["files"]), states, strict=True):
             if _state(name) != (name, size, changed):
                 return None
-        return Lengths(**{name: arrays[name] for name in COLUMNS}, faults=tuple(_as_texts(arrays["faults"])))
+        texts = _as_texts(arrays["unread"])
+        unread = {path: Tally(int(count), where) for path, count, where in zip(*[iter(texts)] * 3, strict=True)}
+        columns = {name: arrays[name] for name in COLUMNS}
+        return Lengths(**columns, faults=tuple(_as_texts(arrays["faults"])), unread=unread)
 
 
 def _as_bytes(texts: Sequence[str]) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Source
 from qwenvl_ft.data.readers import coco, conversations, dense, grounding, llava, messages, pairs, sharegpt
+from qwenvl_ft.data.unread import unread_keys
 from qwenvl_ft.errors import DataError, hint, one_line
 
 Record = dict[str, Any]
@@ -161,6 +162,7 @@ def _convert(
         if name is None:
             name = next((key for key, known in READERS.items() if key not in tried and known.matches(current)), None)
         if name is None:
+            unread_keys(current, (), source)
             raise DataError(f"{source}: {_describe_unknown(current)}")
         if name == until:
             return current

@@ -45,4 +45,5 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
             Message("assistant", (Text(json.dumps(answer, ensure_ascii=False)),)),
         ),
         source,
+        unread=checked.unread,
     )

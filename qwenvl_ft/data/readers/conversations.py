@@ -9,8 +9,9 @@ from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
 from qwenvl_ft.data.media.images import resolve_path
-from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, split_tags
+from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, split_tags, unescaped
 from qwenvl_ft.data.readers.record_keys import checked_loss, checked_turns, with_record_keys
+from qwenvl_ft.data.readers.unread_turns import RECORD_KEYS, require_media_shown, unread_of_record
 from qwenvl_ft.errors import DataError, hint
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -27,11 +28,14 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
         DataError: a turn is malformed, or tags and media do not match.
     """
     turns = checked_turns(record, "conversations", source, singular="turn")
+    unread = unread_of_record(record, "conversations", source)
     root = _media_root(record, source, media_root)
     pool = MediaPool(record, source, root)
     messages = tuple(_message(turn, number, pool) for number, turn in enumerate(turns))
     pool.finish()
-    return with_record_keys(Conversation(messages, source), record)
+    conversation = Conversation(messages, source, unread=unread)
+    require_media_shown(conversation, record, RECORD_KEYS["conversations"])
+    return with_record_keys(conversation, record)
 
 
 def _message(turn: Any, number: int, pool: MediaPool) -> Message:
@@ -50,9 +54,10 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
         return Message(role, split_tags(text, pool))
     if TAGS.search(text):
         raise TagsError(
-            f"{source}: conversations[{number}] is a {turn['from']} turn with a media tag. Media belong to human turns."
+            f"{source}: conversations[{number}] is a {turn['from']} turn with a media tag. Media belong to human "
+            "turns; if it is meant as text, write a backslash before the tag."
         )
-    return Message(role, (Text(text),), loss=loss)
+    return Message(role, (Text(unescaped(text)),), loss=loss)
 
 
 def _media_root(record: dict[str, Any], source: Source, media_root: str | None) -> str | None:

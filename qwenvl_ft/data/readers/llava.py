@@ -10,6 +10,7 @@ LLaVA's image data sets are plain ``conversations``.
 from typing import Any
 
 from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.readers.media_pool import TAGS
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -19,13 +20,13 @@ def matches(record: dict[str, Any]) -> bool:
     if not isinstance(turns, list):
         return False
     text = "".join(str(turn.get("value")) for turn in turns if isinstance(turn, dict))
-    return "<image>" in text and "<video>" not in text
+    return set(TAGS.findall(text)) == {"<image>"}
 
 
 def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> dict[str, Any]:
     """Return the record with each ``<image>`` tag replaced by ``<video>``."""
     turns = [
-        turn | {"value": turn["value"].replace("<image>", "<video>")}
+        turn | {"value": TAGS.sub("<video>", turn["value"])}
         if isinstance(turn, dict) and isinstance(turn.get("value"), str)
         else turn
         for turn in record["conversations"]

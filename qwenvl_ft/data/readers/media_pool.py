@@ -8,7 +8,9 @@ from qwenvl_ft.data.media.images import resolve_path, unpack_arrow
 from qwenvl_ft.data.readers.media_settings import checked_fps
 from qwenvl_ft.errors import DataError
 
-TAGS = re.compile(r"(<image>|<video>)")
+TAGS = re.compile(r"(?<!\\)(<image>|<video>|<audio>)")
+"""The tags of media. A backslash before one makes it text."""
+ESCAPED = re.compile(r"\\(<image>|<video>|<audio>)")
 
 
 class TagsError(DataError):
@@ -18,15 +20,28 @@ class TagsError(DataError):
 def split_tags(text: str, pool: "MediaPool") -> tuple[Part, ...]:
     """Split a text at its ``<image>`` and ``<video>`` tags into parts, taking the media from the pool in order.
 
-    The text pieces are stripped, and blank ones dropped.
+    The text pieces are stripped, and blank ones dropped; ``\\<image>`` in them becomes ``<image>``.
+
+    Raises:
+        TagsError: a tag has no medium, or is ``<audio>``.
     """
     parts: list[Part] = []
     for piece in TAGS.split(text):
         if piece in ("<image>", "<video>"):
             parts.append(pool.take(piece))
+        elif piece == "<audio>":
+            raise TagsError(
+                f"{pool.source}: the text has <audio>, a medium that the model has no input for. Drop the record; if "
+                "it is meant as text, write \\<audio>."
+            )
         elif piece.strip():
-            parts.append(Text(piece.strip()))
+            parts.append(Text(unescaped(piece.strip())))
     return tuple(parts)
+
+
+def unescaped(text: str) -> str:
+    """Return a text as the model sees it: ``\\<image>`` becomes ``<image>``, likewise the other tags."""
+    return ESCAPED.sub(r"\1", text) if "\\<" in text else text
 
 
 class MediaPool:
@@ -64,7 +79,10 @@ class MediaPool:
         media: list[Any] = self.images if tag == "<image>" else self.videos
         place = self._next[tag]
         if place >= len(media):
-            raise TagsError(f"{self.source}: more {tag} tags than media ({len(media)}). Add the file or drop the tag.")
+            raise TagsError(
+                f"{self.source}: more {tag} tags than media ({len(media)}). Add the file or drop the tag; if it is "
+                f"meant as text, write \\{tag}."
+            )
         self._next[tag] += 1
         return media[place]
 

@@ -10,9 +10,10 @@ part is just ``{"type": "image"}``; one message cannot use both. A part may set 
 from typing import Any
 
 from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Part, Source, Text, Video
-from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, medium_value, split_tags
+from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, medium_value, split_tags, unescaped
 from qwenvl_ft.data.readers.media_settings import checked_fps, limits_of, sampling_of
 from qwenvl_ft.data.readers.record_keys import checked_loss, checked_objects, checked_turns, with_record_keys
+from qwenvl_ft.data.readers.unread_turns import RECORD_KEYS, require_media_shown, unread_of_record
 from qwenvl_ft.errors import DataError, hint
 
 KEYS = {
@@ -35,10 +36,13 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
         DataError: a message is malformed, or tags and media do not match.
     """
     entries = checked_turns(record, "messages", source, singular="message")
+    unread = unread_of_record(record, "messages", source)
     pool = MediaPool(record, source, media_root)
     messages = tuple(_message(entry, number, pool, media_root) for number, entry in enumerate(entries))
     pool.finish()
-    return with_record_keys(Conversation(messages, source), record)
+    conversation = Conversation(messages, source, unread=unread)
+    require_media_shown(conversation, record, RECORD_KEYS["messages"])
+    return with_record_keys(conversation, record)
 
 
 def _message(message: Any, number: int, pool: MediaPool, media_root: str | None) -> Message:
@@ -88,16 +92,22 @@ def _tool_calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ..
 
 def _text_parts(content: str, role: str, pool: MediaPool, where: str) -> tuple[Part, ...]:
     if not TAGS.search(content):
-        return (Text(content),)
+        return (Text(unescaped(content)),)
     if role in ("assistant", "system"):
-        raise TagsError(f"{where} has role {role!r} and a media tag. Media belong to user and tool messages.")
+        raise TagsError(
+            f"{where} has role {role!r} and a media tag. Media belong to user and tool messages; if it is meant as "
+            "text, write a backslash before the tag."
+        )
     return split_tags(content, pool)
 
 
 def _parts(content: Any, role: str, pool: MediaPool, where: str, media_root: str | None) -> tuple[Part, ...]:
     texts = [_text_of(part) for part in content]
     if None in texts and any(TAGS.search(text) for text in texts if text):
-        raise DataError(f"{where} has media both as parts and as tags in a text. Drop the tags, or the parts.")
+        raise DataError(
+            f"{where} has media both as parts and as tags in a text. Drop the tags, or the parts; "
+            "a backslash before a tag makes it text."
+        )
     parts: list[Part] = []
     for k, (part, text) in enumerate(zip(content, texts, strict=True)):
         place = f"{where}.content[{k}]"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
+from qwenvl_ft.data.readers.media_pool import unescaped
 from qwenvl_ft.errors import DataError
 
 
@@ -35,6 +36,7 @@ def with_record_keys(conversation: Conversation, record: dict[str, Any]) -> Conv
         raise DataError(f"{source}: 'system' must be a text, not {system!r:.80}.")
     if system:
         existing = messages[0].content if messages[0].role == "system" else None
+        system = unescaped(system)
         if existing is None:
             messages = (Message("system", (Text(system),)), *messages)
         elif existing != (Text(system),):

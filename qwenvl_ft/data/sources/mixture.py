@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.readers import import_reader, register_reader
+from qwenvl_ft.data.sources.key_rules import KeyRules
 from qwenvl_ft.data.sources.records import Records, Selection, load_records
 from qwenvl_ft.data.sources.registry import register_dataset
 from qwenvl_ft.errors import DataError, RecipeError
@@ -49,6 +50,7 @@ def load_options(data: DataConfig, seed: int) -> dict[str, Any]:
         "media_root": data.media_root,
         "num_proc": data.dataset_num_proc,
         "skip": data.skips_unreadable,
+        "rules": KeyRules.of(data),
     }
 
 

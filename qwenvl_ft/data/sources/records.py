@@ -16,6 +16,7 @@ from datasets.table import Table
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers import RecordWithReader, code_state, own_readers, register_reader
 from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables, row_of
+from qwenvl_ft.data.sources.key_rules import ALL_KEYS, KeyRules
 from qwenvl_ft.data.sources.registry import find_dataset, matching_files, parse_selection
 from qwenvl_ft.data.sources.sampling import Rows, draw_rows, rates_of_weights, split_places, validation_mask
 from qwenvl_ft.errors import DataError
@@ -38,6 +39,9 @@ class Part:
     key: str
     """Cache key of the file's content."""
     rows: Rows
+    rules: KeyRules
+    left_out: int = 0
+    """Records of the file that `rules` leave out."""
 
     def record(self, place: int) -> tuple[Any, Source]:
         """Return a record and its origin; raise DataError if it is damaged."""
@@ -45,6 +49,7 @@ class Part:
         where, record = self.file.kind.record(row_of(self.table, row), self.file.path, row)
         if not isinstance(record, dict):
             return record, Source(self.name, where)
+        record = self.rules.applied(record)
         record_id = "" if record.get("id") is None else str(record["id"])
         return (RecordWithReader(record, self.reader) if self.reader else record), Source(self.name, where, record_id)
 
@@ -61,7 +66,7 @@ class Records:
         for name, reader in own_readers(part.reader for part in parts).items():
             key.update(f"{name}|{code_state(reader)}|".encode())
         for part in parts:
-            key.update(f"{part.key}|{part.media_root}|{part.reader}|".encode())
+            key.update(f"{part.key}|{part.media_root}|{part.reader}|{part.rules.ignored}|".encode())
             key.update(str(part.rows).encode() if isinstance(part.rows, range) else part.rows.tobytes())
         self.fingerprint = key.hexdigest()
         """Cache key of the records' content and order."""
@@ -95,6 +100,10 @@ class Records:
         for part in self.parts:
             counts[part.name] += len(part.rows)
         return dict(counts)
+
+    def left_out(self) -> int:
+        """Return the number of records that `KeyRules` leave out of the selected files."""
+        return sum({(part.name, str(part.file)): part.left_out for part in self.parts}.values())
 
     def sampled(self, count: int, seed: int = 0, *, repeat: bool = False) -> "Records":
         """Draw ``count`` records at random and keep their order.
@@ -143,6 +152,7 @@ def load_records(
     num_proc: int = 1,
     cache_dir: str | Path | None = None,
     skip: bool = False,
+    rules: KeyRules = ALL_KEYS,
 ) -> Records:
     """Open the data sets of a selection.
 
@@ -154,6 +164,7 @@ def load_records(
 
     Args:
         num_proc: number of new files copied to Arrow in parallel.
+        rules: which keys and which records are left out; before the draw, so that a rate is a share of the others.
         cache_dir: folder of the Arrow files; None is ``qwenvl_ft`` in the folder of `datasets` (HF_DATASETS_CACHE).
         skip: a line, row or archive member that cannot be read is a record that raises DataError when it is read.
 
@@ -166,24 +177,31 @@ def load_records(
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     opened = iter(open_tables([file for several in files for file in several], folder, num_proc, skip=skip))
     tables = [[next(opened) for _ in several] for several in files]
-    sizes = [sum(table.num_rows for table in several) for several in tables]
+    spans = [[rules.rows(table) for table in several] for several in tables]
+    sizes = [sum(map(len, several)) for several in spans]
+    for (name, _, _), size in zip(chosen, sizes, strict=True):
+        if not size:
+            raise DataError(f"data set {name}: every record has a false label, which data.label=keep_true leaves out.")
     rates = [
         amount / size if isinstance(amount, int) else amount for (_, amount, _), size in zip(chosen, sizes, strict=True)
     ]
     if isinstance(selection, Mapping):
         rates = rates_of_weights(sizes, rates)
     parts: list[Part] = []
-    for (name, _, entry), rate, size, several, opened_files in zip(chosen, rates, sizes, files, tables, strict=True):
+    for (name, _, entry), rate, rows_of_files, several, opened_files in zip(
+        chosen, rates, spans, files, tables, strict=True
+    ):
+        size = sum(map(len, rows_of_files))
         places = draw_rows(range(size), rate, f"{seed}:{name}")
         if not len(places):
             raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is 0 records. Raise the rate.")
-        spans = [range(table.num_rows) for table in opened_files]
-        taken = spans if rate == 1 else split_places(spans, places)
-        for file, table, rows in zip(several, opened_files, taken, strict=True):
+        taken = rows_of_files if rate == 1 else split_places(rows_of_files, places)
+        for file, table, kept, rows in zip(several, opened_files, rows_of_files, taken, strict=True):
             folder_of_file = file.path if file.is_folder else file.path.parent
             root = os.path.abspath(entry["data_path"] or media_root or folder_of_file)  # noqa: PTH100 - keeps symbolic links
             if len(rows):
-                parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows))
+                left_out = table.num_rows - len(kept)
+                parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows, rules, left_out))
     return Records(parts)
 
 

@@ -77,6 +77,12 @@ class Sources:
     """Folder that the relative paths in datasets start from; null means the working directory."""
     readers: dict[str, str] = field(default_factory=dict)
     """Your own record formats: name -> module:function that reads a record. They are tried before the built-in ones."""
+    label: Literal["error", "keep_true"] = "error"
+    """What to do with records whose label is false, the wrong answers of preference data: error stops, keep_true leaves
+    them out and counts them."""
+    ignored_keys: list[str] = field(default_factory=list)
+    """Keys of records, turns and parts that are taken as absent. Name a key here if an error says that it changes what
+    the record means and that nothing reads it."""
     dataset_num_proc: Positive = 4
     """Number of processes that measure sample lengths before training."""
 

@@ -1,0 +1,57 @@
+"""Which keys of a record, its turns and their parts does no reader of conversations and messages read?"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qwenvl_ft.data.conversation import Conversation, Image, Source, Video
+from qwenvl_ft.data.readers.media_settings import COUNTS, SECONDS, VIDEO_LIMITS
+from qwenvl_ft.data.unread import MEANINGS, TURN_MEANINGS, Unread, once, require_media_read, unread_keys
+
+SHARED_KEYS = {
+    *("id", "fps", "system", "tools", "functions", "image", "images", "video", "videos", "window", "image_frame"),
+    *("width", "height"),  # `qwenvl-ft check` compares them with the images
+}
+RECORD_KEYS = {
+    "conversations": {"conversations", "data_path", *SHARED_KEYS},
+    "messages": {"messages", *SHARED_KEYS},
+}
+"""Key of the list of turns -> keys of a record that its reader reads, or refuses by an error of its own."""
+SHARED_TURN_KEYS = ("loss", "weight", "loss_weight", "tool_calls", "function_call", "reasoning_content")
+TURN_KEYS = {
+    "conversations": {"from", "value", *SHARED_TURN_KEYS},
+    "messages": {"role", "content", *SHARED_TURN_KEYS},
+}
+"""Key of the list of turns -> keys of a turn that its reader reads or refuses."""
+PART_KEYS = {
+    *("type", "text", "value", "image", "image_url", "video", "video_url", "url", "path", "bytes", "frames"),
+    *("fps", "sample_fps", "window", "image_frame", *VIDEO_LIMITS, *COUNTS, *SECONDS),
+}
+"""Keys of a part of a message's content."""
+
+
+def unread_of_record(record: Mapping[str, Any], turns: str, source: Source) -> tuple[Unread, ...]:
+    """Return what nothing reads of a record.
+
+    Args:
+        turns: key of the list of turns: ``conversations`` or ``messages``.
+
+    Raises:
+        DataError: an unread key changes what the record means.
+    """
+    found = unread_keys(record, RECORD_KEYS[turns], source)
+    for number, turn in enumerate(record[turns]):
+        if not isinstance(turn, Mapping):
+            continue  # the reader refuses it
+        where = f"{source}: {turns}[{number}]"
+        found += unread_keys(turn, TURN_KEYS[turns], where, f"{turns}[].", (*MEANINGS, *TURN_MEANINGS))
+        content = turn.get("content")
+        for place, part in enumerate(content if isinstance(content, (list, tuple)) else [content]):
+            if isinstance(part, Mapping):
+                found += unread_keys(part, PART_KEYS, f"{where}.content[{place}]", f"{turns}[].content[].")
+    return once(found)
+
+
+def require_media_shown(conversation: Conversation, record: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise DataError if a conversation shows no medium, but its record names one under a key that nothing reads."""
+    if not conversation.media(Image) and not conversation.media(Video):
+        require_media_read(record, known, conversation.source)

@@ -5,6 +5,7 @@ The trainer is built in `training/build.py`: this module stands below `look/`, w
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import TrainingArguments, set_seed
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
+from qwenvl_ft.data.conversation import Image
+from qwenvl_ft.data.dense.compose import DenseImage
 from qwenvl_ft.data.dense.groups import DenseGroups, EpochConversations
-from qwenvl_ft.data.dense.options import DenseOptions
+from qwenvl_ft.data.dense.options import SCALES, DenseOptions
 from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -25,6 +28,7 @@ from qwenvl_ft.data.plan.epochs import open_epochs
 from qwenvl_ft.data.sources.mixture import joined, load_mixture, load_options
 from qwenvl_ft.data.sources.records import Records, load_records
 from qwenvl_ft.errors import RecipeError, hint
+from qwenvl_ft.evaluation.metrics import GEOMETRY
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.processor import set_template_limits
@@ -106,17 +110,21 @@ def build_dataset(
 
 
 def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
-    """Return the conversations to answer by generation after training, those that make a sample; None for none.
+    """Return the conversations to answer by generation, those that make a sample; None for none.
+
+    Dense captions have no summaries if the metric is ``geometry``, because a summary has no coordinates.
 
     Raises:
-        RecipeError: ``evaluation.run_after_training`` without data.
-        DataError: a record does not end with an answer.
+        RecipeError: ``evaluation.run_after_training`` or ``run_during_training`` without data.
+        DataError: a record does not end with an answer that ``evaluation.metric`` can read.
     """
     section, data = recipe.evaluation, recipe.data
-    if not section.run_after_training:
+    if not section.asks:
         return None
     if not section.data and not data.evaluates:
-        raise RecipeError("evaluation.run_after_training needs evaluation.data or data.val.")
+        raise RecipeError("evaluation needs records to answer. Set evaluation.data or data.val.")
+    if section.metric == GEOMETRY:
+        recipe = replace(recipe, data=replace(data, summary_ratio=None))
     from qwenvl_ft.evaluation.generate import require_answers
 
     if section.data:
@@ -127,7 +135,7 @@ def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
     conversations: Any = EpochConversations(dataset.epochs, 0)
     usable = dataset.index[: section.limit].tolist()
     asked: Any = Subset(conversations, usable)
-    require_answers(asked)
+    require_answers(asked, section.metric)
     if encoder.truncation_strategy in ("left", "right"):  # a sample is cut to fit, a prompt is not
         short = [index for index in usable if encoder.prompt_length(conversations[index]) <= recipe.template.max_length]
         if len(short) < len(usable):
@@ -138,6 +146,22 @@ def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
             )
         usable = short
     return Subset(conversations, usable)
+
+
+def coordinate_options(recipe: Recipe, conversations: Any) -> dict[str, Any]:
+    """Return the options of the metric ``geometry`` that tell the unit of the coordinates in the answers.
+
+    Dense captions have the unit of ``data.emit_norm``; in pixels each image has its own size. Other records are taken
+    to be in thousandths, which Qwen3-VL writes.
+    """
+    scale = SCALES[recipe.data.emit_norm]
+    images = [image.value for image in conversations[0].media(Image)]
+    if not any(isinstance(image, DenseImage) for image in images):
+        return {}
+    if scale is not None:
+        return {"scale": float(scale)}
+    asked = (conversations[index] for index in range(len(conversations)))
+    return {"sizes": [[image.value.stated for image in conversation.media(Image)] for conversation in asked]}
 
 
 def build_model(recipe: Recipe, args: TrainingArguments, train_set: SampleDataset) -> nn.Module:

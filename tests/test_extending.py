@@ -69,7 +69,7 @@ EXTENSIONS = {
     "a metric": (
         None,
         "",
-        '"starts_with": lambda answer, expected, **options: float(answer.startswith(expected)),',
+        '"starts_with": per_answer("starts_with", lambda answer, expected: float(answer.startswith(expected))),',
         "",
     ),
     "a command": ("greet.py", COMMAND, '"greet": "greet somebody",', ""),
@@ -128,15 +128,15 @@ def test_the_table_has_a_row_for_each_extension():
 def test_a_metric(run):
     words = ["recipe", "base", "evaluation.metric=starts_with"]
     plain = run(*words, extended=False)
-    assert refused(plain, "evaluation.metric: 'starts_with' is not one of the choices. Known: exact_match."), (
+    assert refused(plain, "evaluation.metric: 'starts_with' is not one of the choices. Known: classification, "), (
         plain.error
     )
     assert re.search(r"^evaluation\.metric +starts_with +override$", run(*words, extended=True).output, re.MULTILINE)
     code = (
-        "from qwenvl_ft.evaluation.metrics import metric_of; score = metric_of('starts_with'); "
-        "print(score('A cat.', 'A'), score('A cat.', 'cat'))"
+        "from qwenvl_ft.evaluation.metrics import metric_of; metric = metric_of('starts_with'); "
+        "print(metric.score(['A', 'cat', 'A'], ['A cat.'] * 3)['starts_with'])"
     )
-    assert run(extended=True, program=("-c", code)).output.split() == ["1.0", "0.0"]
+    assert float(run(extended=True, program=("-c", code)).output) == pytest.approx(2 / 3)
 
 
 def test_a_flag_of_another_tool(run):

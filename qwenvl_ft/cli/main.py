@@ -16,6 +16,7 @@ COMMANDS = {
     "recipe": "print a resolved recipe, and the file that set each value",
     "convert": "convert datasets with a layout of their own to training files: qwenvl-ft convert flare ...",
     "infer": "ask a model about images",
+    "score": "score a file of answers: qwenvl-ft score --metric NAME --data FILE [--answers FILE]",
     "merge": "merge an adapter into its base model, for serving",
     "prove": "test the promises on your model and data: packed = alone, losses, frozen and saved weights",
     "inspect": "print the contents of a checkpoint: method, weights by part, ranks, sizes",

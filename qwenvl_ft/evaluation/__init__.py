@@ -1,5 +1,5 @@
-"""Evaluation by generation: a model answers prompts, and its answers are compared with the expected ones.
+"""Evaluation: a model answers prompts, and its answers are compared with the expected ones.
 
-`metrics.METRICS` holds the metrics of a single answer that a recipe can choose. `medical` and `localization` score a
-whole set of answers; FLARE25 uses the former.
+`metrics.METRICS` names the metrics that a recipe and `qwenvl-ft score` can choose. `medical` and `localization` compute
+most of them; FLARE25 uses those of `medical`.
 """

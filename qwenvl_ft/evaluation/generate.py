@@ -6,6 +6,7 @@ Prompts are encoded exactly as in training. Letters: B prompts of a batch, T tok
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qwenvl_ft.data.conversation import Conversation, Image, Sample, Source, Tex
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, RecipeError
-from qwenvl_ft.evaluation.metrics import mean, metric_of
+from qwenvl_ft.evaluation.metrics import Metric, metric_of, require_readable
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """Tokens that end an answer and are not part of it, as in the released generation config."""
@@ -86,7 +87,7 @@ def evaluate(
     records: Sequence[Any],
     *,
     metric: str = "exact_match",
-    metric_options: dict[str, bool] | None = None,
+    metric_options: dict[str, Any] | None = None,
     limit: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -99,13 +100,14 @@ def evaluate(
         options: passed to `generate`.
 
     Returns:
-        The metric's mean under its name; ``count``, the number of records; ``wrong``, up to 20 of those below 1.0 as
-        ``source``, ``answer`` and ``expected``; ``seconds``.
+        The metric's primary score under its name; ``scores``, all that it computes; ``count``, the number of records;
+        ``wrong``, up to 20 of those whose answer, scored by itself, is not perfect, as ``source``, ``answer`` and
+        ``expected``; ``seconds``.
 
     Raises:
         DataError: there are no records, or one does not end with an answer.
     """
-    score = metric_of(metric)
+    chosen, settings = metric_of(metric), metric_options or {}
     start = time.perf_counter()
     count = len(records) if limit is None else min(len(records), limit)
     if count < 1:
@@ -113,10 +115,13 @@ def evaluate(
     asked: Any = Subset(records, range(count))  # type: ignore[arg-type]
     expected = [expected_answer(_read(asked[index])) for index in range(count)]
     answers = generate(model, processor, asked, **options)
-    scores = [score(answer, want, **(metric_options or {})) for answer, want in zip(answers, expected, strict=True)]
-    wrong = [index for index, points in enumerate(scores) if points < 1.0][:MAX_WRONG]
+    scores = chosen.score(expected, answers, **settings)
+    wrong = islice(
+        (index for index in range(count) if not _right(chosen, expected, answers, index, settings)), MAX_WRONG
+    )
     return {
-        metric: mean(scores),
+        metric: scores[chosen.primary],
+        "scores": scores,
         "count": count,
         "wrong": [
             {"source": str(_read(asked[index]).source), "answer": answers[index], "expected": expected[index]}
@@ -124,6 +129,12 @@ def evaluate(
         ],
         "seconds": time.perf_counter() - start,
     }
+
+
+def _right(metric: Metric, expected: list[str], answers: list[str], index: int, options: dict[str, Any]) -> bool:
+    """Return True if one answer, scored by itself, is perfect."""
+    own = {name: [value[index]] if isinstance(value, list) else value for name, value in options.items()}
+    return metric.is_perfect(metric.score([expected[index]], [answers[index]], **own))
 
 
 def evaluate_exact_match(model: nn.Module, processor: Any, records: Sequence[Any], **options: Any) -> dict[str, Any]:
@@ -146,14 +157,15 @@ def expected_answer(conversation: Conversation) -> str:
     return "".join(part.text for part in last.content if isinstance(part, Text))
 
 
-def require_answers(records: Sequence[Any]) -> None:
-    """Raise unless every record ends with an answer; called before anything is generated or trained.
+def require_answers(records: Sequence[Any], metric: str = "exact_match") -> None:
+    """Raise unless every record ends with an answer that the metric can read; called before anything is generated.
 
     Raises:
         DataError: a record does not; the message names the first.
     """
     for index in range(len(records)):
-        expected_answer(_read(records[index]))
+        conversation = _read(records[index])
+        require_readable(metric, expected_answer(conversation), str(conversation.source))
 
 
 def plan_batches(kinds: Sequence[tuple[bool, ...]], batch_size: int, world_size: int = 1) -> list[list[int]]:

@@ -1,10 +1,10 @@
-"""Scores the boxes, quads and lines of dense captions against the expected ones, each kind separately.
+"""Scores the boxes, quads and lines of answers against the expected ones, each kind separately.
 
 Predicted objects are matched one to one with expected ones of the same kind and class, the most similar pair first.
 Similarity is the intersection over union for boxes and quads, and 1 - (mean distance / image diagonal) for lines.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -19,6 +19,8 @@ from qwenvl_ft.evaluation.parse import clean, load_json, plain
 Points = NDArray[np.float64]
 """float64[points, 2] as (x, y)."""
 
+NAMES = ("desc", "label")
+"""Keys of an object's description: in dense captions, and in Qwen's own form of grounding."""
 LINE_SAMPLES = 64
 """Equally spaced points of a line at which its distance from the other line is measured."""
 
@@ -41,15 +43,17 @@ class LocatedObject:
 def parse_objects(text: str) -> dict[str, list[LocatedObject]] | None:
     """Parse a dense caption's JSON into image -> its objects, in order; None if it cannot be read.
 
-    Accepts ``{image: {object: {"desc": ..., KIND: [...]}}}``, and a single image's ``{object: {...}}`` or list of
-    objects, stored under image ``""``. The JSON may be fenced or truncated. Objects without exactly one well-formed
-    geometry are left out.
+    Accepts ``{image: {object: {"desc": ..., KIND: [...]}}}``, and a single image's ``{object: {...}}``, single object
+    or list of objects (with ``label`` in place of ``desc`` too), stored under image ``""``. The JSON may be fenced or
+    truncated. Objects without exactly one well-formed geometry are left out.
     """
     value = load_json(clean(text))
     if isinstance(value, list):
         return {"": _objects(value)}
     if not isinstance(value, dict):
         return None
+    if _is_object(value):
+        return {"": _objects([value])}
     if any(isinstance(inner, (dict, list)) and not _is_object(inner) for inner in value.values()):
         return {name: _objects(inner) for name, inner in value.items()}
     return {"": _objects(value)}
@@ -60,6 +64,7 @@ def geometry_accuracy(
     answers: Sequence[str],
     *,
     sizes: Sequence[Sequence[tuple[float, float]]] | None = None,
+    scale: float = 1000.0,
     iou: float = 0.5,
     distance: float = 0.02,
     by_class: bool = True,
@@ -67,25 +72,24 @@ def geometry_accuracy(
     """Return precision, recall, F1 and mean similarity for ``bbox``, ``quad`` and ``line``, and the overall F1.
 
     Args:
-        sizes: (width, height) of each image of each record, in the unit of the coordinates; None is 1000 x 1000, for
-            norm1000. Only the distance of lines depends on it.
+        sizes: (width, height) of each image of each record, in the unit of the coordinates. Only the distance of lines
+            depends on it.
+        scale: width and height of the images without ``sizes``: 1000 for norm1000, 100 for norm100.
         iou: a box or quad is found if its IoU is above this.
         distance: a line is found if its mean distance, in image diagonals, is below this.
         by_class: True matches only objects of the same class.
 
     Raises:
-        DataError: a reference is not a dense caption, or the sequences are empty or differ in length.
+        DataError: a reference holds no objects that can be read, or the sequences are empty or differ in length.
     """
     require_pairs(references, answers)
     tallies = {kind: Tally() for kind in KINDS}
     unparsed = 0
     for number, (reference, answer) in enumerate(zip(references, answers, strict=True)):
-        expected, predicted = parse_objects(reference), parse_objects(answer)
-        if expected is None:
-            raise DataError(f"reference {number} is not a dense caption: {reference[:80]!r}.")
+        expected, predicted = _required(reference, number), parse_objects(answer)
         unparsed += predicted is None
         for image, (wanted, found) in enumerate(_by_image(expected, predicted or {})):
-            size = sizes[number][image] if sizes is not None and image < len(sizes[number]) else (1000.0, 1000.0)
+            size = sizes[number][image] if sizes is not None and image < len(sizes[number]) else (scale, scale)
             for kind, tally in tallies.items():
                 tally.add(*_kind_pairs(kind, wanted, found, np.asarray(size), iou, distance, by_class))
     scores: dict[str, Any] = {kind: tally.scores() for kind, tally in tallies.items()}
@@ -93,6 +97,42 @@ def geometry_accuracy(
     for tally in tallies.values():
         overall.add(tally.likeness, tally.expected, tally.found)
     return scores | {"f1": overall.scores()["f1"], "count": len(references), "n_unparsed": unparsed}
+
+
+def _required(reference: str, number: int) -> dict[str, list[LocatedObject]]:
+    """Parse a reference, of which nothing may be left out.
+
+    Raises:
+        DataError: it is no JSON, or one of its objects cannot be read.
+    """
+    objects = parse_objects(reference)
+    whole = load_json(clean(reference))
+    if objects is None:
+        raise DataError(f"reference {number} is not a dense caption: {reference[:80]!r}.")
+    if broken := [item for item in _object_like(whole) if read_object(item) is None]:
+        raise DataError(
+            f"reference {number} has an object without exactly one well-formed bbox_2d, quad or line: "
+            f"{str(broken[0])[:80]}."
+        )
+    if whole and not any(objects.values()) and not _only_empty(whole):
+        raise DataError(f"reference {number} has no object with a bbox_2d, quad or line: {reference[:80]!r}.")
+    return objects
+
+
+def _object_like(value: Any) -> Iterator[Any]:
+    """Yield the dicts in parsed JSON that are meant as objects."""
+    if _is_object(value):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _object_like(inner)
+
+
+def _only_empty(value: Any) -> bool:
+    """Return True for JSON that says that images have no objects, such as ``{"image_1": {}}``."""
+    if isinstance(value, dict):
+        return all(isinstance(inner, (dict, list)) and _only_empty(inner) for inner in value.values())
+    return value == []
 
 
 class Tally:
@@ -220,7 +260,8 @@ def read_object(value: Any) -> LocatedObject | None:
         return None
     if not fits(numbers.size) or not np.isfinite(numbers).all():
         return None
-    return LocatedObject(kinds[0], str(value["desc"]) if "desc" in value else "", numbers.reshape(-1, 2))
+    desc = next((str(value[key]) for key in NAMES if key in value), "")
+    return LocatedObject(kinds[0], desc, numbers.reshape(-1, 2))
 
 
 def _triangles(quad: Points) -> list[Points]:

@@ -10,13 +10,13 @@ answer.
 import argparse
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import DataError
-from qwenvl_ft.evaluation import medical
+from qwenvl_ft.evaluation.metrics import METRICS, Metric, Scores
 from qwenvl_ft.flare.catalog import (
     CLASSIFICATION,
     COUNTING,
@@ -32,31 +32,17 @@ from qwenvl_ft.flare.catalog import (
 from qwenvl_ft.flare.command import add_data_options, run_command
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.layout import answer_text, find_base, find_questions, read_questions
-from qwenvl_ft.flare.report_score import report_generation
 
-Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TaskMetric:
-    """The metric of a task."""
-
-    score: Callable[[Sequence[str], Sequence[str]], Metrics]
-    primary: str
-    """Key of the score by which systems are compared."""
-    higher_is_better: bool = True
-
-
-TASK_METRICS: dict[str, TaskMetric] = {
-    CLASSIFICATION: TaskMetric(medical.classification, "balanced_accuracy"),
-    MULTI_LABEL: TaskMetric(medical.multi_label, "f1_samples"),
-    DETECTION: TaskMetric(medical.detection, "f1@0.5"),
-    INSTANCE_DETECTION: TaskMetric(medical.instance_detection, "f1@0.5"),
-    COUNTING: TaskMetric(medical.counting, "mae", higher_is_better=False),
-    REGRESSION: TaskMetric(medical.regression, "mae", higher_is_better=False),
-    REPORT: TaskMetric(report_generation, "green_stand_in"),
+TASK_METRICS: dict[str, Metric] = {
+    CLASSIFICATION: METRICS["classification"],
+    MULTI_LABEL: METRICS["multi_label"],
+    DETECTION: METRICS["detection"],
+    INSTANCE_DETECTION: METRICS["instance_detection"],
+    COUNTING: METRICS["counting"],
+    REGRESSION: METRICS["regression"],
+    REPORT: METRICS["report_generation"],
 }
-"""Task -> metric. For reports the primary score is the rule-based stand-in for GREEN, never GREEN itself."""
+"""Task -> metric."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +210,7 @@ def _references(
     return predictions
 
 
-def _score_task(name: str, task: str, rows: list[Row]) -> Metrics:
+def _score_task(name: str, task: str, rows: list[Row]) -> Scores:
     try:
         return TASK_METRICS[task].score([row.reference for row in rows], [row.answer for row in rows])
     except DataError as error:
@@ -260,7 +246,7 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _cells(primary: str, metrics: Metrics) -> tuple[str, str, str]:
+def _cells(primary: str, metrics: Scores) -> tuple[str, str, str]:
     return primary, f"{metrics[primary]:.4f}", str(metrics["count"])
 
 

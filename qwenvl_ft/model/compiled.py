@@ -8,6 +8,7 @@ because rows are never quite full.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,19 @@ def restore_layers(model: nn.Module) -> None:
     for layer in _layers(_inner(model)):
         if isinstance(replaced_forward(layer), CompiledForward):
             restore_forward(layer)
+
+
+@contextmanager
+def layers_not_compiled(model: nn.Module) -> Iterator[None]:
+    """Run compiled layers as they are written, for generation within training; the compiled code is kept."""
+    kept = [(layer, replaced_forward(layer)) for layer in _layers(_inner(model))]
+    restore_layers(model)
+    try:
+        yield
+    finally:
+        for layer, forward in kept:
+            if isinstance(forward, CompiledForward):
+                replace_forward(layer, forward)
 
 
 def _inner(model: nn.Module) -> Any:

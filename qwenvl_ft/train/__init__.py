@@ -55,7 +55,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.checkpoint.complete import resolve_resume
     from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training.announce import announce
-    from qwenvl_ft.training.build import build_trainer
+    from qwenvl_ft.training.build import build_questions, build_trainer
     from qwenvl_ft.training.callbacks.run_log import RunLog
     from qwenvl_ft.training.callbacks.signals import SignalCallback
     from qwenvl_ft.training.data_gate import check_before_training
@@ -73,9 +73,9 @@ def _train(recipe: "Recipe") -> "TrainResult":
         check_before_training(recipe)
     processor = assemble.build_processor(recipe)
     train_set, eval_set = assemble.build_datasets(recipe, processor)
-    questions = assemble.build_questions(recipe, train_set.encoder, args.seed)
+    questions = build_questions(recipe, train_set.encoder, args.seed)
     model = assemble.build_model(recipe, args, train_set)
-    trainer = build_trainer(recipe, args, model, processor, train_set, eval_set)
+    trainer = build_trainer(recipe, args, model, processor, train_set, eval_set, questions=questions)
     if resume is not None:
         require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
     run_log, signals = RunLog(recipe.phase), SignalCallback()
@@ -92,7 +92,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None
     result = TrainResult(output_dir, dict(output.metrics), output.global_step, stopped_by)
     if stopped_by is None:
-        result.metrics |= finish(trainer, recipe.evaluation, questions, run_log)
+        result.metrics |= finish(trainer, questions, run_log)
     elif trainer.is_world_process_zero():
         cause = f"stopped by {signal.Signals(stopped_by).name} at step {output.global_step}"
         run_log.write(f"{cause}; to go on, add training.resume_from_checkpoint=true")

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.source import load_config
+from qwenvl_ft.recipe.checks.evaluation import higher_is_better
 from qwenvl_ft.recipe.keys import argument_types
 from qwenvl_ft.recipe.refused import FIXED
 from qwenvl_ft.recipe.schema import GALORE, Recipe
@@ -52,8 +53,9 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
         require_checkpointing_options(kwargs["activation_checkpointing_kwargs"])
     if kwargs.get("load_best_model_at_end") or kwargs.get("save_strategy") == "best":
         kwargs.setdefault("metric_for_best_model", "eval_loss")
-        # Loss and perplexity improve downwards; transformers knows this only of names that end in "loss".
-        kwargs.setdefault("greater_is_better", False)
+    if kwargs.get("metric_for_best_model"):
+        # Perplexity improves downwards too; transformers knows this only of names that end in "loss".
+        kwargs.setdefault("greater_is_better", higher_is_better(recipe, kwargs["metric_for_best_model"]))
     try:
         return TrainingArguments(**as_installed(kwargs))
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:

@@ -22,6 +22,7 @@ from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.model.compiled import restore_layers
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.activation_checkpointing import prepare_layers
+from qwenvl_ft.training.answers import Questions
 from qwenvl_ft.training.bad_samples import count_bad_samples, log_bad_samples
 from qwenvl_ft.training.callbacks.tuning_method import TuningMethodCallback
 from qwenvl_ft.training.device_batch import DeviceBatch, on_device
@@ -30,8 +31,8 @@ from qwenvl_ft.training.finite import LossCheck, require_finite_norm
 from qwenvl_ft.training.liger import use_liger_kernels
 from qwenvl_ft.training.loaders import datasets_in, has_media
 from qwenvl_ft.training.loss import loss_sum, target_weights
-from qwenvl_ft.training.mean_loss import MeanLoss
 from qwenvl_ft.training.matches_recipe import require_prepared
+from qwenvl_ft.training.mean_loss import MeanLoss
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.training.ranks import sum_over_ranks
@@ -63,6 +64,7 @@ class QwenVLTrainer(RowTrainer):
         zero_gradient_steps: consecutive steps without a gradient in a trainable part before a warning; 0 is never.
         checkpointed: ``llm`` and ``vision`` -> False to exempt it from activation checkpointing; None exempts neither.
         z_loss: weight of the squared logarithm of each softmax's sum, only in training.
+        questions: answered by generation at each evaluation; None asks nothing.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
         check_model: require that the model is prepared as ``recipe`` says; False for a model prepared in another way.
 
@@ -89,6 +91,7 @@ class QwenVLTrainer(RowTrainer):
         zero_gradient_steps: int = 20,
         checkpointed: dict[str, bool] | None = None,
         z_loss: float = 0.0,
+        questions: Questions | None = None,
         recipe: Recipe | None = None,
         check_model: bool = True,
         **options: Any,
@@ -99,6 +102,7 @@ class QwenVLTrainer(RowTrainer):
         self.loss_weights = loss_weights or None
         self.checkpointed = checkpointed or {}
         self.z_loss = z_loss
+        self.questions = questions
         self.recipe = recipe
         self.losses, self.mean_loss = LossCheck(), MeanLoss()
         self.bad_samples = 0
@@ -234,15 +238,20 @@ class QwenVLTrainer(RowTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as transformers does; with several sets ``eval_loss`` is the mean over the tokens of all."""
+        """Evaluate as transformers does; with several sets ``eval_loss`` is the mean over the tokens of all.
+
+        The questions are answered when the trainer's own sets are evaluated.
+        """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(sets, dict):
-            joint = joint_metrics(metrics, sets, metric_key_prefix)
-            self.log(joint)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, joint)
-            metrics |= joint
-        return metrics
+        more = joint_metrics(metrics, sets, metric_key_prefix) if isinstance(sets, dict) else {}
+        if eval_dataset is None and self.questions is not None:
+            with self.step_log.meter.paused():
+                more |= self.questions.ask(self, f"{metric_key_prefix}_")[0]
+        if more:
+            self.log(more)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
+        return metrics | more
 
     def evaluation_loop(
         self,

@@ -179,6 +179,44 @@ def test_a_reference_that_is_not_a_dense_caption_is_an_error():
         geometry_accuracy(["{}"], [])
 
 
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({"a": {"o": {"desc": "x", "bbox_2d": [1, 2, 3]}}}, "an object without exactly one well-formed"),
+        ([{"bbox_2d": [1, 2, 3, 4]}, {"desc": "no geometry"}], "an object without exactly one well-formed"),
+        ({"image_1": "three switches"}, "no object with a bbox_2d, quad or line"),
+        ([[1, 2, 3, 4]], "no object with a bbox_2d, quad or line"),
+    ],
+)
+def test_an_object_of_a_reference_is_never_left_out(reference, message):
+    """In an answer it would be a mistake of the model; in a reference it would change every score unseen."""
+    with pytest.raises(DataError, match=message):
+        geometry_accuracy([text(reference)], [text(reference)])
+
+
+def test_a_reference_without_objects_is_right_if_the_answer_has_none():
+    for empty in ("[]", "{}", '{"image_1": {}}', '{"image_1": []}'):
+        assert geometry_accuracy([empty], [empty])["f1"] is None
+        found = geometry_accuracy([empty], ['[{"bbox_2d": [0, 0, 5, 9]}]'])
+        assert (found["bbox"]["fp"], found["f1"]) == (1, 0.0)
+
+
+def test_grounding_answers_of_qwen_are_read_with_their_labels():
+    cat, dog = ({"bbox_2d": [0, 0, 50, 90], "label": label} for label in ("cat", "dog"))
+    assert geometry_accuracy([text([cat])], [text([cat])])["bbox"]["f1"] == 1.0
+    assert geometry_accuracy([text([cat])], [text(cat)])["bbox"]["f1"] == 1.0, "a single object without a list"
+    assert geometry_accuracy([text([cat])], [text([dog])])["bbox"]["f1"] == 0.0
+    assert geometry_accuracy([text([cat])], [text([dog])], by_class=False)["bbox"]["f1"] == 1.0
+
+
+def test_scale_is_the_unit_of_a_line():
+    """2 units off are 0.0014 diagonals of 1000 x 1000 and 0.014 of 100 x 100."""
+    line, moved = ([{"line": [0, y, 50, y]}] for y in (10, 12))
+    for scale, tp in ((1000.0, 1), (100.0, 0)):
+        scores = geometry_accuracy([text(line)], [text(moved)], scale=scale, distance=0.01)
+        assert scores["line"]["tp"] == tp
+
+
 def test_results_are_plain_json():
     scores = geometry_accuracy([text(REFERENCE)], [changed("图片_1", "object_1", bbox_2d=[0, 0, 1, 1])])
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores

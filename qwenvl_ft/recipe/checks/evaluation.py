@@ -2,18 +2,28 @@
 
 from qwenvl_ft.errors import hint
 from qwenvl_ft.recipe.checks.argument import argument
+from qwenvl_ft.recipe.choices import imported
 from qwenvl_ft.recipe.schema import Recipe
+
+METRICS = "qwenvl_ft.evaluation.metrics:METRICS"
 
 
 def direction_of_metric(recipe: Recipe) -> str | None:
-    """All metrics of evaluation during training are better if lower."""
-    metric = argument(recipe, "metric_for_best_model")
-    if metric is not None and argument(recipe, "greater_is_better"):
-        return (
-            f"training.greater_is_better=true would keep the checkpoint with the highest {metric}, which is the worst. "
-            "Remove training.greater_is_better."
-        )
-    return None
+    """Losses are better if lower; metrics of generated answers know their own direction."""
+    metric, greater = argument(recipe, "metric_for_best_model"), argument(recipe, "greater_is_better")
+    if metric is None or greater is None or bool(greater) == higher_is_better(recipe, metric):
+        return None
+    return (
+        f"training.greater_is_better={str(greater).lower()} would keep the checkpoint with the "
+        f"{'highest' if greater else 'lowest'} {metric}, which is the worst. Remove training.greater_is_better."
+    )
+
+
+def higher_is_better(recipe: Recipe, metric: str) -> bool:
+    """Return True if a metric of evaluation during training is better if higher."""
+    if metric.removeprefix("eval_") != recipe.evaluation.metric:
+        return False
+    return bool(imported(METRICS)[recipe.evaluation.metric].higher_is_better)
 
 
 def evaluation_data(recipe: Recipe) -> str | None:
@@ -43,16 +53,18 @@ def _settings_that_need_evaluation(recipe: Recipe) -> list[str]:
         "training.save_strategy=best": argument(recipe, "save_strategy") == "best",
         "training.load_best_model_at_end=true": argument(recipe, "load_best_model_at_end"),
         "training.do_eval=true": argument(recipe, "do_eval"),
+        "evaluation.run_during_training=true": recipe.evaluation.run_during_training,
         "training.early_stopping_patience": recipe.training.early_stopping_patience is not None,
     }
     return [setting for setting, is_set in settings.items() if is_set]
 
 
 def metric_for_best_model(recipe: Recipe) -> str | None:
-    """Evaluation computes loss and perplexity, and both again for each of several sets."""
+    """Evaluation computes loss and perplexity, both again for each of several sets, and the score of answers."""
     metric = argument(recipe, "metric_for_best_model")
     sets = ["", *(f"{name}_" for name in recipe.data.val)] if isinstance(recipe.data.val, dict) else [""]
     known = [f"eval_{name}{kind}" for name in sets for kind in ("loss", "perplexity")]
+    known += [f"eval_{recipe.evaluation.metric}"] if recipe.evaluation.run_during_training else []
     if metric is None or f"eval_{metric.removeprefix('eval_')}" in known:
         return None
     return f"training.metric_for_best_model={metric} is not computed by evaluation.{hint(metric, known)}"

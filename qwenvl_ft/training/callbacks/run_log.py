@@ -16,6 +16,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback
 
+from qwenvl_ft.evaluation.metrics import GEOMETRY, METRICS
+
 LOG, JSONL = "training.log", "trainer_log.jsonl"
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
@@ -36,11 +38,14 @@ SHOWN = {
     "epoch": ("epoch", "{:.2f}"),
 }
 """Logged key -> its name and format on the console. Other keys are only in ``trainer_log.jsonl``."""
+ANSWERS = re.compile(rf"eval_(?:{'|'.join(METRICS)})|eval_{GEOMETRY}_(?:bbox|quad|line)_f1")
+"""Logged keys of generated answers that are shown on the console."""
 
 
 def describe(logs: dict[str, Any]) -> str:
     """Format the figures of a log entry as one line."""
     figures = [f"{name} {spec.format(logs[key])}" for key, (name, spec) in SHOWN.items() if key in logs]
+    figures += [f"{key.removeprefix('eval_')} {logs[key]:.4f}" for key in logs if ANSWERS.fullmatch(key)]
     figures += [f"{key} {logs[key]:.4f}" for key in logs if re.fullmatch(r"eval_\w+_loss", key)]
     if "eta_seconds" in logs:
         figures.append(f"eta {timedelta(seconds=int(logs['eta_seconds']))}")

@@ -35,13 +35,14 @@ def train(recipe: "Recipe") -> "TrainResult":
         QwenVLError: the recipe, the data or a checkpoint is wrong (found before anything is written), or training
             cannot continue: a loss is not finite, or a device is out of memory.
     """
-    from qwenvl_ft.training.prepare import unused_packages
     from qwenvl_ft.training.process_state import restored_process
     from qwenvl_ft.upstream.quiet import quiet
 
     with restored_process():
         if recipe.phases:
             return _train_phases(recipe)
+        from qwenvl_ft.training.prepare import unused_packages  # some of its imports draw random numbers
+
         with unused_packages(recipe), quiet():
             return _train(recipe)
 

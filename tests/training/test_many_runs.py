@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,3 +199,17 @@ def test_everything_that_a_run_may_change_is_set_back_after_an_error_too(monkeyp
         failing()
     assert changed == list(before), set(before) - set(changed)
     assert differences(before, state()) == []
+
+
+def test_a_trackers_run_is_ended_unless_the_caller_began_it(monkeypatch):
+    """The next run would go on in it, with steps that begin at 0 again."""
+    tracker = SimpleNamespace(run=None)
+    tracker.finish = lambda: setattr(tracker, "run", None)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    with restored_process():
+        tracker.run = "begun inside"
+    assert tracker.run is None
+    tracker.run = "the caller's"
+    with restored_process():
+        pass
+    assert tracker.run == "the caller's"

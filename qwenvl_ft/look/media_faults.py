@@ -6,6 +6,7 @@ from typing import Any
 
 import xxhash
 
+from qwenvl_ft.data.media.elsewhere import absent
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
 from qwenvl_ft.data.media.refused import TooLarge
 from qwenvl_ft.errors import DataError
@@ -55,7 +56,7 @@ class MediaInspector:
 
     def _decoded(self, value: Any) -> MediumResult:
         if _is_missing(value):
-            return MediumResult(("missing", f"image {value} does not exist."))
+            return MediumResult(("missing", absent("image", value)))
         try:
             height, width = image_size(value, self.policy)
             image = open_image(value, self.policy)
@@ -76,7 +77,7 @@ def _file(value: Any) -> MediumResult:
     if isinstance(value, bytes):
         return MediumResult(None, xxhash.xxh3_128_digest(value))
     if _is_missing(value):
-        return MediumResult(("missing", f"video {value} does not exist."))
+        return MediumResult(("missing", absent("video", value)))
     digest = xxhash.xxh3_128()
     try:
         with Path(value).open("rb") as file:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeGuard
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
 
+from qwenvl_ft.data.media.elsewhere import MediaPath, absent
 from qwenvl_ft.data.media.jpeg import jpeg_size
 from qwenvl_ft.data.media.refused import require_area
 from qwenvl_ft.errors import DataError, one_line
@@ -65,11 +66,13 @@ class MediaPolicy:
 
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
-    """Join a relative path to the media root; return any other value unchanged."""
+    """Join a relative path to the media root, as a `MediaPath`; return any other value unchanged."""
     if not isinstance(value, str) or file_of(value) is None:
         return value
     path = value.removeprefix("file://")
-    return path if media_root is None or os.path.isabs(path) else os.path.join(media_root, path)  # noqa: PTH117, PTH118
+    if media_root is None or os.path.isabs(path):  # noqa: PTH117 - a million paths
+        return path
+    return MediaPath(os.path.join(media_root, path), path, media_root)  # type: ignore[arg-type]  # noqa: PTH118
 
 
 def file_of(value: Any) -> str | None:
@@ -155,7 +158,7 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
     except (DataError, MemoryError, AssertionError):
         raise
     except FileNotFoundError:
-        raise DataError(f"image {name} does not exist. Relative paths start at data.media_root.") from None
+        raise DataError(absent("image", value)) from None
     except IsADirectoryError:
         raise DataError(f"image {name} is a folder.") from None
     except UnidentifiedImageError:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwenvl_ft.data.conversation import Sampling, Source, Video
 from qwenvl_ft.data.media.deadline import within
+from qwenvl_ft.data.media.elsewhere import absent
 from qwenvl_ft.data.media.grids import Grid, MediaProcessor, exact_size
 from qwenvl_ft.data.media.images import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.media.patches import resized
@@ -286,7 +287,7 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
                 raise DataError(f"video {name} has no video stream, only {len(container.streams)} other streams.")
             yield container
     except FileNotFoundError:
-        raise DataError(f"video {name} does not exist. Relative paths start at data.media_root.") from None
+        raise DataError(absent("video", value)) from None
     except IsADirectoryError:
         raise DataError(f"video {name} is a folder. Give a file or a list of frames.") from None
     except av.error.ExitError:

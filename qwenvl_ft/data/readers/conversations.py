@@ -8,6 +8,7 @@ record, and ``loss`` or ``weight`` of a turn are supported too.
 from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
+from qwenvl_ft.data.media.elsewhere import MediaRoot
 from qwenvl_ft.data.media.images import resolve_path
 from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, split_tags, unescaped
 from qwenvl_ft.data.readers.record_keys import checked_loss, checked_turns, with_record_keys
@@ -67,4 +68,4 @@ def _media_root(record: dict[str, Any], source: Source, media_root: str | None) 
         return media_root
     if not isinstance(folder, str):
         raise DataError(f"{source}: data_path={folder!r:.80} must be the path of a folder.")
-    return str(resolve_path(folder, media_root))
+    return MediaRoot(resolve_path(folder, media_root), getattr(media_root, "beside", ""), "data_path of the record")

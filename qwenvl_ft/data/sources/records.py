@@ -14,6 +14,7 @@ import numpy as np
 from datasets.table import Table
 
 from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.media.elsewhere import MEDIA_ROOT, MediaRoot
 from qwenvl_ft.data.readers import RecordWithReader, code_state, own_readers, register_reader
 from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables, row_of
 from qwenvl_ft.data.sources.key_rules import ALL_KEYS, KeyRules
@@ -198,7 +199,9 @@ def load_records(
         taken = rows_of_files if rate == 1 else split_places(rows_of_files, places)
         for file, table, kept, rows in zip(several, opened_files, rows_of_files, taken, strict=True):
             folder_of_file = file.path if file.is_folder else file.path.parent
-            root = os.path.abspath(entry["data_path"] or media_root or folder_of_file)  # noqa: PTH100 - keeps symbolic links
+            path = os.path.abspath(entry["data_path"] or media_root or folder_of_file)  # noqa: PTH100 - keeps symbolic links
+            key = f"data.datasets.{name}.data_path" if entry["data_path"] else MEDIA_ROOT
+            root = MediaRoot(path, str(folder_of_file), key)
             if len(rows):
                 left_out = table.num_rows - len(kept)
                 parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows, rules, left_out))

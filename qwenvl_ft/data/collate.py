@@ -15,6 +15,10 @@ MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid
 """Keys of pixels and grids, for images and for videos."""
 
 
+ASIDE = ("labels", "label_weights", "sources", "faults")
+"""Keys of a batch that are no arguments of the model."""
+
+
 class QwenVLCollator:
     """Joins samples into one row.
 
@@ -30,11 +34,12 @@ class QwenVLCollator:
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
         width), ``cu_seq_lens_q`` and ``_k`` int32[S+1] (cumulative lengths, fillers included), ``max_length_q`` and
-        ``_k`` (tokens of the longest sample), ``sources``, a list of S sources, and ``faults`` if placeholders replace
-        samples (`SampleDataset`). If there are images, ``pixel_values`` float32[P, C] (or raw, uint8[P, C / 2]),
-        ``image_grid_thw`` int64[N, 3], ``image_cu_seqlens`` int32[frames + 1] (cumulative patches of the frames) and
-        ``image_max_seqlen`` (patches of the largest frame). If there are videos, the same with their own keys. The
-        cumulative lengths are computed here because attention would have to wait for the device to get them.
+        ``_k`` (tokens of the longest sample), ``label_weights`` float64[1, T] if a sample has some, ``sources``, a list
+        of S sources, and ``faults`` if placeholders replace samples (`SampleDataset`).
+        If there are images, ``pixel_values`` float32[P, C] (or raw, uint8[P, C / 2]), ``image_grid_thw`` int64[N, 3],
+        ``image_cu_seqlens`` int32[frames + 1] (cumulative patches of the frames) and ``image_max_seqlen`` (patches of
+        the largest frame). If there are videos, the same with their own keys. The cumulative lengths are computed here
+        because attention would have to wait for the device to get them.
 
     Example:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
@@ -60,6 +65,8 @@ class QwenVLCollator:
         lengths = torch.tensor([len(sample["input_ids"]) for sample in row])
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = _borders(lengths)
         batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
+        if weights := _label_weights(row):
+            batch["label_weights"] = torch.cat(weights)[None]
         batch |= joined_media(row)
         for kind in ("image", "video"):
             if f"{kind}_grid_thw" in batch:
@@ -99,8 +106,17 @@ class PaddedCollator:
             "attention_mask": rows([torch.ones_like(sample["input_ids"]) for sample in members], 0),
             "position_ids": positions.permute(2, 0, 1).contiguous(),
         }
+        if weights := _label_weights(members):
+            batch["label_weights"] = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True, padding_value=1)
         batch |= joined_media(members)
         return batch | _origins(samples)
+
+
+def _label_weights(samples: Sequence[Sample]) -> list[Tensor]:
+    """Return the weights of each sample's labels; an empty list if no sample has any."""
+    if not any("label_weights" in sample for sample in samples):
+        return []
+    return [sample.get("label_weights", torch.ones(len(sample["labels"]), dtype=torch.float64)) for sample in samples]
 
 
 def _origins(samples: Sequence[Sample]) -> dict[str, list[Any]]:

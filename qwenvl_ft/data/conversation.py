@@ -96,6 +96,8 @@ class Message:
     """OpenAI-style calls of an assistant; the chat template writes them after the content."""
     loss: bool | None = None
     """False leaves an assistant turn unsupervised; None and True supervise it."""
+    weight: float = 1.0
+    """Weight of the turn's supervised tokens in the training loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ class Sample(TypedDict, total=False):
     """int64[L]"""
     labels: Tensor
     """int64[L]: the token itself where supervised, else `IGNORE`; always `IGNORE` at position 0."""
+    label_weights: Tensor
+    """float64[L]: weight of each label in the training loss; absent if all are 1."""
     position_ids: Tensor
     """int64[3, L]: time, height, width."""
     pixel_values: Tensor

@@ -27,7 +27,7 @@ class Unread(NamedTuple):
 class Tally(NamedTuple):
     """How often a key was unread, with its first occurrence."""
 
-    count: int
+    records: int
     example: str
     """``file.jsonl:12: 'value'``"""
 

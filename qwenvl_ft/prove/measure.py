@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenvl_ft.data.collate import QwenVLCollator
+from qwenvl_ft.data.collate import ASIDE, QwenVLCollator
 from qwenvl_ft.data.conversation import IGNORE, Sample
 from qwenvl_ft.model.anatomy import PARTS, part_of
 
@@ -144,7 +144,7 @@ def prepared(row: dict[str, Any], device: torch.device) -> tuple[dict[str, Any],
     """Return the model's keyword arguments for a flat row, the target tokens, and their count per sample."""
     labels = row["labels"][0]
     places = (labels != IGNORE).nonzero(as_tuple=True)[0]
-    inputs = {key: value for key, value in row.items() if key not in ("labels", "sources", "faults", "counts")}
+    inputs = {key: value for key, value in row.items() if key not in (*ASIDE, "counts")}
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     return inputs | {"logits_to_keep": (places - 1).to(device)}, labels[places].to(device), row["counts"]
 

@@ -139,9 +139,11 @@ def build_subject(recipe: Recipe, options: ProofOptions, folder: Path, say: Call
 
     args = prepare_run(recipe)
     processor = assemble.build_processor(recipe)
+    encoder = build_encoder(recipe, processor)
+    encoder.turn_weights = False  # the figures compared are of unweighted losses
     dataset = proof_dataset(
         recipe,
-        build_encoder(recipe, processor),
+        encoder,
         samples=options.samples,
         max_tokens=options.max_tokens,
         folder=folder / "lengths",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qwenvl_ft.data.collate import ASIDE
 from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.upstream.layers import is_plain_linear, owner_of, replace_forward
 
@@ -30,7 +31,8 @@ def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = No
     row are images and prompt; the language head never sees them.
 
     Args:
-        weights: data set -> weight of its tokens in the loss; 1 for data sets without an entry.
+        weights: data set -> weight of its tokens in the loss; 1 for data sets without an entry. None weights nothing,
+            not even the turns that have a weight of their own.
 
     Returns:
         The batch without ``labels``, ``sources`` and ``faults``, with ``targets`` int64[K] and, for one row,
@@ -43,19 +45,22 @@ def split_labels(batch: dict[str, Any], weights: Mapping[str, float] | None = No
     targets = labels[:, 1:][keep[:, :-1]]
     if not keep.any():
         keep[0, 0] = True
-    rest = {key: value for key, value in batch.items() if key not in ("labels", "sources", "faults")}
+    rest = {key: value for key, value in batch.items() if key not in ASIDE}
     if keep.shape[0] == 1:
         rest["logits_to_keep"] = keep[0].nonzero(as_tuple=True)[0]
     else:
         rest["predicting"] = keep
     rest["targets"] = targets
-    if weights:
+    if weights is not None and (weights or "label_weights" in batch):
         rest["target_weights"] = target_weights(batch, weights)
     return rest
 
 
 def target_weights(batch: dict[str, Any], weights: Mapping[str, float]) -> Tensor:
-    """Return float64[K]: the loss weight of each supervised token's data set; the mean for a group of several."""
+    """Return float64[K]: the loss weight of each supervised token.
+
+    It is the weight of its data set (the mean for a group of several) times that of its turn.
+    """
     labels = batch["labels"]
     by_source = [_weight_of(source.dataset, weights) for source in batch["sources"]]
     if "cu_seq_lens_q" in batch:  # one flat row; fillers behind the samples have no labels
@@ -65,7 +70,16 @@ def target_weights(batch: dict[str, Any], weights: Mapping[str, float]) -> Tenso
     else:
         rows = by_source + [1.0] * (labels.shape[0] - len(by_source))
         tokens = torch.tensor(rows, dtype=torch.float64)[:, None].expand(labels.shape)  # [S, T]
+    if "label_weights" in batch:
+        tokens = tokens * batch["label_weights"]
     return tokens[:, 1:][labels[:, 1:] != IGNORE]
+
+
+def weight_sum(batch: dict[str, Any], weights: Mapping[str, float]) -> float:
+    """Return the summed loss weights of a batch's supervised tokens; their number if none has a weight of its own."""
+    if weights or "label_weights" in batch:
+        return float(target_weights(batch, weights).sum())
+    return float((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def _weight_of(dataset: str, weights: Mapping[str, float]) -> float:

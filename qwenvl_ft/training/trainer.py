@@ -30,7 +30,7 @@ from qwenvl_ft.training.eval_loss import evaluate_sum, joint_metrics, loss_metri
 from qwenvl_ft.training.finite import LossCheck, require_finite_norm
 from qwenvl_ft.training.liger import use_liger_kernels
 from qwenvl_ft.training.loaders import datasets_in, has_media
-from qwenvl_ft.training.loss import loss_sum, target_weights
+from qwenvl_ft.training.loss import loss_sum, weight_sum
 from qwenvl_ft.training.matches_recipe import require_prepared
 from qwenvl_ft.training.mean_loss import MeanLoss
 from qwenvl_ft.training.meter import peak_memory_gib
@@ -43,6 +43,9 @@ from qwenvl_ft.training.step_log import StepLog
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import build_optimizer, param_groups
 from qwenvl_ft.upstream.trainer import EpochLength
+
+LEAST_WEIGHT = 1e-9
+"""Divisor of a step in which nothing is supervised."""
 
 
 class QwenVLTrainer(RowTrainer):
@@ -160,19 +163,17 @@ class QwenVLTrainer(RowTrainer):
         """Return a step's micro-batches, and the number (or summed weights) of the global batch's supervised tokens."""
         batches = list(islice(epoch_iterator, num_batches))
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-        count = sum_over_ranks(torch.full((), tokens, device=device, dtype=torch.int64), self.accelerator)
+        weights = sum(weight_sum(batch, self.loss_weights or {}) for batch in batches)
+        own = torch.tensor([tokens, weights], dtype=torch.float64, device=device)
+        count, total = sum_over_ranks(own, self.accelerator)  # of all ranks, since others may have turns with weights
         self.step_log.meter.supervised(count)
-        if self.loss_weights is None:
-            return batches, count
-        weights = sum(float(target_weights(batch, self.loss_weights).sum()) for batch in batches)
-        total = torch.full((), weights, device=device, dtype=torch.float64)
-        return batches, sum_over_ranks(total, self.accelerator)
+        return batches, total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.noise is not None:
             self.noise.follow(inputs)
         self.bad_samples += log_bad_samples(inputs)
-        batch = DeviceBatch(on_device(inputs, self.args.device, self.loss_weights))
+        batch = DeviceBatch(on_device(inputs, self.args.device, self.loss_weights or {}))
         loss = super().training_step(model, {"batch": batch}, num_items_in_batch)
         self.losses.add(self.state.global_step + 1, loss, batch.loss, inputs["sources"])
         self.mean_loss.add(loss.double() * num_items_in_batch / self.args.world_size, batch.weight)
@@ -189,8 +190,7 @@ class QwenVLTrainer(RowTrainer):
         batch: DeviceBatch = inputs["batch"]
         smoothing, z_loss = (self.args.label_smoothing_factor, self.z_loss) if model.training else (0.0, 0.0)
         total = loss_sum(model, batch.tensors, label_smoothing=smoothing, z_loss=z_loss)
-        least = 1 if self.loss_weights is None else 1e-9
-        loss = total * self.args.world_size / torch.clamp(num_items_in_batch, min=least)
+        loss = total * self.args.world_size / torch.clamp(num_items_in_batch, min=LEAST_WEIGHT)
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(inner, TrainedPeftModel) and (penalty := inner.penalty()) is not None:
             loss = loss + penalty / self.current_gradient_accumulation_steps  # once a step, and averaged over ranks

@@ -183,7 +183,6 @@ WRONG = [
     ),
     ({"conversations": [{"from": "gpt", "value": "x", "loss": 1, "weight": 0}]}, "contradict each other"),
     ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "Only assistant turns are supervised"),
-    ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "has 'reasoning_content'"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"arguments": {}}]}]}, "without a 'name'"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "'f' without 'arguments'"),
     ({"messages": [{"role": "user", "content": "x"}], "system": ["s"]}, "'system' must be a text"),

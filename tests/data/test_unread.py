@@ -221,7 +221,7 @@ def test_check_shows_each_unread_key_once_with_count_and_example(tagged):
     assert f"'messages[].tag' (1 record), e.g. {tagged}:6 (id 'r5'): 7" in text
     assert "left out for their false label (data.label=keep_true): 1" in text
     split = report.to_json()["splits"]["train"]
-    assert split["unread_keys"]["source"]["count"] == 4
+    assert split["unread_keys"]["source"]["records"] == 4
     assert split["left_out_by_label"] == 1
 
 

@@ -55,6 +55,8 @@ class Draft:
     clips: list[Clip]
     """The frames that each video shows."""
     source: Source
+    weights: NDArray[np.float64] | None = None
+    """[D] weight of each token in the training loss; None if all are 1."""
     cut_tokens: int = 0
     """Tokens that `cut` removed."""
     cut_media: int = 0
@@ -134,4 +136,5 @@ def _slice(draft: Draft, keep: slice) -> Draft:
         [draft.videos[k] for k in kept_videos],
         [draft.clips[k] for k in kept_videos],
         draft.source,
+        None if draft.weights is None else draft.weights[keep],
     )

@@ -26,6 +26,8 @@ from qwenvl_ft.data.encode.labels import (
     supervised_spans,
     supervised_tokens,
     unsupervised,
+    token_weights,
+    weights_of,
 )
 from qwenvl_ft.data.encode.pixels import image_grids_in_time, image_pixels, video_pixels
 from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
@@ -57,6 +59,8 @@ class _Shown(NamedTuple):
 
     text: str
     supervised: list[Span]
+    weights: list[float]
+    """Of each supervised span."""
     images: list[Image]
     image_grids: list[Grid]
     videos: list[Video]
@@ -75,6 +79,7 @@ class Encoder:
         tools: function schemas, used for conversations without tools.
         add_vision_id: let the template number the media ("Picture 1: ").
         policy: limits on the media that may be opened.
+        turn_weights: apply the ``loss_weight`` of turns; False takes all as 1.
         raw_pixels: return images as raw patches (data/media/patches.py); the model must have been prepared with
             `use_raw_patches`.
 
@@ -94,6 +99,7 @@ class Encoder:
         add_vision_id: bool = False,
         policy: MediaPolicy | None = None,
         raw_pixels: bool = False,
+        turn_weights: bool = True,
     ) -> None:
         if truncation_strategy not in STRATEGIES:
             raise unknown_name("template.truncation_strategy", truncation_strategy, STRATEGIES)
@@ -110,6 +116,7 @@ class Encoder:
         self.add_vision_id = add_vision_id
         self.policy = policy or MediaPolicy()
         self.raw_pixels = raw_pixels
+        self.turn_weights = turn_weights
         self._template = ChatTemplate(processor.tokenizer, processor.chat_template or processor.tokenizer.chat_template)
         self._tokenizer = TextTokenizer(processor.tokenizer.backend_tokenizer)
         self._media_tokens = MediaTokens(processor)
@@ -143,7 +150,7 @@ class Encoder:
         draft = self._prompt_draft(record, media_root)
         if self.max_length is not None and draft.length > self.max_length:
             raise too_long(draft, self.max_length)
-        return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised)))
+        return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised), weights=None))
 
     def prompt_length(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> int:
         """Return the number of tokens of `prompt`, from text and media headers alone."""
@@ -264,7 +271,8 @@ class Encoder:
         pairs = [time for time, _, _ in grids]
         group = self._media_tokens.groups(ids, len(shown.images), pairs, shown.text, encoding)
         media = shown.images, shown.image_grids, shown.videos, shown.clips
-        return Draft(ids, supervised, counts, widths, group, *media, source)
+        weights = token_weights(encoding, shown.supervised, shown.weights) if self.turn_weights else None
+        return Draft(ids, supervised, counts, widths, group, *media, source, weights)
 
     def _show(
         self,
@@ -291,7 +299,8 @@ class Encoder:
         text = write_times(text, clips, self.processor, source)
         turns = find_turns(text, messages, source)
         require_tools_shown(text, tools, source)
-        return _Shown(text, supervised_spans(messages, turns), images, image_grids, videos, clips)
+        spans = supervised_spans(messages, turns)
+        return _Shown(text, spans, weights_of(messages), images, image_grids, videos, clips)
 
     def _sample(self, draft: Draft) -> Sample:
         """Expand a draft to L tokens, and add positions and pixels."""
@@ -302,6 +311,8 @@ class Encoder:
             "position_ids": torch.from_numpy(mrope_positions(draft.counts, draft.widths)),
             "source": draft.source,
         }
+        if draft.weights is not None:
+            sample["label_weights"] = torch.from_numpy(np.repeat(draft.weights, draft.counts))
         if draft.images:
             sample["pixel_values"], sample["image_grid_thw"] = image_pixels(
                 draft, self.processor.image_processor, self.policy, raw=self.raw_pixels

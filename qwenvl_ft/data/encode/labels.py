@@ -6,7 +6,9 @@ The rule:
   model to stop, and the newline after the end token if the template writes one.
 - Nothing else is: no system, user or tool turn, and no header (``<|im_start|>assistant`` and its newline), because
   the header is part of the prompt at inference.
-- An assistant message with ``loss: false`` is context only. All of its turn is unsupervised, the end token included.
+- A turn's ``loss_weight`` multiplies the loss of its tokens in training; it does not change which are supervised.
+- An assistant message with ``loss: false`` (or ``loss_weight: 0``) is context only. All of its turn is unsupervised,
+  the end token included.
 - A token that holds characters of both header and content is unsupervised. An answer that begins with a newline shares
   its first token with the header's newline; the official preprocessing leaves that token out too.
 - Truncation keeps the mask of the tokens that remain. A turn cut on the right has no end token to learn.
@@ -85,6 +87,26 @@ def supervised_spans(messages: Sequence[Message], turns: Sequence[Span]) -> list
     """Select the turns of assistant messages, except those with ``loss: false``."""
     pairs = zip(messages, turns, strict=True)
     return [span for message, span in pairs if message.role == "assistant" and message.loss is not False]
+
+
+def weights_of(messages: Sequence[Message]) -> list[float]:
+    """Return the weight of each span of `supervised_spans`."""
+    return [message.weight for message in messages if message.role == "assistant" and message.loss is not False]
+
+
+def token_weights(encoding: Any, spans: Sequence[Span], weights: Sequence[float]) -> NDArray[np.float64] | None:
+    """Return float64[D], the weight of each token in the loss; None if all are 1.
+
+    Args:
+        encoding: of the ``tokenizers`` package.
+    """
+    if all(weight == 1 for weight in weights):
+        return None
+    found = np.ones(len(encoding.ids))
+    for (begin, end), weight in zip(spans, weights, strict=True):
+        first, last = token_span(encoding, begin, end)
+        found[first:last] = weight
+    return found
 
 
 def supervised_tokens(encoding: Any, spans: Iterable[Span]) -> NDArray[np.bool_]:

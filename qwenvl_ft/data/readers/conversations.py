@@ -49,7 +49,7 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
     role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise DataError(f"{source}: conversations[{number}] has from={turn['from']!r}.{hint(str(turn['from']), ROLES)}")
-    loss = checked_loss(turn, role, f"{source}: conversations[{number}]")
+    loss, weight = checked_loss(turn, role, f"{source}: conversations[{number}]")
     text = turn["value"]
     if role == "user":
         return Message(role, split_tags(text, pool))
@@ -58,7 +58,7 @@ def _message(turn: Any, number: int, pool: MediaPool) -> Message:
             f"{source}: conversations[{number}] is a {turn['from']} turn with a media tag. Media belong to human "
             "turns; if it is meant as text, write a backslash before the tag."
         )
-    return Message(role, (Text(unescaped(text)),), loss=loss)
+    return Message(role, (Text(unescaped(text)),), loss=loss, weight=weight)
 
 
 def _media_root(record: dict[str, Any], source: Source, media_root: str | None) -> str | None:

@@ -70,8 +70,12 @@ def _with_tags_replaced(turn: Any, key: str, replacement: Callable[[re.Match[str
     if isinstance(content, str):
         return turn | {key: TAGS.sub(replacement, content)}
     if isinstance(content, list):
-        return turn | {key: [_with_tags_replaced(part, "text", replacement) for part in content]}
+        return turn | {key: [_with_tags_replaced(part, _text_key(part), replacement) for part in content]}
     return turn
+
+
+def _text_key(part: Any) -> str:
+    return "value" if isinstance(part, dict) and "value" in part else "text"
 
 
 def _refs(objects: dict[str, Any], source: Source) -> list[str]:

@@ -2,9 +2,9 @@
 
 Texts are kept verbatim. Content is a string or a list of parts: ``{"type": "text", "text": ...}``,
 ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``; ``url``, ``path`` and ``image_url`` are
-accepted too. The record's ``images`` and ``videos`` go where a text has ``<image>`` or ``<video>`` tags, or where a
-part is just ``{"type": "image"}``; one message cannot use both. A part may set its own size limits and frame sampling
-(readers/media_settings.py).
+accepted too, and ``value`` for any of them. Parts of other types are read by special_parts.py. The record's ``images``
+and ``videos`` go where a text has ``<image>`` or ``<video>`` tags, or where a part is just ``{"type": "image"}``; one
+message cannot use both. A part may set its own size limits and frame sampling (readers/media_settings.py).
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Par
 from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, medium_value, split_tags, unescaped
 from qwenvl_ft.data.readers.media_settings import checked_fps, limits_of, sampling_of
 from qwenvl_ft.data.readers.record_keys import checked_loss, checked_objects, checked_turns, with_record_keys
+from qwenvl_ft.data.readers.special_parts import KINDS, expanded
 from qwenvl_ft.data.readers.unread_turns import RECORD_KEYS, require_media_shown, unread_of_record
 from qwenvl_ft.errors import DataError, hint
 
 KEYS = {
-    "image": ("image", "url", "path", "image_url", "bytes"),
-    "image_url": ("image_url", "url"),
-    "video": ("video", "url", "path", "video_url", "frames"),
-    "video_url": ("video_url", "url"),
+    "image": ("image", "url", "path", "image_url", "bytes", "value"),
+    "image_url": ("image_url", "url", "value"),
+    "video": ("video", "url", "path", "video_url", "frames", "value"),
+    "video_url": ("video_url", "url", "value"),
 }
 """Type of a media part -> keys that may hold its value, the canonical one first."""
 
@@ -35,14 +36,15 @@ def read(record: dict[str, Any], source: Source, media_root: str | None) -> Conv
     Raises:
         DataError: a message is malformed, or tags and media do not match.
     """
-    entries = checked_turns(record, "messages", source, singular="message")
+    checked_turns(record, "messages", source, singular="message")
     unread = unread_of_record(record, "messages", source)
     pool = MediaPool(record, source, media_root)
-    messages = tuple(_message(entry, number, pool, media_root) for number, entry in enumerate(entries))
+    plain, entries = expanded(record, source)
+    messages = tuple(_message(entry, number, pool, media_root) for number, entry in entries)
     pool.finish()
     conversation = Conversation(messages, source, unread=unread)
     require_media_shown(conversation, record, RECORD_KEYS["messages"])
-    return with_record_keys(conversation, record)
+    return with_record_keys(conversation, plain)
 
 
 def _message(message: Any, number: int, pool: MediaPool, media_root: str | None) -> Message:
@@ -53,10 +55,6 @@ def _message(message: Any, number: int, pool: MediaPool, media_root: str | None)
     if role not in ROLES:
         raise DataError(f"{where} has role={role!r}.{hint(str(role), ROLES)}")
     calls = _tool_calls(message, where)
-    if message.get("reasoning_content"):
-        raise DataError(
-            f"{where} has 'reasoning_content'. Write it into the content: <think>...</think> and the answer."
-        )
     if calls and role != "assistant":
         raise DataError(f"{where} has tool_calls and role {role!r}. Only an assistant calls tools.")
     content = message.get("content")
@@ -70,7 +68,7 @@ def _message(message: Any, number: int, pool: MediaPool, media_root: str | None)
         raise DataError(f"{where}: content must be a text or a list of parts, not {content!r:.80}.")
     if role in ("assistant", "system") and any(not isinstance(part, Text) for part in parts):
         raise TagsError(f"{where} has role {role!r} and a medium. Media belong to user and tool messages.")
-    return Message(role, parts, calls, checked_loss(message, role, where))
+    return Message(role, parts, calls, *checked_loss(message, role, where))
 
 
 def _tool_calls(message: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
@@ -118,7 +116,7 @@ def _parts(content: Any, role: str, pool: MediaPool, where: str, media_root: str
 def _text_of(part: Any) -> str | None:
     """Return the text of a text part; None for any other part."""
     if isinstance(part, dict) and (part.get("type") or "text") == "text":
-        part = part.get("text")
+        part = part.get("text") if part.get("text") is not None else part.get("value")
     return part if isinstance(part, str) else None
 
 
@@ -128,8 +126,10 @@ def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> P
     kind = part.get("type") or next((key for key in ("text", *KEYS) if part.get(key) is not None), None)
     if kind == "text":
         raise DataError(f"{where} has type 'text' and no text.")
+    if isinstance(kind, str) and "audio" in kind:
+        raise DataError(f"{where} has type={kind!r}, a medium that the model has no input for. Drop the record.")
     if not isinstance(kind, str) or kind not in KEYS:
-        raise DataError(f"{where} has type={kind!r}.{hint(str(kind), ('text', *KEYS))}")
+        raise DataError(f"{where} has type={kind!r}.{hint(str(kind), ('text', *KEYS, *KINDS))}")
     keys = {key for key, entry in part.items() if entry is not None}
     tag = f"<{kind.removesuffix('_url')}>"
     if keys == {"type"} and pool.has(tag):

@@ -1,4 +1,4 @@
-"""Keys of both ``conversations`` and ``messages`` records: turns, ``system``, ``tools``, ``loss`` and ``weight``."""
+"""Keys of both ``conversations`` and ``messages`` records: turns, ``system``, ``tools``, and the weights of turns."""
 
 import json
 from contextlib import suppress
@@ -67,8 +67,27 @@ def checked_objects(value: Any, where: str, plural: str) -> tuple[dict[str, Any]
     return tuple(objects)
 
 
-def checked_loss(turn: dict[str, Any], role: str, where: str) -> bool | None:
-    """Return a turn's ``loss`` or ``weight``, which sets whether it is supervised; None if neither is given.
+def parsed_calls(content: Any, where: str) -> list[dict[str, Any]]:
+    """Return the tool calls in a text of JSON, or in an object or a list of objects.
+
+    Raises:
+        DataError: it is not JSON, or a call has no name or no arguments.
+    """
+    try:
+        parsed = json.loads(content) if isinstance(content, str) else content
+    except ValueError as error:
+        raise DataError(f"{where} is a tool call, which must be JSON: {error}.") from None
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise DataError(f"{where} must be {{'name': ..., 'arguments': ...}} or a list of them, not {parsed!r:.80}.")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def checked_loss(turn: dict[str, Any], role: str, where: str) -> tuple[bool | None, float]:
+    """Return whether a turn is supervised, and the weight of its tokens in the loss.
+
+    ``loss`` and ``weight`` set the first, ``loss_weight`` both: 0 leaves the turn out. Without them it is (None, 1.0).
 
     Raises:
         DataError: the value is not true, false, 1 or 0, both keys disagree, or a turn of another role than the
@@ -82,4 +101,14 @@ def checked_loss(turn: dict[str, Any], role: str, where: str) -> bool | None:
             raise DataError(f"{where} has {key}={loss!r} and role {role!r}. Only assistant turns are supervised.")
     if len(set(map(bool, flags.values()))) > 1:
         raise DataError(f"{where} has {flags}, which contradict each other. Keep one.")
-    return bool(next(iter(flags.values()))) if flags else None
+    loss = bool(next(iter(flags.values()))) if flags else None
+    weight = turn.get("loss_weight")
+    if weight is None:
+        return loss, 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise DataError(f"{where} has loss_weight={weight!r}. Give a number from 0, which leaves the turn out.")
+    if weight and role != "assistant":
+        raise DataError(f"{where} has loss_weight={weight!r} and role {role!r}. Only assistant turns are supervised.")
+    if loss is not None and loss != bool(weight):
+        raise DataError(f"{where} has {flags} and loss_weight={weight!r}, which contradict each other. Keep one.")
+    return (loss, float(weight)) if weight else (False, 1.0)

@@ -10,12 +10,12 @@ Records without these roles are plain ``conversations`` or ``messages``. The val
 call or a list of calls, as JSON. Turns have ``from`` and ``value``, or ``role`` and ``content``.
 """
 
-import json
 from typing import Any
 
 from qwenvl_ft.data import conversation
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.readers import conversations
+from qwenvl_ft.data.readers.record_keys import parsed_calls
 from qwenvl_ft.errors import DataError, hint
 
 LISTS = ("conversations", "messages")
@@ -76,21 +76,9 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     content = turn.get("value", turn.get("content"))
     kept = {key: value for key, value in turn.items() if key not in ("from", "role", "value", "content")}
     if role in CALLS:
-        return kept | {"role": "assistant", "content": "", "tool_calls": _tool_calls(content, where)}
+        return kept | {"role": "assistant", "content": "", "tool_calls": parsed_calls(content, where)}
     if role not in MESSAGE_ROLES:
         raise DataError(f"{where} has the role {role!r}.{hint(str(role), (*MESSAGE_ROLES, *CALLS))}")
     if "from" in turn and isinstance(content, str) and MESSAGE_ROLES[role] == "user":
         content = content.strip()  # as the official preprocessing does with from/value turns
     return kept | {"role": MESSAGE_ROLES[role], "content": content}
-
-
-def _tool_calls(content: Any, where: str) -> list[dict[str, Any]]:
-    try:
-        parsed = json.loads(content) if isinstance(content, str) else content
-    except ValueError as error:
-        raise DataError(f"{where} is a tool call, which must be JSON: {error}.") from None
-    calls = parsed if isinstance(parsed, list) else [parsed]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise DataError(f"{where} must be {{'name': ..., 'arguments': ...}} or a list of them, not {parsed!r:.80}.")
-    return [{"type": "function", "function": call} for call in calls]

@@ -5,6 +5,7 @@ from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Image, Source, Video
 from qwenvl_ft.data.readers.media_settings import COUNTS, SECONDS, VIDEO_LIMITS
+from qwenvl_ft.data.readers.special_parts import VALUES
 from qwenvl_ft.data.unread import MEANINGS, TURN_MEANINGS, Unread, once, require_media_read, unread_keys
 
 SHARED_KEYS = {
@@ -24,6 +25,7 @@ TURN_KEYS = {
 """Key of the list of turns -> keys of a turn that its reader reads or refuses."""
 PART_KEYS = {
     *("type", "text", "value", "image", "image_url", "video", "video_url", "url", "path", "bytes", "frames"),
+    *VALUES,
     *("fps", "sample_fps", "window", "image_frame", *VIDEO_LIMITS, *COUNTS, *SECONDS),
 }
 """Keys of a part of a message's content."""

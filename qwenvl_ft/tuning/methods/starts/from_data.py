@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from qwenvl_ft.data.collate import ASIDE
 from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.peft import public
@@ -104,4 +105,4 @@ def _flat_inputs(states: Any) -> Tensor:
 def _on_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    return {key: value for key, value in moved.items() if key not in ("sources", "faults")}
+    return {key: value for key, value in moved.items() if key == "labels" or key not in ASIDE}

@@ -1,12 +1,16 @@
 """A turn's loss_weight gives the weighted mean sum(w * nll) / sum(w), however the batch is split."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import picture
 from run_cases import short_run
+from test_launch import launchers
 from test_loss_weights import logged
 
 from qwenvl_ft import train as train_function
@@ -40,9 +44,9 @@ def data(tmp_path_factory):
     return folder / "turns.jsonl"
 
 
-def recipe_of(tiny_dir, data, output, *more):
+def words_of(tiny_dir, data, output, *more):
     settings = (
-        "template.max_length=400",
+        "template.max_length=600",
         "tuner.train_type=full",
         "training.packing=false",
         "training.num_train_epochs=1",
@@ -52,7 +56,11 @@ def recipe_of(tiny_dir, data, output, *more):
         "training.logging_steps=1",
         "training.save_strategy=no",
     )
-    return load_recipe(None, short_run(tiny_dir, str(data), output, *settings, *more))
+    return short_run(tiny_dir, str(data), output, *settings, *more)
+
+
+def recipe_of(*arguments):
+    return load_recipe(None, words_of(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,7 @@ def by_hand(tiny_dir, processor, samples, *, weighted=True):
     model = load_model(str(tiny_dir), torch_dtype="float32")
     use_raw_patches(model, processor.image_processor)
     total, count = 0.0, 0.0
-    for sample, weights in zip(samples, WEIGHTS, strict=True):
+    for sample, weights in zip(samples, WEIGHTS[: len(samples)], strict=True):
         labels = sample["labels"][1:]
         inputs = {key: value for key, value in QwenVLCollator()([sample]).items() if key not in ASIDE}
         losses = F.cross_entropy(model(**inputs).logits[0, :-1], labels, ignore_index=-100, reduction="none").double()
@@ -102,6 +110,22 @@ def test_any_split_gives_the_weighted_mean_by_hand(tiny_dir, data, processor, sa
     expected = by_hand(tiny_dir, processor, samples)
     assert logged(tmp_path) == pytest.approx(expected, rel=1e-4)
     assert by_hand(tiny_dir, processor, samples, weighted=False) != pytest.approx(expected, rel=1e-3), "vacuous"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_give_the_same_mean_where_one_of_them_has_no_weights(
+    tiny_dir, data, processor, samples, tmp_path
+):
+    two = data.with_name("two.jsonl")
+    two.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
+    assert ["label_weights" in sample for sample in samples[:2]] == [True, False]
+    words = words_of(tiny_dir, two, tmp_path, "training.per_device_train_batch_size=1")
+    command = [sys.executable, *launchers(2)["torchrun"], "qwenvl_ft.train", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path) == pytest.approx(by_hand(tiny_dir, processor, samples[:2]), rel=1e-4)
 
 
 def test_evaluation_is_not_weighted(tiny_dir, data, processor, samples, tmp_path):

@@ -184,7 +184,7 @@ def tally(into: dict[str, Tally], unread: Iterable[Unread], where: str) -> None:
 
 def tally_lines(counted: Mapping[str, Tally]) -> list[str]:
     """Return one line for each unread key, the most frequent first."""
-    ordered = sorted(counted.items(), key=lambda entry: (-entry[1].count, entry[0]))
+    ordered = sorted(counted.items(), key=lambda entry: (-entry[1].records, entry[0]))
     return [
         f"nothing reads the key {path!r} ({count:,} record{'s' * (count != 1)}), e.g. {example}"
         for path, (count, example) in ordered

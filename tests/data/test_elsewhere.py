@@ -31,28 +31,31 @@ def error_of(processor, path, **options):
 
 def test_a_path_from_the_working_directory_is_found(processor, demo, tmp_path):
     text = error_of(processor, demo)
-    assert text.endswith("does not exist. It is at ./demo/images/1.png: data.media_root=.")
+    assert text.endswith("does not exist. It is at ./demo/images/1.png; data.media_root=. finds it.")
     assert f"image {tmp_path}/demo/demo/images/1.png" in text
     record, _, root = load_records(str(demo), media_root=".")[0]
     assert "pixel_values" in Encoder(processor)(record, root), "the setting that the message names is right"
     (fault,) = checked(demo).errors()
     assert fault.reason == "missing"
-    assert fault.message.endswith("It is at ./demo/images/1.png: data.media_root=.")
+    assert fault.message.endswith("It is at ./demo/images/1.png; data.media_root=. finds it.")
     assert checked(demo, "data.media_root=.").ok
 
 
 def test_a_path_from_a_folder_above_the_file_is_found_from_anywhere(processor, demo, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert error_of(processor, demo).endswith(f"It is at {tmp_path}/demo/images/1.png: data.media_root={tmp_path}.")
+    assert error_of(processor, demo).endswith(
+        f"It is at {tmp_path}/demo/images/1.png; data.media_root={tmp_path} finds it."
+    )
 
 
 def test_a_path_beside_the_file_is_found_where_the_root_is_another(processor, tmp_path, write_jsonl, monkeypatch):
-    monkeypatch.chdir("/")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
     picture(64, 64).save(tmp_path / "1.png")
     path = write_jsonl([asked("1.png")])
     assert error_of(processor, path, media_root="/nowhere").endswith(
-        f"It is at {tmp_path}/1.png: data.media_root={tmp_path}."
+        f"It is at {tmp_path}/1.png; data.media_root={tmp_path} finds it."
     )
     assert error_of(processor, write_jsonl([asked("2.png")], "b.jsonl"), media_root="/nowhere").endswith(
         "image /nowhere/2.png does not exist. Relative paths start at data.media_root."
@@ -62,7 +65,7 @@ def test_a_path_beside_the_file_is_found_where_the_root_is_another(processor, tm
 def test_the_setting_named_is_the_one_that_decides(processor, demo, tmp_path, write_jsonl):
     register_dataset("set", str(demo), str(tmp_path / "demo"))
     try:
-        assert error_of(processor, "set").endswith("data.datasets.set.data_path=.")
+        assert error_of(processor, "set").endswith("; data.datasets.set.data_path=. finds it.")
     finally:
         del DATASETS["set"]
     own = write_jsonl([asked("1.png", data_path="images")], "demo/own.jsonl")
@@ -76,10 +79,10 @@ def test_videos_and_frames_are_found_too(processor, demo, films, tmp_path, write
 
     shutil.copy(films["plain"], tmp_path / "a.mp4")
     video = write_jsonl([{"video": "a.mp4"} | asked([], question="<video>?") | {"image": None}], "demo/v.jsonl")
-    assert error_of(processor, video).endswith("It is at ./a.mp4: data.media_root=.")
+    assert error_of(processor, video).endswith("It is at ./a.mp4; data.media_root=. finds it.")
     frames = [{"video": [["demo/images/1.png"] * 4], "conversations": asked([], question="<video>?")["conversations"]}]
     assert error_of(processor, write_jsonl(frames, "demo/f.jsonl")).endswith(
-        "It is at ./demo/images/1.png: data.media_root=."
+        "It is at ./demo/images/1.png; data.media_root=. finds it."
     )
 
 

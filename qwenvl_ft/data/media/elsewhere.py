@@ -61,7 +61,7 @@ def absent(kind: str, value: Any) -> str:
     for folder in _folders(value.root):
         path = folder / value.written
         if path.is_file():
-            return f"{text} It is at {_shown(path)}: {key}={_shown(folder)}."
+            return f"{text} It is at {_shown(path)}; {key}={_shown(folder)} finds it."
     return f"{text} Relative paths start at {key}."
 
 

@@ -72,7 +72,7 @@ def test_flags_that_are_named_as_ours_are_taken(tool):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_flags_to_leave_out_are_refused_by_name(tool):
     for theirs, ours in rows(tool):
-        for flag in FLAGS.findall(theirs) if ours.startswith("leave") else ():
+        for flag in FLAGS.findall(theirs) if ours.startswith("leave") and " with " not in theirs else ():
             name, *value = flag.split()
             with pytest.raises(RecipeError, match=name):
                 recipe_from_argv(["--dataset", "a.jsonl", name, *(value or ["1"])])

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.dialect_defaults import default_layer, dialect_of
 from qwenvl_ft.recipe.dialects import ALIASES, FILE_FLAGS, FILES, PLACEHOLDERS, flag_type, flag_values
+from qwenvl_ft.recipe.foreign import Tool, file_layers, translated
 from qwenvl_ft.recipe.keys import bare_names
-from qwenvl_ft.recipe.layers import OVERRIDE, Layer, environment_layer, find_recipe, read_layers, set_override
+from qwenvl_ft.recipe.layers import OVERRIDE, Layer, environment_layer, find_recipe, set_override
 from qwenvl_ft.recipe.load import build_recipe
 from qwenvl_ft.recipe.schema import TOP_LEVEL, Recipe
+from qwenvl_ft.recipe.tools import TOOLS
 from qwenvl_ft.recipe.values import shown
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\.[^=\s]+)?=")
@@ -42,8 +44,15 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     files: dict[str, str] = {}
     overrides = Layer(OVERRIDE)
-    flags: set[str] = set()
-    for name, value, spelled in _without_placeholder(list(_arguments(_joined(argv)))):
+    dialect = None if _names_a_file(argv) else dialect_of(_flags(argv))
+    tool = TOOLS.get(dialect or "")
+    arguments = _without_placeholder(list(_arguments(_joined(argv), tool)))
+    if tool is not None:
+        theirs = {name: value for name, value, _ in arguments if tool.knows(name)}
+        arguments = [argument for argument in arguments if argument[0] not in theirs]
+        for key, converted in translated(tool, str(dialect), theirs, f"{OVERRIDE}, as in {dialect}").items():
+            overrides.set(key, converted, key)
+    for name, value, spelled in arguments:
         if name in FILES:
             if FILES[name] in files:
                 raise RecipeError(
@@ -55,15 +64,23 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
         else:
             for key, converted in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
                 overrides.set(key, converted, spelled)
-        if spelled.startswith("--"):
-            flags.add(name)
     from_files = [
-        layer for place in ("base", "recipe") if place in files for layer in read_layers(find_recipe(files[place]))
+        layer for place in ("base", "recipe") if place in files for layer in file_layers(find_recipe(files[place]))
     ]
     strong = [environment_layer(), overrides]
-    dialect = None if from_files else dialect_of(flags)
-    defaults = [default_layer(dialect, flags, strong)] if dialect else []
+    defaults = [default_layer(dialect, _flags(argv), strong)] if dialect else []
     return build_recipe([*defaults, *from_files, *strong])
+
+
+def _flags(argv: list[str]) -> set[str]:
+    """Return the names of the flags of a command line."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def _names_a_file(argv: list[str]) -> bool:
+    """Return True if a command line names a recipe or another tool's file."""
+    names = {word.partition("=")[0] for word in argv if "=" in word and not word.startswith("--")}
+    return not FILES.keys().isdisjoint(names | _flags(argv))
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -104,14 +121,14 @@ def _without_placeholder(arguments: list[tuple[str, Any, str]]) -> list[tuple[st
     return kept
 
 
-def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:
+def _arguments(words: list[str], tool: Tool | None) -> Iterator[tuple[str, Any, str]]:
     """Yield name, value and spelling of each argument."""
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
         if word.startswith("--"):
             name = name if "." in name else name.replace("-", "_")
-            yield name, text if equals else _taken(name, words), f"--{name}"
+            yield name, text if equals else _taken(name, words, tool), f"--{name}"
         elif equals:
             yield name, text, name
         else:
@@ -120,9 +137,9 @@ def _arguments(words: list[str]) -> Iterator[tuple[str, Any, str]]:
             )
 
 
-def _taken(flag: str, words: list[str]) -> Any:
+def _taken(flag: str, words: list[str], tool: Tool | None) -> Any:
     """Remove the words that are a flag's value from ``words`` and return them."""
-    kinds = _members(flag_type(flag))
+    kinds = {bool, list} if tool is not None and tool.knows(flag) else _members(flag_type(flag))
     taken: list[str] = []
     while words and not _begins(words[0]) and (not taken or list in kinds):
         taken.append(words.pop(0))

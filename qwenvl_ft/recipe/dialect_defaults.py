@@ -18,6 +18,7 @@ from typing import Any
 from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
 from qwenvl_ft.recipe.layers import Layer
 from qwenvl_ft.recipe.methods import reads
+from qwenvl_ft.recipe.schema import TemplateConfig
 
 Values = dict[str, Any]
 UNSET: Any = object()
@@ -123,8 +124,8 @@ def _contradicts(key: str, value: Any, given: Given) -> bool:
             return True
         if key == most and value < given.number(least, value):
             return True
-    is_image = key in PAIRS[0]
-    return is_image and value // TOKEN_PIXELS >= given.number("template.max_length", value)
+    longest_sample = given.number("template.max_length", TemplateConfig().max_length)
+    return key in PAIRS[0] and value // TOKEN_PIXELS >= longest_sample
 
 
 PARTS = Computed(_frozen_unless_named, "true beside --tune_mm_*; false in other full training")
@@ -132,6 +133,29 @@ LENGTH = Computed(longest, "the model's number of positions")
 
 
 MARKS: dict[str, tuple[str, ...]] = {
+    "LLaMA-Factory": (
+        "stage",
+        "finetuning_type",
+        "lora_target",
+        "cutoff_len",
+        "dataset_dir",
+        "freeze_multi_modal_projector",
+    ),
+    "2U1": (
+        "model_id",
+        "data_path",
+        "image_folder",
+        "freeze_merger",
+        "vision_lora",
+        "vision_lr",
+        "merger_lr",
+        "lora_namespan_exclude",
+        "num_lora_modules",
+        "unfreeze_topk_vision",
+        "disable_flash_attn2",
+        "use_liger",
+        "bits",
+    ),
     "train_qwen.py": (
         "dataset_use",
         "eval_dataset_use",
@@ -173,7 +197,41 @@ MARKS: dict[str, tuple[str, ...]] = {
 """Tool -> flags that show that a command line was written for it. The first tool of which a mark is given counts:
 ms-swift comes last, because many of its flags are also ours."""
 
+TRANSFORMERS: Values = {
+    "training.packing": False,
+    "training.per_device_train_batch_size": 8,
+    "training.per_device_eval_batch_size": 8,
+    "training.learning_rate": 5e-5,
+    "training.weight_decay": 0.0,
+    "training.lr_scheduler_type": "linear",
+    "training.warmup_steps": 0,
+    "training.logging_steps": 500,
+    "training.logging_first_step": False,
+    "training.save_total_limit": None,
+}
+"""Defaults of TrainingArguments that differ from ours, and no packing: for tools that leave them as they are."""
+
 DIALECTS: dict[str, Values] = {
+    "LLaMA-Factory": TRANSFORMERS
+    | {
+        "tuner.lora_alpha": Computed(lambda given: 2 * given.number("tuner.lora_rank", 8), "twice lora_rank"),
+        "tuner.lora_dropout": 0.0,
+        "template.max_length": 2048,
+        "template.max_pixels": 768 * 768,
+        "template.min_pixels": 32 * 32,
+        "template.fps": 2.0,
+        "template.fps_max_frames": 128,
+        "template.video_frame_max_pixels": 256 * 256,
+    },
+    "2U1": TRANSFORMERS
+    | {
+        "tuner.lora_rank": 64,
+        "tuner.lora_alpha": 16,
+        "template.max_length": LENGTH,
+        "template.max_pixels": 12845056,
+        "template.min_pixels": 3136,
+        "template.video_frame_max_pixels": 602112,
+    },
     "ms-swift": {
         "template.max_length": LENGTH,
         "model.torch_dtype": "auto",
@@ -186,7 +244,8 @@ DIALECTS: dict[str, Values] = {
         "training.save_total_limit": None,
         "training.eval_strategy": Computed(_evaluate_as_saved, "epoch if save_strategy is epoch"),
     },
-    "train_qwen.py": {
+    "train_qwen.py": TRANSFORMERS
+    | {
         "tuner.train_type": Computed(_full_by_parts, "full beside --tune_mm_*"),
         "tuner.freeze_llm": PARTS,
         "tuner.freeze_vit": PARTS,
@@ -202,23 +261,28 @@ DIALECTS: dict[str, Values] = {
         "template.fps_max_frames": 8,
         "template.video_min_pixels": 256 * 28 * 28,
         "template.video_max_pixels": 1024 * 28 * 28,
-        "training.packing": False,
-        "training.per_device_train_batch_size": 8,
-        "training.per_device_eval_batch_size": 8,
-        "training.learning_rate": 5e-5,
-        "training.weight_decay": 0.0,
-        "training.lr_scheduler_type": "linear",
-        "training.warmup_steps": 0,
-        "training.logging_steps": 500,
-        "training.logging_first_step": False,
-        "training.save_total_limit": None,
     },
 }
 """Tool -> our key -> its default, for each default that differs from ours. A key of ``tuner`` applies only to methods
 that read it."""
 
 _SAME_RESULT = "the result is the same"
+_TRANSFORMERS_KEPT = {
+    "model.torch_dtype": "mixed precision over bfloat16, as these tools' examples ask for by bf16",
+    "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
+    "training.activation_checkpointing": f"{_SAME_RESULT}, in less memory",
+    "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
+    "training.dataloader_persistent_workers": f"{_SAME_RESULT}; workers start once",
+    "training.report_to": "all would start every tracker that is installed",
+    "training.optim": f"{_SAME_RESULT}; the fused kernel computes the same update faster",
+}
 KEPT: dict[str, dict[str, str]] = {
+    "LLaMA-Factory": _TRANSFORMERS_KEPT
+    | {
+        "template.truncation_strategy": "LLaMA-Factory cuts samples, even within an image; ours drops and counts them",
+        "data.dataset_num_proc": f"{_SAME_RESULT}; it only measures lengths",
+    },
+    "2U1": _TRANSFORMERS_KEPT | {"training.use_liger_kernel": "that tool refuses its default for Qwen3-VL"},
     "ms-swift": {
         "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
         "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
@@ -238,16 +302,10 @@ KEPT: dict[str, dict[str, str]] = {
         "training.data_seed": "the order of the data follows training.seed, which is 42 too",
         "training.metric_for_best_model": f"{_SAME_RESULT}: loss is the metric where one is needed",
     },
-    "train_qwen.py": {
+    "train_qwen.py": _TRANSFORMERS_KEPT
+    | {
         "tuner.train_type": "without a flag that names parts, the script trains nothing and stops; LoRA trains",
         "tuner.lora_dropout": "the script reads 0 as 0.05, which is our default",
-        "model.torch_dtype": "the script runs only with --bf16: flash-attention does not take float32",
-        "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
-        "training.activation_checkpointing": f"{_SAME_RESULT}, in less memory",
-        "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
-        "training.dataloader_persistent_workers": f"{_SAME_RESULT}; workers start once",
-        "training.optim": f"{_SAME_RESULT}; the fused kernel computes the same update faster",
-        "training.report_to": "all would start every tracker that is installed",
     },
 }
 """Tool -> our key -> why our default stays although the tool's is another."""

@@ -16,6 +16,7 @@ from qwenvl_ft.errors import RecipeError, hint, unknown_name
 from qwenvl_ft.recipe.checks import check
 from qwenvl_ft.recipe.dialects import REMOVED, is_same_anyway
 from qwenvl_ft.recipe.exclusive import outweighed, set_lengths, settle
+from qwenvl_ft.recipe.foreign import file_layers
 from qwenvl_ft.recipe.keys import LENGTH, argument_types, own_types
 from qwenvl_ft.recipe.layers import (
     ENVIRONMENT_LAYER,
@@ -25,7 +26,6 @@ from qwenvl_ft.recipe.layers import (
     environment_layer,
     find_recipe,
     override_layer,
-    read_layers,
 )
 from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
 from qwenvl_ft.recipe.methods import readers
@@ -44,7 +44,7 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str]
         RecipeError: a file is missing or malformed, a key is unknown, or a value is wrong. The message is one line that
             names file, key and value.
     """
-    layers = read_layers(find_recipe(name_or_path)) if name_or_path else []
+    layers = file_layers(find_recipe(name_or_path)) if name_or_path else []
     return build_recipe([*layers, environment_layer(), override_layer(overrides)])
 
 

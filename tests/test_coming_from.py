@@ -32,7 +32,7 @@ def rows(tool):
 
 
 def test_the_page_has_every_tool():
-    assert list(TOOLS) == ["ms-swift", "train_qwen.py", "LLaMA-Factory", "TRL", "Unsloth", "2U1"]
+    assert list(TOOLS) == ["ms-swift", "train_qwen.py", "LLaMA-Factory", "axolotl", "TRL", "Unsloth", "2U1"]
     assert all(rows(tool) for tool in TOOLS)
 
 

@@ -22,9 +22,11 @@ USAGE = """Train a model as a recipe describes.
 usage: qwenvl-ft train recipe=NAME|PATH [section.key=value ...] [--flag value ...]
        accelerate launch -m qwenvl_ft.train (same arguments)
 
-  recipe=NAME           a recipe in recipes/, or a file; also --config PATH. It overrides --base_config PATH
+  recipe=NAME           a recipe in recipes/, or a file; also --config PATH. It overrides --base_config PATH.
+                        The file may also be one of LLaMA-Factory or axolotl
   section.key=value     override a key, for example training.learning_rate=1e-5
-  --flag value          a flag of ms-swift or train_qwen.py, a key without its section, or a field of TrainingArguments
+  --flag value          a flag of ms-swift, train_qwen.py, LLaMA-Factory or 2U1, a key without its section, or a field
+                        of TrainingArguments. Without a recipe, such a command line has the defaults of that tool
 
 To print the resolved recipe: qwenvl-ft recipe NAME. All keys: docs/reference.md"""
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ def _evaluate_as_saved(given: Given) -> Any:
     return strategy if strategy == "epoch" and _evaluates(given) else UNSET
 
 
+def _each_epoch(steps: str, given: Given) -> Any:
+    """Return axolotl's strategy of saving or evaluating (if there is data for it) where no number of steps is given."""
+    applies = f"training.{steps}" not in given.values and (steps == "save_steps" or _evaluates(given))
+    return "epoch" if applies else UNSET
+
+
 def _named_parts(given: Given) -> bool:
     return any(flag.startswith("tune_mm_") for flag in given.flags)
 
@@ -133,6 +140,7 @@ LENGTH = Computed(longest, "the model's number of positions")
 
 
 MARKS: dict[str, tuple[str, ...]] = {
+    "axolotl": ("base_model", "micro_batch_size", "sequence_len", "sample_packing", "num_epochs", "lora_target_linear"),
     "LLaMA-Factory": (
         "stage",
         "finetuning_type",
@@ -212,6 +220,24 @@ TRANSFORMERS: Values = {
 """Defaults of TrainingArguments that differ from ours, and no packing: for tools that leave them as they are."""
 
 DIALECTS: dict[str, Values] = {
+    "axolotl": {
+        "tuner.train_type": "full",
+        "tuner.freeze_vit": False,
+        "tuner.freeze_aligner": False,
+        "tuner.lora_dropout": 0.0,
+        "template.max_length": 512,
+        "training.packing": False,
+        "training.weight_decay": 0.0,
+        "training.logging_first_step": False,
+        "training.per_device_eval_batch_size": Computed(
+            lambda given: given.number("training.per_device_train_batch_size", 1), "per_device_train_batch_size"
+        ),
+        "training.num_train_epochs": 1,
+        "training.warmup_steps": 0.03,
+        "training.save_strategy": Computed(partial(_each_epoch, "save_steps"), "epoch without save_steps"),
+        "training.eval_strategy": Computed(partial(_each_epoch, "eval_steps"), "epoch without eval_steps"),
+        "training.save_total_limit": 4,
+    },
     "LLaMA-Factory": TRANSFORMERS
     | {
         "tuner.lora_alpha": Computed(lambda given: 2 * given.number("tuner.lora_rank", 8), "twice lora_rank"),
@@ -277,6 +303,10 @@ _TRANSFORMERS_KEPT = {
     "training.optim": f"{_SAME_RESULT}; the fused kernel computes the same update faster",
 }
 KEPT: dict[str, dict[str, str]] = {
+    "axolotl": _TRANSFORMERS_KEPT
+    | {
+        "data.dataset_num_proc": f"{_SAME_RESULT}; it only measures lengths",
+    },
     "LLaMA-Factory": _TRANSFORMERS_KEPT
     | {
         "template.truncation_strategy": "LLaMA-Factory cuts samples, even within an image; ours drops and counts them",

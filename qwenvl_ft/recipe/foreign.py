@@ -87,7 +87,7 @@ def translated(tool: Tool, name: str, theirs: Values, where: str) -> Values:
     ours: Values = tool.joint(theirs, where) if tool.joint else {}
     for key, value in theirs.items():
         at = f"{where}: {key}"
-        if tool.is_irrelevant(key) or key in tool.joint_keys:
+        if key in tool.joint_keys:
             continue
         if key in tool.only:
             accepted, why = tool.only[key]
@@ -98,6 +98,8 @@ def translated(tool: Tool, name: str, theirs: Values, where: str) -> Values:
             if is_null(value):
                 continue
             ours |= {target: value} if isinstance(target, str) else target(Entry(value, theirs, at))
+        elif tool.is_irrelevant(key):
+            continue
         elif key in ALIASES:
             ours |= flag_values(key, value, at)
         elif type_of(f"training.{key}") is not None:

@@ -149,8 +149,8 @@ _ABSENT = {
         "sage_attention xformers_attention use_onebitllms scaling_softmax deepcompile special_tokens tokens "
         "added_tokens_overrides orpo_alpha chat_template_jinja eot_tokens fix_untrained_tokens plugins "
         "use_otel_metrics noisy_embedding_alpha merge_lora ple_cpu_offload quantize_moe_experts flash_optimum "
-        "generate_samples batch_size auto_resume_from_checkpoints chat_template_kwargs float16 float32 pad_to_multiple_of "
-        "save_first_step ddp "
+        "generate_samples batch_size auto_resume_from_checkpoints chat_template_kwargs float16 float32 "
+        "pad_to_multiple_of save_first_step ddp "
         "gpu_memory_limit shuffle_before_merging_datasets wandb_run_id wandb_log_model wandb_watch use_ray"
     ),
 }

@@ -52,7 +52,9 @@ def short_run(model, data, output, *more):
 
 
 def run_settings(tiny_dir, data, output, *more):
-    """Return overrides of a run of six steps that evaluates and saves at every second one."""
+    """Return overrides of a run of six steps that evaluates and saves at every second one, unless ``more`` turns it
+    off."""
+    often = [f"training.{kind}_steps=2" for kind in ("eval", "save") if not _turned_off(kind, more)]
     return short_run(
         tiny_dir,
         data / "train.jsonl",
@@ -67,8 +69,11 @@ def run_settings(tiny_dir, data, output, *more):
         "training.activation_checkpointing=false",
         "training.logging_steps=1",
         "training.eval_strategy=steps",
-        "training.eval_steps=2",
         "training.save_strategy=steps",
-        "training.save_steps=2",
+        *often,
         *more,
     )
+
+
+def _turned_off(kind, overrides):
+    return any(f"training.{kind}_strategy={when}" in overrides for when in ("no", "epoch"))

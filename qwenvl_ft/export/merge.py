@@ -22,10 +22,9 @@ from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.quantization import dequantized
 from qwenvl_ft.model.source import PROCESSOR_FILES, local_directory
+from qwenvl_ft.recipe.provenance import saved_recipe
 from qwenvl_ft.recipe.schema import QuantizationConfig
 from qwenvl_ft.upstream.unused import unused
-
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +105,9 @@ def merge(
 def trained_over(folder: Path) -> QuantizationConfig:
     """Return the quantisation that an adapter's base model had in training, from the recipe saved beside the
     adapter."""
-    if not (folder / RECIPE).is_file():
-        return QuantizationConfig()
-    from qwenvl_ft.recipe.load import load_recipe
-
-    return load_recipe(folder / RECIPE).quantization
+    saved = saved_recipe(folder)
+    values = saved["quantization"] if "quantization" in saved else {}
+    return QuantizationConfig(**{name: values[name] for name in vars(QuantizationConfig()) if name in values})
 
 
 def _base_model(folder: Path, source: str, revision: str | None, torch_dtype: str) -> Any:

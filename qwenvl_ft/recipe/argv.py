@@ -67,7 +67,10 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
             for key, converted in flag_values(name, value, f"{OVERRIDE}: {spelled}").items():
                 overrides.set(key, converted, spelled)
     from_files = [
-        layer for place in ("base", "recipe") if place in files for layer in file_layers(find_recipe(files[place]))
+        layer
+        for place in ("base", "recipe")
+        if place in files
+        for layer in file_layers(find_recipe(files[place]), own=place == "recipe")
     ]
     strong = [environment_layer(), overrides]
     defaults = [default_layer(dialect, _flags(argv), strong)] if dialect else []

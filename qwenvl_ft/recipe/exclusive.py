@@ -44,7 +44,7 @@ class Group:
     off: tuple[Any, ...] = NOTHING
     """Values with which a key of the group takes no part in it."""
     first_wins: bool = False
-    """True if the first key outweighs the others within a layer, as the library that they come from documents."""
+    """True if the first key outweighs the others within a layer, as transformers or ms-swift documents."""
 
 
 GROUPS = (
@@ -56,8 +56,17 @@ GROUPS = (
     ),
     Group(keys=("training.bf16", "training.fp16"), why="both set the precision of computation"),
     Group(keys=("deepspeed.enabled", "training.fsdp", "model.device_map"), why="each of them places the model itself"),
-    Group(keys=("tuner.target_regex", "tuner.target_modules"), why="both choose the modules that get an adapter"),
-    Group(keys=("data.val", "data.split_dataset_ratio"), why="both choose the evaluation data", off=(*NOTHING, 0)),
+    Group(
+        keys=("tuner.target_regex", "tuner.target_modules"),
+        why="both choose the modules that get an adapter",
+        first_wins=True,
+    ),
+    Group(
+        keys=("data.val", "data.split_dataset_ratio"),
+        why="both choose the evaluation data",
+        off=(*NOTHING, 0),
+        first_wins=True,
+    ),
     Group(keys=("tuner.boft_block_num", "tuner.boft_block_size"), why="both set the blocks of BOFT", off=(0,)),
 )
 """Keys that exclude each other. (``global_max_length`` and the lengths that it sets: `set_lengths`.)"""

@@ -114,15 +114,19 @@ def _equal(value: Any, accepted: Any) -> bool:
     return value == accepted or str(value).lower() == str(accepted).lower()
 
 
-def file_layers(path: Path) -> list[Layer]:
-    """Return the layers of a file: a recipe with its bases, or another tool's file over the defaults of that tool."""
+def file_layers(path: Path, *, own: bool = True) -> list[Layer]:
+    """Return the layers of a file: a recipe with its bases, or another tool's file over the defaults of that tool.
+
+    Args:
+        own: as `Layer.own`.
+    """
     from qwenvl_ft.recipe.tools import TOOLS
 
     values = read_file(path)
     name = dialect_of(values)
     if name not in TOOLS or any(isinstance(values.get(section), dict) for section in SECTIONS):
-        return read_layers(path)
-    layer = Layer(str(path))
+        return read_layers(path, own=own)
+    layer = Layer(str(path), own=own)
     for key, value in translated(TOOLS[name], name, values, str(path)).items():
         layer.set(key, value, key)
     return [default_layer(name, values, [layer]), layer]

@@ -53,6 +53,8 @@ class Layer:
     """Dotted key -> the alias that set it, if one did."""
     settings: "dict[str, list[tuple[str, Any]]]" = field(default_factory=dict)
     """Dotted key -> each spelling that set it, with its value; `exclusive.settle` chooses among them."""
+    own: bool = False
+    """True for the recipe itself, and for a phase in it, unlike the files that it extends."""
     phases: "dict[str, Layer] | None" = None
     """Name -> layer of a phase; None without ``phases``. A file defines all phases, overrides change some of them."""
 
@@ -142,7 +144,7 @@ def recipe_folders() -> list[Path]:
     return [Path("recipes"), PACKAGE_ROOT / "recipes", Path(sys.prefix) / "share" / "qwenvl_ft" / "recipes"]
 
 
-def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
+def read_layers(path: Path, chain: tuple[Path, ...] = (), *, own: bool = True) -> list[Layer]:
     """Return the layers of a file's bases and of the file itself, the weakest first.
 
     A base counts as a whole: with ``extends: [a, b]`` all that ``b`` sets or inherits overrides ``a``.
@@ -157,8 +159,8 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
     values = read_file(path)
     layers: list[Layer] = []
     for base in _bases(path, values):
-        layers += read_layers(base, (*chain, real))
-    return [*layers, _layer(str(path), values)]
+        layers += read_layers(base, (*chain, real), own=False)
+    return [*layers, _layer(str(path), values, own)]
 
 
 def _bases(path: Path, values: Values) -> list[Path]:
@@ -213,9 +215,9 @@ def read_file(path: Path) -> Values:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _layer(where: str, values: Values) -> Layer:
+def _layer(where: str, values: Values, own: bool) -> Layer:
     """Turn the values of a file into a layer, with aliases replaced by our keys; an unknown section is an error."""
-    layer = Layer(where)
+    layer = Layer(where, own=own)
     for section, content in values.items():
         if section not in TOP_LEVEL:
             raise RecipeError(f"{where}: unknown section {section!r}.{_section_hint(section)}")
@@ -253,7 +255,7 @@ def _phases(where: str, content: Any) -> dict[str, Layer]:
         for key in ("extends", "inherit", "phases"):
             if key in values:
                 raise RecipeError(f"{label}: {key} belongs at the top of a recipe, not in a phase.")
-        phases[name] = _layer(label, values)
+        phases[name] = _layer(label, values, own=True)
         _require_own_run(phases[name])
     return phases
 

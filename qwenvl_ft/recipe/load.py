@@ -28,9 +28,12 @@ from qwenvl_ft.recipe.layers import (
     override_layer,
 )
 from qwenvl_ft.recipe.layers import recipe_folders as recipe_folders
-from qwenvl_ft.recipe.methods import readers
-from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS, Recipe, TunerConfig
+from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS, Recipe
+from qwenvl_ft.recipe.unread import leave_out_unread
 from qwenvl_ft.recipe.values import convert
+
+Messages = dict[str, str]
+"""Key -> the error message for it."""
 
 
 def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -50,7 +53,7 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: Iterable[str]
 
 def build_recipe(layers: list[Layer]) -> Recipe:
     """Merge layers into a checked recipe, and with phases into one recipe for each of them."""
-    recipe = _typed(layers)
+    recipe, unread = _typed(layers)
     by_layer = {layer.where: layer.phases for layer in layers if layer.phases is not None}
     changes = by_layer.pop(OVERRIDE, {})
     phases = list(by_layer.values())[-1] if by_layer else {}
@@ -58,32 +61,49 @@ def build_recipe(layers: list[Layer]) -> Recipe:
         if name not in phases:
             raise unknown_name("phase", name, phases)
     for number, (name, phase) in enumerate(phases.items(), 1):
-        recipe.phases.append(_phase(layers, phase, changes, f"{number}/{len(phases)} {name}"))
+        own = [phase, *([changes[name]] if name in changes else [])]
+        run, unread_here = _phase(layers, own, f"{number}/{len(phases)} {name}")
+        recipe.phases.append(run)
+        unread = unread_here if number == 1 else {key: unread[key] for key in unread if key in unread_here}
     if not phases:
         check(recipe)
+    if unread:
+        raise RecipeError(next(iter(unread.values())))
     return recipe
 
 
-def _phase(layers: list[Layer], phase: Layer, changes: dict[str, Layer], title: str) -> Recipe:
-    """Return the recipe of a phase: stronger than all files, weaker than environment variables and overrides."""
+def _phase(layers: list[Layer], own: list[Layer], title: str) -> tuple[Recipe, Messages]:
+    """Return the recipe of a phase, and what it does not read of the settings that all phases share.
+
+    Args:
+        own: the phase's own layers: stronger than all files but weaker than environment variables and overrides, and
+            the overrides of this phase.
+    """
     name = title.split()[1]
     strong = [layer for layer in layers if layer.where in (ENVIRONMENT_LAYER, OVERRIDE)]
     weak = [layer for layer in layers if layer not in strong]
-    recipe = _typed([*weak, phase, *strong, *([changes[name]] if name in changes else [])])
+    recipe, unread = _typed([*weak, own[0], *strong, *own[1:]])
     recipe.phase = title
     training = recipe.training
     folder = f"phase_{title.split('/')[0]}" + ("" if name.isdigit() else f"_{name}")
     training.arguments["output_dir"] = str(Path(training.arguments["output_dir"]) / folder)
     training.logging_dir = training.logging_dir and str(Path(training.logging_dir) / folder)
+    mine = [message for message in unread.values() if message.startswith(tuple(f"{layer.where}: " for layer in own))]
     try:
         check(recipe)
+        if mine:
+            raise RecipeError(mine[0])
     except RecipeError as error:
         raise RecipeError(f"phase {title}: {error}") from None
-    return recipe
+    return recipe, unread
 
 
-def _typed(layers: list[Layer]) -> Recipe:
-    """Merge layers, resolve interpolations and convert every value to its type."""
+def _typed(layers: list[Layer]) -> tuple[Recipe, Messages]:
+    """Merge layers, resolve interpolations and convert every value to its type.
+
+    Returns:
+        The recipe, and the keys that their layer expects to be read although nothing reads them.
+    """
     merged: Values = {}
     origins: dict[str, str] = {}
     spelled: dict[tuple[str, str], str] = {}
@@ -105,8 +125,7 @@ def _typed(layers: list[Layer]) -> Recipe:
     if length == recipe.model.max_model_len == recipe.template.max_length:
         recipe.global_max_length = length
     _derive(recipe)
-    _drop_outweighed(recipe, [layer.where for layer in layers])
-    return recipe
+    return recipe, leave_out_unread(recipe, layers)
 
 
 def _remove(keys: list[str], merged: Values, origins: dict[str, str]) -> None:
@@ -204,17 +223,3 @@ def _derive(recipe: Recipe) -> None:
     best = arguments["save_strategy"] == "best" or arguments.get("load_best_model_at_end")
     if best or recipe.training.early_stopping_patience is not None:
         arguments.setdefault("metric_for_best_model", "eval_loss")
-
-
-def _drop_outweighed(recipe: Recipe, order: list[str]) -> None:
-    """Reset keys that weaker layers set for a method other than the strongest ``tuner.train_type``."""
-    origins = recipe.origins
-    if "tuner.train_type" not in origins:
-        return
-    strength = order.index(origins["tuner.train_type"])
-    for name in own_types("tuner"):
-        key, listed = f"tuner.{name}", readers(name)
-        unread = listed and recipe.tuner.train_type not in listed
-        if unread and key in origins and order.index(origins[key]) < strength:
-            setattr(recipe.tuner, name, getattr(TunerConfig(), name))
-            del origins[key]

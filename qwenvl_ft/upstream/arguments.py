@@ -10,7 +10,7 @@ names its key, like an unknown field.
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -36,6 +36,15 @@ def field_types() -> dict[str, Any]:
         if name not in found and earlier in found:
             found[name] = found[earlier]
     return found
+
+
+@cache
+def default_value(name: str) -> Any:
+    """Return the default of a field of TrainingArguments, by its newest name; None if it has none."""
+    entry = next(entry for entry in fields(_arguments()) if entry.name == installed_name(name))
+    if entry.default_factory is not MISSING:
+        return entry.default_factory()
+    return None if entry.default is MISSING else entry.default
 
 
 def installed_name(name: str) -> str:

@@ -171,12 +171,12 @@ WRONG_FILES = {
         "tensorboard, trackio, wandb.",
     ),
     "a metric that evaluation does not give": (
-        "training: {metric_for_best_model: eval_accuracy}",
+        "{data: {val: v.jsonl}, training: {metric_for_best_model: eval_accuracy, save_strategy: best}}",
         "training.metric_for_best_model=eval_accuracy is not computed by evaluation. Known: eval_loss, "
         "eval_perplexity.",
     ),
     "the metric of one of several sets": (
-        "{data: {val: {dogs: d.jsonl}}, training: {metric_for_best_model: eval_cats_loss}}",
+        "{data: {val: {dogs: d.jsonl}}, training: {metric_for_best_model: eval_cats_loss, save_strategy: best}}",
         "training.metric_for_best_model=eval_cats_loss is not computed by evaluation. Did you mean 'eval_dogs_loss'? "
         "Known: eval_dogs_loss, eval_dogs_perplexity, eval_loss, eval_perplexity.",
     ),

@@ -1,17 +1,13 @@
 """A recipe does not depend on the order of its keys: keys that exclude or outweigh each other follow one table."""
 
-import types
-from enum import Enum
 from itertools import combinations, permutations
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
-from recipe_cases import value_of
+from recipe_cases import sample, value_of
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.choices import OneOf
 from qwenvl_ft.recipe.dialects import ALIASES
 from qwenvl_ft.recipe.exclusive import GROUPS
 from qwenvl_ft.recipe.keys import argument_types, own_types, type_of
@@ -166,27 +162,6 @@ def test_a_stronger_layer_may_set_one_of_the_lengths_that_global_max_length_set(
     assert load_recipe(file.with_name("saved.yaml")) == recipe
     again = load_recipe(file, ["global_max_length=null"])
     assert (again.template.max_length, again.model.max_model_len) == (100, None)
-
-
-def sample(kind: Any, other_than: Any) -> Any:
-    """Return a value of a type other than a given one."""
-    origin = get_origin(kind)
-    if origin is Annotated:
-        base, limit = get_args(kind)[:2]
-        if isinstance(limit, OneOf):
-            return next(name for name in limit.names() if name != other_than)
-        return 0.5 if limit in ("0..1", "0 to 1", "between 0 and 1") else sample(base, other_than)
-    if origin in (Union, types.UnionType):
-        return sample(next(member for member in get_args(kind) if member is not type(None)), other_than)
-    if origin is Literal:
-        return next(choice for choice in get_args(kind) if choice != other_than)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return next(member.value for member in kind if member.value != other_than)
-    if origin in (list, tuple) or kind is list:
-        return ["x"]
-    if origin is dict or kind is dict:
-        return {"a": 1}
-    return {bool: other_than is not True, int: 3, float: 0.25}.get(kind, "x")
 
 
 def test_for_every_pair_of_training_keys_either_order_gives_the_same_recipe():

@@ -49,13 +49,6 @@ def compilation(recipe: Recipe) -> str | None:
     return None
 
 
-def placement(recipe: Recipe) -> str | None:
-    """Memory limits need a placement that they limit. (`exclusive.GROUPS` keeps placements apart.)"""
-    if recipe.model.max_memory is not None and recipe.model.device_map is None:
-        return "model.max_memory limits model.device_map, which is not set. Add model.device_map=auto."
-    return None
-
-
 def precision(recipe: Recipe) -> str | None:
     """Trainable weights need float32, or mixed precision over 16 bits."""
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):

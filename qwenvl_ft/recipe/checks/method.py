@@ -1,61 +1,24 @@
-"""The training method: keys it does not read, settings that it cannot be combined with, and recipes that train
-nothing."""
+"""The training method: settings that it cannot be combined with, and recipes that train nothing."""
 
 from qwenvl_ft.recipe.checks.argument import argument
-from qwenvl_ft.recipe.keys import own_types
-from qwenvl_ft.recipe.methods import over_quantized, readers
-from qwenvl_ft.recipe.schema import QuantizationConfig, Recipe, TunerConfig
-from qwenvl_ft.recipe.values import shown
-
-
-def unread_keys(recipe: Recipe) -> str | None:
-    """Keys that only other train types read."""
-    train_type = recipe.tuner.train_type
-    for name in own_types("tuner"):
-        listed = readers(name)
-        if listed and train_type not in listed and _is_changed(recipe, name):
-            return (
-                f"tuner.{name}={shown(getattr(recipe.tuner, name))} is not read by tuner.train_type={train_type}. "
-                f"Remove tuner.{name}, or set tuner.train_type={listed[0]}."
-            )
-    return None
+from qwenvl_ft.recipe.methods import over_quantized
+from qwenvl_ft.recipe.schema import Recipe
 
 
 def initialisation(recipe: Recipe) -> str | None:
-    """Initialisations that change quantised weights, and settings of an initialisation that is not used."""
+    """Initialisations that change quantised weights."""
     start, bits = recipe.tuner.init_weights, recipe.quantization.quantization_bit
     if bits and recipe.tuner.changes_base:
         return (
             f"tuner.init_weights={start} changes the base weights, but quantization.quantization_bit={bits} makes them "
             "constant. Use tuner.init_weights=loftq."
         )
-    for prefix, reader in (("lora_ga_", "lora-ga"), ("eva_", "eva")):
-        for name in own_types("tuner"):
-            if name.startswith(prefix) and start != reader and _is_changed(recipe, name):
-                return (
-                    f"tuner.{name}={shown(getattr(recipe.tuner, name))} is not read with tuner.init_weights={start}. "
-                    f"Remove tuner.{name}, or set tuner.init_weights={reader}."
-                )
     return None
 
 
-def _is_changed(recipe: Recipe, name: str) -> bool:
-    """Return True if the recipe sets a key of ``tuner`` to a value other than its default."""
-    return f"tuner.{name}" in recipe.origins and getattr(recipe.tuner, name) != getattr(TunerConfig(), name)
-
-
 def quantization(recipe: Recipe) -> str | None:
-    """Settings of quantisation without it, and what cannot train or shard quantised weights."""
-    section, train_type, bits = recipe.quantization, recipe.tuner.train_type, recipe.quantization.quantization_bit
-    for name, default in vars(QuantizationConfig()).items():
-        only_4_bit = name.startswith("bnb_4bit")
-        is_read = bits == 4 if only_4_bit else bits is not None
-        if getattr(section, name) != default and not is_read:
-            needed = "4" if only_4_bit else "4 or 8"
-            return (
-                f"quantization.{name} is read only with quantization.quantization_bit={needed}. Set it, or remove "
-                f"quantization.{name}."
-            )
+    """What cannot train or shard quantised weights."""
+    train_type, bits = recipe.tuner.train_type, recipe.quantization.quantization_bit
     if bits is not None and train_type not in over_quantized():
         return (
             f"tuner.train_type={train_type} does not work over a quantised model (quantization.quantization_bit="

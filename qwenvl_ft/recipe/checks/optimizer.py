@@ -2,31 +2,11 @@
 
 from qwenvl_ft.recipe.checks.argument import argument
 from qwenvl_ft.recipe.methods import WITH_LORA
-from qwenvl_ft.recipe.schema import GALORE, MIN_LR_SCHEDULES, Recipe, TrainingConfig
+from qwenvl_ft.recipe.schema import GALORE, Recipe
 from qwenvl_ft.recipe.values import shown
 
 CONSTANT = ("constant", "constant_with_warmup")
 """Schedules that do not lower the learning rate."""
-GALORE_KEYS = (
-    "galore_target_modules",
-    "galore_rank",
-    "galore_update_proj_gap",
-    "galore_scale",
-    "galore_proj_type",
-)
-PROJECTED = ("galore", "apollo")
-"""Prefixes of the optimizers that project the gradients of chosen modules."""
-
-
-def target_modules(recipe: Recipe) -> str | None:
-    """Only GaLore and APOLLO choose modules."""
-    targets, optim = argument(recipe, "optim_target_modules"), argument(recipe, "optim")
-    if targets is not None and not str(optim).startswith(PROJECTED):
-        return (
-            f"training.optim_target_modules={shown(targets)} is read only by GaLore and APOLLO, but training.optim="
-            f"{optim or 'adamw_torch_fused'}. Remove it, or use one of them."
-        )
-    return None
 
 
 def unsuitable(recipe: Recipe) -> str | None:
@@ -53,9 +33,6 @@ def galore(recipe: Recipe) -> str | None:
     """GaLore needs full training, whole gradients and an optimizer with a GaLore variant."""
     training = recipe.training
     if not (training.use_galore or training.optimizer == "galore"):
-        changed = [name for name in GALORE_KEYS if getattr(training, name) != getattr(TrainingConfig(), name)]
-        if changed:
-            return f"training.{changed[0]} is read only with training.use_galore=true. Set it, or remove it."
         return None
     if recipe.tuner.train_type not in ("full", "llamapro"):
         return (
@@ -76,10 +53,10 @@ def galore(recipe: Recipe) -> str | None:
 def lora_plus(recipe: Recipe) -> str | None:
     """LoRA+ needs LoRA's B matrices."""
     training, train_type = recipe.training, recipe.tuner.train_type
-    wanted = training.lorap_lr_ratio is not None or training.optimizer == "lorap"
-    if wanted and train_type not in WITH_LORA:
-        key = "lorap_lr_ratio" if training.lorap_lr_ratio is not None else "optimizer=lorap"
-        return f"training.{key} is for LoRA's B matrices, but tuner.train_type={train_type} has none. Remove it."
+    if training.optimizer == "lorap" and train_type not in WITH_LORA:
+        return (
+            f"training.optimizer=lorap is for LoRA's B matrices, but tuner.train_type={train_type} has none. Remove it."
+        )
     return None
 
 
@@ -87,8 +64,6 @@ def lisa(recipe: Recipe) -> str | None:
     """LISA needs full training of the language model without sharding."""
     training = recipe.training
     if not training.lisa_activated_layers:
-        if training.lisa_step_interval != TrainingConfig().lisa_step_interval:
-            return "training.lisa_step_interval is read only with training.lisa_activated_layers. Set it, or remove it."
         return None
     setting = f"training.lisa_activated_layers={training.lisa_activated_layers}"
     if recipe.tuner.train_type != "full" or recipe.tuner.freeze_llm:
@@ -99,15 +74,10 @@ def lisa(recipe: Recipe) -> str | None:
 
 
 def schedule(recipe: Recipe) -> str | None:
-    """A minimum learning rate needs a schedule that has one. Converts ``min_lr`` to float."""
-    kind, options = argument(recipe, "lr_scheduler_type"), argument(recipe, "lr_scheduler_kwargs")
+    """With a minimum learning rate the schedule has one form. Converts ``min_lr`` to float."""
+    options = argument(recipe, "lr_scheduler_kwargs")
     if not isinstance(options, dict) or "min_lr" not in options:
         return None
-    if kind not in MIN_LR_SCHEDULES:
-        return (
-            f"training.lr_scheduler_type={kind} has no min_lr. Set training.lr_scheduler_kwargs=null, or use "
-            "cosine_warmup_with_min_lr."
-        )
     try:
         options["min_lr"] = float(options["min_lr"])
     except (TypeError, ValueError):

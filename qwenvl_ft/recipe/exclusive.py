@@ -29,7 +29,7 @@ STRONGER_NAMES = {
 ``warmup_steps`` to ``warmup_ratio``, and beside ``--jsonl`` ms-swift's ``--dataset`` is a placeholder."""
 YIELDING = {"training.warmup_steps": 0}
 """Key -> its value that says nothing, so that any of its other names outweighs it."""
-NOTHING = (None, False, "", [], {})
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values that switch a key of a group off, so that it excludes no other."""
 
 

@@ -30,7 +30,7 @@ WITHOUT_ADAM_KEYS = (
 """Optimizers to which transformers passes neither ``adam_beta1`` and ``adam_beta2`` nor ``adam_epsilon``."""
 WITHOUT_EPSILON = ("lion_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit")
 """Optimizers to which it passes the betas alone."""
-HUB = ("hub_model_id", "hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision", "hub_token")
+HUB = ("hub_model_id", "hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision")
 """Fields that a push to the hub reads."""
 PROJECTED = ("galore", "apollo")
 """Prefixes of the optimizers that project the gradients of chosen modules."""
@@ -323,5 +323,6 @@ READ_IF: tuple[ReadIf, ...] = (
 )
 """Keys that not every run reads. If a key has several entries, all of their conditions must hold.
 
-``per_device_eval_batch_size``, ``run_name`` and the learning rates of frozen parts have none, because the commands of
-other tools give them in any case. What only some records read (dense captions, videos) is not known before the data."""
+``per_device_eval_batch_size``, ``run_name``, ``hub_token`` and the learning rates of frozen parts have none, because
+the commands of other tools give them in any case. What only some records read (dense captions, videos) is not known
+before the data."""

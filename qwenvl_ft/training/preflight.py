@@ -24,6 +24,7 @@ from qwenvl_ft.model.liger_kernels import require_liger
 from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.recipe.values import shown
+from qwenvl_ft.training.tracker_trial import try_tracker
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.upstream.layers import COMPILED
@@ -135,6 +136,12 @@ def _trackers(recipe: Recipe, args: Any) -> None:
                 f"training.report_to={name}: its package is not installed. Install it, or choose another tracker: "
                 f"{', '.join(['none', *available()])}."
             )
+
+
+def _tracker_trials(recipe: Recipe, args: Any) -> None:
+    """Start each tracker once, on the first process, which is the one that reports."""
+    for name in args.report_to if args.process_index == 0 else ():
+        try_tracker(name)
 
 
 def _wandb(recipe: Recipe, args: Any) -> None:
@@ -278,4 +285,17 @@ def _names(tuner: Any, config: Any) -> None:
         names(skeleton(copy.deepcopy(config)), tuner)
 
 
-CHECKS = (_dense, _output, _one_device, _sharding, _batch_size, _trackers, _wandb, _optimizer, _liger, _hub, _compile)
+CHECKS = (
+    _dense,
+    _output,
+    _one_device,
+    _sharding,
+    _batch_size,
+    _trackers,
+    _wandb,
+    _optimizer,
+    _liger,
+    _hub,
+    _compile,
+    _tracker_trials,
+)

@@ -67,7 +67,7 @@ BY_TRAINING_ARGUMENTS = {
     "warmup_steps",
 }
 """Fields that TrainingArguments reads itself, in its own methods."""
-ACCEPTED = {"dataloader_persistent_workers", "prediction_loss_only", "run_name"}
+ACCEPTED = {"dataloader_persistent_workers", "hub_token", "prediction_loss_only", "run_name"}
 """Fields that this run does not read, and that are accepted anyway (`refused.FIXED` and `read_if.READ_IF` say why)."""
 
 

@@ -4,6 +4,7 @@ transformers starts its trackers only after the data is measured and the model i
 packages that some versions lack.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import RecipeError, one_line
+
+logger = logging.getLogger(__name__)
 
 OFFLINE: dict[str, dict[str, str]] = {
     "clearml": {"CLEARML_OFFLINE_MODE": "1"},
@@ -32,20 +35,24 @@ writing files (tensorboard)."""
 KNOWN_TO_WORK = {"swanlab": "0.6.13"}
 """Tracker -> a version that works where newer ones do not."""
 SECONDS = 120
-"""Time limit of a trial. A tracker that takes longer is left to the run."""
+"""Time limit of a trial, most of which is the import of transformers. A tracker that takes longer is left to the
+run."""
 OF_A_LAUNCHER = ("ACCELERATE_", "FSDP_", "MASTER_", "TORCHELASTIC_", "PET_")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 """Variables of a launched process, which would have the trial wait for the other ranks."""
 
 
-def try_tracker(name: str) -> None:
+def try_tracker(name: str) -> bool:
     """Start a tracker as transformers does, log one value and end it.
+
+    Returns:
+        True if it did all that, False if it has no trial, or not in time.
 
     Raises:
         RecipeError: it fails; the message has its version and the cause.
     """
     if name not in OFFLINE:
-        return
+        return False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             done = subprocess.run(
@@ -58,9 +65,11 @@ def try_tracker(name: str) -> None:
                 timeout=SECONDS,
             )
         except subprocess.TimeoutExpired:
-            return
+            logger.warning("training.report_to=%s: its trial took more than %d s and was given up.", name, SECONDS)
+            return False
     if done.returncode:
         raise RecipeError(f"training.report_to={name}: {_installed(name)} {_cause(name, done.stderr)}")
+    return True
 
 
 def _environment() -> dict[str, str]:

@@ -155,12 +155,20 @@ class Clock(TrainerCallback):
         text = inputs["cu_seq_lens_q"] if "cu_seq_lens_q" in inputs else _borders(inputs["attention_mask"])
         kept = inputs["logits_to_keep" if "logits_to_keep" in inputs else "predicting"]  # packed row or padded batch
         supervised = kept.sum() if kept.dtype == torch.bool else kept.numel()
-        self.seen.append((self.step, text, inputs.get("image_cu_seqlens"), supervised))
+        self.seen.append((self.step, text, _frames(inputs), supervised))
 
 
 def _borders(mask: Tensor) -> Tensor:
     """Return int64[B + 1], the boundaries of a padded batch's samples without their padding."""
     return torch.nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+
+
+def _frames(inputs: dict[str, Any]) -> Tensor | None:
+    """Return int64[frames + 1], the boundaries of the images' patches; a padded batch has only their grids."""
+    if "image_cu_seqlens" in inputs or "image_grid_thw" not in inputs:
+        return inputs.get("image_cu_seqlens")
+    frames, height, width = inputs["image_grid_thw"].unbind(dim=1)
+    return torch.nn.functional.pad((height * width).repeat_interleave(frames).cumsum(0), (1, 0))
 
 
 class Profiler(TrainerCallback):

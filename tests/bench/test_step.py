@@ -66,10 +66,12 @@ def test_the_model_is_prepared_like_a_loaded_one(monkeypatch, tiny_dir):
 
 
 def test_padded_batches_count_no_padding(monkeypatch):
-    batches = []
+    """Nor does it hide the images, which a padded batch describes by their grids alone."""
+    batches, grids = [], []
     plain = QwenVLTrainer.training_step
 
     def seen(self, model, inputs, count=None):
+        grids.append(inputs["image_grid_thw"])
         supervised = int((inputs["labels"][:, 1:] != -100).sum())
         batches.append((inputs["input_ids"].numel(), int(inputs["attention_mask"].sum()), supervised))
         return plain(self, model, inputs, count)
@@ -80,6 +82,13 @@ def test_padded_batches_count_no_padding(monkeypatch):
     assert result.tokens == sum(tokens for _, tokens, _ in batches[1:3])
     assert result.supervised_tokens == sum(supervised for _, _, supervised in batches[1:3])
     assert result.samples == 8
+    assert result.supervised_tokens < result.tokens
+    measured = torch.cat(grids[1:3])
+    assert result.images == len(measured) > 0
+    monkeypatch.undo()
+    packed, _ = bench_step(StepOptions(row_length=256, rows=4, steps=2, warmup=1, settings=settings[:1]))
+    assert packed.tokens == result.tokens, "vacuous: not the same samples"
+    assert (packed.images, packed.model_flops) == (result.images, result.model_flops)
     assert any(slots > tokens for slots, tokens, _ in batches), "vacuous: no padding"
 
 

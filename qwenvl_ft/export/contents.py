@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwenvl_ft.checkpoint.complete import NO_OPTIMIZER, missing
 from qwenvl_ft.errors import CheckpointError, one_line
+from qwenvl_ft.export.rank_lines import rank_lines
 from qwenvl_ft.model.anatomy import canonical_name, part_of
 from qwenvl_ft.model.source import load_config
 from qwenvl_ft.recipe.methods import reads
@@ -82,6 +83,8 @@ class Contents:
     """Row -> totals of modules trained in full beside the adapter."""
     ranks: dict[int, int]
     """Rank -> number of layers that have it, for LoRA and AdaLoRA."""
+    ranks_by_layer: dict[str, int]
+    """Layer -> its rank; AdaLoRA has moved ranks to the layers where they help."""
     modules_to_save: list[str]
     files_mib: dict[str, float]
     """Kind of file -> size in MiB."""
@@ -113,12 +116,12 @@ def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Content
     adapter = config_file.name == "adapter_config.json"
     copies = [f".{name}." for name in config["modules_to_save"] or []] if adapter else []
     trained, full = {row: Weights() for row in ROWS}, {row: Weights() for row in ROWS}
-    ranks: Counter[int] = Counter()
+    ranks: dict[str, int] = {}
     listed: list[tuple[str, list[int], str, float]] = []
     for name, value in _tensors(folder, adapter):
         (full if any(copy in name for copy in copies) else trained)[_row(name)].add(value)
         if name.endswith((".lora_A.weight", ".lora_A", ".lora_embedding_A")):
-            ranks[_rank(name, value, config)] += 1
+            ranks[_layer(name)] = _rank(name, value, config)
         if keys is not None and keys in name:
             shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
             listed.append((name, shape, dtype, float(value.double().norm())))
@@ -132,7 +135,8 @@ def read_contents(checkpoint: str | Path, *, keys: str | None = None) -> Content
         base=config["base_model_name_or_path"] if adapter else None,
         weights={row: found.counts for row, found in trained.items() if found.tensors},
         in_full={row: found.counts for row, found in full.items() if found.tensors},
-        ranks=dict(sorted(ranks.items())),
+        ranks=dict(sorted(Counter(ranks.values()).items())),
+        ranks_by_layer=ranks,
         modules_to_save=[copy.strip(".") for copy in copies],
         files_mib=_sizes(folder),
         loads=_loads(config, adapter),
@@ -159,6 +163,7 @@ def as_text(contents: Contents) -> str:
         lines.append(f"{row[0].ljust(widths[0])}  {middle}")
     if contents.ranks:
         lines.append("ranks: " + ", ".join(f"{rank} in {count} layers" for rank, count in contents.ranks.items()))
+        lines += rank_lines(contents.ranks_by_layer) if len(contents.ranks) > 1 else []
     if contents.modules_to_save:
         lines.append(f"modules_to_save: {', '.join(contents.modules_to_save)}")
     files = ", ".join(f"{name} {size:,.1f}" for name, size in contents.files_mib.items())
@@ -166,6 +171,11 @@ def as_text(contents: Contents) -> str:
     lines += [f"opens with: {contents.loads}", f"resumes: {contents.resumes}"]
     lines += [f"{name}  {shape}  {dtype}  norm {norm:.4g}" for name, shape, dtype, norm in contents.keys]
     return "\n".join(lines)
+
+
+def _layer(name: str) -> str:
+    """Return the layer that an A belongs to."""
+    return canonical_name(name.rpartition(".lora_")[0])
 
 
 def _row(name: str) -> str:

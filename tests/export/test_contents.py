@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.export.contents import as_text, read_contents
+from qwenvl_ft.export.rank_lines import rank_lines
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.recipe.schema import TunerConfig
 from qwenvl_ft.tuning.prepare import prepare_model
@@ -92,6 +93,30 @@ def test_ranks_of_adalora_are_those_that_are_left(checkpoints, tmp_path):
     kept = [sum(mask) for mask in pattern.values()]
     assert found.ranks == {rank: kept.count(rank) for rank in sorted(set(kept))}
     assert set(found.ranks) == {1, 2, 3, 4, 5}
+    by_layer = {name.removeprefix("base_model.model.").removesuffix(".lora_E"): sum(m) for name, m in pattern.items()}
+    assert found.ranks_by_layer == by_layer
+
+
+def test_the_ranks_of_layers_are_written_by_kind_and_by_number():
+    q, fc = "model.language_model.layers.{}.self_attn.q_proj", "model.visual.deepstack_merger_list.{}.linear_fc1"
+    ranks = {q.format(k): 4 if k in (0, 1, 2, 6) else 3 for k in (*range(7), 10)}
+    ranks |= {"model.visual.merger.linear_fc1": 12, fc.format(0): 9, fc.format(1): 16, fc.format(2): 9}
+    assert rank_lines(ranks) == [
+        "  model.language_model.layers.*.self_attn.q_proj: 4 in 0-2, 6; 3 in 3-5, 10",
+        "  model.visual.deepstack_merger_list.*.linear_fc1: 16 in 1; 9 in 0, 2",
+        "  model.visual.merger.linear_fc1: 12",
+    ]
+
+
+def test_the_command_says_which_layer_has_which_rank(checkpoints, tmp_path, capsys):
+    folder = saved(tmp_path, checkpoints["dense"], **ALL, rank_pattern={r"layers.1.self_attn.q_proj": 2})
+    assert main(["inspect", str(folder)]) == 0
+    assert "  model.language_model.layers.*.self_attn.q_proj: 4 in 0" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["ranks_by_layer"]
+    assert [name for name, rank in listed.items() if rank == 2] == ["model.language_model.layers.1.self_attn.q_proj"]
+    assert main(["inspect", str(saved(tmp_path / "same", checkpoints["dense"], **ALL))]) == 0
+    assert ".q_proj: 4" not in capsys.readouterr().out, "one rank for all needs no list"
 
 
 @pytest.mark.parametrize(("train_type", "opener"), [("adapter", "cannot be merged"), ("vera", "plain peft")])

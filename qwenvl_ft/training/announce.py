@@ -12,6 +12,7 @@ from qwenvl_ft.data.media.patches import obstacle
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.loaders import datasets_in
 from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.prepare import trainable_table
 from qwenvl_ft.upstream.probe import fallbacks
 from qwenvl_ft.upstream.proven import unproven_line
@@ -53,6 +54,8 @@ def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
     own_rates = {"llm": None, "vision": trainer.vit_lr, "merger": trainer.aligner_lr}
     rates = {part: args.learning_rate if rate is None else rate for part, rate in own_rates.items()}
     yield from trainable_table(model, rates).splitlines()
+    if recipe is not None and recipe.tuner.train_type == "full" and (frozen := frozen_parts(recipe.tuner)):
+        yield f"full training leaves {' and '.join(frozen)} frozen; to train all: {freeze_flags_of(frozen)}"
     for dataset in datasets_in(trainer.train_dataset, trainer.eval_dataset):
         yield dataset.summary()
         yield from dataset.unread()

@@ -16,8 +16,8 @@ from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.tuning.prepare import prepare_model
 
 FULL = ("tuner.train_type=full", "tuner.freeze_vit=false", "tuner.freeze_aligner=false")
-FROZEN_TOWER = ("tuner.train_type=full",)
-ALIGNER = ("tuner.train_type=full", "tuner.freeze_llm=true", "tuner.freeze_aligner=false")
+FROZEN_TOWER = ("tuner.train_type=full", "tuner.freeze_vit=true", "tuner.freeze_aligner=true")
+ALIGNER = ("tuner.train_type=full", "tuner.freeze_llm=true", "tuner.freeze_vit=true")
 LORA = ("tuner.train_type=lora", "tuner.lora_dropout=0")
 LORA_EVERYWHERE = (*LORA, "tuner.freeze_vit=false", "tuner.freeze_aligner=false")
 LORA_ON_ATTENTION = (*LORA, "tuner.target_modules=[q_proj,k_proj,v_proj,o_proj]")

@@ -4,11 +4,15 @@ from itertools import product
 
 import pytest
 import torch
+from run_cases import short_run, write_questions
 from torch import nn
 
+from qwenvl_ft import train
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.anatomy import canonical_name
 from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.recipe.methods import METHODS
+from qwenvl_ft.recipe.schema import TunerConfig
 from qwenvl_ft.tuning.prepare import prepare_model
 
 FLAGS = ("freeze_llm", "freeze_vit", "freeze_aligner")
@@ -135,3 +139,35 @@ def test_all_parts_may_be_frozen_but_for_what_is_named(fresh, key):
     assert not all(trained)
     with pytest.raises(RecipeError, match="nothing would train"):
         load_recipe(None, ["tuner.train_type=full", *frozen])
+
+
+@pytest.mark.parametrize("name", [None, "base"])
+def test_full_training_trains_all_parts_unless_a_flag_freezes_one(name, fresh):
+    recipe = load_recipe(name, ["tuner.train_type=full"])
+    assert [getattr(recipe.tuner, flag) for flag in FLAGS] == [False, False, False]
+    assert all(value.requires_grad for value in prepare_model(fresh(), recipe.tuner).parameters())
+    one = load_recipe(name, ["tuner.train_type=full", "tuner.freeze_vit=true"])
+    assert [getattr(one.tuner, flag) for flag in FLAGS] == [False, True, False]
+
+
+def test_every_other_method_trains_the_language_model_unless_a_flag_frees_another_part():
+    for train_type in METHODS.keys() - {"full"}:
+        tuner = TunerConfig(train_type=train_type)
+        assert [getattr(tuner, flag) for flag in FLAGS] == [False, True, True], train_type
+    assert TunerConfig(train_type="full", unfreeze_topk_vit=2).freeze_vit is True, "the last blocks of a frozen tower"
+    assert TunerConfig(freeze_aligner=False).freeze_aligner is False
+    assert load_recipe("base").tuner.freeze_vit is True
+
+
+def test_what_full_training_leaves_frozen_is_said_before_the_first_step(tiny_dir, tmp_path):
+    data = write_questions(tmp_path, 4)
+    words = ("tuner.train_type=full", "training.max_steps=1", "training.save_final=false")
+    for frozen in ("true", "false"):
+        flags = (f"tuner.freeze_vit={frozen}", f"tuner.freeze_aligner={frozen}")
+        train(load_recipe(None, short_run(tiny_dir, data, tmp_path / frozen, *words, *flags)))
+        line = "full training leaves vision and merger frozen; to train all: "
+        line += "tuner.freeze_vit=false, tuner.freeze_aligner=false"
+        text = (tmp_path / frozen / "training.log").read_text()
+        assert (line in text) is (frozen == "true")
+        if frozen == "true":
+            assert text.index(line) < text.index("step 1/1")

@@ -25,10 +25,11 @@ class MethodAndParts:
     attention for long samples (longlora), or another method of peft; see docs/tuning.md."""
     freeze_llm: bool = False
     """Freeze the language model."""
-    freeze_vit: bool = True
-    """Freeze the vision tower."""
-    freeze_aligner: bool = True
-    """Freeze the merger and all deepstack mergers."""
+    freeze_vit: bool | None = None
+    """Freeze the vision tower; null is false for train_type full, which trains all parts, and true for all others and
+    with unfreeze_topk_vit."""
+    freeze_aligner: bool | None = None
+    """Freeze the merger and all deepstack mergers; null is false for train_type full, and true for all others."""
     resume_from_checkpoint: str | None = None
     """Folder of an adapter to continue training, for a second stage; new target modules may be added. The run
     starts at step 0."""
@@ -90,7 +91,9 @@ class LoraStart:
     lora_ga_direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     """Choice of the gradient's singular vectors that become A and B."""
     lora_ga_scale: Literal["gd", "unit", "stable", "weightS"] = "stable"
-    """Scale of the initial A and B."""
+    """Scale of the initial A and B, by peft: stable scales B alone (with lora_ga_stable_gamma) where the paper scales
+    both, and weightS scales B alone to the weight's largest singular value; gd divides both by LoRA's own scale; unit
+    scales neither."""
     lora_ga_stable_gamma: Positive = 16
     """Gamma of the stable scale."""
     eva_batch_size: Positive = 4
@@ -214,3 +217,11 @@ class OwnMethods:
 @dataclass(kw_only=True)
 class TunerConfig(MethodAndParts, Targets, Lora, LoraStart, AdaLora, PeftMethods, FullTraining, OwnMethods):
     """Weights that are trained, and the method."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        adapter = self.train_type != "full"
+        if self.freeze_vit is None:
+            self.freeze_vit = adapter or self.unfreeze_topk_vit > 0
+        if self.freeze_aligner is None:
+            self.freeze_aligner = adapter

@@ -43,6 +43,8 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     dtype = weights_dtype(recipe)
     for name, half in (("bf16", "bfloat16"), ("fp16", "float16")):
         kwargs.setdefault(name, dtype == half and not kwargs.get("fp16" if name == "bf16" else "bf16", False))
+    if recipe.training.lisa_activated_layers:
+        kwargs["ddp_find_unused_parameters"] = True  # the layers that are not drawn have no gradient
     if "ddp_backend" in kwargs:
         kwargs["ddp_backend"] = ddp_backend(kwargs["ddp_backend"])
     if recipe.deepspeed.enabled:

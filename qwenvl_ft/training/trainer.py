@@ -42,6 +42,7 @@ from qwenvl_ft.training.schedule import floor_schedule
 from qwenvl_ft.training.step_log import StepLog
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import build_optimizer, param_groups
+from qwenvl_ft.upstream.projected_modules import one_line_for_ignored_modules
 from qwenvl_ft.upstream.trainer import EpochLength
 
 LEAST_WEIGHT = 1e-9
@@ -219,7 +220,8 @@ class QwenVLTrainer(RowTrainer):
                 weight_decay=self.args.weight_decay,
                 lora_plus=self.lorap_lr_ratio,
             )
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            with one_line_for_ignored_modules():
+                cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = build_optimizer(cls, options, groups, target)
         return self.optimizer
 

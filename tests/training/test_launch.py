@@ -147,3 +147,31 @@ def test_a_users_error_is_the_last_line_or_says_that_the_launchers_traceback_fol
     else:
         assert lines[place + 1] == LAUNCHED
         assert "Traceback" in "".join(lines[place + 2 :]), "vacuous: the launcher has none"
+
+
+LISA = ["training.lisa_activated_layers=2", "training.lisa_step_interval=2"]
+GALORE = ["training.use_galore=true", "training.galore_rank=4", "training.optim=adamw_torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_lisa_trains_the_same_layers_to_the_same_weights_in_two_processes(tiny_dir, data, tmp_path):
+    alone = start("python", 1, tiny_dir, data, tmp_path / "one", *LISA)
+    assert_same_run(start("torchrun", 2, tiny_dir, data, tmp_path / "two", *LISA), alone, tiny_dir)
+    begin = served(tiny_dir)
+    layers = {
+        name.split("layers.")[1][0]
+        for name, value in alone[1].items()
+        if "language_model.layers." in name and not torch.equal(value, begin[name])
+    }
+    assert 2 <= len(layers) < 4, "vacuous: two draws of two of the four layers"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_galore_projects_the_mean_gradient_of_two_processes(tiny_dir, data, tmp_path):
+    pytest.importorskip("galore_torch")
+    alone = start("python", 1, tiny_dir, data, tmp_path / "one", *GALORE)
+    losses, _ = start("torchrun", 2, tiny_dir, data, tmp_path / "two", *GALORE)
+    assert losses == pytest.approx(alone[0], rel=1e-4)
+    assert losses[-1] < losses[0]

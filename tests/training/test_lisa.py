@@ -1,11 +1,15 @@
 """LISA trains a few layers of the language model at a time, drawn by seed and step; frozen layers lose their state."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import RECORDS, make_trainer
 from transformers import TrainerCallback
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 
 STEPS, INTERVAL = 6, 2
@@ -102,3 +106,15 @@ def test_more_layers_than_there_are_is_an_error(checkpoints, encoder, tmp_path):
     trainer.add_callback(LisaCallback(5, 1, 0))
     with pytest.raises(RecipeError, match="lisa_activated_layers=5, but the language model has 4 layers"):
         trainer.train()
+
+
+def test_several_processes_look_for_the_weights_without_a_gradient(tmp_path):
+    words = ["tuner.train_type=full", f"training.output_dir={tmp_path}", "training.report_to=none"]
+    lisa = [*words, "training.lisa_activated_layers=2"]
+    found = [build_arguments(load_recipe(None, settings)).ddp_find_unused_parameters for settings in (words, lisa)]
+    assert found == [None, True]
+    with pytest.raises(RecipeError, match="ddp_find_unused_parameters=false cannot hold"):
+        load_recipe(None, [*lisa, "training.ddp_find_unused_parameters=false"])
+    several = SimpleNamespace(world_size=2, deepspeed=None, fsdp=[], ddp_find_unused_parameters=None)
+    with pytest.raises(RecipeError, match=r"Set training\.ddp_find_unused_parameters=true\."):
+        LisaCallback(2, 1, 0).on_train_begin(several, None, None)

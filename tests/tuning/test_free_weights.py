@@ -186,3 +186,17 @@ def test_an_adapter_does_not_read_them(key):
     with pytest.raises(RecipeError, match=r"is not read by tuner.train_type=lora.*train_type=full"):
         load_recipe(None, ["tuner.train_type=lora", f"tuner.{key}"])
     assert load_recipe(None, ["tuner.train_type=full", f"tuner.{key}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"freeze_parameters_ratio": 1e-9}, True),
+        ({"freeze_parameters_ratio": 0.3, "freeze_vit": True}, True),
+        ({"freeze_parameters_ratio": 0.3}, False),
+        ({"freeze_vit": True}, False),
+    ],
+)
+def test_a_ratio_that_freezes_nothing_more_is_said(fresh, tuner, caplog, settings, says):
+    prepare_model(fresh(), tuner(train_type="full", **settings))
+    assert ("freezes nothing" in caplog.text) is says

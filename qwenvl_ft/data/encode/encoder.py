@@ -25,8 +25,8 @@ from qwenvl_ft.data.encode.labels import (
     require_supervised,
     supervised_spans,
     supervised_tokens,
-    unsupervised,
     token_weights,
+    unsupervised,
     weights_of,
 )
 from qwenvl_ft.data.encode.pixels import image_grids_in_time, image_pixels, video_pixels

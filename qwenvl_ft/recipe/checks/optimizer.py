@@ -41,6 +41,8 @@ def galore(recipe: Recipe) -> str | None:
         )
     if recipe.deepspeed.enabled:
         return "training.use_galore=true needs whole gradients, which DeepSpeed flattens. Set deepspeed.enabled=false."
+    if argument(recipe, "fsdp"):
+        return "training.use_galore=true needs whole gradients, which FSDP shards. Remove training.fsdp."
     optim = str(argument(recipe, "optim") or "adamw_torch")
     if optim not in GALORE:
         return f"training.use_galore=true works with training.optim={', '.join(GALORE)}; not with {optim}."
@@ -69,7 +71,9 @@ def lisa(recipe: Recipe) -> str | None:
     if recipe.tuner.train_type != "full" or recipe.tuner.freeze_llm:
         return f"{setting} needs full training of the language model. Set tuner.train_type=full and freeze_llm=false."
     if recipe.deepspeed.enabled or argument(recipe, "fsdp"):
-        return f"{setting} freezes layers during training, which DeepSpeed and FSDP ignore. Train in one process."
+        return f"{setting} freezes layers during training, which DeepSpeed and FSDP ignore. Remove them."
+    if argument(recipe, "ddp_find_unused_parameters") is False:
+        return f"{setting} freezes layers, so training.ddp_find_unused_parameters=false cannot hold. Remove it."
     return None
 
 

@@ -59,7 +59,8 @@ class Galore:
     """GaLore: low-rank gradients."""
 
     use_galore: bool = False
-    """The optimizer keeps the gradients of Linear layers in low rank. Full training in one process only."""
+    """The optimizer keeps the gradients of Linear layers in low rank. Full training only, not with
+    DeepSpeed or FSDP."""
     galore_target_modules: list[str] = field(default_factory=lambda: ["mlp", "self_attn"])
     """Linear layers whose gradients are projected: those with one of these strings in their names."""
     galore_rank: Positive = 128
@@ -78,7 +79,7 @@ class Lisa:
 
     lisa_activated_layers: NonNegative = 0
     """Number of language-model layers that train at a time, redrawn at random, for example 2; 0 trains all. Full
-    training in one process only."""
+    training only, not with DeepSpeed or FSDP."""
     lisa_step_interval: Positive = 20
     """Number of steps between two draws."""
 

@@ -3,7 +3,8 @@
 Every ``interval`` steps ``layers`` of the decoder layers are drawn and the others frozen; embeddings, head, norm and
 the other parts of the model train as the recipe says. A frozen layer drops its gradient and its optimizer state, which
 is the memory that LISA saves, and starts with a fresh state when it is drawn again. The draw depends on the seed and
-the step alone, so a resumed run draws the same layers.
+the step alone, so a resumed run and every rank draw the same layers. DDP must look for unused parameters, and keeps
+room for the gradients of all layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qwenvl_ft.errors import RecipeError
 
 
 class LisaCallback(TrainerCallback):
-    """Freezes and unfreezes layers of the language model during full training on one rank.
+    """Freezes and unfreezes layers of the language model during full training.
 
     Args:
         layers: number of decoder layers that train at a time.
@@ -37,10 +38,15 @@ class LisaCallback(TrainerCallback):
         """Indices of the layers that may train."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if args.world_size > 1 or args.deepspeed is not None:
+        if args.deepspeed is not None or args.fsdp:
             raise RecipeError(
-                "training.lisa_activated_layers freezes and unfreezes layers during training, which DDP, FSDP and "
-                "DeepSpeed do not support. Start one process, or remove the key."
+                "training.lisa_activated_layers freezes and unfreezes layers during training, which FSDP and DeepSpeed "
+                "do not support. Remove them, or the key."
+            )
+        if args.world_size > 1 and not args.ddp_find_unused_parameters:
+            raise RecipeError(
+                "training.lisa_activated_layers freezes layers, for whose gradients DDP would wait over several "
+                "processes. Set training.ddp_find_unused_parameters=true."
             )
         self._thaw()  # auto_find_batch_size begins a run again with smaller batches
         decoder = model.model.language_model.layers

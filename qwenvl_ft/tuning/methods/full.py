@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenvl_ft.errors import RecipeError, hint
@@ -35,6 +36,12 @@ def build_full(model: PreTrainedModel, tuner: TunerConfig) -> PreTrainedModel:
     free = free_weights(model, tuner)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in free)
+    if tuner.freeze_parameters_ratio and free_weights(model, replace(tuner, freeze_parameters_ratio=0.0)) == free:
+        logger.warning(
+            "tuner.freeze_parameters_ratio=%g freezes nothing: the first weights of the model, which it counts, are "
+            "frozen or trained by other keys, or are larger than that share. Raise it, or remove it.",
+            tuner.freeze_parameters_ratio,
+        )
     return model
 
 

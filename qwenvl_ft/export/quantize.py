@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
 """Method -> numbers of bits that it supports."""
+AWQ_BLOCK = 64
+"""Number of outputs that gptqmodel's AWQ kernels take at a time."""
 UNTOUCHED = ["model.visual", "visual", "lm_head"]
 """Modules that are not quantised. transformers matches them at the beginning of a name, other readers anywhere."""
 
@@ -79,11 +81,13 @@ def quantize(
         ignored_keys: keys of records that are taken as absent, as in ``data.ignored_keys``.
 
     Raises:
-        RecipeError: see `check_quantization`, or a group size that does not divide a layer's width.
+        RecipeError: see `check_quantization`, or a size that does not fit the model's layers.
         DataError: there is no usable record.
     """
     check_quantization(method, bits, dataset)
     _require_whole_groups(str(model), group_size)
+    if method == "awq":
+        _require_awq_outputs(str(model))
     samples = calibration(dataset, n_samples, seed, ignored_keys)
     # By its own default, gptqmodel 7.7 fails on two cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
@@ -172,6 +176,24 @@ def _require_whole_groups(model: str, group_size: int) -> None:
         if group_size < 1 or width % group_size:
             raise RecipeError(
                 f"--group-size={group_size} does not divide the model's {name} of {width}. Use a divisor, such as 32."
+            )
+
+
+def _require_awq_outputs(model: str) -> None:
+    """Raise RecipeError if a layer's outputs do not fill AWQ's blocks; gptqmodel fails with a bare AssertionError."""
+    text: Any = load_config(model).get_text_config()
+    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    outputs = {
+        "key and value heads": text.num_key_value_heads * text.head_dim,
+        "query heads": text.num_attention_heads * text.head_dim,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": inner,
+    }
+    for name, width in outputs.items():
+        if width % AWQ_BLOCK:
+            raise RecipeError(
+                f"--quant-method=awq takes outputs in blocks of {AWQ_BLOCK}, but the model's {name} have {width} "
+                "outputs. Use --quant-method=gptq."
             )
 
 

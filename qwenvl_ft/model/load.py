@@ -15,7 +15,7 @@ from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.processor import set_limits
-from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels
+from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels, use_trainable_kernels
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
 from qwenvl_ft.upstream.experts import experts_implementation
 
@@ -158,6 +158,7 @@ def plan_loading(dir_or_id: str | Path, options: LoadOptions) -> LoadPlan:
     kwargs |= experts_implementation(config, options.torch_dtype)
     kwargs |= _placement(options.device_map, options.max_memory, config)
     require_kernels(config)
+    use_trainable_kernels(config)
     if options.quantization is not None and options.quantization.quantization_bit is not None:
         kwargs["quantization_config"] = bnb_config(options.quantization, config)
     return LoadPlan(source=source, adapter=adapter, config=config, attention=attention, kwargs=kwargs)

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum"
-"""Command that installs the packages for GPTQ and AWQ; gptqmodel compiles its kernels when they are first used."""
+INSTALL = (
+    "pip install --upgrade setuptools wheel && BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum"
+)
+"""Command that installs the packages for GPTQ and AWQ. gptqmodel is built with the environment's setuptools, and
+compiles its kernels when they are first used."""
+TORCH = {"gptq": "gptq_torch", "awq": "torch_awq"}
+"""Method -> gptqmodel's name of the kernel in plain torch, which can train on a CPU."""
 OVER_PACKED = (*LORAS, "adapter", "reft")
 """Train types that work with layers quantised by GPTQ or AWQ."""
 KEPT = ("lm_head",)
@@ -85,6 +90,21 @@ def require_kernels(config: PreTrainedConfig) -> None:
         raise CheckpointError(
             f"the model is quantised by {method}, which needs {' and '.join(lacking)}. Run {INSTALL}."
         )
+
+
+def use_trainable_kernels(config: PreTrainedConfig) -> None:
+    """Make gptqmodel load a GPTQ or AWQ checkpoint with kernels that have a backward pass, on a machine without a GPU.
+
+    By itself it takes the fastest kernel, which on a CPU is for inference only and fails in the first forward pass of
+    training. A ``backend`` that the checkpoint's config.json names is kept.
+    """
+    import torch
+
+    written = getattr(config, "quantization_config", None)
+    if torch.accelerator.is_available() or not isinstance(written, dict) or written.get("quant_method") not in TORCH:
+        return
+    if written.get("backend") in (None, "auto"):
+        written["backend"] = TORCH[written["quant_method"]]
 
 
 def log_quantized(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from qwenvl_ft.errors import CheckpointError, DataError
 from qwenvl_ft.export import quantize as module
 from qwenvl_ft.export.quantize import calibration
 from qwenvl_ft.model.load import load_model
-from qwenvl_ft.model.quantization import is_linear, quantized_modules
+from qwenvl_ft.model.quantization import is_linear, quantized_modules, use_trainable_kernels
 from qwenvl_ft.model.tiny import make_tiny
 
 
@@ -84,6 +85,32 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(tiny_dir, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_awq_of_a_model_whose_heads_are_too_small_is_one_line(tiny_dir, tmp_path, capsys, monkeypatch):
+    """The tiny model's two heads for keys and values have 16 outputs each."""
+    monkeypatch.setattr(module, "find_spec", lambda name: "there")
+    words = ["--quant-method", "awq", "--group-size", "32", "--dataset", "x"]
+    assert main(["merge", str(tiny_dir), str(tmp_path / "new"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "blocks of 64, but the model's key and value heads have 32 outputs. Use --quant-method=gptq." in error
+    module._require_awq_outputs(str(make_tiny(tmp_path / "wide", head_dim=32)))
+
+
+@pytest.mark.parametrize(("method", "kernel"), [("gptq", "gptq_torch"), ("awq", "torch_awq")])
+def test_a_checkpoint_is_loaded_with_kernels_that_can_train_where_there_is_no_gpu(method, kernel, monkeypatch):
+    def chosen(gpu=False, **more):
+        config = SimpleNamespace(quantization_config={"quant_method": method, "bits": 4, **more})
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+        use_trainable_kernels(config)
+        return config.quantization_config.get("backend")
+
+    assert chosen() == chosen(backend="auto") == kernel
+    assert chosen(backend="marlin") == "marlin"
+    assert chosen(gpu=True) is None
+    plain = SimpleNamespace()
+    use_trainable_kernels(plain)
+    assert vars(plain) == {}
+
+
 @pytest.mark.skipif(find_spec("gptqmodel") is not None, reason="gptqmodel is here")
 def test_without_gptqmodel_the_error_gives_the_command_to_install_it(tiny_dir, tmp_path, capsys):
     assert main(["merge", str(tiny_dir), str(tmp_path / "new"), "--quant-method", "gptq", "--dataset", "x"]) == 2
@@ -135,11 +162,6 @@ def test_a_written_model_is_near_the_whole_one_and_takes_lora(records, tmp_path,
 
     words = ["--quant-method", method, "--group-size", "32", "--n-samples", "8", "--dataset", records]
     assert main(["merge", str(tiny_dir), str(tmp_path / "new"), *words]) == 0
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
-    config["quantization_config"]["backend"] = {"gptq": "gptq_torch", "awq": "torch_awq"}[
-        method
-    ]  # no kernel is compiled
-    (tmp_path / "new" / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path / "new", torch_dtype="float32", attn_impl="sdpa").eval()
     assert len(quantized_modules(model)) == 28
     ids = torch.arange(40)[None]

@@ -159,7 +159,7 @@ READ_IF: tuple[ReadIf, ...] = (
     ),
     ReadIf(
         keys=("tuner.unfreeze_topk_vit",),
-        when=lambda recipe: recipe.tuner.freeze_vit,
+        when=lambda recipe: bool(recipe.tuner.freeze_vit),
         by=("tuner.freeze_vit",),
         fix="set tuner.freeze_vit=true",
     ),
@@ -201,14 +201,14 @@ READ_IF: tuple[ReadIf, ...] = (
     ),
     ReadIf(
         keys=("data.max_bad_fraction",),
-        when=lambda recipe: recipe.data.on_error == "skip",
-        by=("data.on_error",),
+        when=lambda recipe: recipe.data.skips_unreadable,
+        by=("data.on_error", "data.check_dataset_strategy"),
         fix="set data.on_error=skip",
     ),
     ReadIf(
-        keys=_section("evaluation", "run_after_training"),
-        when=lambda recipe: recipe.evaluation.run_after_training,
-        by=("evaluation.run_after_training",),
+        keys=_section("evaluation", "run_after_training", "run_during_training"),
+        when=lambda recipe: recipe.evaluation.asks,
+        by=("evaluation.run_after_training", "evaluation.run_during_training"),
         fix="set evaluation.run_after_training=true",
     ),
     ReadIf(

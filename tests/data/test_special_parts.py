@@ -1,13 +1,14 @@
 """Parts of the kind type/value, reasoning, tool calls and results are read as what plain messages say."""
 
+import copy
 import json
 
 import pytest
 import torch
-from test_chat_template import with_template
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.encode.show import ChatTemplate
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError
 
@@ -90,7 +91,8 @@ def test_reasoning_is_a_think_block_before_the_answer():
 
 
 def test_a_thinking_template_writes_it_as_it_writes_reasoning_content_itself(encoder, processor):
-    encoder = with_template(encoder, THINKING)
+    encoder = copy.copy(encoder)
+    encoder._template = ChatTemplate(processor.tokenizer, THINKING)
     turns = [
         ASK,
         {"role": "assistant", "content": [{"type": "reasoning", "value": "Early."}, {"type": "text", "value": "One."}]},

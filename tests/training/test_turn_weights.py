@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from cases import picture
 from run_cases import short_run
-from test_launch import launchers
-from test_loss_weights import logged
 
 from qwenvl_ft import train as train_function
 from qwenvl_ft.assemble import build_datasets, build_processor
@@ -70,6 +68,12 @@ def samples(tiny_dir, data, tmp_path_factory):
     return [dataset[k] for k in range(4)]
 
 
+def logged(output):
+    """Return the loss and the gradient norm of the first step."""
+    first = json.loads((output / "trainer_log.jsonl").read_text().splitlines()[0])
+    return first["loss"], first["grad_norm"]
+
+
 def by_hand(tiny_dir, processor, samples, *, weighted=True):
     """Return loss and gradient norm of the language model for the four samples, each alone.
 
@@ -121,7 +125,8 @@ def test_two_processes_give_the_same_mean_where_one_of_them_has_no_weights(
     two.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
     assert ["label_weights" in sample for sample in samples[:2]] == [True, False]
     words = words_of(tiny_dir, two, tmp_path, "training.per_device_train_batch_size=1")
-    command = [sys.executable, *launchers(2)["torchrun"], "qwenvl_ft.train", *words]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *torchrun, "-m", "qwenvl_ft.train", *words]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

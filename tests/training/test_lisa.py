@@ -112,9 +112,9 @@ def test_several_processes_look_for_the_weights_without_a_gradient(tmp_path):
     words = ["tuner.train_type=full", f"training.output_dir={tmp_path}", "training.report_to=none"]
     lisa = [*words, "training.lisa_activated_layers=2"]
     found = [build_arguments(load_recipe(None, settings)).ddp_find_unused_parameters for settings in (words, lisa)]
-    assert found == [None, True]
+    assert found == [False, True]
     with pytest.raises(RecipeError, match="ddp_find_unused_parameters=false cannot hold"):
         load_recipe(None, [*lisa, "training.ddp_find_unused_parameters=false"])
     several = SimpleNamespace(world_size=2, deepspeed=None, fsdp=[], ddp_find_unused_parameters=None)
-    with pytest.raises(RecipeError, match=r"Set training\.ddp_find_unused_parameters=true\."):
+    with pytest.raises(RecipeError, match="Set ddp_find_unused_parameters=True in TrainingArguments"):
         LisaCallback(2, 1, 0).on_train_begin(several, None, None)

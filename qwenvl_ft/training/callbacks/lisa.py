@@ -46,7 +46,7 @@ class LisaCallback(TrainerCallback):
         if args.world_size > 1 and not args.ddp_find_unused_parameters:
             raise RecipeError(
                 "training.lisa_activated_layers freezes layers, for whose gradients DDP would wait over several "
-                "processes. Set training.ddp_find_unused_parameters=true."
+                "processes. Set ddp_find_unused_parameters=True in TrainingArguments; a recipe does it by itself."
             )
         self._thaw()  # auto_find_batch_size begins a run again with smaller batches
         decoder = model.model.language_model.layers

@@ -17,6 +17,9 @@ def infer(
         typer.Option(help="Directory of an adapter to load on the model. May be repeated; each adapter answers."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, if the model was trained with one.")] = None,
+    tools: Annotated[
+        str | None, typer.Option(help="Function schemas, as template.tools_prompt, if the model was trained with some.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding; above 0, sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
@@ -34,11 +37,13 @@ def infer(
     from transformers.utils import logging
 
     from qwenvl_ft.data.encode.encoder import Encoder
+    from qwenvl_ft.data.encode.tools_prompt import read_tools
     from qwenvl_ft.data.media.images import MediaPolicy
     from qwenvl_ft.evaluation.generate import generate
 
     if temperature < 0:
         raise typer.BadParameter(f"{temperature} is below 0", param_hint="--temperature")
+    schemas = read_tools(tools, "--tools") if tools else None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
@@ -46,7 +51,7 @@ def infer(
     for number, (source, processor) in enumerate(answerers):
         if adapter:
             loaded.set_adapter(f"adapter_{number}")
-        encoder = Encoder(processor, system_prompt=system, policy=MediaPolicy(allow_urls=True))
+        encoder = Encoder(processor, system_prompt=system, tools=schemas, policy=MediaPolicy(allow_urls=True))
         torch.manual_seed(seed)
         start = time.perf_counter()
         (answer,) = generate(

@@ -7,6 +7,7 @@ from cases import ListRecords
 
 from qwenvl_ft.assemble import build_processor
 from qwenvl_ft.data.encode.by_recipe import build_encoder
+from qwenvl_ft.data.encode.tools_prompt import read_tools
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.load import load_recipe
@@ -29,7 +30,9 @@ def text_of(encoder, **more):
 
 def test_schemas_are_shown_to_conversations_without_any(tiny_dir, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
-    for tools_prompt in (json.dumps([TOOL]), str(tmp_path / "tools.json")):
+    (tmp_path / "tools.jsonl").write_text(json.dumps(TOOL) + "\n\n")
+    files = (str(tmp_path / "tools.json"), str(tmp_path / "tools.jsonl"))
+    for tools_prompt in (json.dumps([TOOL]), json.dumps(TOOL), [TOOL], *files):
         encoder = encoder_of(tiny_dir, tools_prompt)
         assert '"measure"' in text_of(encoder)
         own = text_of(encoder, tools=[OWN])
@@ -44,9 +47,24 @@ def test_schemas_are_shown_to_conversations_without_any(tiny_dir, tmp_path):
         ("react_en", "react_en is a form of tool prompts"),
         ("nowhere.json", "nowhere.json cannot be read"),
         ("You may use tools.", "is not a JSON list of function schemas"),
-        ('{"name": "measure"}', "is not a JSON list of function schemas"),
+        ('{"nam": "measure"}', "schema 1 of 1 has no function name"),
+        (json.dumps([TOOL, "measure"]), "schema 2 of 2 has no function name"),
+        ([{"name": "measure", "parameters": ["mm"]}], "schema 1 of 1 has parameters that are no JSON schema"),
+        ([{"name": "measure", "parameters": {"type": "array"}}], "parameters of another type than object"),
+        ("7", "is not a JSON list of function schemas"),
     ],
 )
 def test_anything_else_is_one_line(tiny_dir, tools_prompt, message):
     with pytest.raises(RecipeError, match=message):
         encoder_of(tiny_dir, tools_prompt)
+
+
+def test_schemas_may_be_written_in_the_recipe_and_on_the_command_line(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("template:\n  tools_prompt:\n    - {name: measure, parameters: {type: object}}\n")
+    written = [{"name": "measure", "parameters": {"type": "object"}}]
+    assert read_tools(load_recipe(str(recipe)).template.tools_prompt) == written
+    given = load_recipe(None, [f"template.tools_prompt={json.dumps(written)}"]).template.tools_prompt
+    assert read_tools(given) == written
+    file = load_recipe(None, ["template.tools_prompt=tools.json"]).template.tools_prompt
+    assert file == "tools.json"

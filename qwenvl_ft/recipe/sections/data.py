@@ -38,8 +38,9 @@ class TemplateConfig:
     """Largest area of one frame, in pixels, rounded down to whole tokens; null sets no limit per frame."""
     system_prompt: str | None = None
     """System message for conversations that have none."""
-    tools_prompt: str | None = None
-    """Function schemas for conversations that have none: a JSON list, or a .json file that holds one."""
+    tools_prompt: list[dict[str, Any]] | str | None = None
+    """Function schemas for conversations that have none: a list or one schema (YAML or JSON), or a .json or .jsonl file
+    of them."""
     add_vision_id: bool = False
     """Have the chat template number images and videos (Picture 1: ...)."""
 

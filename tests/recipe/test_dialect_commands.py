@@ -90,7 +90,7 @@ def test_the_recommended_dense_caption_command_is_understood():
                 "training.neftune_noise_alpha": 5,
                 "training.push_to_hub": False,
                 "tuner.modules_to_save": ["embed_tokens", "lm_head"],
-                "template.tools_prompt": "[]",
+                "template.tools_prompt": [],
             },
         ),
         (

@@ -126,7 +126,13 @@ def test_the_table_has_a_row_for_each_extension():
 
 
 def test_a_metric(run):
-    words = ["recipe", "base", "evaluation.metric=starts_with"]
+    words = [
+        "recipe",
+        "base",
+        "evaluation.metric=starts_with",
+        "evaluation.run_after_training=true",
+        "data.val=v.jsonl",
+    ]
     plain = run(*words, extended=False)
     assert refused(plain, "evaluation.metric: 'starts_with' is not one of the choices. Known: classification, "), (
         plain.error

@@ -18,6 +18,7 @@ from qwenvl_ft.data.sources.mixture import load_mixture
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.export.quantize import calibration
+from qwenvl_ft.flare.image_check import Looked
 from qwenvl_ft.flare.validate import record_errors
 from qwenvl_ft.look import check_report
 from qwenvl_ft.recipe.load import load_recipe
@@ -237,7 +238,7 @@ def test_a_damaged_file_follows_the_same_rules(write_jsonl):
     path.write_text(path.read_text().replace("<image>\\n", "") + "[1,\n")
     report = checked(path, "data.label=keep_true", "data.ignored_keys=[score]")
     assert [fault.reason for fault in report.faults if fault.reason != "duplicate"] == ["json"]
-    assert report.splits["train"].records == 1
+    assert report.splits["train"].records == 2, "the kept one and the damaged one"
     assert report.splits["train"].left_out == 1
 
 
@@ -279,4 +280,4 @@ class Sound:
     """An image check that finds nothing."""
 
     def fault(self, path):
-        return ""
+        return Looked()

@@ -23,6 +23,8 @@ from qwenvl_ft.data.dense.groups import DenseGroups, EpochConversations
 from qwenvl_ft.data.dense.options import SCALES, DenseOptions
 from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.media.reading import save_reading
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.epochs import open_epochs
 from qwenvl_ft.data.sources.mixture import joined, load_mixture, load_options
@@ -40,9 +42,13 @@ logger = logging.getLogger(__name__)
 
 
 def build_processor(recipe: Recipe) -> Any:
-    """Load the processor of a recipe's model with the pixel limits and frame rates of ``template``."""
+    """Load the processor of a recipe's model with the pixel limits and frame rates of ``template``.
+
+    It is saved with the model, and with it how ``data`` converts deep images, so that inference does the same.
+    """
     processor = load_processor(_model_path(recipe), revision=recipe.model.model_revision)
     set_template_limits(processor, recipe.template)
+    save_reading(processor, MediaPolicy.of(recipe.data).reading)
     return processor
 
 

@@ -23,6 +23,19 @@ def infer(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding; above 0, sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    high_bit_depth: Annotated[
+        str | None,
+        typer.Option(
+            help="How values deeper than 8 bits become 8 bits: error, window, minmax, percentile or clip. Without "
+            "it, as the model was trained."
+        ),
+    ] = None,
+    window: Annotated[
+        tuple[float, float] | None, typer.Option(help="Lowest and highest value of the images, as in -160 240.")
+    ] = None,
+    image_frame: Annotated[
+        int | None, typer.Option(help="Frame, page or slice of image files with several, counted from 0.")
+    ] = None,
     torch_dtype: Annotated[
         str, typer.Option(help="bfloat16, float16, float32, or auto for the saved precision.")
     ] = "auto",
@@ -39,11 +52,14 @@ def infer(
     from qwenvl_ft.data.encode.encoder import Encoder
     from qwenvl_ft.data.encode.tools_prompt import read_tools
     from qwenvl_ft.data.media.images import MediaPolicy
+    from qwenvl_ft.data.media.reading import reading_of, saved_reading
     from qwenvl_ft.evaluation.generate import generate
 
     if temperature < 0:
         raise typer.BadParameter(f"{temperature} is below 0", param_hint="--temperature")
     schemas = read_tools(tools, "--tools") if tools else None
+    entry = {"high_bit_depth": high_bit_depth, "window": window, "image_frame": image_frame}
+    flags = reading_of(entry, "--")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
@@ -51,7 +67,8 @@ def infer(
     for number, (source, processor) in enumerate(answerers):
         if adapter:
             loaded.set_adapter(f"adapter_{number}")
-        encoder = Encoder(processor, system_prompt=system, tools=schemas, policy=MediaPolicy(allow_urls=True))
+        policy = MediaPolicy(allow_urls=True, reading=flags.over(saved_reading(processor)))
+        encoder = Encoder(processor, system_prompt=system, tools=schemas, policy=policy)
         torch.manual_seed(seed)
         start = time.perf_counter()
         (answer,) = generate(

@@ -22,10 +22,12 @@ import numpy as np
 
 from qwenvl_ft.data.conversation import Conversation, Image, Text, Video
 from qwenvl_ft.data.media.images import MediaPolicy, open_image
+from qwenvl_ft.data.media.reading import REFUSING, Reading, saved_reading
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.sources.key_rules import KEEP_TRUE, KeyRules
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import CheckpointError, DataError, RecipeError, unknown_name
+from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.model.quantization import INSTALL
 from qwenvl_ft.model.source import load_config
 
@@ -88,7 +90,7 @@ def quantize(
     _require_whole_groups(str(model), group_size)
     if method == "awq":
         _require_awq_outputs(str(model))
-    samples = calibration(dataset, n_samples, seed, ignored_keys)
+    samples = calibration(dataset, n_samples, seed, ignored_keys, saved_reading(load_processor(model)))
     # By its own default, gptqmodel 7.7 fails on two cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
     from gptqmodel import GPTQModel  # type: ignore[import-not-found]
@@ -118,7 +120,9 @@ def quantize(
     partial.rename(out)
 
 
-def calibration(dataset: str, count: int, seed: int, ignored_keys: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+def calibration(
+    dataset: str, count: int, seed: int, ignored_keys: Sequence[str] = (), reading: Reading = REFUSING
+) -> list[list[dict[str, Any]]]:
     """Draw calibration samples: messages in the form of chat templates, with opened images.
 
     Records whose label is false are left out.
@@ -127,7 +131,7 @@ def calibration(dataset: str, count: int, seed: int, ignored_keys: Sequence[str]
         DataError: every record has a video, or a record cannot be read.
     """
     records = load_records(dataset, seed=seed, rules=KeyRules(tuple(ignored_keys), KEEP_TRUE))
-    policy = MediaPolicy()
+    policy = MediaPolicy(reading=reading)
     chosen: list[list[dict[str, Any]]] = []
     skipped = 0
     for index in np.random.default_rng(seed).permutation(len(records)).tolist():

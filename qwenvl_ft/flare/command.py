@@ -7,6 +7,7 @@ from collections.abc import Callable
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.errors import QwenVLError
 from qwenvl_ft.flare.catalog import read_catalog
+from qwenvl_ft.recipe.image_keys import METHODS
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, input_help: str, datasets: bool = True) -> None:
@@ -49,3 +50,14 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
     except QwenVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def add_reading_options(options: argparse.ArgumentParser, *, default: str) -> None:
+    """Add the flags that say how images deeper than 8 bits are converted.
+
+    Args:
+        default: what happens without them, for the help.
+    """
+    help_text = f"image values deeper than 8 bits: {', '.join(METHODS)} (default: {default})"
+    options.add_argument("--high_bit_depth", choices=METHODS, help=help_text)
+    options.add_argument("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values for black and white")

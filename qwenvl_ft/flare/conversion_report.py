@@ -76,6 +76,8 @@ class Report:
         yield from (f"  left out: {count:,} {reason}" for reason, count in counts["skipped_by_reason"].items())
         if counts["images_found_by_name"]:
             yield f"  images named without their folder, found by name: {counts['images_found_by_name']:,}"
+        for how, count in counts["high_bit_depth_images"].items():
+            yield f"  deeper than 8 bits, converted by {how}: {count:,} images"
         if counts["guessed_task_types"]:
             yield f"  task unknown, the data set's first task used: {counts['guessed_task_types']:,}"
         yield from (f"  {note}" for note in self.notes())

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.media.reading import REFUSING, reading_of
 from qwenvl_ft.errors import DataError, hint
 from qwenvl_ft.flare.catalog import (
     FLARE_DATASETS,
@@ -27,7 +29,7 @@ from qwenvl_ft.flare.catalog import (
     find_datasets,
     registry_name,
 )
-from qwenvl_ft.flare.command import add_data_options, add_image_limit, run_command
+from qwenvl_ft.flare.command import add_data_options, add_image_limit, add_reading_options, run_command
 from qwenvl_ft.flare.conversion_report import CONVERTED, FAILED, NOTHING, REPORT, Report
 from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions, unpacking_hint
@@ -68,7 +70,8 @@ def convert(
     root = find_base(base)
     folder = output_folder(root, output)
     folder.mkdir(parents=True, exist_ok=True)
-    check, report = ImageCheck(options.check_images, options.max_image_pixels), Report.read(folder / REPORT)
+    policy = MediaPolicy(max_image_pixels=options.max_image_pixels, reading=options.reading)
+    check, report = ImageCheck(options.check_images, policy), Report.read(folder / REPORT)
     for name in names:
         for split in splits:
             try:
@@ -152,6 +155,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add_image_limit(options)
     options.add_argument("--keep_incomplete", action="store_true", help="keep questions with some unusable images")
     options.add_argument("--num_workers", type=int, default=4, help="threads that check images")
+    add_reading_options(options, default="error")
     options.add_argument("--list", action="store_true", help="print the catalog and exit")
     options.add_argument("--verbose", action="store_true", help="print every skipped question")
     return options
@@ -168,6 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         keep_incomplete=arguments.keep_incomplete,
         num_workers=arguments.num_workers,
         max_image_pixels=arguments.max_image_pixels,
+        reading=reading_of(vars(arguments), "--").over(REFUSING),
     )
     base = find_base(arguments.input_dir)
     folder = output_folder(base, arguments.output_dir)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.media.images import MediaPolicy, file_of, image_size, open_image, stored_mode
+from qwenvl_ft.data.media.reading import ReadAs, read_as, reading_of
 from qwenvl_ft.data.media.refused import TooLarge
 from qwenvl_ft.errors import DataError
 
@@ -14,10 +15,26 @@ if TYPE_CHECKING:
     from qwenvl_ft.data.conversation import Source
 
 CHECKS = ("decode", "header", "none")
-KINDS = {"corrupt": "corrupted_image", "too_large": "too_large_image", "too_thin": "too_thin_image"}
+KINDS = {
+    "corrupt": "corrupted_image",
+    "high_bit_depth": "high_bit_depth",
+    "too_large": "too_large_image",
+    "too_thin": "too_thin_image",
+}
 """Reason of ``check`` -> its name in FLARE's reports."""
 UNKNOWN = (1, 2, 2)
 """Stands for the grid of an image that is not opened."""
+Value = Path | ReadAs
+"""The file of an image, or the file and how a record says that it is read."""
+
+
+def image_value(path: Path, record: Any) -> Value:
+    """Return a record's image as its keys say that it is read; malformed keys are ignored, reading it reports them."""
+    try:
+        value: Value = read_as(path, reading_of(record, ""))
+    except DataError:
+        return path
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +53,24 @@ class ImageCheck:
 
     Args:
         how: ``decode`` the whole image, read the ``header``, or only check that the file exists (``none``).
-        max_image_pixels: largest stored image, in pixels.
+        policy: how images are opened.
     """
 
-    def __init__(self, how: str, max_image_pixels: int = MediaPolicy.max_image_pixels) -> None:
+    def __init__(self, how: str, policy: MediaPolicy | None = None) -> None:
         from qwenvl_ft.data.encode.encoder import Encoder
         from qwenvl_ft.look.reference import reference_processor
 
         self.how = how
-        self.encoder = Encoder(reference_processor(), policy=MediaPolicy(max_image_pixels=max_image_pixels))
-        self.looked: dict[Path, Looked] = {}
+        self.encoder = Encoder(reference_processor(), policy=policy or MediaPolicy())
+        self.looked: dict[Value, Looked] = {}
 
-    def look(self, paths: Iterable[Path], num_workers: int) -> None:
+    def look(self, paths: Iterable[Value], num_workers: int) -> None:
         """Check many files in threads; Pillow releases the GIL while it decodes."""
         new = list(dict.fromkeys(path for path in paths if path not in self.looked))
         with ThreadPoolExecutor(num_workers) as pool:
             self.looked.update(zip(new, pool.map(self._look, new), strict=True))
 
-    def fault(self, path: Path) -> Looked:
+    def fault(self, path: Value) -> Looked:
         """Return what is wrong with an image."""
         if path not in self.looked:
             self.looked[path] = self._look(path)
@@ -71,13 +88,21 @@ class ImageCheck:
 
         try:
             conversation = read_record(record, source, str(folder))
-            grids = [self.fault(Path(image.value)).grid for image in conversation.media(Image)]
+            paths = [Path(str(file_of(image.value))) for image in conversation.media(Image)]
+            grids = [self.fault(image_value(path, record)).grid for path in paths]
             message = next((text for _, text in text_cases(conversation, MediaPlan(grids), self.encoder)), "")
         except DataError as error:
             message = str(error)
         return message.removeprefix(f"{source}: ")
 
-    def _look(self, path: Path) -> Looked:
+    def is_deep(self, path: Path) -> bool:
+        """Return True for an image deeper than 8 bits; False too if only its existence is checked and it is damaged."""
+        try:
+            return bool(stored_mode(path, self.encoder.policy)[1])
+        except DataError:
+            return False
+
+    def _look(self, value: Value) -> Looked:
         from qwenvl_ft.data.conversation import Image
         from qwenvl_ft.data.media.grids import grid_of_size
         from qwenvl_ft.look.reference import reason_of
@@ -86,10 +111,10 @@ class ImageCheck:
             return Looked()
         try:
             if self.how == "decode":
-                width, height = open_image(str(path), self.encoder.policy).size
+                width, height = open_image(value, self.encoder.policy).size
             else:
-                height, width = image_size(str(path), self.encoder.policy)
-            return Looked(grid=grid_of_size(Image(str(path)), height, width, self.encoder.processor.image_processor))
+                height, width = image_size(value, self.encoder.policy)
+            return Looked(grid=grid_of_size(Image(value), height, width, self.encoder.processor.image_processor))
         except DataError as error:
             option = " The limit is --max_image_pixels here." if isinstance(error, TooLarge) else ""
             return Looked(KINDS[reason_of(error)], f"{error}{option}")

@@ -10,14 +10,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.media.images import MediaPolicy, image_size
+from qwenvl_ft.data.media.reading import SIZE_ONLY, reading_of, saved_reading
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.evaluation.parse import parse_instances
 from qwenvl_ft.flare.catalog import BOX_TASKS, FLARE_DATASETS, FlareDataset, find_datasets, find_task
-from qwenvl_ft.flare.command import add_data_options, add_image_limit, run_command
+from qwenvl_ft.flare.command import add_data_options, add_image_limit, add_reading_options, run_command
 from qwenvl_ft.flare.convert import write_json
 from qwenvl_ft.flare.image_check import ImageCheck
 from qwenvl_ft.flare.layout import Questions, find_base, find_questions
@@ -32,13 +34,16 @@ def predict(
     answer: Answerer,
     *,
     coordinates: str = "pixel",
-    max_image_pixels: int = MediaPolicy.max_image_pixels,
+    policy: MediaPolicy | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the question records with ``prediction``, and the number of questions that could not be asked.
 
     A question with unusable images gets an empty prediction; no question is dropped.
+
+    Args:
+        policy: how images are opened, see `model_answerer`.
     """
-    check = ImageCheck("header", max_image_pixels)
+    check = ImageCheck("header", policy or MediaPolicy())
     records = [dict(record) if isinstance(record, dict) else {} for record in questions.records]
     prompts: dict[int, dict[str, Any]] = {}
     for index, record in enumerate(records):
@@ -71,7 +76,7 @@ def in_pixels(text: str, image: str, policy: MediaPolicy | None = None) -> str:
     found = parse_instances(text)
     if not found:
         return text
-    height, width = image_size(image, policy or MediaPolicy())
+    height, width = image_size(image, policy or MediaPolicy(reading=SIZE_ONLY))
     sides = (width, height, width, height)
     boxes = {
         name: [[round(value * side / 1000, 2) for value, side in zip(box, sides, strict=True)] for box in boxes]
@@ -82,8 +87,15 @@ def in_pixels(text: str, image: str, policy: MediaPolicy | None = None) -> str:
 
 def model_answerer(
     model: str, adapter: Path | None, *, torch_dtype: str, attn_impl: str, policy: MediaPolicy, **options: Any
-) -> Answerer:
-    """Load a model, optionally with an adapter; ``options`` go to `generate`."""
+) -> tuple[Answerer, MediaPolicy]:
+    """Load a model, optionally with an adapter; ``options`` go to `generate`.
+
+    Args:
+        policy: limits on opening images; what its reading leaves open is as the model was trained.
+
+    Returns:
+        The answerer, and the policy by which it opens images.
+    """
     from transformers.utils import logging
 
     from qwenvl_ft.cli.infer import load
@@ -93,8 +105,11 @@ def model_answerer(
     logging.disable_progress_bar()
     adapters = [] if adapter is None else [adapter]
     loaded, [(_, processor)] = load(model, adapters, torch_dtype=torch_dtype, attn_impl=attn_impl)
+    policy = replace(policy, reading=policy.reading.over(saved_reading(processor)))
     encoder = Encoder(processor, policy=policy)
-    return lambda prompts: generate(loaded, processor, prompts, encoder=encoder, progress=show_progress, **options)
+    return lambda prompts: generate(
+        loaded, processor, prompts, encoder=encoder, progress=show_progress, **options
+    ), policy
 
 
 def show_progress(done: int, batches: int) -> None:
@@ -144,22 +159,22 @@ def parser(prog: str) -> argparse.ArgumentParser:
     options.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
     options.add_argument("--torch_dtype", default="auto", help="bfloat16, float16, float32, or auto: as it was saved")
     options.add_argument("--attn_impl", default="auto", help="as model.attn_impl in a recipe")
+    add_reading_options(options, default="as the model was trained")
     return options
 
 
 def run(arguments: argparse.Namespace) -> int:
     questions = find_all(find_datasets(arguments.datasets), arguments.split, find_base(arguments.input_dir))
-    answer = model_answerer(
+    answer, policy = model_answerer(
         arguments.model,
         arguments.adapter,
         torch_dtype=arguments.torch_dtype,
         attn_impl=arguments.attn_impl,
-        policy=MediaPolicy(max_image_pixels=arguments.max_image_pixels),
+        policy=MediaPolicy(max_image_pixels=arguments.max_image_pixels, reading=reading_of(vars(arguments), "--")),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
-    limits = {"coordinates": arguments.coordinates, "max_image_pixels": arguments.max_image_pixels}
-    predict_all(questions, arguments.output_dir, answer, **limits)
+    predict_all(questions, arguments.output_dir, answer, coordinates=arguments.coordinates, policy=policy)
     return 0
 
 

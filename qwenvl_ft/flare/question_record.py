@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.data.media.images import MediaPolicy, image_size
+from qwenvl_ft.data.media.reading import REFUSING, Reading
 from qwenvl_ft.errors import DataError, hint
 from qwenvl_ft.evaluation.parse import BOX, Box, map_boxes
 from qwenvl_ft.flare.catalog import BOX_TASKS, find_task
@@ -31,6 +32,8 @@ class Options:
     """Threads that check images."""
     max_image_pixels: int = MediaPolicy.max_image_pixels
     """Largest stored image, in pixels."""
+    reading: Reading = REFUSING
+    """How images deeper than 8 bits are converted; the records of those images get it as their own keys."""
 
     def __post_init__(self) -> None:
         for value, known, flag in (
@@ -65,6 +68,8 @@ class Tally:
     """Images named without a folder and found in an image folder."""
     task_types: Counter[str] = field(default_factory=Counter)
     image_counts: Counter[str] = field(default_factory=Counter)
+    conversions: Counter[str] = field(default_factory=Counter)
+    """How values become 8 bits -> number of images deeper than that, in the converted questions."""
     guessed_tasks: int = 0
     """Questions with an unknown task name, for which the data set's first task was used."""
     errors: list[str] = field(default_factory=list)
@@ -84,6 +89,7 @@ class Tally:
             "too_thin_images": self.faulty_images["too_thin_image"],
             "task_type_distribution": dict(self.task_types.most_common()),
             "image_count_distribution": dict(sorted(self.image_counts.items())),
+            "high_bit_depth_images": dict(self.conversions),
             "guessed_task_types": self.guessed_tasks,
             "total_errors": len(self.errors),
         }
@@ -144,6 +150,9 @@ def make_record(
         "modality": dataset.modality,
         "image_name": question["ImageName"],
     }
+    if deep := sum(check.is_deep(path) for path in images):
+        tally.conversions[str(options.reading)] += deep
+        record |= options.reading.keys()
     if task in BOX_TASKS and options.coordinates == "norm1000":
         width, height = common_size(images, check.encoder.policy)
         record["conversations"][1]["value"] = normalised(answer, width, height)

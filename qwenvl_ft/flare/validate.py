@@ -20,7 +20,7 @@ from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.flare.command import add_image_limit, run_command
 from qwenvl_ft.flare.conversion_report import REPORT as CONVERSION_REPORT
 from qwenvl_ft.flare.convert import write_json
-from qwenvl_ft.flare.image_check import CHECKS, ImageCheck
+from qwenvl_ft.flare.image_check import CHECKS, ImageCheck, image_value
 from qwenvl_ft.flare.layout import answer_text
 
 REPORT = "validation_report.json"
@@ -73,7 +73,8 @@ def validate_file(path: str | Path, check: ImageCheck | None = None, num_workers
     findings.samples = len(records)
     named = [Path(path).parent / name for record in records for name in _images(record)]
     findings.images = len(set(named))
-    check.look([image for image in named if image.is_file()], num_workers)
+    values = [image_value(Path(path).parent / name, record) for record in records for name in _images(record)]
+    check.look([value for value, image in zip(values, named, strict=True) if image.is_file()], num_workers)
     seen: dict[str, int] = {}
     for index, record in enumerate(records):
         where = f"{path}[{index}]"
@@ -101,7 +102,7 @@ def record_errors(record: Any, folder: Path, check: ImageCheck) -> Iterator[tupl
     for name in images:
         if not (folder / name).is_file():
             yield "missing_image", f"{name} does not exist"
-        elif (looked := check.fault(folder / name)).kind:
+        elif (looked := check.fault(image_value(folder / name, record))).kind:
             yield looked.kind, looked.message
     turns = record["conversations"] if "conversations" in record else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -162,7 +163,7 @@ def validate(
     max_image_pixels: int = MediaPolicy.max_image_pixels,
 ) -> dict[str, Any]:
     """Return the report on several files: ``files`` and a ``summary``."""
-    check = ImageCheck(check_images, max_image_pixels)
+    check = ImageCheck(check_images, MediaPolicy(max_image_pixels=max_image_pixels))
     results = [validate_file(path, check, num_workers) for path in files]
     kinds: Counter[str] = Counter()
     for result in results:

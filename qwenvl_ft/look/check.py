@@ -45,6 +45,10 @@ class Split:
     """Content hashes of all media."""
     datasets: Counter[str] = field(default_factory=Counter)
     """Data set -> number of records."""
+    modes: Counter[str] = field(default_factory=Counter)
+    """What image files hold (``RGB``, ``I;16``) -> number of images."""
+    several_frames: dict[str, list[str]] = field(default_factory=dict)
+    """Data set -> its images of several frames or pages of which none was chosen."""
     encoded: int = 0
     groups: int = 0
     """Groups of dense captions; each group is one sample."""
@@ -68,6 +72,9 @@ class Split:
         if seen.dataset:  # a damaged row does not know its data set
             self.datasets[seen.dataset] += 1
         tally(self.unread, seen.unread, f"{seen.where} (id {seen.id!r})" if seen.id else seen.where)
+        self.modes.update(seen.modes)
+        if seen.several_frames:
+            self.several_frames.setdefault(seen.dataset, []).extend(seen.several_frames)
         self.measure(seen)
 
     def measure(self, seen: Measured) -> None:
@@ -153,6 +160,8 @@ def _split_to_json(split: Split) -> dict[str, Any]:
         "images": split.images,
         "videos": split.videos,
         "different_media": len(split.media),
+        "modes": dict(split.modes.most_common()),
+        "several_frames": {name: len(images) for name, images in split.several_frames.items()},
         "groups": split.groups,
         "encoded": split.encoded,
         "left_out_by_label": split.left_out,

@@ -32,6 +32,7 @@ REASONS: dict[str, Reason] = {
     "corrupt": Reason(IMAGE, ERROR, "a medium that cannot be opened or decoded"),
     "too_large": Reason(IMAGE, ERROR, "an image or frame with more pixels than data.max_image_pixels"),
     "too_thin": Reason(IMAGE, ERROR, "an image or frame that is too thin for the processor"),
+    "high_bit_depth": Reason(IMAGE, ERROR, "values deeper than 8 bits, and no setting of how to convert them"),
     "size": Reason(IMAGE, ERROR, "an image whose size differs from the stated one"),
     "too_long": Reason(MODEL, WARNING, "longer than template.max_length: left out"),
     "cut": Reason(MODEL, WARNING, "longer than template.max_length: cut"),

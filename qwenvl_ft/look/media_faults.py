@@ -7,9 +7,11 @@ from typing import Any
 import xxhash
 
 from qwenvl_ft.data.media.elsewhere import absent
-from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
-from qwenvl_ft.data.media.refused import TooLarge
+from qwenvl_ft.data.media.frames import unchosen_frames
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, medium_name, open_image, stored_mode
+from qwenvl_ft.data.media.reading import ReadAs
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.look.reference import reason_of
 
 KNOWN = 50_000
 """Number of media that a process remembers; questions about the same image usually follow each other."""
@@ -25,6 +27,10 @@ class MediumResult:
     """Content hash: of an image's decoded pixels, or of a video file's bytes; empty if it cannot be read."""
     size: tuple[int, int] = (0, 0)
     """(width, height) in pixels, after EXIF rotation; (0, 0) for a video file."""
+    mode: str = ""
+    """What the image file holds, see `stored_mode`; empty for a video file."""
+    frames: int = 0
+    """Frames or pages of a file with several of which none was chosen; 0 for any other."""
 
 
 class MediaInspector:
@@ -32,7 +38,7 @@ class MediaInspector:
 
     def __init__(self, policy: MediaPolicy) -> None:
         self.policy = policy
-        self._known: dict[str, MediumResult] = {}
+        self._known: dict[Any, MediumResult] = {}
 
     def image(self, value: Any) -> MediumResult:
         """Decode the whole image."""
@@ -45,9 +51,10 @@ class MediaInspector:
         return [self.image(frame) for frame in value]
 
     def _once(self, value: Any, look: Any) -> MediumResult:
-        if not isinstance(value, (str, Path)):
+        name = value.value if isinstance(value, ReadAs) else value
+        if not isinstance(name, (str, Path)):
             return look(value)
-        name = str(value)
+        name = value if isinstance(value, ReadAs) else str(value)
         if name not in self._known:
             if len(self._known) >= KNOWN:
                 self._known.pop(next(iter(self._known)))
@@ -60,16 +67,19 @@ class MediaInspector:
         try:
             height, width = image_size(value, self.policy)
             image = open_image(value, self.policy)
-        except TooLarge as error:
-            return MediumResult(("too_large", str(error)))
+            mode, deep = stored_mode(value, self.policy)
+            frames = unchosen_frames(value, self.policy)
         except DataError as error:
-            return MediumResult(("corrupt", str(error)))
+            return MediumResult((reason_of(error), str(error)))
         key = xxhash.xxh3_128_digest(image.tobytes() + b"%dx%d" % image.size)
         fault = None
         if image.size != (width, height):
             shown = "x".join(map(str, image.size))
-            fault = "size", f"image {value!s:.200}: the header says {width}x{height} pixels, but it decodes to {shown}."
-        return MediumResult(fault, key, image.size)
+            fault = (
+                "size",
+                f"image {medium_name(value)}: the header says {width}x{height} pixels, but it decodes to {shown}.",
+            )
+        return MediumResult(fault, key, image.size, deep or mode, frames)
 
 
 def _file(value: Any) -> MediumResult:
@@ -90,6 +100,7 @@ def _file(value: Any) -> MediumResult:
 
 def _is_missing(value: Any) -> bool:
     """Return True for a path that does not exist; URLs and base64 are not paths."""
+    value = value.value if isinstance(value, ReadAs) else value
     if not isinstance(value, (str, Path)):
         return False
     text = str(value)

@@ -14,7 +14,7 @@ from qwenvl_ft.data.dense.compose import DenseImage
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.summary import summary_fault
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.images import resolve_path
+from qwenvl_ft.data.media.images import medium_name, resolve_path
 from qwenvl_ft.data.media.video import clip_pixels
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.readers import RecordWithReader, read_record
@@ -47,6 +47,10 @@ class Inspected(Measured):
     """Content hashes of its media."""
     unread: tuple[Unread, ...] = ()
     """What nothing reads of it."""
+    modes: tuple[str, ...] = ()
+    """What its image files hold, such as ``RGB`` or ``I;16``."""
+    several_frames: tuple[str, ...] = ()
+    """Its images of several frames or pages of which none was chosen, each as ``PATH (5 frames)``."""
 
 
 class Inspector:
@@ -122,6 +126,11 @@ class Inspector:
         seen.num_images, seen.num_videos = len(images), len(conversation.media(Video))
         seen.media = tuple(medium.key for medium in media if medium.key)
         seen.key = content_key(conversation, media)
+        seen.modes = tuple(image.mode for image in images if image.mode)
+        named = zip(conversation.media(Image), images, strict=True)
+        seen.several_frames = tuple(
+            f"{medium_name(stored(part.value))} ({image.frames} frames)" for part, image in named if image.frames
+        )
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
         broken += size_cases(record, conversation, images)
         plan = MediaPlan() if broken else plan_media(conversation, [image.size for image in images], self.encoder)
@@ -210,7 +219,7 @@ def size_cases(record: Any, conversation: Conversation, images: Sequence[MediumR
         stated = part.value.stated if isinstance(part.value, DenseImage) else size
         if stated is not None and not image.fault and image.size != stated:
             found, expected = ("x".join(map(str, sides)) for sides in (image.size, stated))
-            yield "size", f"image {stored(part.value)!s:.200} is {found} pixels, the record states {expected}"
+            yield "size", f"image {medium_name(stored(part.value))} is {found} pixels, the record states {expected}"
 
 
 def video_cases(conversation: Conversation, plan: MediaPlan, encoder: Encoder) -> Iterator[Case]:

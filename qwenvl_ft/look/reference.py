@@ -17,6 +17,7 @@ from qwenvl_ft.data.encode.labels import unsupervised
 from qwenvl_ft.data.encode.show import template_message
 from qwenvl_ft.data.encode.tokenise import require_unicode
 from qwenvl_ft.data.media.grids import Grid, grid_of_size
+from qwenvl_ft.data.media.high_bit_depth import HighBitDepthError
 from qwenvl_ft.data.media.refused import TooLarge, TooThin
 from qwenvl_ft.data.media.video import Clip, plan_clip
 from qwenvl_ft.errors import DataError
@@ -124,6 +125,6 @@ def least_tokens_case(plan: MediaPlan, encoder: Encoder) -> Iterator[Case]:
 
 
 def reason_of(error: DataError, other: str = "corrupt") -> str:
-    """Return the reason for an error about a medium; ``other`` if it is not about the medium's size."""
-    named = {TooThin: "too_thin", TooLarge: "too_large"}
+    """Return the reason for an error about a medium; ``other`` if it has no reason of its own."""
+    named = {TooThin: "too_thin", TooLarge: "too_large", HighBitDepthError: "high_bit_depth"}
     return next((reason for kind, reason in named.items() if isinstance(error, kind)), other)

@@ -5,7 +5,7 @@ The page is self-contained: it needs no server and no network.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qwenvl_ft.data.conversation import Image, Sample
 from qwenvl_ft.data.media.images import image_size
 from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
 from qwenvl_ft.data.plan.packing import pack_lengths, single_rows
+from qwenvl_ft.look.histogram import Histogram, depth_histogram
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pictures import data_uri, pictures
 from qwenvl_ft.look.placing import AUTO, Placed, emitted_units, placed_objects
@@ -43,6 +44,8 @@ class Picture:
     name: str
     objects: list[tuple[int, Placed]]
     """(number in the list of objects, object)"""
+    histogram: Histogram | None = None
+    """Values before and after the conversion of an image deeper than 8 bits."""
 
     @property
     def shown_width(self) -> int:
@@ -214,6 +217,13 @@ def card(dataset: SampleDataset, ticket: Ticket, title: str, dense_units: str, u
     marked = [[(k, each) for k, each in numbered if each.picture == place] for place in range(len(images))]
     for picture, marks in zip(images, marked, strict=True):
         picture.objects.extend(marks)
+    parts = dataset.conversation(ticket).media(Image)
+    if len(parts) == len(images):  # truncation removed none
+        drawn = [
+            replace(each, histogram=depth_histogram(p.value, encoder.policy))
+            for each, p in zip(images, parts, strict=True)
+        ]
+        shown = drawn + [picture for picture in shown if picture.kind != "image"]
     source = sample["source"]
     text = "\n".join(json.dumps(shortened(record), ensure_ascii=False, indent=2) for record in records)
     return Card(title, source.record, source.id, sequence, shown, objects, units if objects else "", text)

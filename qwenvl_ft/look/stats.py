@@ -13,7 +13,7 @@ import xxhash
 from qwenvl_ft.data.conversation import Conversation, Image, Text
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.images import MediaPolicy, image_size
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, stored_mode
 from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, QwenVLError
@@ -44,6 +44,7 @@ HISTOGRAMS = {
 }
 """Measure -> heading. A record adds one or several numbers to a measure."""
 TABLES = {
+    "modes": "what image files hold (a mode deeper than 8 bits is converted by data.high_bit_depth)",
     "classes": "classes of objects",
     "kinds": "kinds of objects",
     "answers": "answers",
@@ -135,6 +136,8 @@ class Census:
         images = conversation.media(Image)
         found.numbers["images"].append(len(images))
         try:
+            for mode, deep in (stored_mode(image.value, self.policy) for image in images):
+                found.counts["modes"][deep or mode or "(made by code)"] += 1
             found.numbers["longest_side"] += [max(image_size(image.value, self.policy)) for image in images]
         except DataError as error:
             raise DataError(f"{conversation.source}: {error}") from None

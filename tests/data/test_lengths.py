@@ -309,7 +309,7 @@ def test_a_url_that_could_not_be_reached_is_tried_again(processor, tmp_path, mon
     encoder = Encoder(processor, policy=MediaPolicy(allow_urls=True))
     for _ in range(2):
         assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {"that cannot be read": 1}
-    monkeypatch.setattr("qwenvl_ft.data.media.images._fetch", lambda url, policy: encoded(picture(64, 64), "PNG"))
+    monkeypatch.setattr("qwenvl_ft.data.media.opening._fetch", lambda url, policy: encoded(picture(64, 64), "PNG"))
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}
     monkeypatch.undo()
     assert measure(records, encoder, cache_dir=tmp_path, on_error="skip").dropped() == {}, "measured once, it is cached"

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -9,10 +10,13 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
+from qwenvl_ft.assemble import build_processor
 from qwenvl_ft.cli.infer import infer, record
+from qwenvl_ft.data.media.reading import Reading, saved_reading
 from qwenvl_ft.errors import CheckpointError, DataError, QwenVLError
 from qwenvl_ft.evaluation.generate import generate
 from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.recipe.load import load_recipe
 
 PROMPT = "What is shown in this picture?"
 
@@ -147,3 +151,28 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path, adapter):
     other = make_tiny(tmp_path / "other", hidden_size=32, head_dim=8)
     with pytest.raises(CheckpointError, match="does not fit"):
         ask("--model", other, "--adapter", adapter, "--prompt", "x")
+
+
+def test_deep_images_are_read_as_in_training_unless_a_flag_says_otherwise(tiny_dir, tmp_path):
+    deep = (np.arange(64 * 96) % 4096).astype(np.uint16).reshape(64, 96)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    recipe = load_recipe(overrides=[f"model.model={tiny_dir}", "data.high_bit_depth=window", "data.window=[-160,240]"])
+    model = load_model(tiny_dir, torch_dtype="float32")
+    model.save_pretrained(tmp_path / "trained")
+    build_processor(recipe).save_pretrained(tmp_path / "trained")
+    assert saved_reading(load_processor(tmp_path / "trained")) == Reading("window", (-160.0, 240.0))
+    assert saved_reading(load_processor(tiny_dir)) == Reading("error")
+
+    def answer(low, high):
+        shown = np.floor(255 * (np.clip(deep.astype(float), low, high) - low) / (high - low) + 0.5).astype(np.uint8)
+        asked = {"image": [Image.fromarray(shown)], "conversations": [{"from": "human", "value": "<image>x"}]}
+        return generate(model, load_processor(tiny_dir), [asked], max_new_tokens=8)[0] + "\n"
+
+    arguments = ["--image", tmp_path / "deep.png", "--prompt", "<image>x", "--max-new-tokens", 8]
+    assert ask("--model", tmp_path / "trained", *arguments).stdout == answer(-160, 240)
+    flags = ["--window", -50, 3000]
+    assert ask("--model", tmp_path / "trained", *arguments, *flags).stdout == answer(-50, 3000)
+    with pytest.raises(DataError, match="found 0 to 4095"):
+        ask("--model", tiny_dir, *arguments)
+    again = build_processor(load_recipe(overrides=[f"model.model={tmp_path / 'trained'}"]))
+    assert saved_reading(again) == Reading("error"), "the recipe of the last training decides"

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flare_cases import CASES, MORE, SIZE, Case, picture, question, read, run
 from PIL import Image
@@ -290,3 +291,24 @@ def test_records_read_alike_from_anywhere(full_tree):
     assert [
         part.value for message in conversation.messages for part in message.content if hasattr(part, "value")
     ] == record["image"]
+
+
+def test_deep_images_are_left_out_and_counted_or_converted_as_the_flags_say(tree, encoder, capsys):
+    folder = tree.folder("retino") / "imagesTr"
+    picture(folder / "0.png")
+    Image.fromarray(np.arange(180 * 200, dtype=np.uint16).reshape(180, 200) % 4096).save(folder / "1.png")
+    tree.write("retino", [retino(0), retino(1)])
+    assert run(tree, "--datasets", "retino", "--splits", "train") == 0
+    statistics = read(tree, "conversion_report.json")["statistics"]
+    assert statistics["skipped_by_reason"] == {"high_bit_depth": 1}
+    assert statistics["high_bit_depth_images"] == {}
+    assert (
+        run(tree, "--datasets", "retino", "--splits", "train", "--high_bit_depth", "window", "--window", "0", "4095")
+        == 0
+    )
+    assert "deeper than 8 bits, converted by window 0 to 4095: 1 images" in capsys.readouterr().out
+    assert read(tree, "conversion_report.json")["statistics"]["high_bit_depth_images"] == {"window 0 to 4095": 1}
+    plain, deep = read(tree, "retino_train.json")
+    assert (deep["high_bit_depth"], deep["window"]) == ("window", [0, 4095])
+    assert "window" not in plain
+    assert len(encoder(deep)["image_grid_thw"]) == 1, "training needs no setting of its own"

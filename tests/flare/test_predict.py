@@ -5,6 +5,7 @@ import json
 import pytest
 from flare_cases import CASES, MORE, SIZE, Case
 
+from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.evaluation.generate import generate
 from qwenvl_ft.flare.catalog import FLARE_DATASETS
 from qwenvl_ft.flare.layout import find_questions
@@ -91,7 +92,7 @@ def test_a_question_that_cannot_be_asked_gets_an_empty_prediction(tree):
 @pytest.mark.parametrize(("limit", "asked"), [(200 * 180, 1), (200 * 180 - 1, 0)])
 def test_images_above_the_limit_are_not_asked_about(tree, limit, asked):
     questions = questions_of(tree, Case("retino", "classification", "", "classification"))
-    (record,), not_asked = predict(questions, answered("A"), max_image_pixels=limit)
+    (record,), not_asked = predict(questions, answered("A"), policy=MediaPolicy(max_image_pixels=limit))
     assert (record["prediction"], not_asked) == ("A" * asked, 1 - asked)
 
 

@@ -20,7 +20,7 @@ from qwenvl_ft.data.dense.dense_record import DenseRecord, geometry_of
 from qwenvl_ft.data.dense.options import SCALES, DenseOptions
 from qwenvl_ft.data.dense.prompts import MODES, SUMMARY
 from qwenvl_ft.data.dense.summary import build_summary, require_summary
-from qwenvl_ft.data.media.images import MediaPolicy, image_size, open_image
+from qwenvl_ft.data.media.images import MediaPolicy, image_size, medium_name, open_image
 from qwenvl_ft.errors import DataError, unknown_name
 
 Size = tuple[int, int]
@@ -56,10 +56,10 @@ class DenseImage:
 
     def _check(self, found: Size) -> None:
         if found != self.stated:
-            name = self.value if isinstance(self.value, str) else f"of type {type(self.value).__name__}"
             raise DataError(
-                f"image {name} is {found[0]} x {found[1]} pixels, but its record states width={self.stated[0]}, "
-                f"height={self.stated[1]}. Correct the record; images that share objects must have one size."
+                f"image {medium_name(self.value)} is {found[0]} x {found[1]} pixels, but its record states "
+                f"width={self.stated[0]}, height={self.stated[1]}. Correct the record; "
+                "images that share objects must have one size."
             )
 
 

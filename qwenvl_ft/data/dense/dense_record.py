@@ -20,10 +20,12 @@ from PIL import Image as PILImage
 from qwenvl_ft.data.augment.geometry import SHAPES, area
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.media.images import resolve_path, unpack_arrow
+from qwenvl_ft.data.media.reading import read_as, reading_of
 from qwenvl_ft.data.unread import Unread, once, unread_keys
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.recipe.image_keys import IMAGE_KEYS
 
-KEYS = {"images", "objects", "width", "height", "summary", "id", "categories"}
+KEYS = {"images", "objects", "width", "height", "summary", "id", "categories", *IMAGE_KEYS}
 """Keys of a record that are read; ``categories`` by readers/coco.py."""
 OBJECT_KEYS = {"desc", "line_points", *SHAPES}
 REQUIRED = ("images", "objects", "width", "height")
@@ -82,7 +84,8 @@ def read_dense_record(record: Any, source: Source, media_root: str | Path | None
     if not isinstance(entries, (list, tuple)):
         raise DataError(f"{source}: objects={entries!r:.80} must be a list; an empty one for an image without objects.")
     objects = tuple(read_object(entry, f"{source}: objects[{k}]", width, height) for k, entry in enumerate(entries))
-    images = _images(record["images"], source, media_root)
+    reading = reading_of(record, f"{source}: ")
+    images = tuple(read_as(image, reading) for image in _images(record["images"], source, media_root))
     unread = unread_keys(record, KEYS, source)
     for entry in entries:
         unread += unread_keys(entry, OBJECT_KEYS, source, "objects[].", meanings=())

@@ -7,7 +7,7 @@ tokens (labels.py) and the media (places.py). The result is a `Draft` (draft.py)
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -34,8 +34,10 @@ from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
 from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
 from qwenvl_ft.data.encode.tokenise import TextTokenizer, require_unicode
+from qwenvl_ft.data.media.frames import unchosen_frames
 from qwenvl_ft.data.media.grids import Grid, image_grid
 from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.media.reading import saved_reading, without_reading
 from qwenvl_ft.data.media.video import Clip, plan_clip
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, RecipeError, unknown_name
@@ -52,6 +54,8 @@ class Extent(NamedTuple):
     """Tokens that truncation removed."""
     cut_media: int
     """Images and videos that truncation removed."""
+    several_frames: int
+    """Images of files with several frames or pages, of which the first is shown because none was chosen."""
 
 
 class _Shown(NamedTuple):
@@ -78,7 +82,8 @@ class Encoder:
         system_prompt: used for conversations without a system message.
         tools: function schemas, used for conversations without tools.
         add_vision_id: let the template number the media ("Picture 1: ").
-        policy: limits on the media that may be opened.
+        policy: limits on the media that may be opened, and how images are read; None takes the reading that was saved
+            with the processor.
         turn_weights: apply the ``loss_weight`` of turns; False takes all as 1.
         raw_pixels: return images as raw patches (data/media/patches.py); the model must have been prepared with
             `use_raw_patches`.
@@ -114,7 +119,7 @@ class Encoder:
         self.system_prompt = system_prompt
         self.tools = tools
         self.add_vision_id = add_vision_id
-        self.policy = policy or MediaPolicy()
+        self.policy = policy or MediaPolicy(reading=saved_reading(processor))
         self.raw_pixels = raw_pixels
         self.turn_weights = turn_weights
         self._template = ChatTemplate(processor.tokenizer, processor.chat_template or processor.tokenizer.chat_template)
@@ -168,6 +173,7 @@ class Encoder:
             DataError, TooLong, Unsupervised: as `draft`.
         """
         shown = self._show(conversation)
+        several = sum(unchosen_frames(image.value, self.policy) > 0 for image in shown.images)
         media = (
             (IMAGE_PAD, self.processor.image_processor.merge_size, shown.image_grids),
             (VIDEO_PAD, self.processor.video_processor.merge_size, [clip.grid for clip in shown.clips]),
@@ -178,9 +184,9 @@ class Encoder:
             tokens += sum(t * (h * w // merge**2 - 1) for _, merge, grids in media for t, h, w in grids)
             if self.max_length is None or tokens <= self.max_length:
                 patches = sum(t * h * w for _, _, grids in media for t, h, w in grids)
-                return Extent(tokens, patches, bool(shown.videos), 0, 0)
+                return Extent(tokens, patches, bool(shown.videos), 0, 0, several)
         draft = self.draft(conversation)  # cuts the sample, or raises the error that names the fault
-        return Extent(draft.length, draft.patches, bool(draft.videos), draft.cut_tokens, draft.cut_media)
+        return Extent(draft.length, draft.patches, bool(draft.videos), draft.cut_tokens, draft.cut_media, several)
 
     def require_sound(
         self, conversation: Conversation, image_grids: list[Grid] | None = None, clips: list[Clip] | None = None
@@ -236,9 +242,9 @@ class Encoder:
             "vision_id": self.add_vision_id,
             "template": self._template.text,
             "special": self._template.special_tokens,
-            "image": self.processor.image_processor.to_dict(),
+            "image": without_reading(self.processor.image_processor.to_dict()),
             "video": self.processor.video_processor.to_dict(),
-            "policy": asdict(self.policy),
+            "policy": self.policy.for_sizes(),
             "transformers": transformers.__version__,
         }
         text = json.dumps(settings, sort_keys=True, default=str) + self._tokenizer_fingerprint

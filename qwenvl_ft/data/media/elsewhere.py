@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.media.reading import ReadAs
+
 MEDIA_ROOT = "data.media_root"
 
 
@@ -54,6 +56,7 @@ def absent(kind: str, value: Any) -> str:
         kind: image or video.
         value: the path, a `MediaPath` if it was relative.
     """
+    value = value.value if isinstance(value, ReadAs) else value
     text = f"{kind} {value!s:.200} does not exist."
     if not isinstance(value, MediaPath):
         return f"{text} Relative paths start at {MEDIA_ROOT}."

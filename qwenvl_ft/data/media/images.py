@@ -1,39 +1,35 @@
 """Open images as the official processing does, and read their size from the header alone.
 
-An image's value is an absolute path, a ``data:`` URI or plain base64, an allowed URL, bytes, a PIL image, or a
-`LazyImage`.
+An image's value is an absolute path, a ``data:`` URI or plain base64, an allowed URL, bytes, a PIL image, any of these
+with settings of its own (`ReadAs`), or a `LazyImage`. Values deeper than 8 bits are converted as the settings say
+(high_bit_depth.py).
 """
 
-import base64
-import binascii
-import io
 import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from PIL import ExifTags, ImageOps, UnidentifiedImageError
+import numpy as np
 from PIL import Image as PILImage
+from PIL import ImageOps
 
-from qwenvl_ft.data.media.elsewhere import MediaPath, absent
+from qwenvl_ft.data.media.deep_files import deep_mode, deep_pixels
+from qwenvl_ft.data.media.elsewhere import MediaPath
+from qwenvl_ft.data.media.high_bit_depth import DeepPixels, to_8_bit
 from qwenvl_ft.data.media.jpeg import jpeg_size
-from qwenvl_ft.data.media.refused import require_area
-from qwenvl_ft.errors import DataError, one_line
-from qwenvl_ft.recipe.schema import DataConfig
+from qwenvl_ft.data.media.medical_files import MedicalFile
+from qwenvl_ft.data.media.opening import ORIENTATION, opened_image
+from qwenvl_ft.data.media.opening import MediaPolicy as MediaPolicy
+from qwenvl_ft.data.media.opening import file_of as file_of
+from qwenvl_ft.data.media.opening import medium_name as medium_name
+from qwenvl_ft.data.media.reading import ERROR, ReadAs, Reading, lacks_window
 
-ORIENTATION = ExifTags.Base.Orientation
 TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 MEASURED = {"JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA"}
 """Formats whose header holds the size of the decoded image; images of other formats are decoded to be measured."""
-BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
-"""First characters of JPEG, PNG, GIF and WebP files in base64. A path may begin with them too, but has a dot."""
-URL_TIMEOUT_SECONDS = 30.0
-
-PILImage.MAX_IMAGE_PIXELS = None  # replaced by MediaPolicy.max_image_pixels, which raises instead of warning
 
 
 class LazyImage(Protocol):
@@ -46,25 +42,6 @@ class LazyImage(Protocol):
         """Return the RGB image."""
 
 
-@dataclass(frozen=True)
-class MediaPolicy:
-    """Limits on opening media."""
-
-    allow_urls: bool = False
-    """Fetch images from http(s) URLs."""
-    max_image_pixels: int = 200_000_000
-    """Largest stored image, in pixels; protects against decompression bombs."""
-    image_timeout: float = 60.0
-    """Time limit for decoding the images of one sample, in seconds."""
-    video_timeout: float = 60.0
-    """Time limit for opening or decoding one video file, in seconds."""
-
-    @classmethod
-    def of(cls, data: DataConfig) -> "MediaPolicy":
-        """Take the limits from a recipe's ``data`` section."""
-        return cls(data.allow_urls, data.max_image_pixels, data.image_timeout, data.video_timeout)
-
-
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
     """Join a relative path to the media root, as a `MediaPath`; return any other value unchanged."""
     if not isinstance(value, str) or file_of(value) is None:
@@ -73,16 +50,6 @@ def resolve_path(value: Any, media_root: str | Path | None) -> Any:
     if media_root is None or os.path.isabs(path):  # noqa: PTH117 - a million paths
         return path
     return MediaPath(os.path.join(media_root, path), path, media_root)  # type: ignore[arg-type]  # noqa: PTH118
-
-
-def file_of(value: Any) -> str | None:
-    """Return the path of a medium's file; None for bytes, URLs and base64."""
-    if callable(getattr(value, "open", None)):
-        value = getattr(value, "value", None)
-    if not isinstance(value, (str, Path)):
-        return None
-    text = str(value)
-    return None if text.startswith(("http://", "https://", "data:")) or _is_base64(text) else text
 
 
 def unpack_arrow(value: Any) -> Any:
@@ -101,7 +68,10 @@ def open_image(value: Any, policy: MediaPolicy) -> PILImage.Image:
     """
     if _is_lazy(value):
         return value.open()
-    with _opened(value, policy) as image:
+    value, reading = chosen_reading(value, policy)
+    with opened_image(value, policy, reading) as image:
+        if (deep := _deep_pixels(image)) is not None:
+            return PILImage.fromarray(to_8_bit(deep, reading, medium_name(value)))
         if image is value:  # the caller's image must not change
             return ImageOps.exif_transpose(image).convert("RGB")
         ImageOps.exif_transpose(image, in_place=True)
@@ -118,13 +88,19 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
     Raises:
         DataError: as in `open_image`, for errors that the header reveals.
     """
-    if _is_lazy(value):
-        return value.size()
-    if isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg")):
+    if isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg")) and not policy.reading.image_frame:
         size = jpeg_size(value)
         if size is not None and size[0] * size[1] <= policy.max_image_pixels:
             return size
-    with _opened(value, policy) as image:
+    if _is_lazy(value):
+        return value.size()
+    if isinstance(value, ReadAs):
+        return image_size(value.value, replace(policy, reading=value.reading.over(policy.reading)))
+    reading = policy.reading
+    with opened_image(value, policy, reading) as image:
+        _refuse_unconvertible(image, reading, medium_name(value))
+        if isinstance(image, MedicalFile):
+            return image.size[1], image.size[0]
         if (image.format == "PNG" and _has_late_text(image)) or image.format not in (*MEASURED, None):
             image.load()
         width, height = image.size
@@ -136,82 +112,63 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
         return (width, height) if orientation in TURNED else (height, width)
 
 
+def stored_mode(value: Any, policy: MediaPolicy) -> tuple[str, str]:
+    """Return what an image file holds: PIL's mode of its colours, and the deep mode (empty for 8 bits).
+
+    Raises:
+        DataError: as in `open_image`, for errors that the header reveals.
+    """
+    value, reading = chosen_reading(value, policy)
+    if _is_lazy(value):  # one that a user's code makes
+        return "", ""
+    with opened_image(value, policy, reading) as image:
+        deep = image.mode * image.is_deep if isinstance(image, MedicalFile) else deep_mode(image)
+        return image.mode, deep
+
+
+def deep_image(value: Any, policy: MediaPolicy) -> tuple[DeepPixels, Reading] | None:
+    """Return the values of an image deeper than 8 bits, and how they are converted; None for any other image.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    value, reading = chosen_reading(value, policy)
+    if _is_lazy(value):  # one that a user's code makes
+        return None
+    with opened_image(value, policy, reading) as image:
+        deep = _deep_pixels(image)
+    return None if deep is None or deep.values.dtype == np.uint8 else (deep, reading)
+
+
+def chosen_reading(value: Any, policy: MediaPolicy) -> tuple[Any, Reading]:
+    """Return the value of an image's file, without settings and augmentation, and the settings that apply to it."""
+    while _is_lazy(value) and hasattr(value, "value"):
+        value = value.value
+    if isinstance(value, ReadAs):
+        return value.value, value.reading.over(policy.reading)
+    return value, policy.reading
+
+
+def _deep_pixels(image: PILImage.Image | MedicalFile) -> DeepPixels | None:
+    """Return the values of an image that Pillow cannot read with all its bits; None for any other image."""
+    if isinstance(image, MedicalFile):
+        return image.pixels()
+    mode = deep_mode(image)
+    return deep_pixels(image, mode) if mode else None
+
+
+def _refuse_unconvertible(image: PILImage.Image | MedicalFile, reading: Reading, name: str) -> None:
+    """Raise HighBitDepthError, with the values found, if `to_8_bit` would; else decode nothing."""
+    if not (reading.high_bit_depth == ERROR or lacks_window(reading)):
+        return
+    if isinstance(image, MedicalFile) and lacks_window(reading) and image.window() is not None:
+        return
+    if (deep := _deep_pixels(image)) is not None:
+        to_8_bit(deep, reading, name)
+
+
 def _is_lazy(value: Any) -> TypeGuard[LazyImage]:
     return hasattr(value, "open") and hasattr(value, "size") and callable(value.size)
-
-
-@contextmanager
-def _opened(value: Any, policy: MediaPolicy) -> Iterator[PILImage.Image]:
-    """Open the image and read its header; every failure, also in the body, becomes a DataError that names the image."""
-    name = medium_name(value)
-    source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
-    try:
-        if source is None:
-            _check_area(value, name, policy)
-            yield value
-        else:
-            if isinstance(source, str) and _may_block(source):
-                raise DataError(f"image {name} is a pipe or a device. Give a file.")
-            with PILImage.open(source) as image:
-                _check_area(image, name, policy)
-                yield image
-    except (DataError, MemoryError, AssertionError):
-        raise
-    except FileNotFoundError:
-        raise DataError(absent("image", value)) from None
-    except IsADirectoryError:
-        raise DataError(f"image {name} is a folder.") from None
-    except UnidentifiedImageError:
-        raise DataError(f"image {name} is not an image that can be read ({_size_on_disk(source)}).") from None
-    except Exception as error:  # decoders raise struct.error, TypeError and others
-        if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"image {name} cannot be opened: {error.strerror}.") from None
-        raise DataError(f"image {name} is damaged: {one_line(error)}. Replace the file or drop the record.") from None
-
-
-def _source(value: Any, name: str, policy: MediaPolicy) -> Any:
-    """Return the path or buffer that PIL opens."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return io.BytesIO(value)
-    if not isinstance(value, (str, Path)):
-        raise DataError(f"image {name} is a {type(value).__name__}. Give a path, bytes, a data: URI or a PIL image.")
-    text = str(value)
-    if text.startswith(("http://", "https://")):
-        return io.BytesIO(_fetch(text, policy))
-    if text.startswith("data:") or _is_base64(text):
-        try:
-            return io.BytesIO(base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True))
-        except binascii.Error as error:
-            raise DataError(f"image {name} is not valid base64: {error}.") from None
-    return text
-
-
-def _may_block(path: str) -> bool:
-    """Return True for pipes and devices, where opening may wait for a writer."""
-    mode = os.stat(path).st_mode  # noqa: PTH116 - runs for every image
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def _is_base64(text: str) -> bool:
-    return text.startswith(BASE64_HEADS) and "." not in text
-
-
-def _fetch(url: str, policy: MediaPolicy) -> bytes:
-    if not policy.allow_urls:
-        raise DataError(f"image {url} is a URL. Download it, or set data.allow_urls=true.")
-    import httpx
-
-    try:
-        answer = httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-        answer.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise DataError(f"image {url} cannot be fetched: {error}.") from None
-    return answer.content
-
-
-def _check_area(image: PILImage.Image, name: str, policy: MediaPolicy) -> None:
-    width, height = image.size
-    require_area(f"image {name}", width, height, policy.max_image_pixels)
 
 
 def _has_late_text(image: PILImage.Image) -> bool:
@@ -232,22 +189,3 @@ def _has_late_text(image: PILImage.Image) -> bool:
         return False
     finally:
         file.seek(place)
-
-
-def medium_name(value: Any) -> str:
-    """Return the name of a medium for messages: its path, or a description of its value."""
-    if _is_lazy(value):
-        value = getattr(value, "value", "made when opened")
-    if isinstance(value, PILImage.Image):
-        return getattr(value, "filename", "") or "given as a PIL image"
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return f"of {len(value)} bytes"
-    if isinstance(value, (list, tuple)):
-        return f"of {len(value)} frames"
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:40]}..."
-
-
-def _size_on_disk(source: Any) -> str:
-    size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else Path(source).stat().st_size
-    return f"{size} bytes"

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from qwenvl_ft.data.conversation import IGNORE, Conversation, Sample, Source
 from qwenvl_ft.data.dense.groups import EpochConversations
 from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.frames import FIRST_FRAME
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.plan.lengths import BAD, Lengths, measure, require_some
 from qwenvl_ft.data.unread import tally_lines
@@ -228,7 +229,9 @@ class SampleDataset(Dataset[Sample]):
         line += f" (the first: {measured.faults[0]})" if measured.faults else ""
         samples, lost, media = measured.cut()
         cut = f"; cut: {samples:,} samples, by {lost:,} tokens" + (f" and {media:,} media" if media else "")
-        return line + (cut if samples else "")
+        line += cut if samples else ""
+        several = int(measured.several_frames.sum())
+        return line + (f"; {several:,} images {FIRST_FRAME}" if several else "")
 
     def unread(self) -> list[str]:
         """Return one line for each key of epoch 0's records that nothing reads."""

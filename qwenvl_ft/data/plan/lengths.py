@@ -33,6 +33,7 @@ COLUMNS = {
     "status": np.int8,
     "cut_tokens": np.int32,
     "cut_media": np.int32,
+    "several_frames": np.int32,
 }
 """Arrays of `Lengths` and their dtypes."""
 CHUNK = 256
@@ -46,7 +47,7 @@ KEPT, TOO_LONG, UNSUPERVISED, BAD = range(4)
 """Status of a record: `KEPT`, or why it does not become a sample."""
 File = tuple[str, int, int]
 """Path of a media file, its size in bytes and its modification time in nanoseconds; -1 and 0 if it is missing."""
-Row = tuple[int, int, bool, int, int, int]
+Row = tuple[int, int, bool, int, int, int, int]
 """One record's entries in the arrays of `Lengths`, in the order of `COLUMNS`."""
 
 
@@ -85,6 +86,8 @@ class Lengths:
     """[R] tokens that truncation removed."""
     cut_media: NDArray[np.int32]
     """[R] images and videos that truncation removed."""
+    several_frames: NDArray[np.int32]
+    """[R] images of files with several frames or pages, of which the first is shown because none was chosen."""
     faults: tuple[str, ...] = ()
     """Errors of the first `MAX_FAULTS` unreadable records."""
     unread: Mapping[str, Tally] = field(default_factory=dict)
@@ -124,7 +127,7 @@ class _MeasureRecord:
         except DataError as error:
             if self.on_error == "raise" or isinstance(error, (TooLong, Unsupervised)):
                 raise
-            return (0, 0, False, BAD, 0, 0), files + _unreached(conversation), NOTHING_UNREAD, str(error)
+            return (0, 0, False, BAD, 0, 0, 0), files + _unreached(conversation), NOTHING_UNREAD, str(error)
 
     def _row(self, conversation: Conversation) -> Row:
         try:
@@ -132,8 +135,8 @@ class _MeasureRecord:
         except (TooLong, Unsupervised) as error:
             if self.encoder.truncation_strategy == "raise":
                 raise
-            return 0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0
-        return extent.tokens, extent.patches, extent.has_video, KEPT, extent.cut_tokens, extent.cut_media
+            return 0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0, 0
+        return extent.tokens, extent.patches, extent.has_video, KEPT, *extent[3:]
 
 
 def conversation_files(conversation: Conversation) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Source
 from qwenvl_ft.data.readers import coco, conversations, dense, grounding, llava, messages, pairs, sharegpt
+from qwenvl_ft.data.readers.record_keys import with_image_keys
 from qwenvl_ft.data.unread import unread_keys
 from qwenvl_ft.errors import DataError, hint, one_line
 
@@ -170,7 +171,7 @@ def _convert(
         current = _checked(chosen.read(current, source, media_root), current, name, source)
         tried.append(name)
         name = None
-    return current
+    return with_image_keys(current, record)
 
 
 def _reader_by_path(name: str, source: Source) -> Reader:

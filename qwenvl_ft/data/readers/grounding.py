@@ -19,6 +19,7 @@ from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.dense.compose import scaled_coordinates
 from qwenvl_ft.data.dense.dense_record import TOLERANCE_PIXELS, GeometryError
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, resolve_path, unpack_arrow
+from qwenvl_ft.data.media.reading import SIZE_ONLY, Reading, read_as, reading_of
 from qwenvl_ft.errors import DataError, hint
 
 TAGS = re.compile(r"<ref-object>|<bbox>")
@@ -103,9 +104,10 @@ def _boxes(record: dict[str, Any], objects: dict[str, Any], source: Source, medi
             f"{source}: there are {len(images)} images. Give objects.image_id: which image each box belongs to."
         )
     texts = []
+    frame = Reading(image_frame=reading_of(record, f"{source}: ").image_frame)
     for number, (box, owner) in enumerate(zip(boxes, owners, strict=True)):
         where = f"{source}: objects.bbox[{number}]={box!r:.80}"
-        size = SIZES[kind] or _size(images, objects, owner, f"{source}: objects.bbox[{number}]", media_root)
+        size = SIZES[kind] or _size(images, objects, owner, f"{source}: objects.bbox[{number}]", media_root, frame)
         _check(box, size, TOLERANCE_PIXELS if kind == "real" else 0.0, where)
         texts.append(str(scaled_coordinates(box, size, "norm1000")))  # type: ignore[arg-type]
     return texts
@@ -135,7 +137,7 @@ def _images(record: dict[str, Any]) -> list[Any]:
 
 
 def _size(
-    images: list[Any], objects: dict[str, Any], owner: Any, where: str, media_root: str | None
+    images: list[Any], objects: dict[str, Any], owner: Any, where: str, media_root: str | None, frame: Reading
 ) -> tuple[float, float]:
     """Return the (width, height) in pixels of the image that a box belongs to."""
     if type(owner) is not int or not 0 <= owner < len(images):
@@ -146,7 +148,8 @@ def _size(
     if widths or heights:
         raise DataError(f"{where}: objects.width and objects.height must be lists of {len(images)}, one per image.")
     try:
-        height, width = image_size(resolve_path(unpack_arrow(images[owner]), media_root), MediaPolicy())
+        image = read_as(resolve_path(unpack_arrow(images[owner]), media_root), frame)
+        height, width = image_size(image, MediaPolicy(reading=SIZE_ONLY))
     except DataError as error:
         raise DataError(f"{where}: {error} Or give objects.width and objects.height.") from None
     return float(width), float(height)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qwenvl_ft.data.conversation import Limits, Sampling
+from qwenvl_ft.data.media.reading import Reading, has_image_keys, reading_of
 from qwenvl_ft.errors import DataError
 
 IMAGE_LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -53,6 +54,20 @@ def sampling_of(part: dict[str, Any], where: str) -> Sampling:
             f"{where} has min_frames={fields['min_frames']} above max_frames={fields['max_frames']}. Swap them."
         )
     return Sampling(**fields)
+
+
+def part_reading(part: dict[str, Any], where: str, *, frames: bool = True) -> Reading:
+    """Read how the image of a part, or each frame of a list of frames, becomes 8 bits (`IMAGE_KEYS`).
+
+    Args:
+        frames: False for a video file, which has no such settings.
+
+    Raises:
+        DataError: a value is malformed, or the part is a video file.
+    """
+    if not frames and has_image_keys(part):
+        raise DataError(f"{where} is a video file with a setting of images: high_bit_depth, window or image_frame.")
+    return reading_of(part, f"{where}.")
 
 
 def checked_fps(fps: Any, where: str) -> float | None:

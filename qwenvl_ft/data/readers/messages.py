@@ -10,8 +10,9 @@ message cannot use both. A part may set its own size limits and frame sampling (
 from typing import Any
 
 from qwenvl_ft.data.conversation import ROLES, Conversation, Image, Message, Part, Source, Text, Video
+from qwenvl_ft.data.media.reading import read_as
 from qwenvl_ft.data.readers.media_pool import TAGS, MediaPool, TagsError, medium_value, split_tags, unescaped
-from qwenvl_ft.data.readers.media_settings import checked_fps, limits_of, sampling_of
+from qwenvl_ft.data.readers.media_settings import checked_fps, limits_of, part_reading, sampling_of
 from qwenvl_ft.data.readers.record_keys import checked_loss, checked_objects, checked_turns, with_record_keys
 from qwenvl_ft.data.readers.special_parts import KINDS, expanded
 from qwenvl_ft.data.readers.unread_turns import RECORD_KEYS, require_media_shown, unread_of_record
@@ -143,11 +144,15 @@ def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> P
             f"{where} has type {kind!r} and no {canonical!r}. Write {{'type': '{kind}', '{canonical}': path}}."
         )
     if kind.startswith("image"):
-        return Image(medium_value(value, "image", pool.source, media_root), limits_of(part, "image", where))
+        image = read_as(medium_value(value, "image", pool.source, media_root), part_reading(part, where))
+        return Image(image, limits_of(part, "image", where))
     fps = checked_fps(part.get("fps"), where) or checked_fps(part.get("sample_fps"), where) or pool.fps
     settings = (fps, limits_of(part, "video", where), sampling_of(part, where))
     if isinstance(value, (list, tuple)):
         if not value:
             raise DataError(f"{where} is a video with an empty list of frames.")
-        return Video(tuple(medium_value(frame, "frame", pool.source, media_root) for frame in value), *settings)
+        reading = part_reading(part, where)
+        frames = (medium_value(frame, "frame", pool.source, media_root) for frame in value)
+        return Video(tuple(read_as(frame, reading) for frame in frames), *settings)
+    part_reading(part, where, frames=False)
     return Video(medium_value(value, "video", pool.source, media_root), *settings)

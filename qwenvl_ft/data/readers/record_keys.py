@@ -1,11 +1,12 @@
-"""Keys of both ``conversations`` and ``messages`` records: turns, ``system``, ``tools``, and the weights of turns."""
+"""Keys that several formats share: turns, ``system``, ``tools``, the weights of turns, and how images are read."""
 
 import json
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from qwenvl_ft.data.conversation import Conversation, Message, Source, Text
+from qwenvl_ft.data.conversation import Conversation, Image, Message, Part, Source, Text, Video
+from qwenvl_ft.data.media.reading import has_image_keys, read_as, reading_of
 from qwenvl_ft.data.readers.media_pool import unescaped
 from qwenvl_ft.errors import DataError
 
@@ -112,3 +113,27 @@ def checked_loss(turn: dict[str, Any], role: str, where: str) -> tuple[bool | No
     if loss is not None and loss != bool(weight):
         raise DataError(f"{where} has {flags} and loss_weight={weight!r}, which contradict each other. Keep one.")
     return (loss, float(weight)) if weight else (False, 1.0)
+
+
+def with_image_keys(conversation: Conversation, record: dict[str, Any]) -> Conversation:
+    """Apply the record's ``high_bit_depth``, ``window`` and ``image_frame`` to its images and listed frames.
+
+    Settings of a part are more specific and remain. Without images the keys may mean anything and are not read.
+
+    Raises:
+        DataError: a value is malformed, or two contradict each other.
+    """
+    if not has_image_keys(record) or not (conversation.media(Image) or conversation.media(Video)):
+        return conversation
+    reading = reading_of(record, f"{conversation.source}: ")
+
+    def applied(part: Part) -> Part:
+        if isinstance(part, Text) or hasattr(part.value, "size"):  # text, or an image that is made when it is opened
+            return part
+        if isinstance(part, Image):
+            return replace(part, value=read_as(part.value, reading))
+        frames = isinstance(part.value, (list, tuple))
+        return replace(part, value=tuple(read_as(frame, reading) for frame in part.value)) if frames else part
+
+    messages = (replace(each, content=tuple(map(applied, each.content))) for each in conversation.messages)
+    return replace(conversation, messages=tuple(messages))

@@ -7,9 +7,10 @@ from qwenvl_ft.data.conversation import Conversation, Image, Source, Video
 from qwenvl_ft.data.readers.media_settings import COUNTS, SECONDS, VIDEO_LIMITS
 from qwenvl_ft.data.readers.special_parts import VALUES
 from qwenvl_ft.data.unread import MEANINGS, TURN_MEANINGS, Unread, once, require_media_read, unread_keys
+from qwenvl_ft.recipe.image_keys import IMAGE_KEYS
 
 SHARED_KEYS = {
-    *("id", "fps", "system", "tools", "functions", "image", "images", "video", "videos", "window", "image_frame"),
+    *("id", "fps", "system", "tools", "functions", "image", "images", "video", "videos", *IMAGE_KEYS),
     *("width", "height"),  # `qwenvl-ft check` compares them with the images
 }
 RECORD_KEYS = {
@@ -26,7 +27,7 @@ TURN_KEYS = {
 PART_KEYS = {
     *("type", "text", "value", "image", "image_url", "video", "video_url", "url", "path", "bytes", "frames"),
     *VALUES,
-    *("fps", "sample_fps", "window", "image_frame", *VIDEO_LIMITS, *COUNTS, *SECONDS),
+    *("fps", "sample_fps", *IMAGE_KEYS, *VIDEO_LIMITS, *COUNTS, *SECONDS),
 }
 """Keys of a part of a message's content."""
 

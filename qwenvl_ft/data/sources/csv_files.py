@@ -11,7 +11,19 @@ from qwenvl_ft.errors import DataError
 
 LONGEST_CELL = 2**30
 """Characters; Python's default limit of 2**17 is too low for an image in base64."""
-NESTED = ("conversations", "messages", "texts", "history", "objects", "tools", "image", "images", "video", "videos")
+NESTED = (
+    "conversations",
+    "messages",
+    "texts",
+    "history",
+    "objects",
+    "tools",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "window",
+)
 """Columns whose cells may hold JSON lists or objects; other columns are never parsed."""
 
 

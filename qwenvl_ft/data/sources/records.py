@@ -6,7 +6,7 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from datasets.table import Table
 
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.media.elsewhere import MEDIA_ROOT, MediaRoot
+from qwenvl_ft.data.media.reading import image_keys_of, with_defaults
 from qwenvl_ft.data.readers import RecordWithReader, code_state, own_readers, register_reader
 from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables, row_of
 from qwenvl_ft.data.sources.key_rules import ALL_KEYS, KeyRules
@@ -43,6 +44,8 @@ class Part:
     rules: KeyRules
     left_out: int = 0
     """Records of the file that `rules` leave out."""
+    image_keys: dict[str, Any] = field(default_factory=dict)
+    """How the data set's images are read, for records that do not say it."""
 
     def record(self, place: int) -> tuple[Any, Source]:
         """Return a record and its origin; raise DataError if it is damaged."""
@@ -52,6 +55,7 @@ class Part:
             return record, Source(self.name, where)
         record = self.rules.applied(record)
         record_id = "" if record.get("id") is None else str(record["id"])
+        record = with_defaults(record, self.image_keys)
         return (RecordWithReader(record, self.reader) if self.reader else record), Source(self.name, where, record_id)
 
 
@@ -67,7 +71,9 @@ class Records:
         for name, reader in own_readers(part.reader for part in parts).items():
             key.update(f"{name}|{code_state(reader)}|".encode())
         for part in parts:
-            key.update(f"{part.key}|{part.media_root}|{part.reader}|{part.rules.ignored}|".encode())
+            key.update(
+                f"{part.key}|{part.media_root}|{part.reader}|{part.rules.ignored}|{part.image_keys or ''}|".encode()
+            )
             key.update(str(part.rows).encode() if isinstance(part.rows, range) else part.rows.tobytes())
         self.fingerprint = key.hexdigest()
         """Cache key of the records' content and order."""
@@ -203,8 +209,8 @@ def load_records(
             key = f"data.datasets.{name}.data_path" if entry["data_path"] else MEDIA_ROOT
             root = MediaRoot(path, str(folder_of_file), key)
             if len(rows):
-                left_out = table.num_rows - len(kept)
-                parts.append(Part(name, file, root, entry.get("reader"), table, file.state, rows, rules, left_out))
+                options = entry.get("reader"), table, file.state, rows, rules, table.num_rows - len(kept)
+                parts.append(Part(name, file, root, *options, image_keys_of(entry)))
     return Records(parts)
 
 

@@ -4,20 +4,24 @@ import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from qwenvl_ft.data.media.reading import reading_of
 from qwenvl_ft.errors import DataError, hint
+from qwenvl_ft.recipe.image_keys import IMAGE_KEYS
 
-DATASETS: dict[str, dict[str, str]] = {}
+DATASETS: dict[str, dict[str, Any]] = {}
 """Name -> ``{"annotation_path": file, "data_path": folder of relative media}``, in the order of registration. An
-empty ``data_path`` means that media paths are absolute or relative to ``data.media_root`` or the annotation file."""
+empty ``data_path`` means that media paths are absolute or relative to ``data.media_root`` or the annotation file. The
+other keys of `ENTRY` are optional."""
 
-UNLISTED: dict[str, dict[str, str]] = {}
+UNLISTED: dict[str, dict[str, Any]] = {}
 """Entries that selections find by name, and that a listing of `DATASETS` leaves out: splits for evaluation."""
 
 data_dict = DATASETS
 """qwen-vl-finetune's name for `DATASETS`."""
 
-ENTRY = ("annotation_path", "data_path", "reader")
+ENTRY = ("annotation_path", "data_path", "reader", *IMAGE_KEYS)
 """Keys of an entry of `DATASETS`."""
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".tar")
 """Extensions of data set files; a folder saved by `datasets` is a data set too."""
@@ -27,7 +31,13 @@ Amount = float | int
 
 
 def register_dataset(
-    name: str, annotation_path: str, data_path: str = "", *, reader: str | None = None, listed: bool = True
+    name: str,
+    annotation_path: str,
+    data_path: str = "",
+    *,
+    reader: str | None = None,
+    listed: bool = True,
+    **image_keys: Any,
 ) -> None:
     """Register a data set under a name for recipes; registering a name again replaces it.
 
@@ -39,15 +49,22 @@ def register_dataset(
         reader: name of the format, or the import path ``module:name`` of a custom reader; None recognises the format
             of each record.
         listed: False puts the entry into `UNLISTED`.
+        image_keys: ``high_bit_depth``, ``window`` and ``image_frame`` of its images, as in a recipe's ``data``; a
+            record's own keys take precedence.
 
     Raises:
-        DataError: the name is empty or has characters that a selection gives a meaning.
+        DataError: the name is empty or has characters that a selection gives a meaning, or an image key is wrong.
     """
     if not name or re.search(r"[,%#\s/]", name):
         raise DataError(f"data set name {name!r}: use letters, digits, '_', '-' and '.' only.")
+    if unknown := sorted(set(image_keys) - set(IMAGE_KEYS)):
+        raise DataError(f"data set {name}: unknown key {unknown[0]!r}.{hint(unknown[0], ENTRY)}")
+    reading_of(image_keys, f"data set {name}: ")
+    optional = {"reader": reader, **image_keys}
     table, other = (DATASETS, UNLISTED) if listed else (UNLISTED, DATASETS)
     other.pop(name, None)
-    table[name] = {"annotation_path": annotation_path, "data_path": data_path} | ({"reader": reader} if reader else {})
+    table[name] = {"annotation_path": annotation_path, "data_path": data_path}
+    table[name] |= {key: value for key, value in optional.items() if value not in (None, "")}
 
 
 def parse_selection(selection: str | list[str] | Mapping[str, float]) -> list[tuple[str, Amount]]:
@@ -99,7 +116,7 @@ def _parse(part: str) -> tuple[str, Amount]:
     return name, share
 
 
-def find_dataset(name: str) -> dict[str, str]:
+def find_dataset(name: str) -> dict[str, Any]:
     """Return the entry of a registered name, or a new entry for the path of a file.
 
     Raises:
@@ -114,6 +131,7 @@ def find_dataset(name: str) -> dict[str, str]:
             raise DataError(f"data set {name}: unknown key {keys} in its entry.{hint(unknown[0], ENTRY)}")
         if not entry.get("annotation_path"):
             raise DataError(f"data set {name}: no annotation_path in its entry. Known: {', '.join(ENTRY)}.")
+        reading_of(entry, f"data set {name}: ")
         return {"data_path": ""} | entry
     path = Path(name)
     folder, _, split = name.rpartition(":")

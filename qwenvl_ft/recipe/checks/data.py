@@ -5,11 +5,12 @@ import re
 from qwenvl_ft.errors import hint
 from qwenvl_ft.recipe.checks.argument import argument
 from qwenvl_ft.recipe.dialects import TOKEN_PIXELS
+from qwenvl_ft.recipe.image_keys import IMAGE_KEYS, image_keys_fault
 from qwenvl_ft.recipe.schema import Recipe
 
 SAMPLING = ("random", "group_by_length")
 """Values of ``training.train_sampling_strategy`` that we support: how rows are ordered into steps."""
-DATASET_KEYS = ("annotation_path", "data_path", "reader")
+DATASET_KEYS = ("annotation_path", "data_path", "reader", *IMAGE_KEYS)
 
 
 def sampling(recipe: Recipe) -> str | None:
@@ -55,13 +56,21 @@ def areas(recipe: Recipe) -> str | None:
 
 
 def datasets(recipe: Recipe) -> str | None:
-    """Registered datasets need a file, and have only known keys."""
+    """Registered datasets need a file, have only known keys, and say consistently how images are read."""
+    if fault := image_keys_fault(vars(recipe.data), "data."):
+        return fault
     for name, entry in recipe.data.datasets.items():
         unknown = [key for key in entry if key not in DATASET_KEYS]
         if unknown:
             return f"data.datasets.{name}: unknown key {unknown[0]!r}.{hint(unknown[0], DATASET_KEYS)}"
         if "annotation_path" not in entry:
             return f"data.datasets.{name} has no annotation_path. Example: {name}: {{annotation_path: a.jsonl}}."
+        if wrong := [
+            key for key in ("annotation_path", "data_path", "reader") if not isinstance(entry.get(key, ""), str)
+        ]:
+            return f"data.datasets.{name}.{wrong[0]}={entry[wrong[0]]!r:.80} must be a text."
+        if fault := image_keys_fault(entry, f"data.datasets.{name}."):
+            return fault
     return None
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwenvl_ft.recipe.limits import Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, Share
+from qwenvl_ft.recipe.limits import Count, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share
 
 
 @dataclass(kw_only=True)
@@ -72,8 +72,9 @@ class Sources:
     """Folder that relative media paths start from; null means the folder of the annotation file."""
     allow_urls: bool = False
     """Fetch images from http(s) URLs."""
-    datasets: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Dataset names to register: name -> {annotation_path: file, data_path: folder, reader: format}."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Dataset names to register: name -> {annotation_path: file, data_path: folder, reader: format}. An entry may also
+    set high_bit_depth, window and image_frame for its images."""
     datasets_root: str | None = None
     """Folder that the relative paths in datasets start from; null means the working directory."""
     readers: dict[str, str] = field(default_factory=dict)
@@ -90,7 +91,17 @@ class Sources:
 
 @dataclass(kw_only=True)
 class MediaLimits:
-    """Limits for images and videos."""
+    """How images are read, and limits for images and videos."""
+
+    high_bit_depth: Literal["error", "window", "minmax", "percentile", "clip"] = "error"
+    """How image values deeper than 8 bits (16-bit, 32-bit and float files, DICOM, NIfTI) become 8 bits: error refuses
+    them; window maps the two values of data.window to 0 and 255; minmax and percentile (0.5 and 99.5) take them from
+    each image; clip cuts at 0 and 255. Entries of datasets, records and parts may set their own."""
+    window: list[float] | None = None
+    """Lowest and highest value for high_bit_depth: window, as [-160, 240]; null takes a DICOM file's own."""
+    image_frame: NonNegative | None = None
+    """Frame, page or slice to show of an image file with several, counted from 0; null takes the first and reports it
+    (a NIfTI volume needs a number)."""
 
     max_image_pixels: Positive = 200_000_000
     """Largest image file that is decoded, in pixels; protects against decompression bombs."""

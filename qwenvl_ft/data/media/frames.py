@@ -1,0 +1,54 @@
+"""How many frames, pages or slices does an image file have, if it has several, and which one is shown?
+
+The first bytes rule out nearly all files, so that planning opens only those that may have several.
+"""
+
+from typing import Any
+
+from qwenvl_ft.data.media.images import chosen_reading
+from qwenvl_ft.data.media.opening import MediaPolicy, file_of, opened_image
+
+HEAD = 48
+"""Bytes that tell whether a file may have several frames."""
+SEVERAL = ("TIFF", "GIF", "WEBP", "PNG", "AVIF", "DICOM")
+"""Formats whose further frames are pictures of their own. An MPO holds previews and gain maps of one photo."""
+
+
+FIRST_FRAME = (
+    "are files of several frames or pages, of which the first is shown; data.image_frame chooses, also as a key of a "
+    "data set's entry or of a record"
+)
+"""How reports continue a number of images."""
+
+
+def unchosen_frames(value: Any, policy: MediaPolicy) -> int:
+    """Return the number of frames of an image that has several of which none was chosen; 0 for any other image.
+
+    Raises:
+        DataError: the image cannot be opened.
+    """
+    value, reading = chosen_reading(value, policy)
+    if reading.image_frame is not None or not _may_have_several(value):
+        return 0
+    with opened_image(value, policy, reading) as image:
+        count = getattr(image, "n_frames", 1) if image.format in SEVERAL else 1
+    return count if count > 1 else 0
+
+
+def _may_have_several(value: Any) -> bool:
+    """Judge a file or bytes by the first bytes; URLs, base64 and PIL images are not looked at."""
+    if isinstance(value, bytes):
+        head = value[:HEAD]
+    else:
+        path = file_of(value)
+        if path is None or path.lower().endswith((".jpg", ".jpeg")):
+            return False
+        if path.lower().endswith(".dcm"):
+            return True
+        try:
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - runs for every image
+                head = file.read(HEAD) or b""
+        except OSError:
+            return False
+    animated = head[:4] == b"RIFF" and head[12:16] == b"VP8X" and bool(head[20] & 2)
+    return head.startswith((b"GIF8", b"II", b"MM")) or animated or head[37:41] == b"acTL" or head[4:12] == b"ftypavis"

@@ -33,6 +33,8 @@ def data(tmp_path_factory):
 
 
 def settings(tiny_dir, data, output, *more):
+    asks = any(word.startswith("evaluation.run_") and word.lower().endswith("=true") for word in more)
+    asked = ("evaluation.metric=geometry", "evaluation.max_new_tokens=160") if asks else ()
     return short_run(
         tiny_dir,
         data,
@@ -50,8 +52,7 @@ def settings(tiny_dir, data, output, *more):
         "training.eval_steps=20",
         "training.eval_on_start=true",
         "training.save_strategy=best",
-        "evaluation.metric=geometry",
-        "evaluation.max_new_tokens=160",
+        *asked,
         *more,
     )
 
@@ -169,12 +170,11 @@ def test_what_a_metric_cannot_score_is_refused_before_the_first_step(tiny_dir, d
     more = [f"evaluation.data={other}", "evaluation.run_during_training=true"]
     with pytest.raises(DataError, match=r"val.jsonl:1: geometry cannot score this answer: .*not a dense caption"):
         train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "run", *more)))
+    more = ["evaluation.run_during_training=true", "evaluation.metric_options={iuo: 0.3}"]
     with pytest.raises(
         RecipeError, match=r"evaluation.metric_options: 'iuo' is no option of this metric. Did you mean"
     ):
-        train_function(
-            load_recipe(None, settings(tiny_dir, data, tmp_path / "run", "evaluation.metric_options={iuo: 0.3}"))
-        )
+        train_function(load_recipe(None, settings(tiny_dir, data, tmp_path / "run", *more)))
     assert not (tmp_path / "run").exists()
 
 
@@ -189,7 +189,7 @@ def test_asking_needs_evaluations_and_the_best_is_in_the_direction_of_the_metric
     with pytest.raises(RecipeError, match="lowest geometry, which is the worst"):
         load_recipe(None, [*base, *best, "training.greater_is_better=false"])
     with pytest.raises(RecipeError, match="eval_geometry is not computed by evaluation"):
-        load_recipe(None, [*base[:2], "evaluation.metric=geometry", "training.metric_for_best_model=eval_geometry"])
+        load_recipe(None, [*base[:2], best[0], "training.metric_for_best_model=eval_geometry"])
 
 
 @pytest.mark.parametrize(("metric", "greater"), [("geometry", True), ("counting", False), ("perplexity", False)])

@@ -165,7 +165,7 @@ class QwenVLTrainer(RowTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         weights = sum(weight_sum(batch, self.loss_weights or {}) for batch in batches)
-        own = torch.tensor([tokens, weights], dtype=torch.float64, device=device)
+        own = torch.stack([torch.full((), n, dtype=torch.float64, device=device) for n in (tokens, weights)])
         count, total = sum_over_ranks(own, self.accelerator)  # of all ranks, since others may have turns with weights
         self.step_log.meter.supervised(count)
         return batches, total

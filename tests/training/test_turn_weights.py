@@ -75,7 +75,7 @@ def logged(output):
 
 
 def by_hand(tiny_dir, processor, samples, *, weighted=True):
-    """Return loss and gradient norm of the language model for the four samples, each alone.
+    """Return loss and gradient norm for the samples, each alone.
 
     The weight of a label follows from the answers themselves: a weighted turn is found by its number of labels.
     """
@@ -95,8 +95,8 @@ def by_hand(tiny_dir, processor, samples, *, weighted=True):
             total = total + factor * losses[turn].sum()
             count += factor * len(turn)
     (total / count).backward()
-    norms = [p.grad.norm() for name, p in model.named_parameters() if p.grad is not None and "visual" not in name]
-    return float(total / count), float(torch.stack(norms).norm())
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    return (total / count).item(), torch.stack(norms).norm().item()
 
 
 @pytest.mark.parametrize(

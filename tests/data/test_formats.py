@@ -196,6 +196,26 @@ def test_boxes_in_any_shape_of_turn(pictures):
         assert read(shape | {"images": pictures[:1], "objects": objects}) == expected
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "{}"},
+        {"type": "image", "value": "{}"},
+        {"type": "image_url", "value": "{}"},
+        {"type": "image_url", "image_url": {"url": "{}"}},
+        {"image": "{}"},
+    ],
+)
+def test_boxes_in_pixels_find_the_size_of_an_image_part_of_any_spelling(pictures, part):
+    part = json.loads(json.dumps(part).replace("{}", pictures[0]))
+    messages = [
+        {"role": "user", "content": [part, {"type": "text", "value": "Where?"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": "<bbox>"}]},
+    ]
+    conversation = read({"messages": messages, "objects": {"bbox": [[20, 10, 100, 50]]}})
+    assert conversation.messages[1].content == (Text("[100, 100, 500, 500]"),)
+
+
 WRONG_BOXES = [
     ({"ref": ["a"], "bbox": [[1, 2, 3, 4]]}, r"more <bbox> tags than entries \(1\) in objects"),
     ({"ref": ["a", "b"], "bbox": [[1, 2, 3, 4]] * 2}, "1 of 2 entries in objects have no <ref-object> tag"),

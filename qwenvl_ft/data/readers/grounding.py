@@ -20,6 +20,7 @@ from qwenvl_ft.data.dense.compose import scaled_coordinates
 from qwenvl_ft.data.dense.dense_record import TOLERANCE_PIXELS, GeometryError
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, resolve_path, unpack_arrow
 from qwenvl_ft.data.media.reading import SIZE_ONLY, Reading, read_as, reading_of
+from qwenvl_ft.data.readers.messages import kind_of, value_of
 from qwenvl_ft.errors import DataError, hint
 
 TAGS = re.compile(r"<ref-object>|<bbox>")
@@ -133,7 +134,8 @@ def _images(record: dict[str, Any]) -> list[Any]:
         return list(images) if isinstance(images, (list, tuple)) else [images]
     contents = [turn.get("content") for turn in record.get("messages") or [] if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return [part["image"] for part in parts if part.get("image") is not None]
+    values = (value_of(part, kind) for part in parts if (kind := kind_of(part)) in ("image", "image_url"))
+    return [value for value in values if value is not None]
 
 
 def _size(

@@ -121,10 +121,21 @@ def _text_of(part: Any) -> str | None:
     return part if isinstance(part, str) else None
 
 
+def kind_of(part: dict[str, Any]) -> Any:
+    """Return the type of a part, which the key of its value stands for if it has none."""
+    return part.get("type") or next((key for key in ("text", *KEYS) if part.get(key) is not None), None)
+
+
+def value_of(part: dict[str, Any], kind: str) -> Any:
+    """Return the value of a media part; None if it has none."""
+    value = next((part[key] for key in KEYS[kind] if part.get(key) is not None), None)
+    return value["url"] if isinstance(value, dict) and "url" in value else value
+
+
 def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> Part:
     if not isinstance(part, dict):
         raise DataError(f"{where} must be an object with a 'type', not {part!r:.80}.")
-    kind = part.get("type") or next((key for key in ("text", *KEYS) if part.get(key) is not None), None)
+    kind = kind_of(part)
     if kind == "text":
         raise DataError(f"{where} has type 'text' and no text.")
     if isinstance(kind, str) and "audio" in kind:
@@ -135,9 +146,7 @@ def _medium(part: Any, where: str, pool: MediaPool, media_root: str | None) -> P
     tag = f"<{kind.removesuffix('_url')}>"
     if keys == {"type"} and pool.has(tag):
         return pool.take(tag)
-    value = next((part[key] for key in KEYS[kind] if part.get(key) is not None), None)
-    if isinstance(value, dict) and "url" in value:
-        value = value["url"]
+    value = value_of(part, kind)
     if value is None:
         canonical = KEYS[kind][0]
         raise DataError(

@@ -5,6 +5,7 @@ from importlib import import_module
 
 from qwenvl_ft import __version__
 from qwenvl_ft.errors import QwenVLError, unknown_name
+from qwenvl_ft.upstream.quiet import without_notices
 
 COMMANDS = {
     "train": "train with a recipe: qwenvl-ft train recipe=NAME section.key=value ...",
@@ -69,7 +70,8 @@ def run(name: str, rest: list[str]) -> int:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     settings = {"ignore_unknown_options": name in FLAGS_PASS}
     app.command(name, help=COMMANDS[name], context_settings=settings)(function)
-    app(args=rest, prog_name=f"qwenvl-ft {name}")
+    with without_notices():
+        app(args=rest, prog_name=f"qwenvl-ft {name}")
     return 0
 
 

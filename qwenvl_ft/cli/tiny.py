@@ -15,5 +15,8 @@ def tiny(
 ) -> None:
     """Write a tiny random Qwen3-VL checkpoint, complete with tokenizer and processor, for tests and trials."""
     from qwenvl_ft.model.tiny import make_tiny
+    from qwenvl_ft.upstream.quiet import quiet
 
-    typer.echo(make_tiny(directory, moe=moe, seed=seed))
+    with quiet():
+        made = make_tiny(directory, moe=moe, seed=seed)
+    typer.echo(made)

@@ -6,7 +6,7 @@ Relies on:
   and ``are_progress_bars_disabled`` and ``enable_progress_bars`` of ``huggingface_hub.utils``: public, transformers 5.5
   to 5.24. The bars of downloads stay.
 - The names of loggers and the beginnings of their messages (`NOTICES`): transformers 5.5 to 5.24, DeepSpeed 0.16 to
-  0.19. If one is renamed, its line is shown.
+  0.19, bitsandbytes 0.50. If one is renamed, its line is shown.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ NOTICES = {
         "mtime may not be reliable on this filesystem",
     ),
     "DeepSpeed": ("Setting ds_accelerator to", "Setting accelerator to CPU"),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # on import, used or not
 }
 """Logger -> the beginnings of the messages that say nothing to the user of a run."""
 
@@ -37,22 +38,31 @@ class _Unwanted(logging.Filter):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide bars like "Loading weights", and `NOTICES`, inside the context."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
+def without_notices() -> Iterator[None]:
+    """Hide `NOTICES` inside the context."""
     filters = {name: _Unwanted(beginnings) for name, beginnings in NOTICES.items()}
-    bars, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     for name, unwanted in filters.items():
         logging.getLogger(name).addFilter(unwanted)
-    transformers_logging.disable_progress_bar()
-    if downloads:
-        enable_progress_bars()
     try:
         yield
     finally:
         for name, unwanted in filters.items():
             logging.getLogger(name).removeFilter(unwanted)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide bars like "Loading weights", and `NOTICES`, inside the context."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    bars, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+    try:
+        with without_notices():
+            yield
+    finally:
         if bars and downloads:
             transformers_logging.enable_progress_bar()

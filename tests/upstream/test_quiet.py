@@ -9,6 +9,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from run_cases import run_settings, write_records
 from transformers.utils import logging as transformers_logging
 
+from qwenvl_ft.cli.main import main as command
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.look import selection
 from qwenvl_ft.train import main
 from qwenvl_ft.upstream.quiet import NOTICES, quiet
 
@@ -68,12 +71,31 @@ def test_notices_are_dropped_and_other_messages_are_not(name):
 def test_the_libraries_still_write_these_messages(name):
     """If this fails, a library has changed its words: correct or remove the entry."""
     files = {"DeepSpeed": ("deepspeed", "accelerator/real_accelerator.py")}
-    package, file = files.get(name, ("transformers", f"{name.partition('.')[2]}.py"))
+    own, _, module = name.partition(".")
+    package, file = files.get(name, (own, f"{module.replace('.', '/')}.py"))
     spec = importlib.util.find_spec(package)
     if spec is None:
         pytest.skip(f"{package} is not installed")
     text = (Path(spec.origin).parent / file).read_text()
     assert [beginning for beginning in NOTICES[name] if beginning not in text] == []
+
+
+@pytest.mark.parametrize("name", NOTICES)
+def test_every_command_drops_these_messages(name, monkeypatch, caplog):
+    def noisy(words):
+        for beginning in ("The disk is full", *NOTICES[name]):
+            logging.getLogger(name).warning("%s and so on", beginning)
+        raise DataError("enough")
+
+    monkeypatch.setattr(selection, "target_recipe", noisy)
+    monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    assert command(["check", "data.jsonl"]) == 2
+    assert [record.getMessage() for record in caplog.records if record.name == name] == ["The disk is full and so on"]
+
+
+def test_a_tiny_model_is_written_without_a_bar(tmp_path, capfd):
+    assert command(["tiny", str(tmp_path / "tiny")]) == 0
+    assert capfd.readouterr() == (f"{tmp_path / 'tiny'}\n", "")
 
 
 def test_a_run_prints_only_its_own_lines_while_it_loads_and_saves(tiny_dir, tmp_path, capfd):

@@ -52,12 +52,12 @@ def is_empty(value: Any) -> bool:
 
 def is_false(value: Any) -> bool:
     """Return True for a label that marks a wrong answer: false, 0, or one of them as text (from .csv)."""
-    return value is False or (type(value) in (int, float) and value == 0) or str(value).strip().lower() == "false"
+    return str(value).strip().lower() in ("false", "0", "0.0")
 
 
 def is_true(value: Any) -> bool:
     """Return True for a label that marks a right answer, which is what an answer without a label is taken for."""
-    return value is True or str(value).strip().lower() in ("true", "1")
+    return str(value).strip().lower() in ("true", "1", "1.0")
 
 
 def _is_number(value: Any) -> bool:
@@ -79,14 +79,15 @@ MEANINGS = (
         re.compile(r"(input_?)?(audio|speech|sound|wav|waveform|point_?cloud)s?(_(path|file|url|byte)s?)?"),
         "a medium that the model has no input for",
         "Drop the record",
+        lambda value: value is not False,
     ),
     Meaning(
-        re.compile(r"(.+_)?(rejected|dispreferred)(_.+)?"),
+        re.compile(r"(.+_)?(rejected|(dis|un|non_?|not_)preferred)(_.+)?|negative_(messages|images|videos)"),
         "an answer that preference data reject",
         "Drop the key to train on the turns alone",
     ),
     Meaning(
-        re.compile(r"(.+_)?(chosen|preferred)(_.+)?"),
+        re.compile(r"(.+_)?(chosen|preferred)(_.+)?|positive_(messages|images|videos)"),
         "an answer that preference data prefer",
         "Write it as the last assistant turn and drop the key",
     ),
@@ -114,9 +115,30 @@ TURN_MEANINGS = (
         "a choice of what is learned that is not applied",
         "Write loss: false in turns that are context only",
     ),
+    Meaning(
+        re.compile("|".join(LABELS)),
+        "the mark of a wrong answer, which would be learned as right",
+        "Write loss: false in this turn",
+        is_false,
+    ),
+    Meaning(
+        re.compile("(image|video)s?"),
+        "a medium that the model would not see: nothing reads media of a turn",
+        "Write it among the record's images or videos, and its tag in the text",
+    ),
 )
-"""Keys that change the meaning of a turn, beside `MEANINGS`."""
-MEDIA = re.compile(r"(img|picture|photo|frame)s?|(image|img|picture|photo|video|frame)s?_(path|file|url)s?")
+"""Keys that change the meaning of a turn; tried before `MEANINGS`."""
+TEXT_PART_MEANINGS = (
+    Meaning(
+        re.compile("(image|video)(_url)?"),
+        "a medium that the model would not see: its part is of type text",
+        "Write it as a part of its own",
+    ),
+)
+"""Keys that change the meaning of a part of type text; tried before `MEANINGS`."""
+MEDIA = re.compile(
+    r"(img|picture|photo|frame)s?|(image|img|picture|photo|video|frame)s?_(path|file|url|list|(file)?name)s?"
+)
 """Other names of pictures and videos; an error in a record whose conversation shows none."""
 
 

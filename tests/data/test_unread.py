@@ -42,6 +42,8 @@ CHANGING = {
     "rejected_response": "A dog.",
     "rejected_images": ["b.png"],
     "rejected_messages": MESSAGES,
+    "non_preferred_output": MESSAGES,
+    "negative_messages": [MESSAGES],
     "label": False,
     "kto_tag": False,
     "margin": 0.5,
@@ -82,14 +84,49 @@ def test_preference_records_without_turns_are_named_as_such():
         read({"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."})
 
 
+def test_a_rejected_answer_is_not_called_a_preferred_one():
+    with pytest.raises(DataError, match=r"non_preferred_output=.* is an answer that preference data reject"):
+        read({"messages": MESSAGES, "non_preferred_output": MESSAGES})
+
+
 @pytest.mark.parametrize(
     ("turns", "key", "value"),
-    [("conversations", "sample_weight", 0.5), ("messages", "train", False), ("messages", "label", False)],
+    [
+        ("conversations", "sample_weight", 0.5),
+        ("messages", "train", False),
+        ("messages", "label", False),
+        ("messages", "images", "a.png"),
+    ],
 )
 def test_a_key_of_a_turn_that_changes_what_is_learned_is_an_error(turns, key, value):
     record = {turns: [FORMS[turns][turns][0], FORMS[turns][turns][1] | {key: value}]}
-    with pytest.raises(DataError, match=rf"d.jsonl:7: {turns}\[1\]: {key}={value} is"):
+    with pytest.raises(DataError, match=rf"d.jsonl:7: {turns}\[1\]: {key}={value!r} is") as caught:
         read(record)
+    assert "keep_true" not in str(caught.value), "that looks at whole records"
+
+
+def test_a_medium_in_a_part_of_text_is_an_error_and_any_other_second_value_is_listed():
+    with pytest.raises(DataError, match=r"messages\[0\].content\[0\]: image='a.png' is a medium .* type text"):
+        read(
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "?", "image": "a.png"}]}, MESSAGES[1]]}
+        )
+    parts = [{"type": "text", "text": "?", "reasoning": "So."}, {"type": "image", "image": "a.png", "text": "A cat."}]
+    found = dict(read({"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}).unread)
+    assert found == {"messages[].content[].reasoning": "'So.'", "messages[].content[].text": "'A cat.'"}
+
+
+def test_keys_of_a_pair_in_a_list_are_judged_as_those_of_its_answer():
+    pair = {"user": "What is it?", "assistant": "A cat."}
+    read_pair = read({"texts": [pair | {"source": "web", "loss_weight": 0.5}], "history": [["?", "!"]]})
+    assert dict(read_pair.unread) == {"messages[].source": "'web'", "history": "[['?', '!']]"}
+    assert read_pair.messages[1].weight == 0.5
+    with pytest.raises(DataError, match=r"rejected=.A dog.. is an answer that preference data reject"):
+        read({"texts": [pair | {"rejected": "A dog."}]})
+
+
+def test_turns_under_both_keys_are_an_error_where_one_list_would_be_dropped():
+    with pytest.raises(DataError, match="both 'conversations' and 'messages' are given"):
+        read(FORMS["sharegpt"] | {"messages": MESSAGES})
 
 
 def test_any_other_key_that_holds_something_is_listed_with_its_value():
@@ -123,7 +160,9 @@ def picture_folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("key", ["img", "image_path", "picture", "image_urls", "video_path", "frames"])
+@pytest.mark.parametrize(
+    "key", ["img", "image_path", "image_name", "image_list", "picture", "image_urls", "video_path", "frames"]
+)
 def test_a_picture_under_another_name_is_an_error_where_the_model_would_see_none(key):
     with pytest.raises(DataError, match=rf"{key}='a.png' is no name of a medium here"):
         read({"messages": MESSAGES, key: "a.png"})
@@ -166,10 +205,12 @@ def test_ignored_keys_are_taken_as_absent_in_records_turns_and_parts(write_jsonl
     assert load_records(str(path)).fingerprint != load_records(str(path), rules=KeyRules(("score",))).fingerprint
 
 
+@pytest.mark.parametrize(("right", "wrong"), [(True, False), (1, 0)])
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
-def test_records_whose_label_is_false_are_left_out_and_counted(tmp_path, suffix):
-    labels = [True, False, None, True, False, False]
-    rows = [{"id": str(k), "query": "What?", "response": f"It is {k}.", "label": v} for k, v in enumerate(labels)]
+def test_records_whose_label_is_false_are_left_out_and_counted(tmp_path, suffix, key, right, wrong):
+    labels = [right, wrong, None, right, wrong, wrong]
+    rows = [{"id": str(k), "query": "What?", "response": f"It is {k}.", key: v} for k, v in enumerate(labels)]
     path = tmp_path / f"data{suffix}"
     if suffix == ".parquet":
         import pyarrow as pa
@@ -177,10 +218,10 @@ def test_records_whose_label_is_false_are_left_out_and_counted(tmp_path, suffix)
 
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif suffix == ".csv":
-        path.write_text("id,query,response,label\n" + "".join(f"{','.join(map(str, r.values()))}\n" for r in rows))
+        path.write_text(f"id,query,response,{key}\n" + "".join(f"{','.join(map(str, r.values()))}\n" for r in rows))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = [str(k) for k, label in enumerate(labels) if label is not False]
+    kept = [str(k) for k, label in enumerate(labels) if label is not wrong]
     train_set, _ = load_mixture(load_recipe(None, [f"data.train={path}", "data.label=keep_true"]).data, 0)
     assert [train_set[k][0]["id"] for k in range(len(train_set))] == kept
     assert train_set.left_out() == 3
@@ -188,7 +229,7 @@ def test_records_whose_label_is_false_are_left_out_and_counted(tmp_path, suffix)
     everything, _ = load_mixture(load_recipe(None, [f"data.train={path}"]).data, 0)
     assert len(everything) == 6
     assert everything.left_out() == 0
-    with pytest.raises(DataError, match=r"label=.* is the mark of a wrong answer.*data.label=keep_true"):
+    with pytest.raises(DataError, match=rf"{key}=.* is the mark of a wrong answer.*data.label=keep_true"):
         read_record(*everything[1])
 
 
@@ -238,7 +279,7 @@ def test_a_damaged_file_follows_the_same_rules(write_jsonl):
     path.write_text(path.read_text().replace("<image>\\n", "") + "[1,\n")
     report = checked(path, "data.label=keep_true", "data.ignored_keys=[score]")
     assert [fault.reason for fault in report.faults if fault.reason != "duplicate"] == ["json"]
-    assert report.splits["train"].records == 2, "the kept one and the damaged one"
+    assert report.splits["train"].records == 2, "the one that is kept, and the damaged line"
     assert report.splits["train"].left_out == 1
 
 

@@ -30,7 +30,8 @@ LISTS = {
 """Key of a list of pairs -> keys of question and answer in a pair."""
 MEDIA_KEYS = {"<image>": ("image", "images"), "<video>": ("video", "videos")}
 
-Pair = tuple[Any, Any]
+Pair = tuple[str, str, dict[str, Any]]
+"""(question, answer, other keys of the pair, which become the answer's)"""
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -48,10 +49,10 @@ def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> d
     messages: list[dict[str, Any]] = []
     if record.get("system"):
         messages.append({"role": "system", "content": record["system"]})
-    for question, answer in pairs:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question, answer, others in pairs:
+        messages += [{"role": "user", "content": question}, others | {"role": "assistant", "content": answer}]
     _add_media_tags(record, messages)
-    rest = {key: value for key, value in record.items() if key not in (*used, "system", "history")}
+    rest = {key: value for key, value in record.items() if key not in (*used, "system")}
     return rest | {"messages": messages}
 
 
@@ -72,11 +73,11 @@ def _pairs_of_form(
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
         raise DataError(f"{source}: 'history' must be a list of [question, answer], not {history!r:.80}.")
-    pairs = [(_text(q, f"{source}: history"), _text(a, f"{source}: history")) for q, a in history]
+    pairs: list[Pair] = [(_text(q, f"{source}: history"), _text(a, f"{source}: history"), {}) for q, a in history]
     text = _text(record[question], f"{source}: {question!r}")
     if second_part and record.get(second_part):
         text += "\n" + _text(record[second_part], f"{source}: {second_part!r}")
-    return [*pairs, (text, _text(record[answer], f"{source}: {answer!r}"))], form
+    return [*pairs, (text, _text(record[answer], f"{source}: {answer!r}"), {})], (*form, "history")
 
 
 def _pairs_of_list(record: dict[str, Any], source: Source) -> tuple[list[Pair], tuple[str, ...]]:
@@ -89,7 +90,8 @@ def _pairs_of_list(record: dict[str, Any], source: Source) -> tuple[list[Pair], 
         where = f"{source}: {key}[{number}]"
         if not isinstance(pair, dict) or not {question, answer} <= pair.keys():
             raise DataError(f"{where} must be {{'{question}': text, '{answer}': text}}, not {pair!r:.80}.")
-        pairs.append((_text(pair[question], where), _text(pair[answer], where)))
+        others = {name: value for name, value in pair.items() if name not in (question, answer)}
+        pairs.append((_text(pair[question], where), _text(pair[answer], where), others))
     return pairs, (key,)
 
 

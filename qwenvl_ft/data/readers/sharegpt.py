@@ -58,9 +58,13 @@ def rewrite(record: dict[str, Any], source: Source, media_root: str | None) -> d
     """Return the record as ``messages``.
 
     Raises:
-        DataError: a turn has an unknown role, or a call is not JSON.
+        DataError: a turn has an unknown role, a call is not JSON, or the record has turns under both keys.
     """
-    key = next(key for key in LISTS if isinstance(record.get(key), list))
+    key, *others = (key for key in LISTS if isinstance(record.get(key), list) and record[key])
+    if others:
+        raise DataError(
+            f"{source}: both {key!r} and {others[0]!r} are given. Keep one, or set data.ignored_keys=[{others[0]}]."
+        )
     messages = [_message(turn, f"{source}: {key}[{number}]") for number, turn in enumerate(record[key])]
     return {name: value for name, value in record.items() if name not in LISTS} | {"messages": messages}
 

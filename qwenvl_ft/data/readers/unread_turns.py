@@ -5,8 +5,17 @@ from typing import Any
 
 from qwenvl_ft.data.conversation import Conversation, Image, Source, Video
 from qwenvl_ft.data.readers.media_settings import COUNTS, SECONDS, VIDEO_LIMITS
-from qwenvl_ft.data.readers.special_parts import VALUES
-from qwenvl_ft.data.unread import MEANINGS, TURN_MEANINGS, Unread, once, require_media_read, unread_keys
+from qwenvl_ft.data.readers.special_parts import KINDS, VALUES
+from qwenvl_ft.data.unread import (
+    MEANINGS,
+    TEXT_PART_MEANINGS,
+    TURN_MEANINGS,
+    Meaning,
+    Unread,
+    once,
+    require_media_read,
+    unread_keys,
+)
 from qwenvl_ft.recipe.image_keys import IMAGE_KEYS
 
 SHARED_KEYS = {
@@ -24,12 +33,13 @@ TURN_KEYS = {
     "messages": {"role", "content", *SHARED_TURN_KEYS},
 }
 """Key of the list of turns -> keys of a turn that its reader reads or refuses."""
-PART_KEYS = {
-    *("type", "text", "value", "image", "image_url", "video", "video_url", "url", "path", "bytes", "frames"),
-    *VALUES,
+SPECIAL_KEYS = {"type", *VALUES}
+"""Keys of a part that is no text and no medium."""
+MEDIUM_KEYS = {
+    *("type", "value", "image", "image_url", "video", "video_url", "url", "path", "bytes", "frames"),
     *("fps", "sample_fps", *IMAGE_KEYS, *VIDEO_LIMITS, *COUNTS, *SECONDS),
 }
-"""Keys of a part of a message's content."""
+"""Keys of a part that is an image or a video."""
 
 
 def unread_of_record(record: Mapping[str, Any], turns: str, source: Source) -> tuple[Unread, ...]:
@@ -46,12 +56,23 @@ def unread_of_record(record: Mapping[str, Any], turns: str, source: Source) -> t
         if not isinstance(turn, Mapping):
             continue  # the reader refuses it
         where = f"{source}: {turns}[{number}]"
-        found += unread_keys(turn, TURN_KEYS[turns], where, f"{turns}[].", (*MEANINGS, *TURN_MEANINGS))
+        found += unread_keys(turn, TURN_KEYS[turns], where, f"{turns}[].", (*TURN_MEANINGS, *MEANINGS))
         content = turn.get("content")
         for place, part in enumerate(content if isinstance(content, (list, tuple)) else [content]):
             if isinstance(part, Mapping):
-                found += unread_keys(part, PART_KEYS, f"{where}.content[{place}]", f"{turns}[].content[].")
+                known, meanings = _part_keys(part)
+                found += unread_keys(part, known, f"{where}.content[{place}]", f"{turns}[].content[].", meanings)
     return once(found)
+
+
+def _part_keys(part: Mapping[str, Any]) -> tuple[Collection[str], tuple[Meaning, ...]]:
+    """Return the keys of a part that its reader reads, and the meanings of the others."""
+    if part.get("type") in KINDS:
+        return SPECIAL_KEYS, MEANINGS
+    text = next((key for key in ("text", "value") if isinstance(part.get(key), str)), None)
+    if text is not None and (part.get("type") or "text") == "text":
+        return ("type", text), (*TEXT_PART_MEANINGS, *MEANINGS)
+    return MEDIUM_KEYS, MEANINGS
 
 
 def require_media_shown(conversation: Conversation, record: Mapping[str, Any], known: Collection[str]) -> None:

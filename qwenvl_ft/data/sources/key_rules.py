@@ -9,11 +9,10 @@ import numpy as np
 from datasets.table import Table
 
 from qwenvl_ft.data.sources.sampling import Rows
-from qwenvl_ft.data.unread import is_false
+from qwenvl_ft.data.unread import LABELS, is_false
 from qwenvl_ft.recipe.schema import DataConfig
 
 KEEP_TRUE = "keep_true"
-LABEL = "label"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class KeyRules:
 
     def keeps(self, record: Any) -> bool:
         """Return False for a record that is left out."""
-        judged = self.label == KEEP_TRUE and isinstance(record, dict) and record.get(LABEL) is not None
-        return not (judged and is_false(record[LABEL]))
+        judged = self.label == KEEP_TRUE and isinstance(record, dict)
+        return not (judged and any(is_false(record[key]) for key in LABELS if key in record))
 
     def rows(self, table: Table) -> Rows:
         """Return the rows of a file's table that are kept."""
@@ -63,16 +62,16 @@ def _without(value: Any, ignored: frozenset[str]) -> Any:
 
 
 def _labelled(table: Table) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row, record) of the rows with a label; of a table of columns the record is the label alone."""
+    """Yield (row, record) of the rows with a label; of a table of columns the record is its labels alone."""
     names = table.column_names
-    if LABEL in names:
-        yield from ((row, {LABEL: value}) for row, value in enumerate(table.column(LABEL).to_pylist()))
+    if labels := [key for key in LABELS if key in names]:
+        yield from enumerate(table.select(labels).to_pylist())
     elif "text" in names and "place" in names:  # JSON as text, see files.py
         row = 0
         for chunk in table.column("text").chunks:
             for text in chunk:
                 content = text.as_py() or ""  # a damaged row has none
-                if f'"{LABEL}"' in content:
+                if any(f'"{key}"' in content for key in LABELS):
                     yield row, _json_or_none(content)
                 row += 1
 

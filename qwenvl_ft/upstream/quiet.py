@@ -7,11 +7,13 @@ Relies on:
   to 5.24. The bars of downloads stay.
 - The names of loggers and the beginnings of their messages (`NOTICES`): transformers 5.5 to 5.24, DeepSpeed 0.16 to
   0.19, bitsandbytes 0.50. If one is renamed, its line is shown.
+- The beginnings of warnings (`WARNINGS`): transformers 5.24, in the property that peft reads. Likewise.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,8 @@ NOTICES = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # on import, used or not
 }
 """Logger -> the beginnings of the messages that say nothing to the user of a run."""
+WARNINGS = ("`is_gradient_checkpointing` is deprecated",)
+"""The beginnings of warnings that address the authors of a library."""
 
 
 class _Unwanted(logging.Filter):
@@ -39,12 +43,15 @@ class _Unwanted(logging.Filter):
 
 @contextmanager
 def without_notices() -> Iterator[None]:
-    """Hide `NOTICES` inside the context."""
+    """Hide `NOTICES` and `WARNINGS` inside the context."""
     filters = {name: _Unwanted(beginnings) for name, beginnings in NOTICES.items()}
     for name, unwanted in filters.items():
         logging.getLogger(name).addFilter(unwanted)
     try:
-        yield
+        with warnings.catch_warnings():
+            for beginning in WARNINGS:
+                warnings.filterwarnings("ignore", message=beginning)
+            yield
     finally:
         for name, unwanted in filters.items():
             logging.getLogger(name).removeFilter(unwanted)
@@ -52,7 +59,7 @@ def without_notices() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide bars like "Loading weights", and `NOTICES`, inside the context."""
+    """Hide bars like "Loading weights", `NOTICES` and `WARNINGS` inside the context."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from qwenvl_ft.cli.main import main as command
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look import selection
 from qwenvl_ft.train import main
-from qwenvl_ft.upstream.quiet import NOTICES, quiet
+from qwenvl_ft.upstream.quiet import NOTICES, WARNINGS, quiet, without_notices
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,17 @@ def test_notices_are_dropped_and_other_messages_are_not(name):
         logger.removeHandler(handler)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_warnings_for_the_authors_of_libraries_are_dropped(inside):
+    with (
+        warnings.catch_warnings(record=True) as seen,
+        without_notices() if inside else pytest.MonkeyPatch.context(),
+    ):
+        for text in (*WARNINGS, "the disk is full"):
+            warnings.warn(f"{text} and so on", FutureWarning, stacklevel=1)
+    assert len(seen) == (1 if inside else 1 + len(WARNINGS))
+
+
 @pytest.mark.parametrize("name", NOTICES)
 def test_the_libraries_still_write_these_messages(name):
     """If this fails, a library has changed its words: correct or remove the entry."""
@@ -103,5 +115,5 @@ def test_a_run_prints_only_its_own_lines_while_it_loads_and_saves(tiny_dir, tmp_
     assert main([*words, "training.max_steps=2", "training.save_steps=1"]) == 0
     out, err = capfd.readouterr()
     assert "saved " in out
-    for text in ("Loading weights", "Writing model shards", "new PAD/BOS/EOS", "mtime may not"):
+    for text in ("Loading weights", "Writing model shards", "new PAD/BOS/EOS", "mtime may not", "Warning:"):
         assert text not in out + err

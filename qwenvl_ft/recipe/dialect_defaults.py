@@ -116,6 +116,11 @@ def _frozen_unless_named(given: Given) -> Any:
     return _named_parts(given) if given.train_type == "full" else UNSET
 
 
+def _frozen_in_full(given: Given) -> Any:
+    """Return True in full training, in which ours trains all parts; every other method has the same default."""
+    return True if given.train_type == "full" else UNSET
+
+
 PAIRS = (
     ("template.min_pixels", "template.max_pixels"),
     ("template.fps_min_frames", "template.fps_max_frames"),
@@ -136,6 +141,7 @@ def _contradicts(key: str, value: Any, given: Given) -> bool:
 
 
 PARTS = Computed(_frozen_unless_named, "true beside --tune_mm_*; false in other full training")
+FROZEN = Computed(_frozen_in_full, "true, also in full training")
 LENGTH = Computed(longest, "the model's number of positions")
 
 
@@ -240,6 +246,8 @@ DIALECTS: dict[str, Values] = {
     },
     "LLaMA-Factory": TRANSFORMERS
     | {
+        "tuner.freeze_vit": FROZEN,
+        "tuner.freeze_aligner": FROZEN,
         "tuner.lora_alpha": Computed(lambda given: 2 * given.number("tuner.lora_rank", 8), "twice lora_rank"),
         "tuner.lora_dropout": 0.0,
         "template.max_length": 2048,
@@ -259,6 +267,8 @@ DIALECTS: dict[str, Values] = {
         "template.video_frame_max_pixels": 602112,
     },
     "ms-swift": {
+        "tuner.freeze_vit": FROZEN,
+        "tuner.freeze_aligner": FROZEN,
         "template.max_length": LENGTH,
         "model.torch_dtype": "auto",
         "training.packing": False,

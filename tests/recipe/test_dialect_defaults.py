@@ -96,6 +96,9 @@ def test_the_accumulation_of_ms_swift_depends_on_the_number_of_ranks(monkeypatch
         ("--tune_mm_mlp True --lora_enable True", ("lora", False, True, False)),
         ("--model_name_or_path m --dataset_use d", ("lora", False, True, True)),
         ("--dataset a --train_type full", ("full", False, True, True)),
+        ("--dataset a --train_type full --freeze_vit false", ("full", False, False, True)),
+        ("--stage sft --finetuning_type full", ("full", False, True, True)),
+        ("--finetuning_type full --freeze_multi_modal_projector false", ("full", False, True, False)),
     ],
 )
 def test_the_parts_that_train_are_those_of_the_other_tool(words, parts):

@@ -50,30 +50,33 @@ def png(values):
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def tiff(values, order="<", orientation=1):
-    """Return an uncompressed TIFF of 16 bits with 3 or 4 channels."""
-    high, wide, channels = values.shape
-    body = values.astype(f"{order}u2").tobytes()
-    tags = [
-        (256, 4, wide),
-        (257, 4, high),
-        (259, 3, 1),
-        (262, 3, 2),
-        (274, 3, orientation),
-        (277, 3, channels),
-        (278, 4, high),
-    ]
-    tags += [(279, 4, len(body)), *([(338, 3, 2)] if channels == 4 else []), (258, 3, None), (273, 4, None)]
-    bits_at = 8 + 2 + 12 * len(tags) + 4
-    places = {258: bits_at, 273: bits_at + 2 * channels}
-    entries = b""
-    for tag, kind, value in sorted(tags):
-        count, value = (channels if tag == 258 else 1), places.get(tag, value)
-        short = kind == 3 and tag != 258
-        entries += struct.pack(f"{order}HHI", tag, kind, count)
-        entries += struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
-    return head + entries + struct.pack(f"{order}I", 0) + struct.pack(f"{order}{channels}H", *[16] * channels) + body
+def tiff(*pages, order="<", orientation=1, planar=False):
+    """Return an uncompressed TIFF with pages of 16 bits with 3 or 4 channels; ``planar`` stores them one by one."""
+    file = bytearray(b"II*\0" if order == "<" else b"MM\0*") + bytes(4)
+    link = 4  # where the place of the next page is written
+    for values in pages:
+        high, wide, channels = values.shape
+        layers = [values[..., k] for k in range(channels)] if planar else [values]
+        places, sizes = [], []
+        for layer in layers:
+            body = layer.astype(f"{order}u2").tobytes()
+            places.append(len(file))
+            sizes.append(len(body))
+            file += body
+        tags = {256: (4, [wide]), 257: (4, [high]), 258: (3, [16] * channels), 259: (3, [1]), 262: (3, [2])}
+        tags |= {273: (4, places), 274: (3, [orientation]), 277: (3, [channels]), 278: (4, [high]), 279: (4, sizes)}
+        tags |= {284: (3, [2 if planar else 1])} | ({338: (3, [2])} if channels == 4 else {})
+        entries = b""
+        for tag, (kind, numbers) in sorted(tags.items()):
+            packed = struct.pack(f"{order}{len(numbers)}{'HI'[kind - 3]}", *numbers)
+            if len(packed) > 4:
+                packed, at = struct.pack(f"{order}I", len(file)), packed
+                file += at
+            entries += struct.pack(f"{order}HHI", tag, kind, len(numbers)) + packed.ljust(4, b"\0")
+        file[link : link + 4] = struct.pack(f"{order}I", len(file))
+        file += struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+        link = len(file) - 4
+    return bytes(file)
 
 
 def saved(image, kind, **options):
@@ -98,8 +101,10 @@ FILES = {
     "48-bit PNG": (png(COLOUR[..., :3]), COLOUR[..., :3]),
     "64-bit PNG with alpha": (png(COLOUR), COLOUR[..., :3]),
     "48-bit TIFF": (tiff(COLOUR[..., :3]), COLOUR[..., :3]),
-    "48-bit big-endian TIFF": (tiff(COLOUR[..., :3], ">"), COLOUR[..., :3]),
+    "48-bit big-endian TIFF": (tiff(COLOUR[..., :3], order=">"), COLOUR[..., :3]),
     "64-bit TIFF with alpha": (tiff(COLOUR), COLOUR[..., :3]),
+    "48-bit TIFF in planes": (tiff(COLOUR[..., :3], planar=True), COLOUR[..., :3]),
+    "64-bit big-endian TIFF in planes": (tiff(COLOUR, order=">", planar=True), COLOUR[..., :3]),
     "48-bit PPM": (b"P6 37 21 65535\n" + COLOUR[..., :3].astype(">u2").tobytes(), COLOUR[..., :3]),
 }
 """Name -> the file, and its values without alpha."""
@@ -361,6 +366,22 @@ def test_a_page_of_a_tiff_is_chosen_by_its_number():
         assert np.unique(np.asarray(open_image(data, chosen))).tolist() == [by_hand(np.array(1000 * (k + 1)), 0, 65535)]
     with pytest.raises(DataError, match="has no frame image_frame=3: it has 3, counted from 0"):
         image_size(data, policy("clip", None, 3))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("as_path", [True, False], ids=["path", "bytes"])
+def test_a_page_of_a_48_bit_tiff_is_chosen(tmp_path, as_path, order):
+    pages = [COLOUR[..., :3], COLOUR[::-1, :30, :3] // 3, COLOUR[:9, :11, 1:]]
+    data = tiff(*pages, order=order)
+    (tmp_path / "a.tif").write_bytes(data)
+    for k, values in enumerate(pages):
+        shown = open_image(str(tmp_path / "a.tif") if as_path else data, policy("window", (0.0, 65535.0), k))
+        assert np.array_equal(np.asarray(shown), by_hand(values, 0, 65535))
+
+
+def test_a_deep_file_that_ends_too_early_is_an_error_that_says_what_to_do():
+    with pytest.raises(DataError, match=r"its RGB;16B values are damaged .*Save it as a 16-bit PNG, or drop the rec"):
+        open_image(png(COLOUR[..., :3])[:-60], policy("minmax"))
 
 
 def test_a_frame_of_an_8_bit_gif_is_chosen_and_a_callers_image_goes_back_to_its_own():

@@ -4,6 +4,7 @@ Pillow opens grey images of 16 and 32 bits with all their bits. It opens deeper 
 and drops the rest without a word; only the raw mode of its decoder says so. Those files are decoded by PyAV (FFmpeg).
 """
 
+import io
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ HEAD = 65536
 """Bytes of a JPEG 2000 file in which its size segment is searched."""
 PACKED = {"gray16": 1, "ya16": 2, "rgb48": 3, "rgba64": 4}
 """FFmpeg's formats of 16 bits in one plane -> values per pixel; the name is followed by le or be."""
+PLANAR = {"gbrp16": 3, "gbrap16": 4}
+"""The same for formats of one plane per colour: green, blue, red, alpha."""
 ALPHA = (2, 4)
+ADVICE = "Save it as a 16-bit PNG, or drop the record."
 
 
 def deep_mode(image: PILImage.Image) -> str:
@@ -42,6 +46,9 @@ def _reduced_mode(image: Any) -> str:
         return f"{raw};16B" if scales and arguments[1] > 255 else ""
     if image.format == "JPEG2000":
         bits = _jpeg2000_bits(image.fp)
+        return f"{image.mode};{bits}" if bits > 8 else ""
+    if image.format == "TIFF" and ";16" not in raw:  # Pillow reads separate planes of 16 bits as if they had 8
+        bits = max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,)))
         return f"{image.mode};{bits}" if bits > 8 else ""
     return raw if isinstance(raw, str) and ";16" in raw else ""
 
@@ -83,19 +90,30 @@ def _decoded(image: Any, mode: str) -> NDArray[np.uint16]:
         import av
     except ImportError:
         raise UnsupportedError(f"images of mode {mode} need PyAV: pip install 'qwenvl_ft[video]'.") from None
-    image.fp.seek(0)
-    options = {"page": str(image.tell() + 1)} if image.format == "TIFF" else {}
-    with av.open(image.fp, format=REDUCED[image.format]) as container:
-        context = container.streams.video[0].codec_context
-        context.options = options
-        frame = next(container.decode(video=0))
+    try:
+        with av.open(_current_page(image), format=REDUCED[image.format]) as container:
+            frame = next(container.decode(video=0))
+    except (av.FFmpegError, StopIteration):
+        raise UnsupportedError(f"its {mode} values are damaged or of an unknown kind. {ADVICE}") from None
     kind, order = frame.format.name[:-2], frame.format.name[-2:]
-    if kind not in PACKED or sorted((frame.width, frame.height)) != sorted(image.size):
-        raise UnsupportedError(
-            f"its {mode} values cannot be decoded (as {frame.format.name}). Save it as a 16-bit PNG."
-        )
-    count = PACKED[kind]
-    rows = np.frombuffer(frame.planes[0], dtype=">u2" if order == "be" else "<u2").reshape(frame.height, -1)
-    values = rows[:, : frame.width * count].reshape(frame.height, frame.width, count).astype(np.uint16)
+    count = PACKED.get(kind) or PLANAR.get(kind)
+    if count is None or sorted((frame.width, frame.height)) != sorted(image.size):
+        raise UnsupportedError(f"its {mode} values cannot be decoded (as {frame.format.name}). {ADVICE}")
+    width = frame.width * (1 if kind in PLANAR else count)  # without the padding of rows
+    planes = [np.frombuffer(plane, ">u2" if order == "be" else "<u2") for plane in frame.planes]
+    rows = [plane.reshape(frame.height, -1)[:, :width].astype(np.uint16) for plane in planes]
+    if kind in PLANAR:
+        return np.stack([rows[2], rows[0], rows[1]], axis=-1)
+    values = rows[0].reshape(frame.height, frame.width, count)
     colours = values[..., : count - 1] if count in ALPHA else values
     return colours[..., 0] if colours.shape[-1] == 1 else colours
+
+
+def _current_page(image: Any) -> Any:
+    """Return a file whose first page is the current one; FFmpeg's own option cannot choose pages of deep colours."""
+    image.fp.seek(0)
+    if image.format != "TIFF" or image.tell() == 0:
+        return image.fp
+    data = bytearray(image.fp.read())
+    data[4:8] = image.tag_v2.offset.to_bytes(4, "little" if data[:2] == b"II" else "big")  # place of the first page
+    return io.BytesIO(data)

@@ -36,7 +36,8 @@ def one_line(report: Report) -> str:
     counts = {reason: count for reason, count in report.counts().items() if report.levels[reason] == ERROR}
     found = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     first = errors[0]
-    return f"{len(errors):,} faults in {report.records:,} records ({found}); the first: {first.where}: {first.message}"
+    total = f"{counted(len(errors), 'fault')} in {counted(report.records, 'record')}"
+    return f"{total} ({found}); the first: {first.where}: {first.message}"
 
 
 def faults(report: Report, shown: int = SHOWN) -> Iterator[str]:
@@ -55,8 +56,8 @@ def faults(report: Report, shown: int = SHOWN) -> Iterator[str]:
 
 def _splits(report: Report) -> Iterator[str]:
     for name, split in report.splits.items():
-        counts = {"records": split.records, "images": split.images, "videos": split.videos}
-        named = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count or kind == "records")
+        counts = {"record": split.records, "image": split.images, "video": split.videos}
+        named = ", ".join(counted(count, kind) for kind, count in counts.items() if count or kind == "record")
         yield f"{name}: {named}, {len(split.media):,} different media"
         if len(split.datasets) > 1:
             yield from (f"    {dataset}: {count:,}" for dataset, count in split.datasets.items())
@@ -68,7 +69,7 @@ def _splits(report: Report) -> Iterator[str]:
         for dataset, images in split.several_frames.items():
             yield f"  {dataset}: {len(images):,} images {FIRST_FRAME}; the first: {images[0]}"
         if split.groups:
-            yield f"  {split.groups:,} groups of dense captions, as the first epoch draws them"
+            yield f"  {counted(split.groups, 'group')} of dense captions, as the first epoch draws them"
         if split.lengths:
             yield from lengths(split)
         if split.forecast is not None:
@@ -97,11 +98,11 @@ def epoch(split: Split) -> Iterator[str]:
     expected = split.forecast
     assert expected is not None
     share = f"{expected.vision_share:.1%} from images and videos, {expected.supervised_share:.1%} supervised"
-    yield f"  {expected.samples:,} samples, {expected.tokens:,} tokens, {share}"
+    yield f"  {counted(expected.samples, 'sample')}, {expected.tokens:,} tokens, {share}"
     if expected.fill is None:
-        yield f"  no packing: {expected.rows:,} rows with one sample each"
+        yield f"  no packing: {counted(expected.rows, 'row')} with one sample each"
     else:
-        yield f"  packing: {expected.rows:,} rows of {expected.max_length:,} tokens, {expected.fill:.1%} full"
+        yield f"  packing: {counted(expected.rows, 'row')} of {expected.max_length:,} tokens, {expected.fill:.1%} full"
     if split.name == TRAIN:
         yield f"  steps per epoch: {expected.steps_per_epoch:,}, of {expected.step}"
 
@@ -160,13 +161,18 @@ def closing(reports: Iterable[Report], *, strict: bool = False) -> list[str]:
     reports = list(reports)
     errors = [fault for report in reports for fault in report.errors()]
     warnings = [fault for report in reports for fault in report.faults if report.levels[fault.reason] == WARNING]
-    wrong, kind = (errors, "errors") if errors else (warnings if strict else [], "warnings, errors by --strict")
+    wrong, kind, note = (errors, "error", "") if errors else (warnings if strict else [], "warning", " by --strict")
     if wrong:
         return [
-            f"FAILED: {len(wrong):,} {kind}; the first: {wrong[0].where}: {wrong[0].message}",
+            f"FAILED{note}: {counted(len(wrong), kind)}; the first: {wrong[0].where}: {wrong[0].message}",
             "Exit code 1: correct or remove these records, or accept a reason with --allow.",
         ]
-    return [f"Exit code 0: no errors, {len(warnings):,} warnings.", "ALL TESTS PASSED - Ready for training"]
+    return [f"Exit code 0: no errors, {counted(len(warnings), 'warning')}.", "ALL TESTS PASSED - Ready for training"]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 row`` or ``2 rows``."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def _count(counts: dict[str, int], reason: str) -> int:

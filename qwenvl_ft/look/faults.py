@@ -20,7 +20,7 @@ class Reason:
 REASONS: dict[str, Reason] = {
     "file": Reason(ANNOTATION, ERROR, "a file that does not exist or cannot be read"),
     "json": Reason(ANNOTATION, ERROR, "not valid JSON, not UTF-8, or a damaged row or archive"),
-    "structure": Reason(ANNOTATION, ERROR, "in no known format, or a value is malformed"),
+    "structure": Reason(ANNOTATION, ERROR, "in no known format, or a key or value that cannot be trained on"),
     "tags": Reason(ANNOTATION, ERROR, "<image> and <video> tags do not match the media"),
     "geometry": Reason(ANNOTATION, ERROR, "coordinates that are outside the image, reversed or of the wrong count"),
     "empty_answer": Reason(ANNOTATION, ERROR, "a supervised answer without text"),

@@ -277,12 +277,12 @@ def test_the_last_lines_say_what_the_exit_code_means(data, capsys):
     path = str(data([asked("a.png"), asked("a.png")]))
     assert main(["check", path]) == 0
     assert capsys.readouterr().out.rstrip().splitlines()[-2:] == [
-        "Exit code 0: no errors, 1 warnings.",
+        "Exit code 0: no errors, 1 warning.",
         "ALL TESTS PASSED - Ready for training",
     ]
     assert main(["check", path, "--strict"]) == 1
     last = capsys.readouterr().out.rstrip().splitlines()[-2:]
-    assert last[0].startswith(f"FAILED: 1 warnings, errors by --strict; the first: {path}:2: the same as")
+    assert last[0].startswith(f"FAILED by --strict: 1 warning; the first: {path}:2: the same as")
     assert last[1].startswith("Exit code 1: ")
 
 
@@ -295,7 +295,7 @@ def test_a_phase_that_fails_is_not_followed_by_a_verdict_that_all_passed(data, t
     assert main(["check", str(recipe)]) == 1
     out = capsys.readouterr().out
     assert "ALL TESTS PASSED" not in out
-    assert out.rstrip().splitlines()[-2].startswith(f"FAILED: 1 errors; the first: {bad}:1: ")
+    assert out.rstrip().splitlines()[-2].startswith(f"FAILED: 1 error; the first: {bad}:1: ")
 
 
 def test_videos_are_counted_as_videos(data, tmp_path, capsys):

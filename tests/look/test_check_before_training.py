@@ -14,7 +14,7 @@ def test_the_strategy_decides_whether_training_begins(strategy, data, tiny_dir, 
     path = data([asked("a.png"), asked("gone.png")])
     recipe = target_recipe([str(path), "--model", str(tiny_dir), "--check_dataset_strategy", strategy])
     if strategy == "error":
-        with pytest.raises(DataError, match=r"1 faults in 2 records \(1 missing\).*data.jsonl:2"):
+        with pytest.raises(DataError, match=r"1 fault in 2 records \(1 missing\).*data.jsonl:2"):
             check_before_training(recipe)
     else:
         check_before_training(recipe)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.recipe.dialects import ALIASES
 from qwenvl_ft.recipe.keys import own_types, type_of
 from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS
 from qwenvl_ft.recipe.values import convert, shown
@@ -131,8 +132,15 @@ def _same(one: Any, other: Any) -> bool:
 
 def _disagreement(where: str, settings: Iterable[Setting], why: str) -> RecipeError:
     """Return the error for settings that exclude each other, in an order that does not depend on theirs."""
-    listed = " and ".join(sorted(f"{spelled}={shown(value)}" for spelled, value in settings))
+    listed = " and ".join(sorted(_as_given(spelled, value) for spelled, value in settings))
     return RecipeError(f"{where}: {listed} exclude each other: {why}. Keep one.")
+
+
+def _as_given(spelled: str, value: Any) -> str:
+    """Return a setting for a message. The value of a converting alias is that of its key, and not what was typed."""
+    name = _name(spelled)
+    converts = name in ALIASES and ALIASES[name].effect
+    return f"{spelled} (which sets {shown(value)})" if converts else f"{spelled}={shown(value)}"
 
 
 def outweighed(layer: Layer) -> list[str]:

@@ -218,3 +218,11 @@ def outcome_of(words):
         return recipe_from_argv(words).to_dict()
     except RecipeError as error:
         return str(error)
+
+
+def test_the_message_does_not_give_the_value_of_a_key_as_the_value_of_a_flag_with_another_meaning():
+    expected = (
+        "override: --freeze_llm=true and --tune_mm_llm (which sets false) exclude each other: both set "
+        "tuner.freeze_llm. Keep one."
+    )
+    assert outcome_of(["--tune_mm_llm", "True", "--freeze_llm", "True"]) == expected

@@ -16,6 +16,7 @@ from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
+from qwenvl_ft.training.build import build_questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import check_before_training
 from qwenvl_ft.training.prepare import prepare_run
@@ -58,7 +59,7 @@ def _check(phase: Recipe, run: Recipe) -> bool:
     args = prepare_run(phase)
     check_before_training(phase)
     train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
-    assemble.build_questions(phase, train_set.encoder, args.seed)
+    build_questions(phase, train_set.encoder, args.seed)
     return bool(args.process_index == 0)
 
 

@@ -302,6 +302,17 @@ def test_the_last_model_is_there_once_on_the_disk_and_loads(whole):
 WRONG = {
     "data": (["phases.all.data.train=nowhere.jsonl"], DataError, "phase 3/3 all: .*nowhere.jsonl"),
     "an optimizer": (["phases.top.training.optim_args=foo=1"], RecipeError, "phase 2/3 top: training.optim_args"),
+    "an option of the metric": (
+        [
+            "evaluation.run_after_training=true",
+            "phases.all.evaluation.data=%(data)s/all.jsonl",
+            "phases.aligner.evaluation.run_after_training=false",
+            "phases.top.evaluation.run_after_training=false",
+            "phases.all.evaluation.metric_options={ignore_cas: true}",
+        ],
+        RecipeError,
+        "phase 3/3 all: evaluation.metric_options: 'ignore_cas' is no option",
+    ),
     "a module": (["phases.all.tuner.modules_to_save=[nothing]"], RecipeError, "phase 3/3 all: .*nothing"),
     "an adapter before": (["phases.top.tuner.train_type=lora"], RecipeError, "phase 3/3 all: .*adapter of .*=lora"),
     "one checkpoint": (
@@ -314,8 +325,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_fault_in_any_phase_is_an_error_before_the_first_begins(write, tmp_path, case):
+def test_a_fault_in_any_phase_is_an_error_before_the_first_begins(write, data, tmp_path, case):
     overrides, kind, match = WRONG[case]
+    overrides = [override % {"data": data} for override in overrides]
     if case == "new blocks twice":
         overrides = [
             *overrides,

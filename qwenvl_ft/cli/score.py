@@ -27,7 +27,7 @@ def score(
     from qwenvl_ft.evaluation.answer_files import read_answers
     from qwenvl_ft.evaluation.metrics import as_text, metric_of, one_line
 
-    chosen = metric_of(metric)
+    chosen = metric_of(metric, "--metric")
     given = dict(item.partition("=")[::2] for item in option or [])
     if unset := [name for name, value in given.items() if not value]:
         raise RecipeError(f"--option {unset[0]} has no value. Example: --option iou=0.3.")

@@ -121,14 +121,17 @@ The primary score of reports is the rule-based stand-in for GREEN, never GREEN i
 """
 
 
-def metric_of(name: str) -> Metric:
+def metric_of(name: str, key: str = "evaluation.metric") -> Metric:
     """Return the metric of that name.
+
+    Args:
+        key: recipe key or flag of the name, for messages.
 
     Raises:
         RecipeError: there is no such metric.
     """
     if name not in METRICS:
-        raise unknown_name("evaluation.metric", name, METRICS)
+        raise unknown_name(key, name, METRICS)
     return METRICS[name]
 
 

@@ -132,4 +132,7 @@ def test_unequal_files_and_unknown_metrics_are_refused(capsys, tmp_path):
     data = write(tmp_path / "d.jsonl", [{"reference": "1"}, {"reference": "2"}])
     answers = write(tmp_path / "a.jsonl", ["1"])
     assert "has 1 answers, but" in run(capsys, "--metric", "counting", "--data", data, "--answers", answers)[2]
-    assert "Did you mean 'geometry'" in run(capsys, "--metric", "geometri", "--data", data)[2]
+    assert (
+        "unknown --metric 'geometri'. Did you mean 'geometry'?"
+        in run(capsys, "--metric", "geometri", "--data", data)[2]
+    )

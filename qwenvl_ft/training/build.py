@@ -12,9 +12,9 @@ from qwenvl_ft.evaluation.metrics import GEOMETRY, metric_of
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.answers import Questions
-from qwenvl_ft.training.arguments import lora_plus
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
+from qwenvl_ft.training.matches_recipe import settings_of
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
@@ -48,19 +48,12 @@ def build_trainer(
         processor=processor,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        max_length=recipe.template.max_length,
-        packing=recipe.training.packing,
-        padding_free=recipe.training.padding_free,
-        vit_lr=recipe.training.vit_lr,
-        aligner_lr=recipe.training.aligner_lr,
-        lorap_lr_ratio=lora_plus(recipe),
-        loss_weights=recipe.data.loss_weights,
         zero_gradient_steps=recipe.training.zero_gradient_steps,
-        z_loss=recipe.training.z_loss,
         checkpointed=chosen_parts(recipe.training),
         recipe=recipe,
         questions=(questions or build_questions(recipe, train_set.encoder, int(args.seed))) if during else None,
         callbacks=build_callbacks(recipe, int(args.seed)) if callbacks is None else callbacks,
+        **{name: value for name, (_, value) in settings_of(recipe).items()},
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

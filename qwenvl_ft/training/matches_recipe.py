@@ -1,14 +1,15 @@
-"""Is the model prepared as the recipe says? Asked by the trainer, for scripts that build it by themselves."""
+"""Do model and trainer do what the recipe says? Asked by the trainer, for scripts that build it by themselves."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.values import shown
+from qwenvl_ft.training.arguments import lora_plus
 from qwenvl_ft.tuning.prepare import check_prepared, tuner_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,35 @@ def require_prepared(model: nn.Module, recipe: Recipe, args: TrainingArguments) 
     check_prepared(model, asked)
     if (args.bf16 or args.fp16) and args.deepspeed is None:
         _require_float32(model, keep_adapter=asked.lora_dtype is not None)
+
+
+def settings_of(recipe: Recipe) -> dict[str, tuple[str, Any]]:
+    """Return the arguments of `QwenVLTrainer` that decide what is trained -> the recipe key of each, and its value."""
+    section = recipe.training
+    return {
+        "max_length": ("template.max_length", recipe.template.max_length),
+        "packing": ("training.packing", section.packing),
+        "padding_free": ("training.padding_free", section.padding_free),
+        "vit_lr": ("training.vit_lr", section.vit_lr),
+        "aligner_lr": ("training.aligner_lr", section.aligner_lr),
+        "lorap_lr_ratio": ("training.lorap_lr_ratio", lora_plus(recipe)),
+        "loss_weights": ("data.loss_weights", recipe.data.loss_weights),
+        "z_loss": ("training.z_loss", section.z_loss),
+    }
+
+
+def require_settings(recipe: Recipe, given: dict[str, Any]) -> None:
+    """Raise unless the trainer's arguments are the recipe's, which it would otherwise train without and save.
+
+    Raises:
+        RecipeError: names the key in which the two differ.
+    """
+    for name, (key, value) in settings_of(recipe).items():
+        if (given[name] or None) != (value or None):
+            raise RecipeError(
+                f"the recipe says {key}={shown(value)}, but the trainer was given {name}={shown(given[name])}. Use "
+                f"build_trainer(recipe, ...), which passes all settings, or pass {name}={value!r}."
+            )
 
 
 def _difference(tuner: TunerConfig, asked: TunerConfig) -> str | None:

@@ -31,7 +31,7 @@ from qwenvl_ft.training.finite import LossCheck, require_finite_norm
 from qwenvl_ft.training.liger import use_liger_kernels
 from qwenvl_ft.training.loaders import datasets_in, has_media
 from qwenvl_ft.training.loss import loss_sum, weight_sum
-from qwenvl_ft.training.matches_recipe import require_prepared
+from qwenvl_ft.training.matches_recipe import require_prepared, require_settings
 from qwenvl_ft.training.mean_loss import MeanLoss
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
@@ -70,10 +70,11 @@ class QwenVLTrainer(RowTrainer):
         z_loss: weight of the squared logarithm of each softmax's sum, only in training.
         questions: answered by generation at each evaluation; None asks nothing.
         recipe: saved as ``recipe.yaml`` into every checkpoint, so that it can be run again.
-        check_model: require that the model is prepared as ``recipe`` says; False for a model prepared in another way.
+        check_model: require that the model is prepared as ``recipe`` says, and that the arguments above are the
+            recipe's; False for a model prepared in another way.
 
     Raises:
-        RecipeError: the model is not prepared as ``recipe`` says.
+        RecipeError: the model is not prepared as ``recipe`` says, or an argument differs from it.
         TrainingError: a loss is NaN or infinite; names the records of its row.
     """
 
@@ -100,8 +101,19 @@ class QwenVLTrainer(RowTrainer):
         check_model: bool = True,
         **options: Any,
     ) -> None:
+        given = {
+            "max_length": max_length,
+            "packing": packing,
+            "padding_free": padding_free,
+            "vit_lr": vit_lr,
+            "aligner_lr": aligner_lr,
+            "lorap_lr_ratio": lorap_lr_ratio,
+            "loss_weights": loss_weights,
+            "z_loss": z_loss,
+        }
         if recipe is not None and check_model:
             require_prepared(model, recipe, args)
+            require_settings(recipe, given)
         self.vit_lr, self.aligner_lr, self.lorap_lr_ratio = vit_lr, aligner_lr, lorap_lr_ratio
         self.loss_weights = loss_weights or None
         self.checkpointed = checkpointed or {}

@@ -13,6 +13,7 @@ from qwenvl_ft.assemble import build_datasets, build_model, build_processor
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.training.build import build_trainer
 from qwenvl_ft.training.callbacks.stopping import PatienceCallback
+from qwenvl_ft.training.matches_recipe import settings_of
 from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
@@ -128,3 +129,18 @@ def test_a_model_of_ones_own_trains_what_requires_gradients(tiny_dir, lora, data
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved
     assert all(".merger." in name for name in moved)
+
+
+def test_arguments_that_differ_from_the_recipe_are_refused_with_the_key(lora):
+    recipe = lora("training.vit_lr=1e-5", "training.z_loss=1e-4", "template.max_length=128", "tuner.freeze_vit=false")
+    args, processor = prepare_run(recipe), build_processor(recipe)
+    train_set, _ = build_datasets(recipe, processor)
+    model = build_model(recipe, args, train_set)
+    options = {"processor": processor, "train_dataset": train_set, "recipe": recipe}
+    right = {name: value for name, (_, value) in settings_of(recipe).items()}
+    QwenVLTrainer(model, args, **options, **right)
+    for name, key in (("vit_lr", "training.vit_lr"), ("z_loss", "training.z_loss"), ("max_length", "template.max_")):
+        given = {other: value for other, value in right.items() if other != name}
+        with pytest.raises(RecipeError, match=rf"the recipe says {key}.*, but the trainer was given {name}=.* or pass"):
+            QwenVLTrainer(model, args, **options, **given)
+    QwenVLTrainer(model, args, **options, check_model=False)

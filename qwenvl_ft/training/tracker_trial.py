@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "
 """Variables of a launched process, which would have the trial wait for the other ranks."""
 
 
+@cache
 def try_tracker(name: str) -> bool:
-    """Start a tracker as transformers does, log one value and end it.
+    """Start a tracker as transformers does, log one value and end it; once in a process, of which phases are part.
 
     Returns:
         True if it did all that, False if it has no trial, or not in time.
@@ -58,7 +60,7 @@ def try_tracker(name: str) -> bool:
             done = subprocess.run(
                 [sys.executable, "-m", "qwenvl_ft.training.tracker_trial", name],
                 cwd=folder,
-                env=_environment() | OFFLINE[name],
+                env=_environment(name) | OFFLINE[name],
                 capture_output=True,
                 text=True,
                 stdin=subprocess.DEVNULL,
@@ -72,10 +74,18 @@ def try_tracker(name: str) -> bool:
     return True
 
 
-def _environment() -> dict[str, str]:
-    """Return this process's environment without what a launcher set, and with this package to be found."""
-    root = str(Path(__file__).resolve().parents[2])
-    kept = {key: value for key, value in os.environ.items() if key not in RANKS and not key.startswith(OF_A_LAUNCHER)}
+def _environment(name: str) -> dict[str, str]:
+    """Return this process's environment without what a launcher set, and with this package to be found.
+
+    The tracker's own variables are left out: they name the run to continue and the folder to write into, which the
+    trial must not touch.
+    """
+    root, own = str(Path(__file__).resolve().parents[2]), name.partition("_")[0].upper()
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in RANKS and not key.startswith(OF_A_LAUNCHER) and own not in key
+    }
     path = [root, *([kept["PYTHONPATH"]] if "PYTHONPATH" in kept else [])]
     return kept | {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
 
@@ -112,6 +122,7 @@ def _trial(name: str) -> None:
     find: Callable[[list[str]], list[Any]] = integrations.get_reporting_integration_callbacks
     (callback,) = find([name])
     tracker = callback()
+    Path("output").mkdir(exist_ok=True)  # a trainer makes it too, and codecarbon requires it
     args = TrainingArguments(output_dir="output", report_to=[], use_cpu=True, run_name="trial")
     state, control, model = TrainerState(max_steps=1), TrainerControl(), Model(2, 2)
     given = {"model": model, "processing_class": None}

@@ -51,6 +51,7 @@ def infer(
 
     from qwenvl_ft.data.encode.encoder import Encoder
     from qwenvl_ft.data.encode.tools_prompt import read_tools
+    from qwenvl_ft.data.media.frames import unchosen
     from qwenvl_ft.data.media.images import MediaPolicy
     from qwenvl_ft.data.media.reading import reading_of, saved_reading
     from qwenvl_ft.evaluation.generate import generate
@@ -63,17 +64,19 @@ def infer(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
+    asked = record(prompt, image or [])
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     for number, (source, processor) in enumerate(answerers):
         if adapter:
             loaded.set_adapter(f"adapter_{number}")
         policy = MediaPolicy(allow_urls=True, reading=flags.over(saved_reading(processor)))
         encoder = Encoder(processor, system_prompt=system, tools=schemas, policy=policy)
+        if number == 0:
+            for shown in unchosen(asked["image"], policy):
+                typer.echo(f"frame 0 is shown of {shown}; --image-frame chooses another", err=True)
         torch.manual_seed(seed)
         start = time.perf_counter()
-        (answer,) = generate(
-            loaded, processor, [record(prompt, image or [])], encoder=encoder, max_new_tokens=max_new_tokens, **sampling
-        )
+        (answer,) = generate(loaded, processor, [asked], encoder=encoder, max_new_tokens=max_new_tokens, **sampling)
         result = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
         result |= {"adapter": source} if adapter else {}
         line = f"{source}: {answer}" if len(answerers) > 1 else answer

@@ -5,7 +5,7 @@ Where the faults are comes first, and the first of them again at the end: a long
 
 from collections.abc import Iterable, Iterator
 
-from qwenvl_ft.data.media.frames import FIRST_FRAME
+from qwenvl_ft.data.media.frames import first_frame_line
 from qwenvl_ft.data.unread import tally_lines
 from qwenvl_ft.look.check import Report, Split
 from qwenvl_ft.look.faults import ANNOTATION, ERROR, IMAGE, MODEL, PARTS, REASONS, WARNING, Fault
@@ -67,7 +67,7 @@ def _splits(report: Report) -> Iterator[str]:
         if set(split.modes) - {"RGB"}:
             yield f"  modes of image files: {', '.join(f'{mode} {n:,}' for mode, n in split.modes.most_common())}"
         for dataset, images in split.several_frames.items():
-            yield f"  {dataset}: {len(images):,} images {FIRST_FRAME}; the first: {images[0]}"
+            yield f"  {first_frame_line(dataset, len(images), images[0])}"
         if split.groups:
             yield f"  {counted(split.groups, 'group')} of dense captions, as the first epoch draws them"
         if split.lengths:

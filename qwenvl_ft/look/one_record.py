@@ -14,6 +14,7 @@ from qwenvl_ft.data.dense.compose import DenseImage
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.summary import summary_fault
 from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.frames import frames_text
 from qwenvl_ft.data.media.images import medium_name, resolve_path
 from qwenvl_ft.data.media.video import clip_pixels
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
@@ -129,7 +130,7 @@ class Inspector:
         seen.modes = tuple(image.mode for image in images if image.mode)
         named = zip(conversation.media(Image), images, strict=True)
         seen.several_frames = tuple(
-            f"{medium_name(stored(part.value))} ({image.frames} frames)" for part, image in named if image.frames
+            frames_text(stored(part.value), image.frames) for part, image in named if image.frames
         )
         broken = list(dict.fromkeys(medium.fault for medium in media if medium.fault))
         broken += size_cases(record, conversation, images)

@@ -58,7 +58,7 @@ def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
         yield f"full training leaves {' and '.join(frozen)} frozen; to train all: {freeze_flags_of(frozen)}"
     for dataset in datasets_in(trainer.train_dataset, trainer.eval_dataset):
         yield dataset.summary()
-        yield from dataset.unread()
+        yield from dataset.remarks()
     sampler = trainer.plan_sampler(trainer.samples)
     if trainer.packing:
         yield f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"

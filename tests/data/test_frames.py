@@ -41,18 +41,26 @@ def test_photos_with_previews_pil_images_and_base64_are_not_counted(tmp_path):
         assert unchosen_frames(value, MediaPolicy()) == 0
 
 
-def test_the_summary_before_training_counts_them_also_from_the_cache(tmp_path, processor):
-    paths = [written(tmp_path / f"{k}.gif", k + 1) for k in range(3)] + [written(tmp_path / "a.png", 1)]
+def test_a_line_before_training_counts_them_for_each_data_set_also_from_the_cache(tmp_path, processor):
+    paths = [written(tmp_path / f"{k}.gif", k + 1) for k in range(3)] + [
+        written(tmp_path / f"{k}.tif", k) for k in (1, 2)
+    ]
     turns = [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]
-    records = ListRecords([{"image": path, "conversations": turns} for path in paths])
+    datasets = ["scans", "scans", "more", "more", "scans"]
+    records = ListRecords([{"image": path, "conversations": turns} for path in paths], datasets=datasets)
     for _ in range(2):
         dataset = SampleDataset(records, Encoder(processor), name="data.train", cache_dir=tmp_path / "cache")
-        assert "; 2 images are files of several frames or pages, of which the first is shown; data.image_frame" in (
-            dataset.summary()
-        )
+        assert dataset.remarks() == [
+            f"data.train: {name} of several frames or pages, of which frame 0 is shown, e.g. {example}; "
+            "data.image_frame chooses another, also as a key of a data set's entry or of a record"
+            for name, example in (
+                ("scans: 2 images are files", f"{paths[1]} (2 frames)"),
+                ("more: 1 image is a file", f"{paths[2]} (3 frames)"),
+            )
+        ]
     policy = MediaPolicy(reading=Reading("error", None, 0))
     chosen = SampleDataset(records, Encoder(processor, policy=policy), cache_dir=tmp_path / "cache")
-    assert "several frames" not in chosen.summary()
+    assert chosen.remarks() == []
 
 
 def test_a_chosen_frame_reaches_the_patches(tmp_path, processor):

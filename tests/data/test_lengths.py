@@ -72,7 +72,7 @@ def test_planned_lengths_equal_encoded_lengths_of_2000_random_records(processor)
         record = random_record(rng)
         sample = encoder(record)
         draft, extent = encoder.draft(encoder.conversation(record)), encoder.extent(encoder.conversation(record))
-        assert extent == (draft.length, draft.patches, bool(draft.videos), 0, 0)
+        assert extent == (draft.length, draft.patches, bool(draft.videos), 0, 0, ())
         assert extent.tokens == len(sample["input_ids"])
         widths.update(map(tuple, sample["image_grid_thw"].tolist()) if "image_grid_thw" in sample else [])
     assert len(widths) > 50, "vacuous: all images have one size"

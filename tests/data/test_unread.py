@@ -303,7 +303,7 @@ def test_unread_keys_of_dense_captions_in_groups_are_counted_by_record(processor
 
     dataset = SampleDataset(open_epochs(records), Encoder(processor), cache_dir=tmp_path)
     assert len(dataset) == 2
-    (line,) = dataset.unread()
+    (line,) = dataset.remarks()
     assert "'source' (3 records)" in line
 
 

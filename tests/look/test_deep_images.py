@@ -45,7 +45,9 @@ def test_check_says_once_for_each_data_set_that_a_first_frame_is_shown(scans):
     printed = text(checked(scans, "data.high_bit_depth=minmax"))
     lines = [line for line in printed.splitlines() if "several frames" in line]
     assert len(lines) == 1
-    assert re.search(r"1 images are files of several frames .*image_frame.*moving\.gif \(3 frames\)", lines[0])
+    assert re.search(
+        r"1 image is a file of several frames .*frame 0 is shown, e.g. .*moving\.gif \(3 frames\)", lines[0]
+    )
     assert "several frames" not in text(checked(scans, "data.high_bit_depth=minmax", "data.image_frame=0"))
 
 

@@ -34,7 +34,7 @@ from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
 from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
 from qwenvl_ft.data.encode.tokenise import TextTokenizer, require_unicode
-from qwenvl_ft.data.media.frames import unchosen_frames
+from qwenvl_ft.data.media.frames import unchosen
 from qwenvl_ft.data.media.grids import Grid, image_grid
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.media.reading import saved_reading, without_reading
@@ -54,8 +54,8 @@ class Extent(NamedTuple):
     """Tokens that truncation removed."""
     cut_media: int
     """Images and videos that truncation removed."""
-    several_frames: int
-    """Images of files with several frames or pages, of which the first is shown because none was chosen."""
+    several_frames: tuple[str, ...]
+    """Images of several frames or pages of which none was chosen, each as ``PATH (5 frames)``."""
 
 
 class _Shown(NamedTuple):
@@ -173,7 +173,7 @@ class Encoder:
             DataError, TooLong, Unsupervised: as `draft`.
         """
         shown = self._show(conversation)
-        several = sum(unchosen_frames(image.value, self.policy) > 0 for image in shown.images)
+        several = unchosen((image.value for image in shown.images), self.policy)
         media = (
             (IMAGE_PAD, self.processor.image_processor.merge_size, shown.image_grids),
             (VIDEO_PAD, self.processor.video_processor.merge_size, [clip.grid for clip in shown.clips]),

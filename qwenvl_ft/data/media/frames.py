@@ -3,10 +3,11 @@
 The first bytes rule out nearly all files, so that planning opens only those that may have several.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from qwenvl_ft.data.media.images import chosen_reading
-from qwenvl_ft.data.media.opening import MediaPolicy, file_of, opened_image
+from qwenvl_ft.data.media.opening import MediaPolicy, file_of, medium_name, opened_image
 
 HEAD = 48
 """Bytes that tell whether a file may have several frames."""
@@ -14,11 +15,32 @@ SEVERAL = ("TIFF", "GIF", "WEBP", "PNG", "AVIF", "DICOM")
 """Formats whose further frames are pictures of their own. An MPO holds previews and gain maps of one photo."""
 
 
-FIRST_FRAME = (
-    "are files of several frames or pages, of which the first is shown; data.image_frame chooses, also as a key of a "
-    "data set's entry or of a record"
-)
-"""How reports continue a number of images."""
+def first_frame_line(dataset: str, count: int, example: str) -> str:
+    """Say for how many images of a data set the first of several frames is shown, and what chooses another.
+
+    Args:
+        example: one of `unchosen`.
+    """
+    kind = "image is a file" if count == 1 else "images are files"
+    return (
+        f"{dataset}: {count:,} {kind} of several frames or pages, of which frame 0 is shown, e.g. {example}; "
+        "data.image_frame chooses another, also as a key of a data set's entry or of a record"
+    )
+
+
+def unchosen(values: Iterable[Any], policy: MediaPolicy) -> tuple[str, ...]:
+    """Return ``PATH (5 frames)`` for each image that has several frames of which none was chosen.
+
+    Raises:
+        DataError: an image cannot be opened.
+    """
+    counted = ((value, unchosen_frames(value, policy)) for value in values)
+    return tuple(frames_text(chosen_reading(value, policy)[0], frames) for value, frames in counted if frames)
+
+
+def frames_text(value: Any, frames: int) -> str:
+    """Name an image with the number of its frames."""
+    return f"{medium_name(value)} ({frames} frames)"
 
 
 def unchosen_frames(value: Any, policy: MediaPolicy) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from qwenvl_ft.data.conversation import IGNORE, Conversation, Sample, Source
 from qwenvl_ft.data.dense.groups import EpochConversations
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.frames import FIRST_FRAME
+from qwenvl_ft.data.media.frames import first_frame_line
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.plan.lengths import BAD, Lengths, measure, require_some
 from qwenvl_ft.data.unread import tally_lines
@@ -229,10 +229,11 @@ class SampleDataset(Dataset[Sample]):
         line += f" (the first: {measured.faults[0]})" if measured.faults else ""
         samples, lost, media = measured.cut()
         cut = f"; cut: {samples:,} samples, by {lost:,} tokens" + (f" and {media:,} media" if media else "")
-        line += cut if samples else ""
-        several = int(measured.several_frames.sum())
-        return line + (f"; {several:,} images {FIRST_FRAME}" if several else "")
+        return line + (cut if samples else "")
 
-    def unread(self) -> list[str]:
-        """Return one line for each key of epoch 0's records that nothing reads."""
-        return [f"{self.name}: {line}" for line in tally_lines(self.at(0).measured.unread)]
+    def remarks(self) -> list[str]:
+        """Return a line for each key of epoch 0's records that nothing reads, and for each data set with images of
+        which the first of several frames is shown."""
+        measured = self.at(0).measured
+        frames = [first_frame_line(name, *counted) for name, counted in measured.several_frames.items()]
+        return [f"{self.name}: {line}" for line in tally_lines(measured.unread) + frames]

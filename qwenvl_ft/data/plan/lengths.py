@@ -33,21 +33,22 @@ COLUMNS = {
     "status": np.int8,
     "cut_tokens": np.int32,
     "cut_media": np.int32,
-    "several_frames": np.int32,
 }
 """Arrays of `Lengths` and their dtypes."""
+TALLIES = ("unread", "several_frames")
+"""Counts of `Lengths`."""
 CHUNK = 256
 """Records that a worker measures before it returns their lengths."""
 PARALLEL_FROM = 2_000
 """Number of records from which starting workers pays off."""
-LAYOUT = 4
+LAYOUT = 5
 """Version of the cache file's layout; increase it whenever the meaning of the contents changes."""
 
 KEPT, TOO_LONG, UNSUPERVISED, BAD = range(4)
 """Status of a record: `KEPT`, or why it does not become a sample."""
 File = tuple[str, int, int]
 """Path of a media file, its size in bytes and its modification time in nanoseconds; -1 and 0 if it is missing."""
-Row = tuple[int, int, bool, int, int, int, int]
+Row = tuple[int, int, bool, int, int, int]
 """One record's entries in the arrays of `Lengths`, in the order of `COLUMNS`."""
 
 
@@ -58,8 +59,15 @@ class _Unread(NamedTuple):
     where: str
 
 
-NOTHING_UNREAD = _Unread((), "")
-Measurement = tuple[Row, list[File], _Unread, str]
+class _Frames(NamedTuple):
+    """Images of several frames of a record or group, as in `Extent`."""
+
+    dataset: str
+    images: tuple[str, ...]
+
+
+NOTHING_UNREAD, NO_FRAMES = _Unread((), ""), _Frames("", ())
+Measurement = tuple[Row, list[File], _Unread, _Frames, str]
 REASONS = {
     TOO_LONG: "longer than template.max_length",
     UNSUPERVISED: "no supervised token",
@@ -86,12 +94,12 @@ class Lengths:
     """[R] tokens that truncation removed."""
     cut_media: NDArray[np.int32]
     """[R] images and videos that truncation removed."""
-    several_frames: NDArray[np.int32]
-    """[R] images of files with several frames or pages, of which the first is shown because none was chosen."""
     faults: tuple[str, ...] = ()
     """Errors of the first `MAX_FAULTS` unreadable records."""
     unread: Mapping[str, Tally] = field(default_factory=dict)
     """Keys that hold something and are read by nothing."""
+    several_frames: Mapping[str, Tally] = field(default_factory=dict)
+    """Data set -> images of several frames or pages, of which the first is shown because none was chosen."""
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -109,7 +117,7 @@ class Lengths:
 
 
 class _MeasureRecord:
-    """Measures one record: its `Row`, its media files, what nothing reads, and why it cannot be read (else empty)."""
+    """Measures one record: its `Row`, its media files, what nothing reads, unchosen frames, why it cannot be read."""
 
     def __init__(self, encoder: Encoder, on_error: str) -> None:
         self.encoder = encoder
@@ -123,20 +131,22 @@ class _MeasureRecord:
             conversation = record if isinstance(record, Conversation) else read_record(*record)
             files = [_state(path) for path in conversation_files(conversation)]  # before they are opened
             unread = _Unread(conversation.unread, str(conversation.source))
-            return self._row(conversation), files, unread, ""
+            row, images = self._row(conversation)
+            return row, files, unread, _Frames(conversation.source.dataset, images), ""
         except DataError as error:
             if self.on_error == "raise" or isinstance(error, (TooLong, Unsupervised)):
                 raise
-            return (0, 0, False, BAD, 0, 0, 0), files + _unreached(conversation), NOTHING_UNREAD, str(error)
+            return (0, 0, False, BAD, 0, 0), files + _unreached(conversation), NOTHING_UNREAD, NO_FRAMES, str(error)
 
-    def _row(self, conversation: Conversation) -> Row:
+    def _row(self, conversation: Conversation) -> tuple[Row, tuple[str, ...]]:
         try:
             extent = self.encoder.extent(conversation)
         except (TooLong, Unsupervised) as error:
             if self.encoder.truncation_strategy == "raise":
                 raise
-            return 0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0, 0
-        return extent.tokens, extent.patches, extent.has_video, KEPT, *extent[3:]
+            return (0, 0, False, TOO_LONG if isinstance(error, TooLong) else UNSUPERVISED, 0, 0), ()
+        size = extent.tokens, extent.patches, extent.has_video, KEPT, extent.cut_tokens, extent.cut_media
+        return size, extent.several_frames
 
 
 def conversation_files(conversation: Conversation) -> list[str]:
@@ -205,16 +215,20 @@ def _measure(records: Any, encoder: Encoder, num_proc: int, on_error: str) -> tu
     files: dict[str, File] = {}
     faults: list[str] = []
     counted: dict[str, Tally] = {}
-    for row, opened, unread, fault in measured:
+    several: dict[str, Tally] = {}
+    for row, opened, unread, frames, fault in measured:
         rows.append(row)
         if fault and len(faults) < MAX_FAULTS:
             faults.append(fault)
         tally(counted, *unread)
+        for image in frames.images:
+            count, example = several.get(frames.dataset, Tally(0, image))
+            several[frames.dataset] = Tally(count + 1, example)
         for file in opened:
             files.setdefault(file[0], file)
     columns = np.asarray(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
     arrays = {name: column.astype(dtype) for (name, dtype), column in zip(COLUMNS.items(), columns, strict=True)}
-    return Lengths(**arrays, faults=tuple(faults), unread=counted), list(files.values())
+    return Lengths(**arrays, faults=tuple(faults), unread=counted, several_frames=several), list(files.values())
 
 
 def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
@@ -222,8 +236,7 @@ def _save(path: Path, lengths: Lengths, files: list[File]) -> None:
     names = _as_bytes([file[0] for file in files])
     states = np.asarray([file[1:] for file in files], dtype=np.int64).reshape(-1, 2)
     arrays = {name: getattr(lengths, name) for name in COLUMNS}
-    unread = [text for path, (count, example) in lengths.unread.items() for text in (path, str(count), example)]
-    arrays |= {"faults": _as_bytes(lengths.faults), "unread": _as_bytes(unread)}
+    arrays |= {"faults": _as_bytes(lengths.faults), **{name: _tallies_as_bytes(lengths, name) for name in TALLIES}}
     np.savez(partial, files=names, states=states, **arrays)
     partial.replace(path)
 
@@ -237,10 +250,19 @@ def _cached(path: Path) -> Lengths | None:
         for name, (size, changed) in zip(_as_texts(arrays["files"]), states, strict=True):
             if _state(name) != (name, size, changed):
                 return None
-        texts = _as_texts(arrays["unread"])
-        unread = {path: Tally(int(count), where) for path, count, where in zip(*[iter(texts)] * 3, strict=True)}
+        tallies = {name: _as_tallies(arrays[name]) for name in TALLIES}
         columns = {name: arrays[name] for name in COLUMNS}
-        return Lengths(**columns, faults=tuple(_as_texts(arrays["faults"])), unread=unread)
+        return Lengths(**columns, faults=tuple(_as_texts(arrays["faults"])), **tallies)
+
+
+def _tallies_as_bytes(lengths: Lengths, name: str) -> NDArray[np.uint8]:
+    counted: Mapping[str, Tally] = getattr(lengths, name)
+    return _as_bytes([text for key, (count, example) in counted.items() for text in (key, str(count), example)])
+
+
+def _as_tallies(array: NDArray[np.uint8]) -> dict[str, Tally]:
+    texts = iter(_as_texts(array))
+    return {key: Tally(int(count), example) for key, count, example in zip(texts, texts, texts, strict=True)}
 
 
 def _as_bytes(texts: Sequence[str]) -> NDArray[np.uint8]:

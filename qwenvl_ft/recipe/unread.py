@@ -36,17 +36,18 @@ def leave_out_unread(recipe: Recipe, layers: list[Layer]) -> dict[str, str]:
         for key in given:
             where = recipe.origins[key]
             if where in own and order[where] >= max(deciding, default=-1):
-                messages[key] = f"{where}: {_message(recipe, key, entry)}"
+                names = layers[order[where]].spelled
+                messages[key] = f"{where}: {_message(recipe, key, entry, names[key] if key in names else key)}"
             _reset(recipe, key)
     return messages
 
 
-def _message(recipe: Recipe, key: str, entry: ReadIf) -> str:
-    name = key.partition(".")[2]
-    setting = key if name in SECRETS else f"{key}={shown(value_in(recipe, key))}"
+def _message(recipe: Recipe, key: str, entry: ReadIf, spelled: str) -> str:
+    setting = key if key.partition(".")[2] in SECRETS else f"{key}={shown(value_in(recipe, key))}"
+    setting = setting if spelled == key else f"{spelled} ({setting})"
     decided = value_in(recipe, entry.by[0])
     written = decided if isinstance(decided, str) else shown(decided)
-    return f"{setting} is not read with {entry.by[0]}={written}. Remove {key}, or {entry.fix}."
+    return f"{setting} is not read with {entry.by[0]}={written}. Remove {spelled}, or {entry.fix}."
 
 
 def value_in(recipe: Recipe, key: str) -> Any:

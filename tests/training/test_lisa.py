@@ -79,6 +79,7 @@ def test_layers_that_are_frozen_by_name_are_not_drawn(checkpoints, encoder, tmp_
     assert any(frozen_now)
     lisa.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert lisa.candidates == [2, 3], "a run that begins again, with layers left frozen by the draw before"
+    assert not lisa.active, "a run that resumes between two draws would train all layers until the next"
     lisa.on_train_end(trainer.args, trainer.state, trainer.control)
     frozen(trainer, 0, 1, 2)
     with pytest.raises(RecipeError, match=r"lisa_activated_layers=2, but .* has 4 layers, and 3 of them are frozen\."):

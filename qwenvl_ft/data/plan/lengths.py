@@ -250,7 +250,7 @@ def _cached(path: Path) -> Lengths | None:
         for name, (size, changed) in zip(_as_texts(arrays["files"]), states, strict=True):
             if _state(name) != (name, size, changed):
                 return None
-        tallies = {name: _as_tallies(arrays[name]) for name in TALLIES}
+        tallies: dict[str, Any] = {name: _as_tallies(arrays[name]) for name in TALLIES}
         columns = {name: arrays[name] for name in COLUMNS}
         return Lengths(**columns, faults=tuple(_as_texts(arrays["faults"])), **tallies)
 

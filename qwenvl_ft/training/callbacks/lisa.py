@@ -70,7 +70,7 @@ class LisaCallback(TrainerCallback):
         for weights in self._weights:
             for value in weights:
                 value.requires_grad_(True)
-        self._weights = []
+        self._weights, self.active = [], []
 
     def _activate(self, draw: int, optimizer: Any) -> None:
         self.active = sorted(random.Random(f"{self.seed}-{draw}").sample(self.candidates, self.layers))

@@ -46,10 +46,13 @@ def predict(
     check = ImageCheck("header", policy or MediaPolicy())
     records = [dict(record) if isinstance(record, dict) else {} for record in questions.records]
     prompts: dict[int, dict[str, Any]] = {}
+    faults: dict[str, str] = {}
     for index, record in enumerate(records):
-        prompt = make_prompt(record, questions, check)
+        prompt = make_prompt(record, questions, check, faults)
         if prompt is not None:
             prompts[index] = prompt
+    for message in faults.values():
+        print(f"{questions.dataset.name}: not asked, e.g.: {message}", file=sys.stderr)
     answers = dict(zip(prompts, answer(list(prompts.values())), strict=True)) if prompts else {}
     for index, record in enumerate(records):
         text = answers[index] if index in answers else ""
@@ -59,12 +62,19 @@ def predict(
     return records, len(records) - len(answers)
 
 
-def make_prompt(record: dict[str, Any], questions: Questions, check: ImageCheck) -> dict[str, Any] | None:
-    """Return the question as a training record without answer; None if it has no text or an unusable image."""
+def make_prompt(
+    record: dict[str, Any], questions: Questions, check: ImageCheck, faults: dict[str, str]
+) -> dict[str, Any] | None:
+    """Return the question as a training record without answer; None if it has no text or an unusable image.
+
+    Args:
+        faults: gets the first message of each reason why images are unusable.
+    """
     text = question_text(record)
     try:
         images = find_images(record, questions.folder, Options(), check, Tally())
-    except LeftOut:
+    except LeftOut as error:
+        faults.setdefault(error.reason, str(error))
         return None
     tags = "<image>\n" * len(images)
     turns = [{"from": "human", "value": tags + text}]

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 from flare_cases import CASES, MORE, SIZE, Case
+from PIL import Image
 
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.evaluation.generate import generate
@@ -87,6 +89,17 @@ def test_a_question_that_cannot_be_asked_gets_an_empty_prediction(tree):
     assert [record["prediction"] for record in records] == ["A", "", "B"]
     assert not_asked == 1
     assert all("gpt" not in json.dumps(prompt) for prompt in asked)
+
+
+def test_the_reason_why_a_question_is_not_asked_is_said_once_with_its_remedy(tree, capsys):
+    questions = questions_of(tree, Case("retino", "classification", "", "classification"), count=2)
+    for path in questions.folder.rglob("*.png"):
+        Image.fromarray(np.full((9, 9), 4000, dtype=np.uint16)).save(path)
+    assert predict(questions, lambda prompts: [])[1] == 2
+    said = capsys.readouterr().err
+    assert said.count("retino: not asked, e.g.: image ") == 1
+    assert "mode I;16, found 4000 to 4000" in said
+    assert "high_bit_depth to window" in said
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(200 * 180, 1), (200 * 180 - 1, 0)])

@@ -104,9 +104,12 @@ def test_a_key_of_a_base_or_below_a_stronger_decision_falls_away(entry, key, wri
         assert load_recipe(write("saved.yaml", recipe.to_yaml())) == recipe
 
 
-def test_the_settings_of_the_issue_s_examples_are_errors():
+def test_settings_that_a_run_leaves_unread_are_errors():
     for words, key in (
-        ("training.lr_scheduler_type=constant training.warmup_ratio=0.3", "training.warmup_steps=0.3"),
+        (
+            "training.lr_scheduler_type=constant training.warmup_ratio=0.3",
+            "training.warmup_ratio (training.warmup_steps=0.3)",
+        ),
         ("data.val_dataset_sample=5", "data.val_dataset_sample=5"),
         ("training.eval_steps=5", "training.eval_steps=5"),
         ("training.eval_steps=5 data.val=v training.eval_strategy=epoch", "training.eval_steps=5"),

@@ -200,6 +200,12 @@ READ_IF: tuple[ReadIf, ...] = (
         fix="set data.train_dataset_mix_ratio",
     ),
     ReadIf(
+        keys=("data.datasets_root",),
+        when=lambda recipe: bool(recipe.data.datasets),
+        by=("data.datasets",),
+        fix="name data sets in data.datasets",
+    ),
+    ReadIf(
         keys=("data.max_bad_fraction",),
         when=lambda recipe: recipe.data.skips_unreadable,
         by=("data.on_error", "data.check_dataset_strategy"),

@@ -40,7 +40,8 @@ def test_choices_that_can_be_added_come_from_their_table(key, table, monkeypatch
     with pytest.raises(RecipeError, match=rf"override: {key}: 'mine' is not one of the choices\. Known: "):
         load_recipe(None, [f"{key}=mine"])
     monkeypatch.setitem(table, "mine", next(iter(table.values())))
-    assert getattr(getattr(load_recipe(None, [f"{key}=mine"]), section), name) == "mine"
+    asking = ["evaluation.run_after_training=true", "data.val=v.jsonl"]  # else no run reads the metric
+    assert getattr(getattr(load_recipe(None, [*asking, f"{key}=mine"]), section), name) == "mine"
 
 
 def test_exactly_two_keys_take_their_choices_from_a_table():

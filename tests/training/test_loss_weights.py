@@ -80,8 +80,8 @@ def by_hand(tiny_dir, processor, samples, weights):
         total = total + weight * F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         count += weight * int((labels != -100).sum())
     (total / count).backward()
-    norms = [p.grad.norm() for name, p in model.named_parameters() if p.grad is not None and "visual" not in name]
-    return float(total / count), float(torch.stack(norms).norm())
+    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    return (total / count).item(), torch.stack(norms).norm().item()
 
 
 def logged(output):

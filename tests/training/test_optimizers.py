@@ -211,11 +211,11 @@ REFUSALS = {
     "training.optim=schedule_free_adamw": (FULL, "Set it to constant_with_warmup"),
     "training.use_galore=true": (ADAPTED, "train_type=lora trains adapters"),
     "training.optimizer=galore": (ADAPTED, "trains adapters"),
-    "training.galore_rank=8": (FULL, "read only with training.use_galore=true"),
-    "training.lorap_lr_ratio=16": (FULL, "lorap_lr_ratio is for LoRA's B matrices"),
+    "training.galore_rank=8": (FULL, "is not read with training.use_galore=false"),
+    "training.lorap_lr_ratio=16": (FULL, "lorap_lr_ratio=16 is not read with tuner.train_type=full"),
     "training.optimizer=lorap": (FULL, "optimizer=lorap is for LoRA's B matrices"),
     "training.lisa_activated_layers=2": (ADAPTED, "full training of the language model"),
-    "training.lisa_step_interval=5": (FULL, "read only with training.lisa_activated_layers"),
+    "training.lisa_step_interval=5": (FULL, "is not read with training.lisa_activated_layers=0"),
 }
 
 

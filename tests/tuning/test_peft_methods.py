@@ -112,13 +112,13 @@ def test_every_train_type_has_functions_and_keys_that_exist(name):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["tuner.train_type=vera", "tuner.lora_rank=4"], r"lora_rank=4 is not read by tuner.train_type=vera"),
-        (["tuner.vera_rank=4"], r"vera_rank=4 is not read by tuner.train_type=lora.*train_type=vera"),
+        (["tuner.train_type=vera", "tuner.lora_rank=4"], r"lora_rank=4 is not read with tuner.train_type=vera"),
+        (["tuner.vera_rank=4"], r"vera_rank=4 is not read with tuner.train_type=lora.*train_type=vera"),
         (
             ["tuner.train_type=boft", "tuner.peft_options={r: 4}"],
-            r"peft_options=.* is not read by tuner.train_type=boft",
+            r"peft_options=.* is not read with tuner.train_type=boft",
         ),
-        (["tuner.lora_ga_iters=4"], r"lora_ga_iters=4 is not read with tuner.init_weights=True.*init_weights=lora-ga"),
+        (["tuner.lora_ga_iters=4"], r"lora_ga_iters=4 is not read with tuner.init_weights=true.*init_weights=lora-ga"),
         (["tuner.init_weights=pissa", "tuner.eva_rho=1.5"], r"eva_rho=1.5 is not read with tuner.init_weights=pissa"),
         (["tuner.init_weights=pissa", "quantization.quantization_bit=4"], r"pissa changes the base weights"),
         (["tuner.adalora_beta1=1"], r"adalora_beta1: 1 must be above 0 and below 1"),

@@ -15,6 +15,7 @@ OURS = "qwenvl_ft.upstream.projected_modules"
 def lines(caplog):
     """Return the logged lines so far by logger."""
     caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, logger=LOGGER)  # other tests may have made transformers silent
     source = logging.getLogger(LOGGER)
     source.addHandler(caplog.handler)  # transformers' loggers do not propagate
     yield lambda name: [record.getMessage() for record in caplog.records if record.name == name]

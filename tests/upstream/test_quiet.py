@@ -57,6 +57,8 @@ def test_notices_are_dropped_and_other_messages_are_not(name):
     handler.emit = lambda record: seen.append(record.getMessage())
     logger = logging.getLogger(name)
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # other tests may have made transformers silent
     try:
         for inside in (True, False):
             with quiet() if inside else pytest.MonkeyPatch.context():
@@ -66,6 +68,7 @@ def test_notices_are_dropped_and_other_messages_are_not(name):
             assert len(seen) == (1 if inside else 2 + len(NOTICES[name]))
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -20,6 +20,7 @@ from qwenvl_ft.data.media.medical_files import MedicalFile, is_medical, opened_m
 from qwenvl_ft.data.media.reading import ERROR, REFUSING, ReadAs, Reading, lacks_window, reading_of
 from qwenvl_ft.data.media.refused import require_area
 from qwenvl_ft.errors import DataError, one_line
+from qwenvl_ft.recipe.image_keys import IMAGE_KEYS
 from qwenvl_ft.recipe.schema import DataConfig
 
 ORIENTATION = ExifTags.Base.Orientation
@@ -48,7 +49,7 @@ class MediaPolicy:
     @classmethod
     def of(cls, data: DataConfig) -> "MediaPolicy":
         """Take the limits from a recipe's ``data`` section."""
-        reading = reading_of(vars(data), "data.")
+        reading = reading_of({key: getattr(data, key) for key in IMAGE_KEYS}, "data.")
         return cls(data.allow_urls, data.max_image_pixels, data.image_timeout, data.video_timeout, reading)
 
     def for_sizes(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def unread_of_record(record: Mapping[str, Any], turns: str, source: Source) -> t
 
 def _part_keys(part: Mapping[str, Any]) -> tuple[Collection[str], tuple[Meaning, ...]]:
     """Return the keys of a part that its reader reads, and the meanings of the others."""
-    if part.get("type") in KINDS:
+    if str(part.get("type")) in KINDS:  # a type that is not a text is refused by the reader
         return SPECIAL_KEYS, MEANINGS
     text = next((key for key in ("text", "value") if isinstance(part.get(key), str)), None)
     if text is not None and (part.get("type") or "text") == "text":

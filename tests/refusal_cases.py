@@ -63,6 +63,8 @@ REFUSALS = [
     Refusal("an image of 2 x 1333 pixels", image("thin.png"), "too_thin", "too_thin_image", "too_thin_image"),
     Refusal("an image of 1333 x 2 pixels", image("flat.png"), "too_thin", "too_thin_image", "too_thin_image"),
     Refusal("an image above the limit", image("large.png"), "too_large", "too_large_image", "too_large_image"),
+    Refusal("an image of 16 bits", image("deep.png"), *["high_bit_depth"] * 3),
+    Refusal("frames of 16 bits", video(["deep.png", "deep.png"]), "high_bit_depth"),
     Refusal("a folder named as an image", image("folder.png"), "corrupt", "missing_image", "missing_image"),
     Refusal("a URL", image("https://localhost/a.png"), "corrupt", "missing_image"),
     Refusal("broken base64", image("data:image/png;base64,%%%"), "corrupt", "missing_image"),
@@ -113,6 +115,7 @@ def write_media(folder: Path) -> None:
     sizes = {"a": (96, 64), "b": (64, 128), "thin": (2, 1333), "flat": (1333, 2), "large": (600, 500)}
     for name, (width, height) in sizes.items():
         picture(width, height).save(folder / f"{name}.png")
+    picture(96, 64).convert("I;16").point(lambda value: value * 16).save(folder / "deep.png")
     whole = (folder / "b.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     for suffix in ("png", "mp4"):

@@ -98,7 +98,7 @@ def test_valid_data_of_every_format_has_no_fault(data, tiny_dir):
 
 
 def test_every_reason_has_a_case():
-    elsewhere = {"file", "leak_record", "leak_media", "cut", "unforeseen", "too_large", "too_thin"}
+    elsewhere = {"file", "leak_record", "leak_media", "cut", "unforeseen", "too_large", "too_thin", "high_bit_depth"}
     assert set(FAULTY) | elsewhere == set(REASONS)
     assert not set(FAULTY) & elsewhere
 

@@ -79,7 +79,7 @@ def test_flare_validate_refuses_them(folder):
     cases = [case for case in REFUSALS if case.flare]
     file = folder / "retino_train.json"
     file.write_text(json.dumps([SOUND, *(case.record for case in cases)]))
-    findings = validate_file(file, ImageCheck("decode", LARGEST))
+    findings = validate_file(file, ImageCheck("decode", MediaPolicy(max_image_pixels=LARGEST)))
     found = {(error["record"], error["kind"]) for error in findings.errors}
     assert found >= {(f"{file}[{index}]", case.flare) for index, case in enumerate(cases, 1)}
     assert not any(record == f"{file}[0]" for record, _ in found)

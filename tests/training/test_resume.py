@@ -25,6 +25,9 @@ def data(tmp_path_factory):
     return write_questions(tmp_path_factory.mktemp("resume_data"), 10, answer="number", widths=(64, 80, 96, 112))
 
 
+SAVES = ("training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=3")
+
+
 def command(tiny_dir, data, output, *more):
     settings = short_run(
         tiny_dir,
@@ -38,9 +41,7 @@ def command(tiny_dir, data, output, *more):
         "training.gradient_accumulation_steps=2",
         "training.dataloader_num_workers=1",
         f"training.max_steps={STEPS}",
-        "training.save_strategy=steps",
-        "training.save_steps=2",
-        "training.save_total_limit=3",
+        *(SAVES if "training.save_strategy=no" not in more else ()),
         "training.logging_steps=1",
         *more,
     )

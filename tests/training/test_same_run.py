@@ -27,6 +27,9 @@ def data(tmp_path_factory):
     return folder
 
 
+SAVES = ("training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=5")
+
+
 def settings(tiny_dir, data, output, *more):
     return short_run(
         tiny_dir,
@@ -42,9 +45,7 @@ def settings(tiny_dir, data, output, *more):
         "training.gradient_accumulation_steps=2",
         "training.max_steps=4",
         "training.learning_rate=1e-2",
-        "training.save_strategy=steps",
-        "training.save_steps=2",
-        "training.save_total_limit=5",
+        *(SAVES if "training.save_strategy=no" not in more else ()),
         *more,
     )
 

@@ -115,7 +115,7 @@ def build_dataset(
     )
 
 
-def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
+def asked_conversations(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
     """Return the conversations to answer by generation, those that make a sample; None for none.
 
     Dense captions have no summaries if the metric is ``geometry``, because a summary has no coordinates.

@@ -6,7 +6,7 @@ reader passes the keys that it reads; `unread_keys` judges the rest.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qwenvl_ft.errors import DataError
@@ -73,6 +73,12 @@ def _is_number(value: Any) -> bool:
 
 LABELS = ("label", "kto_tag")
 """Names under which preference data mark an answer as right or wrong."""
+WRONG_ANSWER = Meaning(
+    re.compile("|".join(LABELS)),
+    "the mark of a wrong answer, which would be learned as right",
+    "Set data.label=keep_true, which leaves out records with label: false",
+    is_false,
+)
 FILTER = "Filter the records by it before training"
 MEANINGS = (
     Meaning(
@@ -91,12 +97,7 @@ MEANINGS = (
         "an answer that preference data prefer",
         "Write it as the last assistant turn and drop the key",
     ),
-    Meaning(
-        re.compile("|".join(LABELS)),
-        "the mark of a wrong answer, which would be learned as right",
-        "Set data.label=keep_true, which leaves out records with label: false",
-        is_false,
-    ),
+    WRONG_ANSWER,
     Meaning(re.compile(r"margin|scores?|rewards?"), "a judgement of the answer", FILTER, _is_number),
     Meaning(
         re.compile(
@@ -115,12 +116,7 @@ TURN_MEANINGS = (
         "a choice of what is learned that is not applied",
         "Write loss: false in turns that are context only",
     ),
-    Meaning(
-        re.compile("|".join(LABELS)),
-        "the mark of a wrong answer, which would be learned as right",
-        "Write loss: false in this turn",
-        is_false,
-    ),
+    replace(WRONG_ANSWER, remedy="Write loss: false in this turn"),
     Meaning(
         re.compile("(image|video)s?"),
         "a medium that the model would not see: nothing reads media of a turn",

@@ -69,7 +69,7 @@ def build_questions(recipe: Recipe, encoder: Encoder, seed: int) -> Questions | 
     section = recipe.evaluation
     metric = metric_of(section.metric)
     options = metric.checked(section.metric_options, "evaluation.metric_options")
-    conversations = assemble.build_questions(recipe, encoder, seed)
+    conversations = assemble.asked_conversations(recipe, encoder, seed)
     if conversations is None:
         return None
     if section.metric == GEOMETRY:

@@ -195,10 +195,9 @@ def load_records(
     if isinstance(selection, Mapping):
         rates = rates_of_weights(sizes, rates)
     parts: list[Part] = []
-    for (name, _, entry), rate, rows_of_files, several, opened_files in zip(
-        chosen, rates, spans, files, tables, strict=True
+    for (name, _, entry), rate, size, rows_of_files, several, opened_files in zip(
+        chosen, rates, sizes, spans, files, tables, strict=True
     ):
-        size = sum(map(len, rows_of_files))
         places = draw_rows(range(size), rate, f"{seed}:{name}")
         if not len(places):
             raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is 0 records. Raise the rate.")

@@ -4,6 +4,18 @@ import json
 
 from cases import picture
 
+ONE_FULL_EPOCH = (
+    "tuner.train_type=full",
+    "training.packing=false",
+    "training.num_train_epochs=1",
+    "training.learning_rate=1e-3",
+    "training.max_grad_norm=1e9",
+    "training.activation_checkpointing=false",
+    "training.logging_steps=1",
+    "training.save_strategy=no",
+)
+"""Overrides of a run whose loss and unclipped gradient are compared with a computation by hand."""
+
 
 def write_questions(
     folder, count, name="train", *, first=0, answer="it is", widths=(64, 80, 96), longest=3, text_every=None
@@ -49,6 +61,22 @@ def short_run(model, data, output, *more):
         f"training.output_dir={output}",
         *more,
     ]
+
+
+def first_step(output):
+    """Return the loss and the gradient norm that a run logged at its first step."""
+    first = json.loads((output / "trainer_log.jsonl").read_text().splitlines()[0])
+    return first["loss"], first["grad_norm"]
+
+
+def saves(more, *, keep):
+    """Return overrides by which every second step saves, unless ``more`` turns saving off: then nothing reads them.
+
+    Args:
+        keep: number of checkpoints that stay.
+    """
+    often = ("training.save_strategy=steps", "training.save_steps=2", f"training.save_total_limit={keep}")
+    return () if _turned_off("save", more) else often
 
 
 def run_settings(tiny_dir, data, output, *more):

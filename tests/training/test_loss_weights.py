@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import picture
-from run_cases import short_run
+from run_cases import ONE_FULL_EPOCH, first_step, short_run
 
 from qwenvl_ft import train as train_function
 from qwenvl_ft.assemble import build_datasets, build_processor
@@ -47,14 +47,7 @@ def recipe_of(tiny_dir, data, output, *more):
         f"data.datasets={json.dumps(sets)}",
         f"data.loss_weights={json.dumps(WEIGHTS)}",
         "template.max_length=400",
-        "tuner.train_type=full",
-        "training.packing=false",
-        "training.num_train_epochs=1",
-        "training.learning_rate=1e-3",
-        "training.max_grad_norm=1e9",
-        "training.activation_checkpointing=false",
-        "training.logging_steps=1",
-        "training.save_strategy=no",
+        *ONE_FULL_EPOCH,
         *more,
     )
     return load_recipe(None, settings)
@@ -68,7 +61,7 @@ def samples(tiny_dir, data, tmp_path_factory):
 
 
 def by_hand(tiny_dir, processor, samples, weights):
-    """Return loss and gradient norm of the language model for the four samples, each alone."""
+    """Return loss and gradient norm for the four samples, each alone."""
     model = load_model(str(tiny_dir), torch_dtype="float32")
     use_raw_patches(model, processor.image_processor)
     total, count = 0.0, 0.0
@@ -84,18 +77,13 @@ def by_hand(tiny_dir, processor, samples, weights):
     return (total / count).item(), torch.stack(norms).norm().item()
 
 
-def logged(output):
-    first = json.loads((output / "trainer_log.jsonl").read_text().splitlines()[0])
-    return first["loss"], first["grad_norm"]
-
-
 @pytest.mark.parametrize(("size", "accumulation", "padding_free"), [(4, 1, True), (1, 4, True), (2, 2, False)])
 def test_any_split_gives_the_weighted_mean_by_hand(
     tiny_dir, data, processor, samples, tmp_path, size, accumulation, padding_free
 ):
     split = (f"training.per_device_train_batch_size={size}", f"training.gradient_accumulation_steps={accumulation}")
     train_function(recipe_of(tiny_dir, data, tmp_path, *split, f"training.padding_free={str(padding_free).lower()}"))
-    assert logged(tmp_path) == pytest.approx(by_hand(tiny_dir, processor, samples, WEIGHTS), rel=1e-4)
+    assert first_step(tmp_path) == pytest.approx(by_hand(tiny_dir, processor, samples, WEIGHTS), rel=1e-4)
     assert by_hand(tiny_dir, processor, samples, {}) != pytest.approx(
         by_hand(tiny_dir, processor, samples, WEIGHTS), rel=1e-3
     ), "vacuous"

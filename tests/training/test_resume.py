@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from run_cases import short_run, write_questions
+from run_cases import saves, short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft.checkpoint.complete import last_checkpoint, missing, resolve_resume
@@ -23,9 +23,6 @@ STEPS = 12
 def data(tmp_path_factory):
     """Ten records with images on disk."""
     return write_questions(tmp_path_factory.mktemp("resume_data"), 10, answer="number", widths=(64, 80, 96, 112))
-
-
-SAVES = ("training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=3")
 
 
 def command(tiny_dir, data, output, *more):
@@ -41,7 +38,7 @@ def command(tiny_dir, data, output, *more):
         "training.gradient_accumulation_steps=2",
         "training.dataloader_num_workers=1",
         f"training.max_steps={STEPS}",
-        *(SAVES if "training.save_strategy=no" not in more else ()),
+        *saves(more, keep=3),
         "training.logging_steps=1",
         *more,
     )

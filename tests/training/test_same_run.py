@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from run_cases import short_run, write_questions
+from run_cases import saves, short_run, write_questions
 from safetensors.torch import load_file
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
@@ -27,9 +27,6 @@ def data(tmp_path_factory):
     return folder
 
 
-SAVES = ("training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=5")
-
-
 def settings(tiny_dir, data, output, *more):
     return short_run(
         tiny_dir,
@@ -45,7 +42,7 @@ def settings(tiny_dir, data, output, *more):
         "training.gradient_accumulation_steps=2",
         "training.max_steps=4",
         "training.learning_rate=1e-2",
-        *(SAVES if "training.save_strategy=no" not in more else ()),
+        *saves(more, keep=5),
         *more,
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import picture
-from run_cases import short_run
+from run_cases import ONE_FULL_EPOCH, first_step, short_run
 
 from qwenvl_ft import train as train_function
 from qwenvl_ft.assemble import build_datasets, build_processor
@@ -45,14 +45,7 @@ def data(tmp_path_factory):
 def words_of(tiny_dir, data, output, *more):
     settings = (
         "template.max_length=600",
-        "tuner.train_type=full",
-        "training.packing=false",
-        "training.num_train_epochs=1",
-        "training.learning_rate=1e-3",
-        "training.max_grad_norm=1e9",
-        "training.activation_checkpointing=false",
-        "training.logging_steps=1",
-        "training.save_strategy=no",
+        *ONE_FULL_EPOCH,
     )
     return short_run(tiny_dir, str(data), output, *settings, *more)
 
@@ -66,12 +59,6 @@ def samples(tiny_dir, data, tmp_path_factory):
     recipe = recipe_of(tiny_dir, data, tmp_path_factory.mktemp("none"))
     dataset = build_datasets(recipe, build_processor(recipe), 42)[0]
     return [dataset[k] for k in range(4)]
-
-
-def logged(output):
-    """Return the loss and the gradient norm of the first step."""
-    first = json.loads((output / "trainer_log.jsonl").read_text().splitlines()[0])
-    return first["loss"], first["grad_norm"]
 
 
 def by_hand(tiny_dir, processor, samples, *, weighted=True):
@@ -112,7 +99,7 @@ def by_hand(tiny_dir, processor, samples, *, weighted=True):
 def test_any_split_gives_the_weighted_mean_by_hand(tiny_dir, data, processor, samples, tmp_path, split):
     train_function(recipe_of(tiny_dir, data, tmp_path, *(f"training.{word}" for word in split)))
     expected = by_hand(tiny_dir, processor, samples)
-    assert logged(tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert first_step(tmp_path) == pytest.approx(expected, rel=1e-4)
     assert by_hand(tiny_dir, processor, samples, weighted=False) != pytest.approx(expected, rel=1e-3), "vacuous"
 
 
@@ -130,7 +117,7 @@ def test_two_processes_give_the_same_mean_where_one_of_them_has_no_weights(
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert logged(tmp_path) == pytest.approx(by_hand(tiny_dir, processor, samples[:2]), rel=1e-4)
+    assert first_step(tmp_path) == pytest.approx(by_hand(tiny_dir, processor, samples[:2]), rel=1e-4)
 
 
 def test_evaluation_is_not_weighted(tiny_dir, data, processor, samples, tmp_path):

@@ -24,7 +24,7 @@ STAMPS := $(VENV)/.installed $(VENV)/.installed-newest
 STAMP := $(VENV)/.installed$(if $(NEWEST),-newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test contract upstream methods lint check hooks docs pictures clean
+.PHONY: help setup lock demo test soak contract upstream methods lint check hooks docs pictures clean
 .PHONY: gpu gpu-wheels gpu-report
 
 help: ## list the targets
@@ -44,11 +44,14 @@ lock: ## write the newest version of everything into requirements.lock (needs uv
 demo: $(STAMP) ## train a tiny Qwen3-VL to read handwritten digits and ask it about new ones (CPU, minutes)
 	@bash examples/digits/demo.sh $(PY) $(DEMO) $(DEMO_ARGS)
 
-test: $(STAMP) ## run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests that need no GPU and take no more than half a minute each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not soak" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+soak: $(STAMP) ## run the tests that take long: many restarts, and every combination of engines and methods
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "soak and not gpu" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 contract: $(STAMP) ## test the internals of other libraries that are used, and the promises, with the installed versions
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(JOBS) --dist worksteal tests/upstream $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not soak" -n $(JOBS) --dist worksteal tests/upstream $(PYTEST_ARGS)
 
 upstream: ## run the contract with many versions and write docs/compatibility.md (uv); ENVS="oldest newest": only these
 	$(PYTHON) tests/upstream/environments.py --venvs $(VENVS) --jobs $(JOBS) $(ENVS)

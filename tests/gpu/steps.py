@@ -93,7 +93,7 @@ def gpu_tests(file: str, work: Path) -> Step:
 def contract(work: Path) -> Step:
     """Run the compatibility contract on the CPU, because its references are computed there."""
     report = work / "contract.xml"
-    words = pytest(report, "-m", "not gpu", "-n", "8", "tests/upstream")
+    words = pytest(report, "-m", "not gpu and not soak", "-n", "8", "tests/upstream")
     return Step("contract", words, 300, 60, lambda code, _: read_xml(code, report), hide_gpu=True)
 
 

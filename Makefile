@@ -15,6 +15,7 @@ LOCK ?= requirements.lock
 VENVS ?= .upstream
 ENVS ?=
 GPU_ARGS ?=
+SOAK_ARGS ?=
 FILE ?= .gpu/gpu.json
 
 PY := $(VENV)/bin/python
@@ -47,8 +48,9 @@ demo: $(STAMP) ## train a tiny Qwen3-VL to read handwritten digits and ask it ab
 test: $(STAMP) ## run the tests that need no GPU and take no more than half a minute each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not soak" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-soak: $(STAMP) ## run the tests that take long: many restarts, and every combination of engines and methods
+soak: $(STAMP) ## run the tests that take long: every combination of engines and methods, and runs killed at random
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "soak and not gpu" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	PYTHONPATH=. $(PY) tests/kill_run.py --write $(SOAK_ARGS)
 
 contract: $(STAMP) ## test the internals of other libraries that are used, and the promises, with the installed versions
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not soak" -n $(JOBS) --dist worksteal tests/upstream $(PYTEST_ARGS)

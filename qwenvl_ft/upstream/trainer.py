@@ -93,6 +93,11 @@ class PlannedTrainer(Trainer):
             raise RecipeError(f"{LOOP.name} does not work: transformers {reason}. {LOOP.instead}")
         with _without_compiling(args):
             super().__init__(model, args, **options)
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise RecipeError(
+                f"training.fsdp: accelerate does not shard on {args.device.type} devices and would train by DDP. "
+                "Remove the key."
+            )
         # transformers 5.5.0 lets accelerate divide the loss by the accumulation steps once more, after the loop has
         # done so. Later releases set 1 themselves.
         self.accelerator.gradient_accumulation_steps = 1

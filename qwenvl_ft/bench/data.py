@@ -25,7 +25,7 @@ from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.data.sources.records import load_records
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.placed_media import MediaPlaces
-from qwenvl_ft.upstream.media import frame_tables
+from qwenvl_ft.upstream.vision_tables import frame_tables
 
 TABLE_SIDE = 48
 """Side of the learned position table of every released Qwen3-VL."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qwenvl_ft.model.packed_attention import TEXT_NAME
 from qwenvl_ft.upstream.attention import attention_of
-from qwenvl_ft.upstream.media import KINDS, TABLES, place_media, placing_model, vision_tables
+from qwenvl_ft.upstream.media import KINDS, place_media, placing_model
+from qwenvl_ft.upstream.vision_tables import TABLES, vision_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.model.sequence_parallel import SequenceGroup
 from qwenvl_ft.training.bad_samples import log_bad_samples
 from qwenvl_ft.training.device_batch import on_device
 from qwenvl_ft.training.loss import loss_sum
@@ -21,8 +22,12 @@ def evaluate_sum(
     batches: Iterable[dict[str, Any]],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
+    group: SequenceGroup | None = None,
 ) -> tuple[Tensor, int]:
     """Run a model over batches in evaluation mode, and restore its mode afterwards.
+
+    Args:
+        group: the ranks that share each row, if several do.
 
     Returns:
         float64[2], this rank's summed loss and number of supervised tokens; and its number of replaced samples.
@@ -34,7 +39,7 @@ def evaluate_sum(
     with torch.no_grad():
         for inputs in batches:
             bad += log_bad_samples(inputs)
-            batch = on_device(inputs, device)
+            batch = on_device(inputs, device, group=group)
             with autocast():
                 total[0] += loss_sum(model, batch).double()
             total[1] += batch["targets"].numel()

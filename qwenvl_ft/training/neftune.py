@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenvl_ft.model.sequence_parallel import SequenceGroup
+
 
 class SampleNoise:
     """Forward hook of the token embedding that adds uniform noise up to ``alpha / sqrt(L * D)`` in training.
@@ -26,13 +28,15 @@ class SampleNoise:
         model.get_input_embeddings().register_forward_hook(noise)
         return noise
 
-    def follow(self, batch: dict[str, Any]) -> None:
-        """Set the sample lengths from the next batch: one flat row, or padded rows."""
+    def follow(self, batch: dict[str, Any], group: SequenceGroup | None = None) -> None:
+        """Set the sample lengths from the next batch: one flat row, or this rank's part of it, or padded rows."""
         if "attention_mask" in batch:
             self.lengths = batch["attention_mask"].sum(dim=1, keepdim=True)  # [S, 1]
         else:
             sizes = batch["cu_seq_lens_q"].diff().long()
             self.lengths = sizes.repeat_interleave(sizes)[None]  # [1, T]
+            if group is not None:
+                self.lengths = self.lengths[:, group.part(self.lengths.shape[1])]
 
     def __call__(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
         if not module.training:

@@ -12,19 +12,17 @@ copy of any upstream code:
 
 This relies on the first keyword arguments of ``Qwen3VLModel.forward``, on the text model passing keyword arguments to
 its layers, and on ``visual(pixels, grid_thw=...)`` with ``pooler_output`` and ``deepstack_features``. All are the same
-in transformers 5.5 to 5.24, dense and MoE. The tables (``position_ids``, ``interp_indices``, ``interp_weights``,
-``cu_seqlens`` and ``max_seqlen`` as keyword arguments of ``visual``, and the functions of ``transformers.vision_utils``
-that compute them) exist since 5.15; before, the vision tower computes them itself.
+in transformers 5.5 to 5.24, dense and MoE. The tables are explained in vision_tables.py.
 
 If any of this differs, batches go through transformers' own code (`PLACES`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +30,33 @@ from torch import Tensor, nn
 from qwenvl_ft.errors import one_line
 from qwenvl_ft.upstream.cache import named
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
+from qwenvl_ft.upstream.vision_tables import TABLES, no_tables, vision_tables
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Medium -> the argument that holds its patches."""
-TABLES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
-"""Arguments that the vision tower accepts instead of computing them; a batch has each with ``image_`` or ``video_``."""
 TEXT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "predicting")
 """Arguments about the row's tokens, not meant for the vision tower, which before 5.19 reads the borders as its own."""
-KNOWN = "bilinear", True
-"""Interpolation mode and ``align_corners`` of learned positions for which the tables are computed."""
 ADDED = "placed_features"
 """Keyword argument that carries features to the layers."""
+SHARE = "row_share"
+"""Keyword argument that says which part of a row this rank holds, where several ranks share it (`Share`)."""
 MARK = "qwenvl_ft_placing"
 """Attribute set on modules that have the hook. A copy of such a module has both, a wrapper around it neither."""
+
+
+class Share(Protocol):
+    """The part of a row that this rank holds, see `qwenvl_ft.model.sequence_parallel`."""
+
+    @property
+    def features(self) -> dict[str, int]:
+        """``image`` and ``video`` -> the number of features of this rank's own frames."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64[V], indices of the media tokens in this part of the row."""
+
+    def gather(self, features: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Exchange the features of the own frames for those of the own tokens."""
 
 
 @dataclass(frozen=True)
@@ -98,44 +110,6 @@ def _is_model(module: nn.Module) -> bool:
     return has_deepstack and {"visual", "language_model"} <= parts
 
 
-def vision_tables(visual: Any) -> Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None:
-    """Return a function that computes the tables of a frame; None if the vision tower must compute them itself.
-
-    The function maps (height, width) in patches to ``position_ids`` int64[P, 2], ``interp_indices`` int64[P, 4] and
-    ``interp_weights`` float32[P, 4].
-    """
-    interpolation = getattr(visual, "interpolation_mode", ""), getattr(visual, "interpolation_align_corners", None)
-    return frame_tables(visual.spatial_merge_size, visual.num_grid_per_side) if interpolation == KNOWN else None
-
-
-def frame_tables(merge: int, side: int) -> Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None:
-    """Return `vision_tables` for a tower that merges ``merge * merge`` patches and has ``side * side`` positions."""
-    return None if _no_tables() else _Tables(merge, side)
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """A picklable function, because spawned dataloader workers receive it."""
-
-    merge: int
-    side: int
-
-    def __call__(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        return _frame(height, width, self.merge, self.side)
-
-
-@lru_cache(maxsize=256)
-def _frame(height: int, width: int, merge: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    from transformers import vision_utils
-
-    grid = torch.tensor([[1, height, width]])
-    positions = vision_utils.get_vision_position_ids(grid, merge)
-    indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-        grid, side, mode="bilinear", align_corners=True, spatial_merge_size=merge
-    )
-    return positions, indices, weights
-
-
 class _Placing:
     """Forward pre-hook of a ``Qwen3VLModel``; leaves a batch without places unchanged."""
 
@@ -143,7 +117,8 @@ class _Placing:
         self.borders_suffice = borders_suffice
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kinds = [kind for kind in KINDS if f"{kind}_places" in kwargs]
+        share: Share | None = kwargs.get(SHARE)
+        kinds = [kind for kind in KINDS if f"{kind}_places" in kwargs] if share is None else list(share.features)
         if not kinds:
             return None
         kwargs = named(model, args, kwargs)
@@ -154,9 +129,14 @@ class _Placing:
         if "cu_seq_lens_q" in rest and self.borders_suffice(model.config.get_text_config()):
             rest["position_ids"] = rest["position_ids"][-3:]
         embeds = model.get_input_embeddings()(kwargs["input_ids"])  # [1, T, D]
-        tokens = torch.cat([kwargs[f"{kind}_places"] for kind in kinds]).to(embeds.device)
-        features = (_features(model, kind, kwargs) for kind in kinds)
-        merged, *deep = (torch.cat(parts).to(embeds.device, embeds.dtype) for parts in zip(*features, strict=True))
+        features = [_features(model, kind, kwargs) for kind in kinds]
+        if share is None:
+            tokens = torch.cat([kwargs[f"{kind}_places"] for kind in kinds])
+            levels = [torch.cat(parts) for parts in zip(*features, strict=True)]
+        else:
+            tokens, levels = share.tokens, share.gather(features)
+        tokens = tokens.to(embeds.device)
+        merged, *deep = (level.to(embeds.device, embeds.dtype) for level in levels)
         layers = _hooked_layers(model)
         rest["inputs_embeds"] = embeds.index_copy(1, tokens, merged[None])
         rest[ADDED] = Placed(tokens, dict(zip(layers[1:], deep, strict=False)))
@@ -165,7 +145,7 @@ class _Placing:
 
 def _features(model: Any, kind: str, kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the features of images or videos: those for the input embeddings, then those for each deepstack layer."""
-    tables = {name: kwargs[f"{kind}_{name}"] for name in TABLES if f"{kind}_{name}" in kwargs and not _no_tables()}
+    tables = {name: kwargs[f"{kind}_{name}"] for name in TABLES if f"{kind}_{name}" in kwargs and not no_tables()}
     pixels = kwargs[KINDS[kind]].type(model.visual.dtype)
     output = model.visual(pixels, grid_thw=kwargs[f"{kind}_grid_thw"], return_dict=True, **tables)
     return [output.pooler_output, *output.deepstack_features]
@@ -299,21 +279,6 @@ def _zero3() -> str:
     return "could not be checked, because DeepSpeed ZeRO-3 already shards new models" if sharded else ""
 
 
-@cache
-def _no_tables() -> str:
-    module = "transformers.vision_utils"
-    names = "get_vision_position_ids", "get_vision_interpolation_indices_and_weights", "get_vision_attention_seqlens"
-    if missing := lacks(module, names):
-        return missing
-    from transformers import vision_utils
-
-    needed = "grid_thw", "num_grid_per_side", "mode", "align_corners", "spatial_merge_size", "kwargs"
-    return first(
-        takes(vision_utils.get_vision_interpolation_indices_and_weights, *needed),
-        takes(vision_utils.get_vision_position_ids, "grid_thw", "spatial_merge_size", "kwargs"),
-    )
-
-
 def _no_places() -> str:
     where = "transformers.models.qwen3_vl"
     names = f"{where}.modeling_qwen3_vl", f"{where}_moe.modeling_qwen3_vl_moe"
@@ -333,9 +298,4 @@ PLACES = Feature(
     missing=_no_places,
     instead="the model finds the media tokens itself and waits for the device about a dozen times a step",
 )
-POSITIONS = Feature(
-    name="patch positions computed by dataloader workers",
-    missing=_no_tables,
-    instead="the vision tower computes them itself and waits for the device a few times a step",
-)
-FEATURES = (PLACES, POSITIONS)
+FEATURES = (PLACES,)

@@ -12,7 +12,7 @@ from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.loss import loss_sum, split_labels
-from qwenvl_ft.upstream import media
+from qwenvl_ft.upstream import media, vision_tables
 
 MODELS = {
     "dense": (modeling_qwen3_vl.Qwen3VLModel, Qwen3VLConfig),
@@ -26,7 +26,7 @@ def asked_anew():
 
     def forget():
         media.differs.cache_clear()
-        media._no_tables.cache_clear()
+        vision_tables.no_tables.cache_clear()
 
     forget()
     yield
@@ -158,7 +158,7 @@ def test_a_release_with_a_new_field_in_the_towers_output_is_taken(monkeypatch, a
 
 def test_a_release_with_other_tables_computes_them_itself(tiny_dir, samples, monkeypatch, asked_anew):
     vision_utils = pytest.importorskip("transformers.vision_utils")
-    if media._no_tables():
+    if vision_tables.no_tables():
         pytest.skip("this version has no such tables")
     known = losses(tiny_dir, samples)
 
@@ -166,11 +166,11 @@ def test_a_release_with_other_tables_computes_them_itself(tiny_dir, samples, mon
         raise AssertionError("called without its new argument")
 
     monkeypatch.setattr(vision_utils, "get_vision_position_ids", needs_more)
-    media._no_tables.cache_clear()
+    vision_tables.no_tables.cache_clear()
     places, found = losses(tiny_dir, samples)
     assert places.tables is None
     assert found == pytest.approx(known[1], rel=1e-7)
-    assert "needs 'scale'" in media.POSITIONS.line()
+    assert "needs 'scale'" in vision_tables.POSITIONS.line()
 
 
 def test_features_that_no_layer_takes_would_be_an_error(tiny_dir, samples):

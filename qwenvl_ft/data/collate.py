@@ -1,6 +1,7 @@
 """Joins samples into one flat row in which each attends only to itself: the batch that training uses.
 
-Letters: T tokens of the row, S samples in it, K supervised tokens, P patches, N images.
+Letters: T tokens of the row, S samples in it, K supervised tokens, P patches, N images, F frames (images, or pairs of
+frames of videos).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from qwenvl_ft.data.conversation import IGNORE, Sample, Source
+from qwenvl_ft.data.share import RowCheck, Share
 
 MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 """Keys of pixels and grids, for images and for videos."""
 
 
-ASIDE = ("labels", "label_weights", "sources", "faults")
+ASIDE = ("labels", "label_weights", "sources", "faults", "check")
 """Keys of a batch that are no arguments of the model."""
 
 
@@ -30,6 +32,7 @@ class QwenVLCollator:
             them every rank runs the vision tower in every pass, which sharded training needs. They attend only to
             themselves, so no logit, loss or gradient of the row's samples changes.
         places: computes what the model's towers would derive from ids and grids (`MediaPlaces`); added to the batch.
+        share: this rank's share of rows that several ranks train together; None for whole rows.
 
     Returns (of a call):
         ``input_ids`` int64[1, T], ``labels`` int64[1, T], ``position_ids`` int64[4, 1, T] as (text, time, height,
@@ -40,21 +43,29 @@ class QwenVLCollator:
         ``image_cu_seqlens`` int32[frames + 1] (cumulative patches of the frames) and ``image_max_seqlen`` (patches of
         the largest frame). If there are videos, the same with their own keys. The cumulative lengths are computed here
         because attention would have to wait for the device to get them.
+        With ``share``, the row has a multiple of ``share.size`` tokens, pixels and grids are those of this rank's own
+        frames, and further keys say whose the others are; see `Share`.
 
     Example:
         Lengths 3 and 2 give text positions ``[0, 1, 2, 0, 1]``.
     """
 
     def __init__(
-        self, fillers: Sequence[Sample] = (), places: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None
+        self,
+        fillers: Sequence[Sample] = (),
+        places: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.fillers = tuple(fillers)
         self.places = places
+        self.share = share
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         if not samples:
             raise ValueError("a batch needs at least one sample")
         row = filled(samples, self.fillers)
+        if self.share is not None:
+            row = self.share.padded(row)
         text = torch.cat([torch.arange(len(sample["input_ids"])) for sample in row])
         axes = torch.cat([sample["position_ids"] for sample in row], dim=1)
         batch: dict[str, Any] = {
@@ -68,6 +79,9 @@ class QwenVLCollator:
         if weights := _label_weights(row):
             batch["label_weights"] = torch.cat(weights)[None]
         batch |= joined_media(row)
+        if self.share is not None:
+            batch |= self.share.own_media(row, self.fillers)
+            batch["check"] = RowCheck.of(samples)
         for kind in ("image", "video"):
             if f"{kind}_grid_thw" in batch:
                 frames, height, width = batch[f"{kind}_grid_thw"].T
@@ -131,7 +145,7 @@ def filled(samples: Sequence[Sample], fillers: Sequence[Sample]) -> list[Sample]
     absent = [
         filler
         for filler in fillers
-        if not any(pixels in filler and pixels in sample for pixels, _ in MEDIA for sample in samples)
+        if not any(grids in filler and grids in sample for _, grids in MEDIA for sample in samples)
     ]
     return [*samples, *absent]
 

@@ -135,3 +135,11 @@ class Sample(TypedDict, total=False):
     source: Source
     fault: str
     """Why the record could not be encoded. The sample is then an unsupervised placeholder."""
+    image_owners: Tensor
+    """int64[frames]: in a row that several ranks train, the place of the rank that has each image's pixels."""
+    video_owners: Tensor
+    """int64[frames]: the same for each pair of a video's frames."""
+    ticket: Any
+    """What the sample was made from, in a row that several ranks train."""
+    digest: int
+    """Hash of all that those ranks must have in common."""

@@ -10,6 +10,7 @@ from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.packing import RunShape
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.data.plan.workers import fail_loudly, require_short_tempdir
+from qwenvl_ft.data.share import Share
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.arguments import worker_context
 
@@ -51,17 +52,20 @@ def build_plan(
     max_length: int,
     costs: CostModel,
     training: bool,
+    ranks_per_row: int = 1,
 ) -> PlanSampler:
     """Return this rank's plan: shuffled by epoch for training, in a fixed order for evaluation.
 
     Args:
         rows: rows of a micro-batch on one rank; without packing, samples.
         costs: the same on every rank.
+        ranks_per_row: consecutive ranks that train the same rows together.
     """
+    accumulation = args.gradient_accumulation_steps if training else 1
     return PlanSampler(
         dataset,
-        RunShape(args.world_size, rows, args.gradient_accumulation_steps if training else 1),
-        rank=args.process_index,
+        RunShape(args.world_size // ranks_per_row, rows, accumulation, ranks_per_row),
+        rank=args.process_index // ranks_per_row,
         packing=packing,
         max_length=max_length,
         seed=args.data_seed if args.data_seed is not None else args.seed,
@@ -71,8 +75,14 @@ def build_plan(
     )
 
 
-def build_loader(sampler: PlanSampler, args: TrainingArguments, collator: Any) -> EpochLoader:
-    """Return the loader of a plan, with the workers that ``args`` asks for."""
+def build_loader(
+    sampler: PlanSampler, args: TrainingArguments, collator: Any, share: Share | None = None
+) -> EpochLoader:
+    """Return the loader of a plan, with the workers that ``args`` asks for.
+
+    Args:
+        share: this rank's share of the rows, if several ranks train them together.
+    """
     workers = args.dataloader_num_workers
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and args.n_gpu > 0}
     if workers:
@@ -81,4 +91,5 @@ def build_loader(sampler: PlanSampler, args: TrainingArguments, collator: Any) -
         options["persistent_workers"] = args.dataloader_persistent_workers
         options["prefetch_factor"] = args.dataloader_prefetch_factor
         options["multiprocessing_context"] = worker_context(args)
-    return EpochLoader(sampler.dataset, sampler, collator, **options)
+    dataset = sampler.dataset if share is None else sampler.dataset.shared(share)
+    return EpochLoader(dataset, sampler, collator, **options)

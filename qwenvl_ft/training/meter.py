@@ -69,9 +69,10 @@ class Meter(TrainerCallback):
         now = time.perf_counter()
         seconds = max(now - self._time, 1e-9)
         supervised = int(torch.stack(self._supervised).sum()) if self._supervised else 0
+        assert self.sampler is not None
         passes, tokens, samples = self._up_to(state.global_step)
         fresh = tokens - self._tokens
-        places = (passes - self._passes) * (self.row_tokens or 0) * self.args.world_size
+        places = (passes - self._passes) * (self.row_tokens or 0) * self.sampler.shape.data_ranks
         done = state.global_step - self._first_step
         figures = {
             "tokens_per_second": round(fresh / seconds, 1),

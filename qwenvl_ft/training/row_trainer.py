@@ -10,6 +10,7 @@ from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_filler
 from qwenvl_ft.data.plan.costs import machine_costs
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
+from qwenvl_ft.data.share import Share
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
@@ -42,6 +43,7 @@ class RowTrainer(PlannedTrainer):
         max_length: int,
         packing: bool,
         padding_free: bool,
+        sequence_parallel_size: int = 1,
         **options: Any,
     ) -> None:
         if packing and not padding_free:
@@ -50,6 +52,7 @@ class RowTrainer(PlannedTrainer):
         self.max_length = max_length
         self.packing = packing
         self.padding_free = padding_free
+        self.sequence_parallel_size = sequence_parallel_size
         datasets = datasets_in(train_dataset, eval_dataset)
         raw = are_raw(datasets)
         self.fillers = vision_fillers(processor, media_kinds(datasets), raw_pixels=raw)
@@ -64,6 +67,14 @@ class RowTrainer(PlannedTrainer):
         for dataset in datasets:
             require_same_samples(dataset, 0, args.world_size)
         self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
+
+    @property
+    def share(self) -> Share | None:
+        """This rank's share of its rows; None if it trains them alone."""
+        size = self.sequence_parallel_size
+        if size == 1:
+            return None
+        return Share(size, self.args.process_index % size, self.processor.tokenizer.pad_token_id, self.costs)
 
     @property
     def samples(self) -> SampleDataset:
@@ -89,12 +100,13 @@ class RowTrainer(PlannedTrainer):
             max_length=self.max_length,
             costs=self.costs,
             training=training,
+            ranks_per_row=self.sequence_parallel_size,
         )
 
     def _loader(self, sampler: PlanSampler) -> EpochLoader:
         if self.padding_free:
             places = None if is_reentrant(self.args) else MediaPlaces.of(cast(nn.Module, self.model))
-            return build_loader(sampler, self.args, QwenVLCollator(self.fillers, places))
+            return build_loader(sampler, self.args, QwenVLCollator(self.fillers, places, self.share), self.share)
         return build_loader(sampler, self.args, PaddedCollator(self.processor.tokenizer.pad_token_id, self.fillers))
 
     def num_examples(self, dataloader: Any) -> int:

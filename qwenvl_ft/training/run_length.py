@@ -14,8 +14,11 @@ run, samples of a global batch, micro-batches of an epoch, steps of the run."""
 def exact_counts(counts: Counts, args: TrainingArguments, sampler: PlanSampler) -> Counts:
     """Return the counts with those of the whole run (epochs, samples and steps) summed over its epochs."""
     epochs, epoch_steps, epoch_samples, samples, batch, micro_batches, steps = counts
+    batch //= sampler.shape.ranks_per_row  # transformers counts a group's row once for each of its ranks
+    if args.max_steps > 0:
+        samples //= sampler.shape.ranks_per_row
     if sampler.dataset.measured_as(1) == 0:  # all epochs have the same lengths
-        return counts
+        return epochs, epoch_steps, epoch_samples, samples, batch, micro_batches, steps
     if args.max_steps > 0:
         whole, begun = sampler.locate(args.max_steps)
         epochs = whole + (begun > 0)

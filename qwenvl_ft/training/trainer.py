@@ -61,6 +61,7 @@ class QwenVLTrainer(RowTrainer):
         max_length: tokens of a packed row.
         packing: fill rows from the plan; without it a batch joins ``per_device_train_batch_size`` samples.
         padding_free: False pads instead of joining, for comparison; excludes packing.
+        sequence_parallel_size: consecutive ranks that train a row together.
         vit_lr: learning rate of the vision tower; None is ``args.learning_rate``.
         aligner_lr: learning rate of all four mergers; None is ``args.learning_rate``.
         lorap_lr_ratio: factor on the learning rate of LoRA's B matrices (LoRA+); None is 1.
@@ -89,6 +90,7 @@ class QwenVLTrainer(RowTrainer):
         max_length: int = 8192,
         packing: bool = True,
         padding_free: bool = True,
+        sequence_parallel_size: int = 1,
         vit_lr: float | None = None,
         aligner_lr: float | None = None,
         lorap_lr_ratio: float | None = None,
@@ -132,6 +134,7 @@ class QwenVLTrainer(RowTrainer):
             max_length=max_length,
             packing=packing,
             padding_free=padding_free,
+            sequence_parallel_size=sequence_parallel_size,
             compute_loss_func=_already_scaled,
             **options,
         )

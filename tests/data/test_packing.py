@@ -71,7 +71,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(shape):
 
 
 def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
-    plan = assign([[0], [1], [2]], [5.0, 1.0, 9.0], RunShape(world_size=2))
+    plan = assign([[0], [1], [2]], [5.0, 1.0, 9.0], RunShape(data_ranks=2))
     assert [len(passes) for passes in plan] == [2, 2]
     assert plan[-1] == [[2], [~2]]
     real = [i for passes in plan for batch in passes for i in batch if i >= 0]
@@ -94,7 +94,7 @@ def test_grouped_rows_balance_ranks_that_take_one_row_a_step(world):
     rows = pack_lengths(lengths, max_length=8192)
     vision = np.random.default_rng(1).choice([0.0, 0.5, 3.0], size=lengths.size)
     cost = lengths * (1 + vision) + lengths.astype(float) ** 2 / 32_768
-    shape = RunShape(world_size=world)
+    shape = RunShape(data_ranks=world)
 
     def waiting(rows):
         plan = assign(rows, cost, shape)[: len(rows) // world]
@@ -117,7 +117,7 @@ def test_ranks_get_rows_of_similar_cost():
     rows = pack_lengths(lengths, max_length=8192)
     vision = np.random.default_rng(1).choice([0.0, 0.5, 3.0], size=lengths.size)  # the share differs by sample
     cost = lengths * (1 + vision) + lengths.astype(float) ** 2 / 32_768
-    shape = RunShape(world_size=4, accumulation=8)
+    shape = RunShape(data_ranks=4, accumulation=8)
 
     def waiting(plan):
         """Return the slowest rank's cost divided by the mean rank's, averaged over the steps."""

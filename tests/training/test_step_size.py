@@ -100,6 +100,6 @@ def test_check_states_the_same_as_the_run(tmp_path, tiny_dir, capsys, packing):
 
 
 def test_the_rows_of_all_processes_count():
-    size = StepSize(RunShape(world_size=4, rows_per_batch=2, accumulation=3), rows=50, samples=200, packing=True)
+    size = StepSize(RunShape(data_ranks=4, rows_per_batch=2, accumulation=3), rows=50, samples=200, packing=True)
     assert (size.room, size.steps, size.last) == (24, 3, 2)
     assert str(size).startswith("24 rows, 66.7 samples on average (2 x 3 accumulated x 4 processes; the last")

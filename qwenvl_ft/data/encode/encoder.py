@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Sample, Source, Text, Video
 from qwenvl_ft.data.encode.draft import IMAGE_PAD, STRATEGIES, VIDEO_PAD, Draft, cut, too_long
@@ -29,7 +30,8 @@ from qwenvl_ft.data.encode.labels import (
     unsupervised,
     weights_of,
 )
-from qwenvl_ft.data.encode.pixels import image_grids_in_time, image_pixels, video_pixels
+from qwenvl_ft.data.encode.part import part_of
+from qwenvl_ft.data.encode.pixels import image_grids_in_time, media_pixels
 from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
 from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
@@ -138,9 +140,7 @@ class Encoder:
             TooLong: the sample exceeds ``max_length`` and the strategy does not cut.
             Unsupervised: no token is supervised.
         """
-        conversation = self.conversation(record, media_root)
-        grids = image_grids_in_time(conversation, self.processor.image_processor, self.policy)
-        return self._sample(self.draft(conversation, grids))
+        return self.sample(self.draft_in_time(self.conversation(record, media_root)))
 
     def prompt(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> Sample:
         """Encode the messages before the last assistant turn, followed by the header of an assistant turn.
@@ -155,7 +155,7 @@ class Encoder:
         draft = self._prompt_draft(record, media_root)
         if self.max_length is not None and draft.length > self.max_length:
             raise too_long(draft, self.max_length)
-        return self._sample(replace(draft, supervised=np.zeros_like(draft.supervised), weights=None))
+        return self.sample(replace(draft, supervised=np.zeros_like(draft.supervised), weights=None))
 
     def prompt_length(self, record: dict[str, Any] | Conversation, media_root: str | None = None) -> int:
         """Return the number of tokens of `prompt`, from text and media headers alone."""
@@ -231,6 +231,14 @@ class Encoder:
         draft = cut(self._draft(conversation, image_grids=image_grids), self.max_length, self.truncation_strategy)
         require_supervised(draft, self.max_length)
         return draft
+
+    def draft_in_time(self, conversation: Conversation) -> Draft:
+        """Compute the draft of a sample that is made next: as `draft`, with the time limit on reading images.
+
+        Raises:
+            DataError, TooLong, Unsupervised: as `draft`.
+        """
+        return self.draft(conversation, image_grids_in_time(conversation, self.processor.image_processor, self.policy))
 
     def fingerprint(self) -> str:
         """Return a hash of everything that sample lengths depend on, for the keys of caches."""
@@ -308,8 +316,17 @@ class Encoder:
         spans = supervised_spans(messages, turns)
         return _Shown(text, spans, weights_of(messages), images, image_grids, videos, clips)
 
-    def _sample(self, draft: Draft) -> Sample:
-        """Expand a draft to L tokens, and add positions and pixels."""
+    def sample(self, draft: Draft, owned: NDArray[np.bool_] | None = None, *, blank: bool = False) -> Sample:
+        """Expand a draft to L tokens, and add positions and pixels.
+
+        Args:
+            owned: bool[F], see part.py: whether to make the pixels of each frame; None makes all. Tokens, labels,
+                positions and grids do not depend on it.
+            blank: make empty pixels of the same shape, and read no medium.
+
+        Raises:
+            DataError: a medium cannot be decoded, or was changed since its header was read.
+        """
         ids = np.repeat(draft.ids, draft.counts)
         sample: Sample = {
             "input_ids": torch.from_numpy(ids),
@@ -320,11 +337,10 @@ class Encoder:
         if draft.weights is not None:
             sample["label_weights"] = torch.from_numpy(np.repeat(draft.weights, draft.counts))
         if draft.images:
-            sample["pixel_values"], sample["image_grid_thw"] = image_pixels(
-                draft, self.processor.image_processor, self.policy, raw=self.raw_pixels
-            )
+            sample["image_grid_thw"] = torch.tensor(draft.image_grids)
         if draft.videos:
-            sample["pixel_values_videos"], sample["video_grid_thw"] = video_pixels(
-                draft, self.processor.video_processor, self.policy
-            )
+            sample["video_grid_thw"] = torch.tensor(draft.video_grids)
+        step = self.processor.video_processor.temporal_patch_size
+        shown = draft if owned is None else part_of(draft, owned, step)
+        sample.update(media_pixels(shown, self.processor, self.policy, raw=self.raw_pixels, blank=blank))
         return sample

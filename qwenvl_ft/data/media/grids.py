@@ -83,16 +83,14 @@ def _size(height: int, width: int, limits: Limits, processor: MediaProcessor) ->
     return processors.image_size(height, width, factor=factor, min_pixels=smallest, max_pixels=largest)
 
 
-def checked_grids(actual: torch.Tensor, planned: list[Grid], source: Source) -> torch.Tensor:
-    """Return the processor's grids int64[N, 3] after comparing them with the planned ones.
+def require_grids(actual: torch.Tensor, planned: list[Grid], source: Source) -> None:
+    """Raise unless a processor's grids int[N, 3] are the planned ones.
 
     Raises:
         DataError: they differ, because a file changed after planning or its header is wrong.
     """
-    grids = actual.to(torch.int64)
-    if grids.tolist() != [list(grid) for grid in planned]:
+    if actual.tolist() != [list(grid) for grid in planned]:
         raise DataError(
-            f"{source}: the headers of the media give the grids {planned}, but their pixels give {grids.tolist()} "
+            f"{source}: the headers of the media give the grids {planned}, but their pixels give {actual.tolist()} "
             "(patches along time, height, width). Was a file changed?"
         )
-    return grids

@@ -106,7 +106,7 @@ def clip_pixels(video: Video, clip: Clip, processor: VideoProcessor, policy: Med
     """
     height, width = clip.grid[1] * processor.patch_size, clip.grid[2] * processor.patch_size
     if isinstance(video.value, (list, tuple)):
-        frames: Iterator[NDArray[np.uint8]] = (np.array(open_image(frame, policy)) for frame in video.value)
+        frames: Iterator[NDArray[np.uint8]] = (np.array(open_image(video.value[k], policy)) for k in clip.indices)
     else:
         value, count = video.value, len(clip.indices)
         frames = within(

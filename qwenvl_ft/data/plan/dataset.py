@@ -3,6 +3,7 @@
 Letters in shapes: S samples of an epoch.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,13 @@ from torch.utils.data import Dataset
 
 from qwenvl_ft.data.conversation import IGNORE, Conversation, Sample, Source
 from qwenvl_ft.data.dense.groups import EpochConversations
+from qwenvl_ft.data.encode.draft import Draft
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.frames import first_frame_line
 from qwenvl_ft.data.plan.epochs import Epochs, RecordEpochs
 from qwenvl_ft.data.plan.lengths import BAD, Lengths, measure, require_some
+from qwenvl_ft.data.plan.shared_row import shared_row
+from qwenvl_ft.data.share import Share, padding
 from qwenvl_ft.data.unread import tally_lines
 from qwenvl_ft.errors import DataError
 
@@ -119,6 +123,7 @@ class SampleDataset(Dataset[Sample]):
         self.on_error = on_error
         self.max_bad_fraction = max_bad_fraction
         self.left_out = left_out
+        self.share: Share | None = None
         self._planned: dict[int, Planned] = {}
         self.at(0)
 
@@ -174,26 +179,61 @@ class SampleDataset(Dataset[Sample]):
         except DataError as error:
             if self.on_error == "raise":
                 raise
-            return self._placeholder(str(error))
+            return self.placeholder(str(error))
 
     def _sample(self, ticket: Ticket) -> Sample:
+        return self.sample_of(ticket, self.draft(ticket))
+
+    def __getitems__(self, indices: Sequence[int | Ticket]) -> list[Sample]:
+        """Return the samples of a batch; in a `shared` data set, this rank's share of them."""
+        if self.share is None:
+            return [self[index] for index in indices]
+        return self.row([index if isinstance(index, Ticket) else self.ticket(0, index) for index in indices])
+
+    def shared(self, share: Share) -> "SampleDataset":
+        """Return the same data set for a rank that trains its rows together with others."""
+        other = SampleDataset.__new__(SampleDataset)
+        other.__dict__.update(self.__dict__, share=share)  # the plans too, which a copy for a worker lacks
+        return other
+
+    def row(self, tickets: Sequence[Ticket], left_out: Mapping[int, str] | None = None) -> list[Sample]:
+        """Return this rank's share of a row, see `shared_row`; the data set must be `shared`."""
+        assert self.share is not None
+        return shared_row(self, tickets, self.share, left_out)
+
+    def draft(self, ticket: Ticket) -> Draft:
+        """Return the draft of a sample.
+
+        Raises:
+            DataError: a record is malformed, or its length is not the planned one.
+        """
         conversation = self.conversation(ticket)
-        sample = self.encoder(conversation)
-        if len(sample["input_ids"]) != ticket.tokens:
+        draft = self.encoder.draft_in_time(conversation)
+        if draft.length != ticket.tokens:
             raise DataError(
-                f"{conversation.source}: planned with {ticket.tokens} tokens, encoded to {len(sample['input_ids'])}. "
+                f"{conversation.source}: planned with {ticket.tokens} tokens, encoded to {draft.length}. "
                 "Was a media file changed after planning? Start again; changed files are then measured again."
             )
+        return draft
+
+    def sample_of(
+        self, ticket: Ticket, draft: Draft, owned: NDArray[np.bool_] | None = None, *, blank: bool = False
+    ) -> Sample:
+        """Return the sample of a ticket's draft; for ``owned`` and ``blank`` see `Encoder.sample`.
+
+        Raises:
+            DataError: a medium cannot be decoded.
+        """
+        sample = self.encoder.sample(draft, owned, blank=blank)
         if ticket.filler:
             sample["labels"] = torch.full_like(sample["labels"], IGNORE)
         return sample
 
-    def _placeholder(self, fault: str) -> Sample:
-        """Return a sample of one unsupervised token."""
-        token = torch.tensor([self.encoder.processor.tokenizer.pad_token_id])
-        labels, positions = torch.full_like(token, IGNORE), torch.zeros(3, 1, dtype=torch.int64)
-        source = Source(self.name, fault.split(": ")[0])
-        return {"input_ids": token, "labels": labels, "position_ids": positions, "source": source, "fault": fault}
+    def placeholder(self, fault: str, tokens: int = 1) -> Sample:
+        """Return a sample of unsupervised padding tokens."""
+        sample = padding(tokens, self.encoder.processor.tokenizer.pad_token_id)
+        sample["source"], sample["fault"] = Source(self.name, fault.split(": ")[0]), fault
+        return sample
 
     def _check_bad(self, measured: Lengths) -> None:
         bad = int((measured.status == BAD).sum())

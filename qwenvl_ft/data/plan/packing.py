@@ -90,17 +90,19 @@ def _best_fit(order: list[int], units: list[int], capacity: int) -> list[list[in
 class RunShape:
     """Number of rows in an optimizer step, and how they are divided over ranks and forward passes."""
 
-    world_size: int = 1
-    """Number of ranks."""
+    data_ranks: int = 1
+    """Ranks that get different rows. A group of ranks that train their rows together counts once."""
     rows_per_batch: int = 1
     """Rows of a micro-batch, which one rank joins into a forward pass (``per_device_train_batch_size``)."""
     accumulation: int = 1
     """Forward passes of a rank in an optimizer step (``gradient_accumulation_steps``)."""
+    ranks_per_row: int = 1
+    """Ranks that train a row together (``sequence_parallel_size``)."""
 
     @property
     def rows_per_pass(self) -> int:
         """Rows of one forward pass, over all ranks."""
-        return self.world_size * self.rows_per_batch
+        return self.data_ranks * self.rows_per_batch
 
 
 def group_rows(
@@ -136,7 +138,7 @@ def assign(
 ) -> list[list[Batch]]:
     """Assign the rows of an epoch to forward passes and ranks.
 
-    An optimizer step takes the next ``world_size * rows_per_batch * accumulation`` rows, for any number of ranks.
+    An optimizer step takes the next ``data_ranks * rows_per_batch * accumulation`` rows, for any number of ranks.
     Within a step, rows of similar cost share a pass, and the most expensive row of a pass goes to the rank with the
     lowest cost so far, so that ranks wait little. If the epoch's last pass has no row left for a rank, that rank
     repeats the cheapest sample of the step without labels: it takes part in every collective operation and contributes
@@ -158,7 +160,7 @@ def assign(
         weights = [float(sum(cost[i] for i in row)) for row in step]
         order = sorted(range(len(step)), key=lambda i: (-weights[i], i)) if balance else list(range(len(step)))
         filler = ~min((i for row in step for i in row), key=lambda i: (cost[i], i))
-        load = [0.0] * shape.world_size
+        load = [0.0] * shape.data_ranks
         for first in range(0, len(step), shape.rows_per_pass):
             chosen = order[first : first + shape.rows_per_pass]
             batches = _assign_pass([step[i] for i in chosen], [weights[i] for i in chosen], shape.rows_per_batch, load)

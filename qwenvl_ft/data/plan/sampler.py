@@ -22,6 +22,7 @@ class PlanSampler(Sampler[list[Ticket]]):
     selects the epoch. Skipping batches (resume) encodes nothing.
 
     Args:
+        rank: of the ``shape.data_ranks``.
         packing: False puts one sample in each row.
         max_length: maximum number of tokens of a row.
         shuffle: False keeps the order of samples and rows (evaluation).

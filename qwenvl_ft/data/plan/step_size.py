@@ -42,7 +42,8 @@ class StepSize:
         elif self.packing:
             held += f", {self.samples:,} samples"
         shape = self.shape
-        product = f"{shape.rows_per_batch} x {shape.accumulation} accumulated x {shape.world_size} processes"
+        ranks = "processes" if shape.ranks_per_row == 1 else f"groups of {shape.ranks_per_row} processes"
+        product = f"{shape.rows_per_batch} x {shape.accumulation} accumulated x {shape.data_ranks} {ranks}"
         if self.rows < self.room:
             return f"{held}: the whole epoch, although {self._counted(self.room)} would fit ({product})"
         last = f"; the last of an epoch holds {self._counted(self.last)}" if self.last < self.room else ""

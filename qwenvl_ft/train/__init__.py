@@ -53,7 +53,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     import torch
 
     from qwenvl_ft import assemble
-    from qwenvl_ft.checkpoint.complete import resolve_resume
+    from qwenvl_ft.checkpoint.complete import remove_partial, resolve_resume
     from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training.announce import announce
     from qwenvl_ft.training.build import build_questions, build_trainer
@@ -67,9 +67,9 @@ def _train(recipe: "Recipe") -> "TrainResult":
 
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
-    resume = resolve_resume(recipe.training.resume_from_checkpoint, output_dir)
-    if resume is not None:
-        require_same_recipe(recipe, resume)
+    start = resolve_resume(recipe.training.resume_from_checkpoint, output_dir)
+    if start.folder is not None:
+        require_same_recipe(recipe, start.folder)
     if not recipe.phase:  # the data of all phases were checked before the first one
         check_before_training(recipe)
     processor = assemble.build_processor(recipe)
@@ -77,14 +77,14 @@ def _train(recipe: "Recipe") -> "TrainResult":
     questions = build_questions(recipe, train_set.encoder, args.seed)
     model = assemble.build_model(recipe, args, train_set)
     trainer = build_trainer(recipe, args, model, processor, train_set, eval_set, questions=questions)
-    if resume is not None:
-        require_same_plan(trainer.plan_sampler(train_set), resume, any_rows=bool(args.auto_find_batch_size))
+    if start.folder is not None:
+        require_same_plan(trainer.plan_sampler(train_set), start.folder, any_rows=bool(args.auto_find_batch_size))
     run_log, signals = RunLog(recipe.phase), SignalCallback()
     trainer.add_callback(run_log)
     trainer.add_callback(signals)
-    announce(trainer, run_log, resume)
+    announce(trainer, run_log, start, removed=remove_partial(output_dir))
     try:
-        output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        output = trainer.train(resume_from_checkpoint=start)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(recipe, args, trainer.state.global_step, error) from error
     finally:

@@ -1,6 +1,6 @@
 """Prints the model, data and plan of a run before its first step, and saves the recipe to run it again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from qwenvl_ft.checkpoint.complete import Resume
 from qwenvl_ft.data.media.patches import obstacle
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.loaders import datasets_in
@@ -21,11 +22,12 @@ IMBALANCE = 0.03
 """Share by which the work of a step's slowest rank must exceed the mean to be reported."""
 
 
-def announce(trainer: QwenVLTrainer, run_log: RunLog, resume: Path | None) -> None:
+def announce(trainer: QwenVLTrainer, run_log: RunLog, start: Resume, *, removed: Iterable[Path] = ()) -> None:
     """On rank 0, save ``recipe.yaml`` in the output directory and print one line for each fact about the run.
 
     Args:
-        resume: the checkpoint that the run continues from, if any.
+        start: the checkpoint that the run continues from, if any, and those that it passes over.
+        removed: partial checkpoints that were removed.
     """
     if not trainer.is_world_process_zero():
         return
@@ -34,8 +36,8 @@ def announce(trainer: QwenVLTrainer, run_log: RunLog, resume: Path | None) -> No
         trainer.recipe.save(Path(str(trainer.args.output_dir)) / "recipe.yaml")
     for line in _lines(trainer):
         run_log.write(line)
-    if resume is not None:
-        run_log.write(f"resuming from {resume}")
+    for line in (*(f"removed {folder}, which was not saved completely" for folder in removed), *start.lines()):
+        run_log.write(line)
 
 
 def _lines(trainer: QwenVLTrainer) -> Iterator[str]:

@@ -1,7 +1,10 @@
 """Saves the trained model at the end of a run and evaluates it by generation."""
 
+from pathlib import Path
+
 from qwenvl_ft.training.answers import Questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
+from qwenvl_ft.training.sealed import sealed_result
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 
@@ -11,9 +14,10 @@ def finish(trainer: QwenVLTrainer, questions: Questions | None, run_log: RunLog)
     Returns:
         The scores of the answers by name; empty without questions.
     """
-    if trainer.recipe is None or trainer.recipe.training.save_final:
-        trainer.save_model()
-    trainer.save_state()
+    with sealed_result(Path(str(trainer.args.output_dir))):
+        if trainer.recipe is None or trainer.recipe.training.save_final:
+            trainer.save_model()
+        trainer.save_state()
     if questions is None or not questions.section.run_after_training:
         return {}
     scores, line = questions.ask(trainer)

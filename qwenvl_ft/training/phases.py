@@ -14,6 +14,7 @@ import torch
 
 from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
+from qwenvl_ft.checkpoint.manifest import MANIFEST, content_fault, rank
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.training.build import build_questions
@@ -21,10 +22,11 @@ from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import check_before_training
 from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.training.process_state import restored_process
+from qwenvl_ft.training.sealed import sealed_result
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision
 
-NOT_PUBLISHED = ("checkpoint-*", "runs", "recipe.yaml")
+NOT_PUBLISHED = ("checkpoint-*", "runs", "recipe.yaml", MANIFEST)
 """Entries of the last phase's folder that are not copied to ``output_dir``."""
 
 
@@ -38,7 +40,8 @@ def open_phases(recipe: Recipe) -> list[Recipe]:
         QwenVLError: names the phase and what is wrong with it.
     """
     runs = chain(recipe)
-    pending = [run for run in runs if not _is_finished(run)]
+    last = next((number for number in reversed(range(len(runs))) if _is_finished(runs[number])), -1)
+    pending = runs[last + 1 :]  # what came before the last finished phase may be deleted
     on_rank_0 = True
     for phase, run in zip(recipe.phases, runs, strict=True):
         if run not in pending:
@@ -94,12 +97,13 @@ def between() -> None:
 def publish(recipe: Recipe) -> None:
     """Put the last phase's model into ``output_dir`` too, as hard links where the file system supports them."""
     between()
-    on_rank_0 = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if not (on_rank_0 and recipe.training.save_final):
+    if not recipe.training.save_final:
         return
     last = folder_of(recipe.phases[-1])
     ignored = shutil.ignore_patterns(*NOT_PUBLISHED)
-    shutil.copytree(last, last.parent, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
+    with sealed_result(last.parent):
+        if rank() == 0:
+            shutil.copytree(last, last.parent, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
 
 
 def _start_from(run: Recipe, before: Recipe) -> None:
@@ -143,7 +147,7 @@ def _is_finished(run: Recipe) -> bool:
             f"training.output_dir={folder.parent} holds {folder.name} of an earlier run. Resume it with "
             "training.resume_from_checkpoint=true, or choose another folder."
         )
-    return finished(folder)
+    return finished(folder) and content_fault(folder) is None
 
 
 def _announce(recipe: Recipe, runs: list[Recipe], pending: list[Recipe]) -> None:

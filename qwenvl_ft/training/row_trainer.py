@@ -1,17 +1,20 @@
 """Trainer that feeds transformers' loop with the rows of a plan: loaders, epochs of their own length, resume."""
 
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
+from qwenvl_ft.checkpoint.complete import Resume, resolve_resume
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
 from qwenvl_ft.data.plan.costs import machine_costs
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.data.share import Share
-from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.training.loaders import are_raw, build_loader, build_plan, datasets_in, media_kinds
@@ -80,6 +83,25 @@ class RowTrainer(PlannedTrainer):
     def samples(self) -> SampleDataset:
         """The training samples."""
         return cast(SampleDataset, self.train_dataset)
+
+    def train(
+        self, resume_from_checkpoint: Resume | str | bool | None = None, *arguments: Any, **options: Any
+    ) -> TrainOutput:
+        """Train as transformers does, but resume only from a complete checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder; True for the newest complete checkpoint of ``output_dir``; or the result
+                of `resolve_resume`, which has checked it already.
+
+        Raises:
+            CheckpointError: the checkpoint is not complete, or there is none.
+        """
+        start = resume_from_checkpoint
+        if not isinstance(start, Resume):
+            start = Resume(None) if not start else resolve_resume(start, Path(str(self.args.output_dir)))
+            if start.folder is None and resume_from_checkpoint:
+                raise CheckpointError(f"output_dir={self.args.output_dir} holds no complete checkpoint to resume from.")
+        return super().train(str(start.folder) if start.folder else None, *arguments, **options)
 
     def get_train_dataloader(self) -> EpochLoader:
         return self._loader(self.plan_sampler(self.samples))

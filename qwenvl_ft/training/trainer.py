@@ -39,6 +39,7 @@ from qwenvl_ft.training.ranks import sum_over_ranks
 from qwenvl_ft.training.row_trainer import RowTrainer
 from qwenvl_ft.training.saved_config import cache_enabled
 from qwenvl_ft.training.schedule import floor_schedule
+from qwenvl_ft.training.sealed import sealed_checkpoint
 from qwenvl_ft.training.step_log import StepLog
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import build_optimizer, param_groups
@@ -317,7 +318,7 @@ class QwenVLTrainer(RowTrainer):
         self.losses.check()
         self.mean_loss.save(self.state, self.accelerator)
         self._use_evaluation_weights()
-        with self.step_log.meter.paused():
+        with self.step_log.meter.paused(), sealed_checkpoint(self.args, self.state):
             yield
 
     def save_beside_optimizer(self, folder: str) -> None:

@@ -120,7 +120,10 @@ class PlannedTrainer(Trainer):
         """Called when an epoch is over."""
 
     def saving(self) -> AbstractContextManager[None]:
-        """Return a context that is entered before a checkpoint is written and left when it is complete."""
+        """Return a context that is entered before a checkpoint is written and left when its files are written.
+
+        Older checkpoints are not deleted in it: ``save_total_limit`` is left to the hook.
+        """
         return nullcontext()
 
     def save_beside_optimizer(self, folder: str) -> None:
@@ -161,12 +164,22 @@ class PlannedTrainer(Trainer):
         self.end_epoch(options["epoch"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self.saving():
+        with self.saving(), _without_rotation(self.args):
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.save_beside_optimizer(output_dir)
+
+
+@contextmanager
+def _without_rotation(args: Any) -> Iterator[None]:
+    """Keep transformers from deleting older checkpoints before the new one is complete."""
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
 
 
 @contextmanager

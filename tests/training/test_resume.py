@@ -13,8 +13,7 @@ import torch
 from run_cases import saves, short_run, write_questions
 from safetensors.torch import load_file
 
-from qwenvl_ft.checkpoint.complete import last_checkpoint, missing, resolve_resume
-from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.checkpoint.complete import last_checkpoint
 
 STEPS = 12
 
@@ -109,43 +108,3 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tiny_dir, data, tmp_pa
     assert "add training.resume_from_checkpoint=true" in out
     assert last_checkpoint(tmp_path) is not None
     assert (last_checkpoint(tmp_path) / "recipe.yaml").exists()
-
-
-def checkpoint(folder, step, *, state='{"global_step": 1}', optimizer=True):
-    made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
-    (made / "model.safetensors").touch()
-    if optimizer:
-        (made / "optimizer.pt").touch()
-    if state is not None:
-        (made / "trainer_state.json").write_text(state)
-    return made
-
-
-def test_the_last_complete_checkpoint_is_taken(tmp_path):
-    whole = checkpoint(tmp_path, 9)
-    checkpoint(tmp_path, 10, state=None)
-    checkpoint(tmp_path, 100, state='{"global_st')
-    checkpoint(tmp_path, 8)
-    assert last_checkpoint(tmp_path) == whole
-    assert resolve_resume("auto", tmp_path) == resolve_resume(True, tmp_path) == whole
-    assert resolve_resume(None, tmp_path / "empty") is None
-    with pytest.raises(CheckpointError, match=r"holds checkpoint-9 of an earlier run.*resume_from_checkpoint=true"):
-        resolve_resume(None, tmp_path)
-    assert resolve_resume("true", tmp_path / "empty") is None
-
-
-def test_what_cannot_be_resumed_says_why(tmp_path):
-    whole = checkpoint(tmp_path, 4)
-    torn = checkpoint(tmp_path, 6, state=None)
-    bare = checkpoint(tmp_path, 8, optimizer=False)
-    with pytest.raises(CheckpointError, match=rf"complete trainer_state.json.*The last complete one is {whole}"):
-        resolve_resume(str(torn), tmp_path)
-    with pytest.raises(CheckpointError, match=r"save_only_model=true"):
-        resolve_resume(str(bare), tmp_path)
-    with pytest.raises(CheckpointError, match=r"no such folder\. The last complete checkpoint is"):
-        resolve_resume(str(tmp_path / "nowhere"), tmp_path)
-    assert missing(whole) is None
-    checkpoint(tmp_path / "bare", 8, optimizer=False)
-    with pytest.raises(CheckpointError, match=r"save_only_model=true.*model.model=.*checkpoint-8"):
-        resolve_resume(True, tmp_path / "bare")

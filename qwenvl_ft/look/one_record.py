@@ -14,6 +14,7 @@ from qwenvl_ft.data.dense.compose import DenseImage
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.dense.summary import summary_fault
 from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.elsewhere import OutsideRootError
 from qwenvl_ft.data.media.frames import frames_text
 from qwenvl_ft.data.media.images import medium_name, resolve_path
 from qwenvl_ft.data.media.video import clip_pixels
@@ -168,7 +169,10 @@ class Inspector:
         named = [record[key] for key in ("image", "images") if key in record] if isinstance(record, Mapping) else []
         paths = [path for entry in named for path in (entry if isinstance(entry, list) else [entry])]
         for path in paths:
-            result = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
+            try:
+                result = self.media.image(resolve_path(path, root)) if isinstance(path, str) and path else None
+            except OutsideRootError:
+                continue  # it is what makes the record unreadable, and is not opened
             if result is not None and result.fault is not None:
                 yield result.fault
 

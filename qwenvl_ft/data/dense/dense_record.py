@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 
 from qwenvl_ft.data.augment.geometry import SHAPES, area
 from qwenvl_ft.data.conversation import Source
+from qwenvl_ft.data.media.elsewhere import OutsideRootError
 from qwenvl_ft.data.media.images import resolve_path, unpack_arrow
 from qwenvl_ft.data.media.reading import read_as, reading_of
 from qwenvl_ft.data.unread import Unread, once, unread_keys
@@ -113,7 +114,10 @@ def _image(value: Any, where: str, media_root: str | Path | None) -> Any:
     value = unpack_arrow(value)
     if not isinstance(value, (str, bytes, PILImage.Image)) or value in ("", b""):
         raise DataError(f"{where}={value!r:.80} is not an image. Give a path, a data: URI, bytes or a PIL image.")
-    return resolve_path(value, media_root)
+    try:
+        return resolve_path(value, media_root)
+    except OutsideRootError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def read_object(entry: Any, where: str, width: int, height: int) -> dict[str, Any]:

@@ -24,5 +24,6 @@ def build_encoder(recipe: Recipe, processor: Any) -> Encoder:
         tools=read_tools(template.tools_prompt) if template.tools_prompt else None,
         add_vision_id=template.add_vision_id,
         policy=MediaPolicy.of(recipe.data),
+        max_record_bytes=recipe.data.max_record_bytes,
         raw_pixels=not obstacle(processor.image_processor),
     )

@@ -42,7 +42,9 @@ from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.media.reading import saved_reading, without_reading
 from qwenvl_ft.data.media.video import Clip, plan_clip
 from qwenvl_ft.data.readers import read_record
+from qwenvl_ft.data.record_size import too_large, utf8_bytes
 from qwenvl_ft.errors import DataError, RecipeError, unknown_name
+from qwenvl_ft.recipe.schema import DataConfig
 from qwenvl_ft.upstream.processors import require_known_rule
 
 
@@ -86,6 +88,7 @@ class Encoder:
         add_vision_id: let the template number the media ("Picture 1: ").
         policy: limits on the media that may be opened, and how images are read; None takes the reading that was saved
             with the processor.
+        max_record_bytes: a conversation with more text is refused before it is tokenised.
         turn_weights: apply the ``loss_weight`` of turns; False takes all as 1.
         raw_pixels: return images as raw patches (data/media/patches.py); the model must have been prepared with
             `use_raw_patches`.
@@ -107,6 +110,7 @@ class Encoder:
         policy: MediaPolicy | None = None,
         raw_pixels: bool = False,
         turn_weights: bool = True,
+        max_record_bytes: int = DataConfig.max_record_bytes,
     ) -> None:
         if truncation_strategy not in STRATEGIES:
             raise unknown_name("template.truncation_strategy", truncation_strategy, STRATEGIES)
@@ -124,6 +128,7 @@ class Encoder:
         self.policy = policy or MediaPolicy(reading=saved_reading(processor))
         self.raw_pixels = raw_pixels
         self.turn_weights = turn_weights
+        self.max_record_bytes = max_record_bytes
         self._template = ChatTemplate(processor.tokenizer, processor.chat_template or processor.tokenizer.chat_template)
         self._tokenizer = TextTokenizer(processor.tokenizer.backend_tokenizer)
         self._media_tokens = MediaTokens(processor)
@@ -244,6 +249,7 @@ class Encoder:
         """Return a hash of everything that sample lengths depend on, for the keys of caches."""
         settings = {
             "max_length": self.max_length,
+            "max_record_bytes": self.max_record_bytes,
             "truncation": self.truncation_strategy,
             "system": self.system_prompt,
             "tools": self.tools,
@@ -310,6 +316,8 @@ class Encoder:
             clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
         text = self._template.render(messages, tools, source, invite=invite, add_vision_id=self.add_vision_id)
+        if (size := utf8_bytes(text, self.max_record_bytes)) > self.max_record_bytes:
+            raise too_large(str(source), size, self.max_record_bytes, "conversation")
         text = write_times(text, clips, self.processor, source)
         turns = find_turns(text, messages, source)
         require_tools_shown(text, tools, source)

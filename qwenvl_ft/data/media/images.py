@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from qwenvl_ft.data.media.deep_files import deep_mode, deep_pixels
-from qwenvl_ft.data.media.elsewhere import MediaPath
+from qwenvl_ft.data.media.elsewhere import MediaPath, require_inside
 from qwenvl_ft.data.media.high_bit_depth import DeepPixels, to_8_bit
 from qwenvl_ft.data.media.jpeg import jpeg_size
 from qwenvl_ft.data.media.medical_files import MedicalFile
@@ -43,13 +43,19 @@ class LazyImage(Protocol):
 
 
 def resolve_path(value: Any, media_root: str | Path | None) -> Any:
-    """Join a relative path to the media root, as a `MediaPath`; return any other value unchanged."""
+    """Join a relative path to the media root, as a `MediaPath`; return any other value unchanged.
+
+    Raises:
+        OutsideRootError: the path leads out of the root, and the root does not allow that.
+    """
     if not isinstance(value, str) or file_of(value) is None:
         return value
     path = value.removeprefix("file://")
-    if media_root is None or os.path.isabs(path):  # noqa: PTH117 - a million paths
+    if media_root is None:
         return path
-    return MediaPath(os.path.join(media_root, path), path, media_root)  # type: ignore[arg-type]  # noqa: PTH118
+    joined = os.path.join(media_root, path)  # noqa: PTH118 - a million paths; an absolute one stays as it is
+    require_inside(joined, path, media_root)
+    return path if os.path.isabs(path) else MediaPath(joined, path, media_root)  # type: ignore[arg-type]  # noqa: PTH117
 
 
 def unpack_arrow(value: Any) -> Any:

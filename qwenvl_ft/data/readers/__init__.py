@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.conversation import Conversation, Source
+from qwenvl_ft.data.conversation import Conversation, Image, Source, Video
+from qwenvl_ft.data.media.elsewhere import OutsideRootError, require_inside
+from qwenvl_ft.data.media.opening import file_of
 from qwenvl_ft.data.readers import coco, conversations, dense, grounding, llava, messages, pairs, sharegpt
 from qwenvl_ft.data.readers.record_keys import with_image_keys
 from qwenvl_ft.data.unread import unread_keys
@@ -168,10 +170,23 @@ def _convert(
         if name == until:
             return current
         chosen = READERS[name] if name in READERS else _reader_by_path(name, source)
-        current = _checked(chosen.read(current, source, media_root), current, name, source)
+        try:
+            current = _checked(chosen.read(current, source, media_root), current, name, source)
+            if isinstance(current, Conversation) and name not in BUILT_IN:
+                _require_inside(current, media_root)
+        except OutsideRootError as error:
+            raise DataError(f"{source}: {error}") from None
         tried.append(name)
         name = None
     return with_image_keys(current, record)
+
+
+def _require_inside(conversation: Conversation, media_root: str | None) -> None:
+    """Check the media of a custom reader, which may have resolved their paths by itself."""
+    for medium in [*conversation.media(Image), *conversation.media(Video)]:
+        for value in medium.value if isinstance(medium.value, (list, tuple)) else [medium.value]:
+            if (path := file_of(value)) is not None:
+                require_inside(path, path, media_root)
 
 
 def _reader_by_path(name: str, source: Source) -> Reader:

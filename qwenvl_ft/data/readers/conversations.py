@@ -68,4 +68,7 @@ def _media_root(record: dict[str, Any], source: Source, media_root: str | None) 
         return media_root
     if not isinstance(folder, str):
         raise DataError(f"{source}: data_path={folder!r:.80} must be the path of a folder.")
-    return MediaRoot(resolve_path(folder, media_root), getattr(media_root, "beside", ""), "data_path of the record")
+    path = resolve_path(folder, media_root)
+    if not isinstance(media_root, MediaRoot):
+        return MediaRoot(path, key="data_path of the record")
+    return MediaRoot(path, media_root.beside, "data_path of the record", media_root.within, media_root.strict)

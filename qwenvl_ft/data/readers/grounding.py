@@ -18,6 +18,7 @@ from typing import Any
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.dense.compose import scaled_coordinates
 from qwenvl_ft.data.dense.dense_record import TOLERANCE_PIXELS, GeometryError
+from qwenvl_ft.data.media.elsewhere import OutsideRootError
 from qwenvl_ft.data.media.images import MediaPolicy, image_size, resolve_path, unpack_arrow
 from qwenvl_ft.data.media.reading import SIZE_ONLY, Reading, read_as, reading_of
 from qwenvl_ft.data.readers.messages import kind_of, value_of
@@ -152,6 +153,8 @@ def _size(
     try:
         image = read_as(resolve_path(unpack_arrow(images[owner]), media_root), frame)
         height, width = image_size(image, MediaPolicy(reading=SIZE_ONLY))
+    except OutsideRootError:
+        raise
     except DataError as error:
         raise DataError(f"{where}: {error} Or give objects.width and objects.height.") from None
     return float(width), float(height)

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.sources.json_files import read_members
+from qwenvl_ft.data.record_size import too_large, utf8_bytes
+from qwenvl_ft.data.sources.json_files import MAX_BYTES, Entry, read_members
 from qwenvl_ft.errors import DataError
 
 CROWD, NO_AREA = "regions of crowds", "boxes without area in the image"
 log = logging.getLogger("qwenvl_ft.data")
 
 
-def read_coco(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, JSON) of one record per image.
+def read_coco(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[Entry]:
+    """Yield (place, JSON) of one record per image; an error for one of more than ``max_bytes``.
 
     Crowd regions, which cover several objects, and boxes without area inside the image are left out; their numbers
     are logged.
@@ -27,11 +28,13 @@ def read_coco(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         DataError: the file is not a COCO detection file, or an entry is malformed.
     """
-    detections = _Detections(path)
+    detections = _Detections(path, max_bytes)
     categories = list(detections.names.values())
     for number, image in enumerate(detections.images):
         record = image | {"categories": categories, "objects": detections.objects(image)}
-        yield f":images[{number}]", json.dumps(record, ensure_ascii=False)
+        place, text = f":images[{number}]", json.dumps(record, ensure_ascii=False)
+        size = utf8_bytes(text, max_bytes)
+        yield place, too_large(f"{path}{place}", size, max_bytes) if size > max_bytes else text
     for reason, count in detections.left_out.items():
         log.warning("%s: left out %d %s", path, count, reason)
 
@@ -39,8 +42,9 @@ def read_coco(path: Path) -> Iterator[tuple[str, str]]:
 class _Detections:
     """The content of a file without its masks: a few numbers per annotation."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = path
+        self.max_bytes = max_bytes
         self.images: list[dict[str, Any]] = []
         self.names: dict[Any, str] = {}
         """Category id -> name."""
@@ -65,7 +69,7 @@ class _Detections:
     def _read(self) -> None:
         parts = {"images": self._image, "annotations": self._annotation, "categories": self._category}
         seen = []
-        for key, texts in read_members(self.path):
+        for key, texts in read_members(self.path, self.max_bytes):
             seen.append(key)
             for number, text in enumerate(texts):
                 if key in parts:

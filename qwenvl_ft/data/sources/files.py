@@ -26,7 +26,7 @@ from filelock import FileLock
 from qwenvl_ft.data.sources.coco_files import read_coco
 from qwenvl_ft.data.sources.csv_files import read_table
 from qwenvl_ft.data.sources.damage import COLUMN, Batch, Damage, intact, marked
-from qwenvl_ft.data.sources.json_files import Entry, opens_object, parse_json, read_json, read_jsonl
+from qwenvl_ft.data.sources.json_files import MAX_BYTES, Entry, opens_object, parse_json, read_json, read_jsonl
 from qwenvl_ft.data.sources.tar_files import MEMBERS, read_tar, tar_record
 from qwenvl_ft.errors import DataError, hint, one_line
 
@@ -47,10 +47,12 @@ Batches = tuple[pa.Schema, Iterator[Batch]]
 class Kind:
     """One file type."""
 
-    batches: Callable[[Path], Batches]
-    """Returns the schema and the record batches of a file's Arrow copy, with the damage between them."""
+    batches: Callable[[Path, int], Batches]
+    """(file, most bytes of a record) -> schema and record batches of its Arrow copy, with the damage between them."""
     record: Callable[[Row, Path, int], tuple[str, Any]]
     """(row of the table, file, row number) -> place of the record for messages, and the record."""
+    has_columns: bool = False
+    """True if the table keeps the file's columns."""
 
 
 @dataclass(frozen=True)
@@ -93,22 +95,26 @@ def find_file(text: str) -> DataFile | None:
     return DataFile(Path(folder), _checked_split(Path(folder), split), is_folder=True)
 
 
-def open_tables(files: list[DataFile], folder: Path, num_proc: int, *, skip: bool = False) -> list[Table]:
+def open_tables(
+    files: list[DataFile], folder: Path, num_proc: int, *, skip: bool = False, max_bytes: int = MAX_BYTES
+) -> list[Table]:
     """Open each file as a memory-mapped table.
 
     Args:
-        folder: cache folder of the Arrow files.
-        num_proc: processes that copy new files to Arrow.
+        folder: cache folder of the Arrow files; ``num_proc`` processes copy new files to it.
         skip: rows that cannot be read become rows that raise in `row_of`.
+        max_bytes: a record with more text cannot be read; rows of columns are left to `large_rows`.
 
     Raises:
         DataError: a file cannot be read, is empty, or the cache cannot be written.
     """
-    new = [file for file in dict.fromkeys(files) if not file.is_folder and not _target(file, folder).exists()]
+    new = [
+        file for file in dict.fromkeys(files) if not file.is_folder and not _target(file, folder, max_bytes).exists()
+    ]
     if min(num_proc, len(new)) > 1:
         with ProcessPoolExecutor(min(num_proc, len(new))) as pool:
-            list(pool.map(partial(_arrow_copy, folder=folder, skip=skip), new))
-    return [_open_table(file, folder, skip) for file in files]
+            list(pool.map(partial(_arrow_copy, folder=folder, skip=skip, max_bytes=max_bytes), new))
+    return [_open_table(file, folder, skip, max_bytes) for file in files]
 
 
 def row_of(table: Table, number: int) -> Row:
@@ -127,9 +133,9 @@ def default_cache() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "qwenvl_ft"
 
 
-def _open_table(file: DataFile, folder: Path, skip: bool) -> Table:
+def _open_table(file: DataFile, folder: Path, skip: bool, max_bytes: int) -> Table:
     if not file.is_folder:
-        return MemoryMappedTable.from_file(str(_arrow_copy(file, folder, skip)))
+        return MemoryMappedTable.from_file(str(_arrow_copy(file, folder, skip, max_bytes)))
     try:
         saved: Any = datasets.load_from_disk(str(file.path / file.split), keep_in_memory=False)
     except Exception as error:  # of any type: json, Arrow and datasets errors come through
@@ -139,13 +145,14 @@ def _open_table(file: DataFile, folder: Path, skip: bool) -> Table:
     return saved.data
 
 
-def _target(file: DataFile, folder: Path) -> Path:
-    return folder / f"records-{hashlib.sha256(f'{LAYOUT}:{file.state}'.encode()).hexdigest()[:32]}.arrow"
+def _target(file: DataFile, folder: Path, max_bytes: int) -> Path:
+    content = file.state if file.kind.has_columns else f"{max_bytes}:{file.state}"
+    return folder / f"records-{hashlib.sha256(f'{LAYOUT}:{content}'.encode()).hexdigest()[:32]}.arrow"
 
 
-def _arrow_copy(file: DataFile, folder: Path, skip: bool) -> Path:
+def _arrow_copy(file: DataFile, folder: Path, skip: bool, max_bytes: int) -> Path:
     """Return the file's Arrow copy; if several processes need it, one writes it while the others wait."""
-    target = _target(file, folder)
+    target = _target(file, folder, max_bytes)
     damaged = target.with_suffix(".damaged.arrow")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,12 +160,12 @@ def _arrow_copy(file: DataFile, folder: Path, skip: bool) -> Path:
             if target.exists() or (skip and damaged.exists()):
                 return target if target.exists() else damaged
             try:
-                schema, batches = file.kind.batches(file.path)
+                schema, batches = file.kind.batches(file.path, max_bytes)
                 _write(file, target, schema, intact(batches))
             except DataError:
                 if not skip:
                     raise
-                _write(file, damaged, *_with_damage(file))
+                _write(file, damaged, *_with_damage(file, max_bytes))
                 return damaged
     except OSError as error:
         raise DataError(
@@ -168,10 +175,10 @@ def _arrow_copy(file: DataFile, folder: Path, skip: bool) -> Path:
     return target
 
 
-def _with_damage(file: DataFile) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+def _with_damage(file: DataFile, max_bytes: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """Return the content of a damaged file; one damaged row if nothing of it can be read."""
     try:
-        return marked(*file.kind.batches(file.path))
+        return marked(*file.kind.batches(file.path, max_bytes))
     except DataError as error:
         return marked(pa.schema([]), [Damage(error, last=True)])
 
@@ -194,15 +201,15 @@ def _write(file: DataFile, target: Path, schema: pa.Schema, batches: Iterable[pa
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def _open_text(path: Path, read: Callable[[Path], Iterator[Entry]]) -> Batches:
+def _open_text(path: Path, max_bytes: int, read: Callable[[Path, int], Iterator[Entry]]) -> Batches:
     """Return batches with the place and the JSON text of each record."""
     schema = pa.schema({"place": pa.string(), "text": pa.large_string()})
-    return schema, _record_batches(read(path), schema)
+    return schema, _record_batches(read(path, max_bytes), schema)
 
 
-def _list_or_coco(path: Path) -> Iterator[Entry]:
+def _list_or_coco(path: Path, max_bytes: int) -> Iterator[Entry]:
     """Read a .json file: a list of records, or a single object, which is a COCO detection file."""
-    return read_coco(path) if opens_object(path) else read_json(path)
+    return read_coco(path, max_bytes) if opens_object(path) else read_json(path, max_bytes)
 
 
 def _text_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
@@ -243,7 +250,7 @@ def _record_batch(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBa
 # -- columns -------------------------------------------------------------------------------------------------------
 
 
-def _open_parquet(path: Path) -> Batches:
+def _open_parquet(path: Path, max_bytes: int) -> Batches:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -313,16 +320,17 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     return sorted((folder / split).glob("*.arrow")) + [folder / split / "state.json"]
 
 
-def _no_copy(path: Path) -> Batches:
+def _no_copy(path: Path, max_bytes: int) -> Batches:
     raise AssertionError(f"{path} is already in Arrow format")
 
 
 # -- tar -----------------------------------------------------------------------------------------------------------
 
 
-def _open_tar(path: Path) -> Batches:
+def _open_tar(path: Path, max_bytes: int) -> Batches:
     schema = pa.schema({"place": pa.string(), "text": pa.large_string(), "members": MEMBERS})
-    return schema, _record_batches(((record.place, record.text, record.members) for record in read_tar(path)), schema)
+    rows = ((record.place, record.text, record.members) for record in read_tar(path, max_bytes))
+    return schema, _record_batches(rows, schema)
 
 
 def _tar_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
@@ -330,11 +338,11 @@ def _tar_record(row: Row, path: Path, number: int) -> tuple[str, Any]:
     return where, tar_record(record, row["members"], path)
 
 
-FOLDER = Kind(_no_copy, _column_record)
+FOLDER = Kind(_no_copy, _column_record, has_columns=True)
 KINDS: dict[str, Kind] = {
     ".json": Kind(partial(_open_text, read=_list_or_coco), _text_record),
     ".jsonl": Kind(partial(_open_text, read=read_jsonl), _text_record),
-    ".parquet": Kind(_open_parquet, _column_record),
+    ".parquet": Kind(_open_parquet, _column_record, has_columns=True),
     ".csv": Kind(partial(_open_text, read=read_table), _text_record),
     ".tsv": Kind(partial(_open_text, read=read_table), _text_record),
     ".tar": Kind(_open_tar, _tar_record),

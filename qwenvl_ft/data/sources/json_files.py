@@ -6,12 +6,15 @@ A place is the suffix that messages append to the file's name: ``:12`` for line 
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from qwenvl_ft.data.record_size import is_too_large, too_large
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.recipe.schema import DataConfig
 
 CHUNK = 2**20
 """Characters of a .json file to read at a time; doubled while one record needs more."""
@@ -20,6 +23,9 @@ LONGEST_WORD = 16
 chunk cuts in two."""
 DECODER = json.JSONDecoder()
 USE_JSONL = "A file with one record per line must be named .jsonl."
+MAX_BYTES = DataConfig.max_record_bytes
+MARKS = re.compile(r'[\\"{}[\]]')
+"""The characters that tell where a JSON value ends."""
 BLANK = " \t\r\n"
 """Whitespace that JSON allows between values."""
 Entry = tuple[str, str | DataError]
@@ -49,13 +55,17 @@ def sound(entries: Iterable[Entry]) -> Iterator[tuple[str, str]]:
         yield place, text
 
 
-def read_jsonl(path: Path) -> Iterator[Entry]:
-    """Yield every line that is not blank; an error for one that is not UTF-8, or a list that is not valid JSON.
+def read_jsonl(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[Entry]:
+    """Yield every line that is not blank; an error for one that is not UTF-8, has more than ``max_bytes`` of text, or
+    is a list that is not valid JSON.
 
-    Other lines are not parsed.
+    Other lines are not parsed. No more of a line than ``max_bytes`` and its media are held in memory.
     """
     with path.open("rb") as file:  # as bytes: lines end at newlines only, and a decoding error can name its line
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, max_bytes), 1):
+            if isinstance(line, int):
+                yield f":{number}", too_large(f"{path}:{number}", line, max_bytes)
+                continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(BLANK)
             except UnicodeDecodeError as error:
@@ -66,27 +76,52 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
                 yield from _unpacked(text, path, f":{number}")
 
 
-def load_jsonl(path: str | Path) -> list[Any]:
+def _lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | int]:
+    """Yield each line, or the size of one that is too large."""
+    step = max_bytes + 1
+    while line := file.readline(step):
+        while len(line) > max_bytes and not line.endswith(b"\n"):
+            if is_too_large(line, max_bytes):
+                break
+            more = file.readline(len(line))
+            line += more
+            if not more:
+                break
+        if not is_too_large(line, max_bytes):
+            yield line
+            continue
+        size, ended = len(line), line.endswith(b"\n")
+        del line
+        while not ended and (rest := file.readline(CHUNK)):
+            size, ended = size + len(rest), rest.endswith(b"\n")
+        yield size
+
+
+def load_jsonl(path: str | Path, *, max_record_bytes: int = MAX_BYTES) -> list[Any]:
     """Load all records of a .jsonl file, to inspect or edit them; blank lines are skipped.
 
     Raises:
-        DataError: the file does not exist, or a line is not UTF-8 or not JSON; the message names the line.
+        DataError: the file does not exist, or a line is not UTF-8, not JSON or has more text than
+            ``max_record_bytes``; the message names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist.")
-    return [parse_json(text, f"{path}{place}") for place, text in sound(read_jsonl(path))]
+    return [parse_json(text, f"{path}{place}") for place, text in sound(read_jsonl(path, max_record_bytes))]
 
 
-def read_json(path: Path) -> Iterator[Entry]:
-    """Yield every entry of a list, without holding the list in memory.
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[Entry]:
+    """Yield every entry of a list, without holding the list in memory; an error for one of more than ``max_bytes``.
 
     Raises:
         DataError: the file is not UTF-8, not JSON, or not a list.
     """
     with _open_utf8(path) as file:
-        for number, text in enumerate(JsonStream(file, path).entries()):
-            yield from _unpacked(text, path, f"[{number}]")
+        for number, text in enumerate(JsonStream(file, path, max_bytes).entries()):
+            if isinstance(text, int):
+                yield f"[{number}]", too_large(f"{path}[{number}]", text, max_bytes)
+            else:
+                yield from _unpacked(text, path, f"[{number}]")
 
 
 def opens_object(path: Path) -> bool:
@@ -95,16 +130,24 @@ def opens_object(path: Path) -> bool:
         return JsonStream(file, path).peek() == "{"
 
 
-def read_members(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
+def read_members(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, Iterator[str]]]:
     """Yield (key, texts) of every member of the file's one object: the texts of a list's entries, or of another value.
 
     The texts must be consumed before the next member is requested.
 
     Raises:
-        DataError: the file is not UTF-8, not JSON, or not an object.
+        DataError: the file is not UTF-8, not JSON, or not an object, or an entry has more than ``max_bytes``.
     """
+
+    def small(key: str, entries: Iterator[str | int]) -> Iterator[str]:
+        for number, text in enumerate(entries):
+            if isinstance(text, int):
+                raise too_large(f"{path}:{key}[{number}]", text, max_bytes, "entry")
+            yield text
+
     with _open_utf8(path) as file:
-        yield from JsonStream(file, path).members()
+        for key, entries in JsonStream(file, path, max_bytes).members():
+            yield key, small(key, entries)
 
 
 @contextmanager
@@ -133,17 +176,21 @@ def _unpacked(text: str, path: Path, place: str) -> Iterator[Entry]:
 
 
 class JsonStream:
-    """Iterates over the values of a JSON file as texts; holds one chunk of the file, or one value if that is longer."""
+    """Iterates over the values of a JSON file as texts; holds one chunk of the file, or one value if that is longer.
 
-    def __init__(self, file: TextIO, path: Path) -> None:
+    An entry of a list with more than ``max_bytes`` of text is passed over; its size in bytes stands in its place.
+    """
+
+    def __init__(self, file: TextIO, path: Path, max_bytes: int = MAX_BYTES) -> None:
         self.file = file
         self.path = path
+        self.max_bytes = max_bytes
         self.text = ""
         self.start = 0
         self.lines = 0
         """Newlines in the text that was dropped from the front of ``text``."""
 
-    def entries(self) -> Iterator[str]:
+    def entries(self) -> Iterator[str | int]:
         """Yield the text of each entry of the file's one list."""
         mark = self.peek()
         if mark != "[":
@@ -153,16 +200,16 @@ class JsonStream:
         if self.peek():
             raise self._error("more text behind the list", self.start)
 
-    def members(self) -> Iterator[tuple[str, Iterator[str]]]:
+    def members(self) -> Iterator[tuple[str, Iterator[str | int]]]:
         """Yield each key of the file's one object with the texts of its list, or the text of its value."""
         self._take("{", "Expecting an object")
         mark = self._take("}", "") if self.peek() == "}" else ","
         while mark == ",":
             if self.peek() != '"':
                 raise self._error("Expecting a name in double quotes", self.start)
-            key = json.loads(self._value())
+            key = json.loads(self._text())
             self._take(":", "Expecting ':' behind a name")
-            yield key, self._list() if self.peek() == "[" else iter([self._value()])
+            yield key, self._list() if self.peek() == "[" else iter([self._text()])
             mark = self._take(",}", "Expecting ',' or '}' behind a member")
         if self.peek():
             raise DataError(
@@ -179,11 +226,11 @@ class JsonStream:
             if not self._more(CHUNK):
                 return ""
 
-    def _list(self) -> Iterator[str]:
+    def _list(self) -> Iterator[str | int]:
         self._take("[", "Expecting a list")
         mark = self._take("]", "") if self.peek() == "]" else ","
         while mark == ",":
-            yield self._value()
+            yield self._value(self.max_bytes)
             mark = self._take(",]", "Expecting ',' or ']' behind a record")
 
     def _take(self, marks: str, message: str) -> str:
@@ -193,8 +240,14 @@ class JsonStream:
         self.start += 1
         return mark
 
-    def _value(self) -> str:
-        """Return the text of the value that begins here, and move ``start`` past it."""
+    def _text(self) -> str:
+        """Return the text of the value that begins here, whatever its size."""
+        text = self._value(None)
+        assert isinstance(text, str)
+        return text
+
+    def _value(self, max_bytes: int | None) -> str | int:
+        """Return the text of the value that begins here, or its size if it is too large; move ``start`` past it."""
         self.peek()
         size = CHUNK
         while True:
@@ -202,16 +255,52 @@ class JsonStream:
                 _, end = DECODER.raw_decode(self.text, self.start)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_WORD
+                if cut and self._is_too_large(len(self.text), max_bytes):
+                    return self._skip()
                 if not cut or not self._more(size):
                     raise self._error(error.msg, error.pos) from None
-            except RecursionError:
-                raise self._error("nested too deeply", self.start) from None
+            except (RecursionError, ValueError):  # the latter for a number of thousands of digits
+                raise self._error("nested too deeply, or a number is too long", self.start) from None
             else:
                 if end < len(self.text) or not self._more(size):  # a number may continue in the next chunk
+                    if self._is_too_large(end, max_bytes):
+                        return self._skip()
                     entry = self.text[self.start : end]
                     self.start = end
                     return entry
             size *= 2
+
+    def _is_too_large(self, end: int, max_bytes: int | None) -> bool:
+        """Judge the text from ``start`` to ``end``."""
+        if max_bytes is None or (end - self.start) * 4 <= max_bytes:
+            return False
+        return is_too_large(self.text[self.start : end].encode("utf-8", "surrogatepass"), max_bytes)
+
+    def _skip(self) -> int:
+        """Move ``start`` past the object, list or text that begins here, without parsing it; return its bytes."""
+        size = depth = 0
+        quoted = False
+        begin = place = self.start
+        while True:
+            mark = MARKS.search(self.text, place)
+            if mark is None:
+                size += len(self.text[begin:].encode("utf-8", "surrogatepass"))
+                over = max(0, place - len(self.text))  # a backslash was the last character
+                self.start = len(self.text)
+                if not self._more(CHUNK):
+                    raise self._error("Unterminated value", self.start)
+                begin, place = 0, over
+                continue
+            place = mark.end()
+            if mark[0] == "\\":
+                place += 1
+            elif mark[0] == '"':
+                quoted = not quoted
+            elif not quoted:
+                depth += 1 if mark[0] in "{[" else -1
+            if not quoted and not depth:
+                self.start = place
+                return size + len(self.text[begin:place].encode("utf-8", "surrogatepass"))
 
     def _more(self, size: int) -> bool:
         """Read ``size`` more characters and drop the consumed ones; return False at the end of the file."""

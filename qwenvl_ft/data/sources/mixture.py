@@ -48,9 +48,11 @@ def load_options(data: DataConfig, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "media_root": data.media_root,
+        "media_outside_root": data.media_outside_root,
         "num_proc": data.dataset_num_proc,
         "skip": data.skips_unreadable,
         "rules": KeyRules.of(data),
+        "max_record_bytes": data.max_record_bytes,
     }
 
 

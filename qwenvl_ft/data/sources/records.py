@@ -17,12 +17,15 @@ from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.media.elsewhere import MEDIA_ROOT, MediaRoot
 from qwenvl_ft.data.media.reading import image_keys_of, with_defaults
 from qwenvl_ft.data.readers import RecordWithReader, code_state, own_readers, register_reader
-from qwenvl_ft.data.sources.files import DataFile, default_cache, find_file, open_tables, row_of
+from qwenvl_ft.data.record_size import large_rows, too_large
+from qwenvl_ft.data.sources.files import MAX_BYTES, DataFile, default_cache, find_file, open_tables, row_of
 from qwenvl_ft.data.sources.key_rules import ALL_KEYS, KeyRules
 from qwenvl_ft.data.sources.registry import find_dataset, matching_files, parse_selection
 from qwenvl_ft.data.sources.sampling import Rows, draw_rows, rates_of_weights, split_places, validation_mask
 from qwenvl_ft.errors import DataError
 
+ERROR = "error"
+"""Value of ``data.media_outside_root`` that refuses all media outside their root."""
 Selection = str | list[str] | Mapping[str, float]
 
 
@@ -46,10 +49,16 @@ class Part:
     """Records of the file that `rules` leave out."""
     image_keys: dict[str, Any] = field(default_factory=dict)
     """How the data set's images are read, for records that do not say it."""
+    max_bytes: int = MAX_BYTES
+    """Most bytes of text of a record."""
+    large: Mapping[int, int] = field(default_factory=dict)
+    """Row -> bytes of the rows with more text."""
 
     def record(self, place: int) -> tuple[Any, Source]:
         """Return a record and its origin; raise DataError if it is damaged."""
         row = int(self.rows[place])
+        if row in self.large:
+            raise too_large(f"{self.file.path}[{row}]", self.large[row], self.max_bytes)
         where, record = self.file.kind.record(row_of(self.table, row), self.file.path, row)
         if not isinstance(record, dict):
             return record, Source(self.name, where)
@@ -71,9 +80,8 @@ class Records:
         for name, reader in own_readers(part.reader for part in parts).items():
             key.update(f"{name}|{code_state(reader)}|".encode())
         for part in parts:
-            key.update(
-                f"{part.key}|{part.media_root}|{part.reader}|{part.rules.ignored}|{part.image_keys or ''}|".encode()
-            )
+            root = f"{part.media_root}{_limit(part.media_root)}"
+            key.update(f"{part.key}|{root}|{part.reader}|{part.rules.ignored}|{part.image_keys or ''}|".encode())
             key.update(str(part.rows).encode() if isinstance(part.rows, range) else part.rows.tobytes())
         self.fingerprint = key.hexdigest()
         """Cache key of the records' content and order."""
@@ -156,10 +164,12 @@ def load_records(
     *,
     seed: int = 0,
     media_root: str | None = None,
+    media_outside_root: str | None = None,
     num_proc: int = 1,
     cache_dir: str | Path | None = None,
     skip: bool = False,
     rules: KeyRules = ALL_KEYS,
+    max_record_bytes: int = MAX_BYTES,
 ) -> Records:
     """Open the data sets of a selection.
 
@@ -170,10 +180,13 @@ def load_records(
     registered ``data_path``, else at ``media_root``, else at the folder of the file.
 
     Args:
+        media_outside_root: ``error`` refuses media outside the folder of relative paths, whatever leads there;
+            ``allow`` allows them; None refuses relative paths that climb out of a folder that was given.
         num_proc: number of new files copied to Arrow in parallel.
         rules: which keys and which records are left out; before the draw, so that a rate is a share of the others.
         cache_dir: folder of the Arrow files; None is ``qwenvl_ft`` in the folder of `datasets` (HF_DATASETS_CACHE).
         skip: a line, row or archive member that cannot be read is a record that raises DataError when it is read.
+        max_record_bytes: a record with more text, media in base64 aside, cannot be read.
 
     Raises:
         DataError: a name or file does not exist, a file cannot be parsed (without ``skip``) or is empty, or a rate
@@ -182,18 +195,15 @@ def load_records(
     chosen = [(name, amount, find_dataset(name)) for name, amount in parse_selection(selection)]
     files = [[_file(name, path) for path in matching_files(entry["annotation_path"])] for name, _, entry in chosen]
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
-    opened = iter(open_tables([file for several in files for file in several], folder, num_proc, skip=skip))
+    opened = iter(
+        open_tables(
+            [file for several in files for file in several], folder, num_proc, skip=skip, max_bytes=max_record_bytes
+        )
+    )
     tables = [[next(opened) for _ in several] for several in files]
     spans = [[rules.rows(table) for table in several] for several in tables]
     sizes = [sum(map(len, several)) for several in spans]
-    for (name, _, _), size in zip(chosen, sizes, strict=True):
-        if not size:
-            raise DataError(f"data set {name}: every record has a false label, which data.label=keep_true leaves out.")
-    rates = [
-        amount / size if isinstance(amount, int) else amount for (_, amount, _), size in zip(chosen, sizes, strict=True)
-    ]
-    if isinstance(selection, Mapping):
-        rates = rates_of_weights(sizes, rates)
+    rates = _rates(selection, chosen, sizes)
     parts: list[Part] = []
     for (name, _, entry), rate, size, rows_of_files, several, opened_files in zip(
         chosen, rates, sizes, spans, files, tables, strict=True
@@ -203,14 +213,44 @@ def load_records(
             raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is 0 records. Raise the rate.")
         taken = rows_of_files if rate == 1 else split_places(rows_of_files, places)
         for file, table, kept, rows in zip(several, opened_files, rows_of_files, taken, strict=True):
-            folder_of_file = file.path if file.is_folder else file.path.parent
-            path = os.path.abspath(entry["data_path"] or media_root or folder_of_file)  # noqa: PTH100 - keeps symbolic links
-            key = f"data.datasets.{name}.data_path" if entry["data_path"] else MEDIA_ROOT
-            root = MediaRoot(path, str(folder_of_file), key)
+            root = _media_root(name, entry, file, media_root, media_outside_root)
             if len(rows):
                 options = entry.get("reader"), table, file.state, rows, rules, table.num_rows - len(kept)
-                parts.append(Part(name, file, root, *options, image_keys_of(entry)))
+                large = large_rows(table.table, max_record_bytes) if file.kind.has_columns else {}
+                parts.append(Part(name, file, root, *options, image_keys_of(entry), max_record_bytes, large))
     return Records(parts)
+
+
+def _limit(root: str) -> str:
+    """Return what the limit of a media root adds to a cache key."""
+    return f"|{root.within}:{root.strict}" if isinstance(root, MediaRoot) and root.within else ""
+
+
+def _rates(selection: Selection, chosen: list[tuple[str, Any, Any]], sizes: list[int]) -> list[float]:
+    """Return the share of each data set's records that the selection takes.
+
+    Raises:
+        DataError: every record of a data set is left out.
+    """
+    for (name, _, _), size in zip(chosen, sizes, strict=True):
+        if not size:
+            raise DataError(f"data set {name}: every record has a false label, which data.label=keep_true leaves out.")
+    rates = [
+        amount / size if isinstance(amount, int) else amount for (_, amount, _), size in zip(chosen, sizes, strict=True)
+    ]
+    return rates_of_weights(sizes, rates) if isinstance(selection, Mapping) else rates
+
+
+def _media_root(
+    name: str, entry: Mapping[str, Any], file: DataFile, media_root: str | None, outside: str | None
+) -> MediaRoot:
+    """Return the folder of a file's relative media paths, with its limit (``data.media_outside_root``)."""
+    folder = file.path if file.is_folder else file.path.parent
+    own = entry["data_path"] or media_root
+    path = os.path.abspath(own or folder)  # noqa: PTH100 - keeps symbolic links
+    key = f"data.datasets.{name}.data_path" if entry["data_path"] else MEDIA_ROOT
+    limited = outside == ERROR or (outside is None and bool(own))
+    return MediaRoot(path, str(folder), key, path if limited else "", outside == ERROR)
 
 
 def _file(name: str, path: str) -> DataFile:

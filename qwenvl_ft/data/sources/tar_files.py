@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from qwenvl_ft.data.sources.json_files import parse_json
+from qwenvl_ft.data.record_size import is_too_large, text_bytes, too_large
+from qwenvl_ft.data.sources.json_files import MAX_BYTES, parse_json
 from qwenvl_ft.errors import DataError
 
 MEMBERS = pa.list_(pa.struct({"name": pa.string(), "offset": pa.int64(), "size": pa.int64()}))
@@ -36,8 +37,9 @@ class TarRecord:
     """The media, as `MEMBERS` describes them."""
 
 
-def read_tar(path: Path) -> Iterator[TarRecord]:
-    """Yield the records of a shard, in order, without reading the media.
+def read_tar(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[TarRecord]:
+    """Yield the records of a shard, in order, without reading the media; an error for one with more text than
+    ``max_bytes``.
 
     Raises:
         DataError: the file is not a plain tar, is cut off, or has a damaged header.
@@ -46,7 +48,7 @@ def read_tar(path: Path) -> Iterator[TarRecord]:
         with tarfile.open(path, "r:") as tar:
             files = (member for member in tar if member.isfile() and not Path(member.name).name.startswith("."))
             for key, members in groupby(files, _key):
-                yield _read_one(tar, key, list(members), path)
+                yield _read_one(tar, key, list(members), path, max_bytes)
             _require_end(path, tar.offset)
     except tarfile.TarError as error:
         raise DataError(f"{path} cannot be read as .tar: {error}. A shard is a plain tar; unpack .gz first.") from None
@@ -90,7 +92,7 @@ def _require_end(path: Path, offset: int) -> None:
         raise tarfile.ReadError(f"no header of a member at byte {offset}: the file is cut off or damaged there")
 
 
-def _read_one(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], path: Path) -> TarRecord:
+def _read_one(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], path: Path, max_bytes: int) -> TarRecord:
     texts, media = [], []
     for member in members:
         field = member.name[len(key) + 1 :]
@@ -99,10 +101,26 @@ def _read_one(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], pa
         else:
             media.append({"name": member.name, "offset": member.offset_data, "size": member.size})
     try:
+        _require_small(tar, texts, f"{path}[{key}]", max_bytes)
         record = _fields(tar, texts, path)
     except DataError as error:
         return TarRecord(f"[{key}]", error, media)
     return TarRecord(f"[{key}]", json.dumps({"id": key} | record, ensure_ascii=False), media)
+
+
+def _require_small(tar: tarfile.TarFile, texts: list[tuple[str, tarfile.TarInfo]], where: str, max_bytes: int) -> None:
+    """Raise DataError if the text members of a record are too large; of one without media in base64 only a part is
+    read."""
+    size = sum(member.size for _, member in texts)
+    left = max_bytes
+    for _, member in texts if size > max_bytes else ():
+        head = b""
+        while len(head) < member.size:
+            file: Any = tar.extractfile(member)
+            head = file.read(max(left + 1, 2 * len(head)))
+            if is_too_large(head, left):
+                raise too_large(where, size, max_bytes)
+        left -= text_bytes(head)
 
 
 def _fields(tar: tarfile.TarFile, texts: list[tuple[str, tarfile.TarInfo]], path: Path) -> dict[str, Any]:

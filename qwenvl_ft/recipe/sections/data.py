@@ -70,6 +70,10 @@ class Sources:
     named."""
     media_root: str | None = None
     """Folder that relative media paths start from; null means the folder of the annotation file."""
+    media_outside_root: Literal["allow", "error"] | None = None
+    """Whether a record's media may be outside the folder that relative paths start from: error refuses whatever leads
+    out of it (absolute paths, .., symbolic links), for records that others wrote; allow refuses nothing. null refuses
+    relative paths that climb by .. out of a folder that media_root or a dataset's data_path names."""
     allow_urls: bool = False
     """Fetch images from http(s) URLs."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -136,6 +140,9 @@ class DenseCaptions:
 class BadRecords:
     """Records that cannot be read."""
 
+    max_record_bytes: Positive = 16_000_000
+    """Most text of a record, in bytes; protects memory. A record with more cannot be read. Images and videos in it
+    (bytes, or base64 in its JSON) are not text. The same limit holds for a conversation of several records."""
     on_error: Literal["raise", "skip"] = "raise"
     """raise stops the run at an unreadable record; skip leaves it out, counts it and reports it."""
     max_bad_fraction: Share | None = None

@@ -208,7 +208,8 @@ def contract(folder: Path, jobs: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.xml"
         spread = ["-n", jobs] if int(jobs) > 1 else []
-        command = [*spread, "-q", "-m", "not gpu and not soak", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/upstream"]
+        command = [*spread, "-q", "-m", "not gpu and not soak", "-p", "no:cacheprovider", "tests/upstream"]
+        command.append(f"--junitxml={report}")
         begin = time.monotonic()
         in_environment(folder, "-m", "pytest", *command, check=False, show=True)
         if not report.exists():

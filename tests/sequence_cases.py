@@ -1,12 +1,21 @@
 """Rows of text, images and videos, the part of each that a rank gets, and a model for them: for shared rows."""
 
 import torch
+import torch.distributed as dist
 from cases import picture
 
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
+from qwenvl_ft.data.plan.costs import CostModel
+from qwenvl_ft.data.share import Share
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.model.sequence_parallel import SequenceGroup, exchange_heads
+from qwenvl_ft.training.device_batch import on_device
+from qwenvl_ft.training.loss import loss_sum
 
+CPU = torch.device("cpu")
+EXACT = 1e-6
+"""Largest relative difference. The models are float64, but their norms compute in float32."""
 MERGED = 4
 """Patches of a merged token."""
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -68,16 +77,15 @@ def padded(batch, size):
 
 
 def shared_row(batch, size, place):
-    """Return what a rank gets: the padded row with the pixels of every ``size``-th frame, counted over all media."""
+    """Return what a rank gets: the padded row with the pixels of the frames that are dealt to it."""
     part = padded(batch, size)
-    before = 0
+    share = Share(size, place, 0, CostModel())
     for kind, pixels in PIXELS.items():
         if pixels not in part:
             continue
         frames = [(1, h, w) for t, h, w in part[f"{kind}_grid_thw"].tolist() for _ in range(t)]
         patches = torch.tensor([h * w for _, h, w in frames])
-        owners = (torch.arange(len(frames)) + before) % size
-        before += len(frames)
+        owners = torch.from_numpy(share.deal(patches.tolist()))
         tables = [name for name in part if name.startswith((f"{kind}_position", f"{kind}_interp"))]
         chosen = (owners == place).nonzero().flatten().tolist() or [0]  # without a frame: one that nobody needs
         for name in (pixels, *tables):
@@ -101,3 +109,44 @@ def in_float64(model):
     """Convert a model; grouped products of experts have no kernel for float64."""
     model.set_experts_implementation("eager")
     return model.double()
+
+
+def results(model, row, group=None, **options):
+    """Return the summed loss of a row, or of this rank's part of it, and the gradients by name."""
+    model.zero_grad()
+    total = loss_sum(model, on_device(row, CPU, {}, group), **options)
+    total.backward()
+    return total.detach(), {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+
+
+def difference(model, row, size, group, **options):
+    """Return the relative difference of a shared row's loss and gradients from those of the whole row."""
+    loss, whole = results(model, row, **options)
+    own, parts = results(model, shared_row(row, size, group.place), group, **options)
+    dist.all_reduce(own)
+    worst = abs(float(own - loss)) / abs(float(loss))
+    for name, gradient in whole.items():
+        expected = torch.zeros(()) if gradient is None else gradient
+        found = torch.zeros_like(expected) if parts[name] is None else parts[name]
+        dist.all_reduce(found)
+        worst = max(worst, float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-12))
+    return worst
+
+
+def over_rows(encoder, model, places, rows, lengths, **options):
+    """Run by each rank: return the differences by row and by what was added to its first sample."""
+    group = SequenceGroup.of(dist.get_world_size())
+    exchange_heads(model.config.get_text_config())
+    model.train()
+    found = {}
+    for name in rows:
+        for length in lengths:
+            row = whole_row(encoder, ROWS[name], places, length)
+            found[name, length] = difference(model, row, group.size, group, **options)
+    return found
+
+
+def assert_exact(found):
+    assert found
+    wrong = {row: value for differences in found for row, value in differences.items() if not value <= EXACT}
+    assert wrong == {}

@@ -209,8 +209,6 @@ _QUANTISED_LATER = (
     "gptq --quant-bits 4 --group-size 128 --dataset my.jsonl. To train over 4-bit weights (bnb): --quantization_bit 4."
 )
 REMOVED = {
-    "sequence_parallel_size": "a sample is not split over GPUs. Remove it; for long samples: deepspeed.config=zero3, "
-    "training.activation_checkpointing=true.",
     "overwrite_output_dir": "a run writes to output_dir even if files are there. Remove it.",
     "save_safetensors": "checkpoints are always safetensors. Remove it.",
     "quant_method": _QUANTISED_LATER,
@@ -220,7 +218,7 @@ REMOVED = {
 }
 """Setting of other tools without a key of ours -> what to do instead."""
 
-SAME_ANYWAY = {"sequence_parallel_size": 1}
+SAME_ANYWAY: dict[str, int] = {}
 """Setting in `REMOVED` -> the value that changes nothing, which is accepted."""
 
 FILE_FLAGS = {"dataset": ("jsonl", "train_jsonl"), "val_dataset": ("val_jsonl",)}

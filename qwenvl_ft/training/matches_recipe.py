@@ -54,6 +54,7 @@ def settings_of(recipe: Recipe) -> dict[str, tuple[str, Any]]:
         "max_length": ("template.max_length", recipe.template.max_length),
         "packing": ("training.packing", section.packing),
         "padding_free": ("training.padding_free", section.padding_free),
+        "sequence_parallel_size": ("training.sequence_parallel_size", section.sequence_parallel_size),
         "vit_lr": ("training.vit_lr", section.vit_lr),
         "aligner_lr": ("training.aligner_lr", section.aligner_lr),
         "lorap_lr_ratio": ("training.lorap_lr_ratio", lora_plus(recipe)),

@@ -22,6 +22,7 @@ from qwenvl_ft.model.adapters.load import trained_lengths
 from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.liger_kernels import require_liger
 from qwenvl_ft.model.load import loading_options, plan_loading
+from qwenvl_ft.model.sequence_parallel import require_model, require_ranks
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.recipe.values import shown
 from qwenvl_ft.training.tracker_trial import try_tracker
@@ -179,6 +180,10 @@ def _compile(recipe: Recipe, args: Any) -> None:
         ) from error
 
 
+def _shared_rows(recipe: Recipe, args: Any) -> None:
+    require_ranks(recipe.training.sequence_parallel_size, args.world_size)
+
+
 def _sharding(recipe: Recipe, args: Any) -> None:
     if args.fsdp and args.world_size == 1:
         raise RecipeError(
@@ -258,6 +263,8 @@ def try_model(recipe: Recipe) -> None:
             f"model.model={section.model} is an adapter. To train it further, set model.model={plan.source} and "
             f"tuner.resume_from_checkpoint={section.model}; or merge it first (qwenvl-ft merge)."
         )
+    if (size := recipe.training.sequence_parallel_size) > 1:
+        require_model(plan.config, plan.attention, size)
     earlier = Earlier.of(recipe.tuner)
     scaling = None if earlier is None else trained_lengths(earlier.folder)[0]
     if scaling is not None and section.rope_scaling is None:
@@ -290,6 +297,7 @@ CHECKS = (
     _output,
     _one_device,
     _sharding,
+    _shared_rows,
     _batch_size,
     _trackers,
     _wandb,

@@ -1,6 +1,7 @@
 """Trainer that feeds transformers' loop with the rows of a plan: loaders, epochs of their own length, resume."""
 
 from collections.abc import Sized
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,13 @@ from qwenvl_ft.data.share import Share
 from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.model.sequence_parallel import KEY, SequenceGroup, exchange_heads, require_model
 from qwenvl_ft.training.loaders import are_raw, build_loader, build_plan, datasets_in, media_kinds
 from qwenvl_ft.training.ranks import broadcast_from_rank_0, require_same_samples
 from qwenvl_ft.training.run_length import exact_counts
 from qwenvl_ft.upstream.arguments import is_reentrant
+from qwenvl_ft.upstream.attention import attention_of
+from qwenvl_ft.upstream.media import placing_model
 from qwenvl_ft.upstream.trainer import EpochLength, PlannedTrainer
 
 
@@ -31,7 +35,8 @@ class RowTrainer(PlannedTrainer):
         options: further arguments of transformers' Trainer. The others are explained in `QwenVLTrainer`.
 
     Raises:
-        RecipeError: packing with padding; raw pixels in only some of the data sets; or several GPUs in this process.
+        RecipeError: packing with padding; raw pixels in only some of the data sets; several GPUs in this process; or
+            ranks, a model or settings with which rows cannot be shared.
         DataError: the ranks see different samples.
     """
 
@@ -56,6 +61,7 @@ class RowTrainer(PlannedTrainer):
         self.packing = packing
         self.padding_free = padding_free
         self.sequence_parallel_size = sequence_parallel_size
+        self.sequence = self._sequence_group(model, args) if sequence_parallel_size > 1 else None
         datasets = datasets_in(train_dataset, eval_dataset)
         raw = are_raw(datasets)
         self.fillers = vision_fillers(processor, media_kinds(datasets), raw_pixels=raw)
@@ -70,6 +76,21 @@ class RowTrainer(PlannedTrainer):
         for dataset in datasets:
             require_same_samples(dataset, 0, args.world_size)
         self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
+
+    def _sequence_group(self, model: nn.Module, args: TrainingArguments) -> SequenceGroup:
+        """Return the ranks that share each row with this one, and let the model's attention exchange heads."""
+        if not self.padding_free or is_reentrant(args):
+            setting = (
+                "activation_checkpointing_kwargs.use_reentrant=true" if self.padding_free else "padding_free=false"
+            )
+            raise RecipeError(f"{KEY}={self.sequence_parallel_size} does not work with training.{setting}. Remove it.")
+        inner = placing_model(model)
+        if inner is None:
+            raise RecipeError(f"{KEY}={self.sequence_parallel_size} needs a Qwen3-VL from load_model.")
+        text = inner.config.get_text_config()
+        require_model(inner.config, attention_of(text), self.sequence_parallel_size)
+        exchange_heads(text)
+        return SequenceGroup.of(self.sequence_parallel_size, timedelta(seconds=args.ddp_timeout))
 
     @property
     def share(self) -> Share | None:

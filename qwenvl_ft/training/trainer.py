@@ -62,7 +62,7 @@ class QwenVLTrainer(RowTrainer):
         max_length: tokens of a packed row.
         packing: fill rows from the plan; without it a batch joins ``per_device_train_batch_size`` samples.
         padding_free: False pads instead of joining, for comparison; excludes packing.
-        sequence_parallel_size: consecutive ranks that train a row together.
+        sequence_parallel_size: consecutive ranks that share each row; the batch sizes count rows of such a group.
         vit_lr: learning rate of the vision tower; None is ``args.learning_rate``.
         aligner_lr: learning rate of all four mergers; None is ``args.learning_rate``.
         lorap_lr_ratio: factor on the learning rate of LoRA's B matrices (LoRA+); None is 1.
@@ -108,6 +108,7 @@ class QwenVLTrainer(RowTrainer):
             "max_length": max_length,
             "packing": packing,
             "padding_free": padding_free,
+            "sequence_parallel_size": sequence_parallel_size,
             "vit_lr": vit_lr,
             "aligner_lr": aligner_lr,
             "lorap_lr_ratio": lorap_lr_ratio,
@@ -182,15 +183,16 @@ class QwenVLTrainer(RowTrainer):
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         weights = sum(weight_sum(batch, self.loss_weights or {}) for batch in batches)
         own = torch.stack([torch.full((), n, dtype=torch.float64, device=device) for n in (tokens, weights)])
-        count, total = sum_over_ranks(own, self.accelerator)  # of all ranks, since others may have turns with weights
+        # of all ranks, since others may have turns with weights; the ranks that share a row all count the whole row
+        count, total = sum_over_ranks(own, self.accelerator) / self.sequence_parallel_size
         self.step_log.meter.supervised(count)
         return batches, total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.noise is not None:
-            self.noise.follow(inputs)
+            self.noise.follow(inputs, self.sequence)
         self.bad_samples += log_bad_samples(inputs)
-        batch = DeviceBatch(on_device(inputs, self.args.device, self.loss_weights or {}))
+        batch = DeviceBatch(on_device(inputs, self.args.device, self.loss_weights or {}, self.sequence))
         loss = super().training_step(model, {"batch": batch}, num_items_in_batch)
         self.losses.add(self.state.global_step + 1, loss, batch.loss, inputs["sources"])
         self.mean_loss.add(loss.double() * num_items_in_batch / self.args.world_size, batch.weight)
@@ -283,7 +285,8 @@ class QwenVLTrainer(RowTrainer):
         with self.step_log.meter.paused():
             model = self._evaluation_model()
             self._use_evaluation_weights()
-            total, bad = evaluate_sum(model, dataloader, self.args.device, self.compute_loss_context_manager)
+            forward = self.compute_loss_context_manager
+            total, bad = evaluate_sum(model, dataloader, self.args.device, forward, self.sequence)
             loss, tokens = sum_over_ranks(total, self.accelerator).tolist()
             metrics = loss_metrics(loss, tokens, metric_key_prefix)
             count = len(cast(Sized, dataloader.dataset))

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_cases import in_ranks
-from sequence_cases import images, model_of, padded, shared_row, text, whole_row
+from sequence_cases import CPU, images, model_of, padded, shared_row, text, whole_row
 
 from qwenvl_ft.model.sequence_parallel import SequenceGroup, exchange_heads
 from qwenvl_ft.training.device_batch import on_device
 from qwenvl_ft.training.loss import loss_sum
 
-CPU, TOKENS = torch.device("cpu"), 16_384
+TOKENS = 16_384
 
 
 def long_row(encoder, places):

@@ -4,22 +4,30 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from methods_cases import CASES, tuner_of
 from rank_cases import in_ranks
-from sequence_cases import ROWS, images, model_of, padded, shared_row, text, video, whole_row
+from sequence_cases import (
+    CPU,
+    EXACT,
+    ROWS,
+    assert_exact,
+    difference,
+    images,
+    model_of,
+    over_rows,
+    padded,
+    shared_row,
+    text,
+    video,
+    whole_row,
+)
 from transformers import AutoConfig
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model import sequence_parallel
 from qwenvl_ft.model.sequence_parallel import SequenceGroup, exchange_heads, require_model, require_ranks
 from qwenvl_ft.training.device_batch import on_device
-from qwenvl_ft.training.loss import loss_sum
 from qwenvl_ft.tuning.prepare import prepare_model
-
-CPU = torch.device("cpu")
-EXACT = 1e-6
-"""Largest relative difference. The models are float64, but their norms compute in float32."""
 
 
 @pytest.fixture(scope="module")
@@ -30,47 +38,6 @@ def dense(checkpoints):
 @pytest.fixture(scope="module")
 def moe(checkpoints):
     return model_of(checkpoints["moe"])
-
-
-def results(model, row, group=None, **options):
-    """Return the summed loss of a row, or of this rank's part of it, and the gradients by name."""
-    model.zero_grad()
-    total = loss_sum(model, on_device(row, CPU, {}, group), **options)
-    total.backward()
-    return total.detach(), {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
-
-
-def difference(model, row, size, group, **options):
-    """Return the relative difference of a shared row's loss and gradients from those of the whole row."""
-    loss, whole = results(model, row, **options)
-    own, parts = results(model, shared_row(row, size, group.place), group, **options)
-    dist.all_reduce(own)
-    worst = abs(float(own - loss)) / abs(float(loss))
-    for name, gradient in whole.items():
-        expected = torch.zeros(()) if gradient is None else gradient
-        found = torch.zeros_like(expected) if parts[name] is None else parts[name]
-        dist.all_reduce(found)
-        worst = max(worst, float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-12))
-    return worst
-
-
-def over_rows(encoder, model, places, rows, lengths, **options):
-    """Run by each rank: return the differences by row and by what was added to its first sample."""
-    group = SequenceGroup.of(dist.get_world_size())
-    exchange_heads(model.config.get_text_config())
-    model.train()
-    found = {}
-    for name in rows:
-        for length in lengths:
-            row = whole_row(encoder, ROWS[name], places, length)
-            found[name, length] = difference(model, row, group.size, group, **options)
-    return found
-
-
-def assert_exact(found):
-    assert found
-    wrong = {row: value for differences in found for row, value in differences.items() if not value <= EXACT}
-    assert wrong == {}
 
 
 def test_two_ranks_have_the_loss_and_gradients_of_one(encoder, dense):

@@ -32,6 +32,18 @@ CONTRADICTIONS = {
         "tuner.train_type=adalora",
         "deepspeed.enabled=true",
     ],
+    "training.sequence_parallel_size=2 shares packed or joined rows, but training.padding_free=false pads them. Remove "
+    "one.": ["training.sequence_parallel_size=2", "training.padding_free=false"],
+    "tuner.train_type=longlora shifts groups of tokens within a row, which training.sequence_parallel_size=2 would "
+    "divide between processes. Set tuner.train_type=lora.": [
+        "training.sequence_parallel_size=2",
+        "tuner.train_type=longlora",
+    ],
+    "tuner.reft_positions=f1+l1 counts the tokens of a prompt, which training.sequence_parallel_size=2 may divide "
+    "between processes. Set tuner.reft_positions=all.": [
+        "training.sequence_parallel_size=2",
+        "tuner.train_type=reft",
+    ],
     "training.load_best_model_at_end=true needs an evaluation set. Set data.val.": [
         "training.load_best_model_at_end=true"
     ],

@@ -98,6 +98,14 @@ REFUSED = {
         ["training.fsdp=full_shard"],
         "training.fsdp=full_shard shards the model over processes, but there is only one.",
     ),
+    "rows shared by more processes than run": (
+        ["training.sequence_parallel_size=2"],
+        "training.sequence_parallel_size=2 lets 2 processes share each row, but the run has 1. Start a multiple of 2 ",
+    ),
+    "rows shared by processes that have no head each": (
+        ["training.sequence_parallel_size=3"],
+        "training.sequence_parallel_size=3 does not divide the model's 4 attention heads. Set one of 1, 2, 4.",
+    ),
     "a misspelt way of sharding": (["training.fsdp=full_shrad"], "training: Unknown `fsdp` option: full_shrad"),
     "a backend that this torch has not": (["training.ddp_backend=cncl"], "training.ddp_backend=cncl is not part of"),
     "a hub out of reach": (

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from cases import RECORDS, make_trainer, one_step, picture
+from rank_cases import in_ranks
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file
+from sequence_cases import assert_exact, model_of, over_rows
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.model.load import load_model
@@ -99,6 +101,11 @@ def test_a_packed_row_gives_the_gradients_of_its_samples(checkpoints, samples, k
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_a_row_have_the_loss_and_gradients_of_one(tiny_dir, encoder):
+    assert_exact(in_ranks(2, over_rows, encoder, *model_of(tiny_dir), ["text, images and a video"], (0,)))
 
 
 def test_any_split_gives_one_loss_and_one_gradient(tmp_path, tiny_dir, encoder):

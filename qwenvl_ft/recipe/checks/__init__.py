@@ -28,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     method.quantization,
     method.adalora_needs_gradients,
     method.second_stage,
+    method.shared_rows,
     data.areas,
     data.datasets,
     data.names_of_validation_sets,

@@ -61,6 +61,27 @@ def second_stage(recipe: Recipe) -> str | None:
     return None
 
 
+def shared_rows(recipe: Recipe) -> str | None:
+    """What needs all tokens of a row on one process."""
+    size, tuner = recipe.training.sequence_parallel_size, recipe.tuner
+    setting = f"training.sequence_parallel_size={size}"
+    if size == 1:
+        return None
+    if not recipe.training.padding_free:
+        return f"{setting} shares packed or joined rows, but training.padding_free=false pads them. Remove one."
+    if tuner.train_type == "longlora":
+        return (
+            f"tuner.train_type=longlora shifts groups of tokens within a row, which {setting} would divide between "
+            "processes. Set tuner.train_type=lora."
+        )
+    if tuner.train_type == "reft" and tuner.reft_positions != "all":
+        return (
+            f"tuner.reft_positions={tuner.reft_positions} counts the tokens of a prompt, which {setting} may divide "
+            "between processes. Set tuner.reft_positions=all."
+        )
+    return None
+
+
 def nothing_trains(recipe: Recipe) -> str | None:
     """All parts are frozen, and no key unfreezes anything."""
     tuner = recipe.tuner

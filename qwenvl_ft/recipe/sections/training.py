@@ -34,6 +34,15 @@ class Packing:
 
 
 @dataclass(kw_only=True)
+class Parallelism:
+    """One row on several processes."""
+
+    sequence_parallel_size: Positive = 1
+    """Number of processes that share each row: each keeps its part of the tokens and runs its share of the images and
+    frames. It divides the number of processes and of attention heads; batch sizes count rows of such a group."""
+
+
+@dataclass(kw_only=True)
 class Optimization:
     """Optimizer, learning rates and loss."""
 
@@ -128,7 +137,7 @@ class Checkpoints:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(Packing, Optimization, Galore, Lisa, Recomputation, Monitoring, Checkpoints):
+class TrainingConfig(Packing, Parallelism, Optimization, Galore, Lisa, Recomputation, Monitoring, Checkpoints):
     """Settings of the run. Every field of transformers' TrainingArguments may stand here too."""
 
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -63,9 +63,11 @@ def test_activations_and_the_towers_time_are_divided_by_the_ranks(encoder, check
     assert tokens >= TOKENS
     for size in (2, 4):
         found = in_ranks(size, measured, encoder, model, places)
-        most, slowest = max(found, key=lambda rank: rank[1])[1], max(found, key=lambda rank: rank[2])[2]
-        shares = ", ".join(f"{rank[2] / seconds:.1%}" for rank in found)
+        most, spent = max(rank[1] for rank in found), [rank[2] for rank in found]
+        shares = ", ".join(f"{part / sum(spent):.1%}" for part in spent)
         ratio = most / whole * size
-        print(f"\n{tokens} tokens, N={size}: {most / 2**20:.1f} of {whole / 2**20:.1f} MiB, {ratio:.3f} / N; {shares}")
-        assert most <= whole / size * 1.1
-        assert slowest <= seconds / size * 1.5
+        print(f"\n{tokens} tokens, N={size}: {most / 2**20:.1f} of {whole / 2**20:.1f} MiB, {ratio:.3f} / N")
+        print(f"of the tower's time: {shares}; in all {sum(spent) / seconds:.2f} times that of one process")
+        assert ratio <= 1.1
+        assert max(spent) <= sum(spent) / size * 1.3
+        assert sum(spent) < 1.6 * seconds, "the tower runs more than once"

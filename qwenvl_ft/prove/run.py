@@ -25,6 +25,7 @@ from qwenvl_ft.prove.subject import Subject, build_subject, still
 from qwenvl_ft.prove.table import Report, Row
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.upstream.probe import fallbacks
+from qwenvl_ft.upstream.whole import full_size
 
 PACKAGES = ("qwenvl-ft", "torch", "transformers", "peft", "accelerate")
 
@@ -105,7 +106,7 @@ def facts(subject: Subject) -> dict[str, str]:
         source += ", and a generated one because these have answers of one length"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     return {
-        "model": f"{recipe.model.model}, {sum(p.numel() for p in subject.model.parameters()):,} parameters",
+        "model": f"{recipe.model.model}, {sum(map(full_size, subject.model.parameters())):,} parameters",
         "method": f"{recipe.tuner.train_type}, {subject.share.total:,} weights train",
         "data": f"{len(subject.samples)} samples, {tokens:,} tokens, from {source}",
         "precision": f"{str(subject.dtype).removeprefix('torch.')}, attention {attention_of(subject)}",

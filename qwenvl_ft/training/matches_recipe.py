@@ -11,6 +11,7 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.values import shown
 from qwenvl_ft.training.arguments import lora_plus
 from qwenvl_ft.tuning.prepare import check_prepared, tuner_of
+from qwenvl_ft.upstream.whole import full_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ def require_prepared(model: nn.Module, recipe: Recipe, args: TrainingArguments) 
     """
     tuner, asked = tuner_of(model), recipe.tuner
     if tuner is None:
-        free = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        free = sum(full_size(value) for value in model.parameters() if value.requires_grad)
         raise RecipeError(
             f"the recipe says tuner.train_type={asked.train_type}, but the model was not prepared for it: {free:,} "
             f"weights would train. {CALLS}; {OWN}."

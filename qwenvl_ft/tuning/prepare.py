@@ -13,6 +13,7 @@ from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import saved_modules
+from qwenvl_ft.upstream.whole import full_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,7 @@ def trainable_table(model: nn.Module, learning_rates: Mapping[str, float]) -> st
     adapted = {canonical_name(name).partition(prefix)[0] for name in names}
     for name, parameter in model.named_parameters():
         count = counts[part_of(name)]
-        size: int = parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+        size = full_size(parameter)
         adapter = prefix in name if prefix else False
         count["LoRA"] += size * adapter
         count["trainable"] += size * parameter.requires_grad

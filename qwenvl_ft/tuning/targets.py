@@ -17,6 +17,7 @@ from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import current_name, part_of
 from qwenvl_ft.model.quantization import is_linear
 from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
+from qwenvl_ft.upstream.whole import full_shape
 
 if TYPE_CHECKING:
     from qwenvl_ft.recipe.schema import TunerConfig
@@ -67,7 +68,7 @@ def parameter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     every = [
         name
         for name, value in model.named_parameters()
-        if value.dim() in (2, 3) and ".mlp." in name and name.rpartition(".")[0] not in linears
+        if len(full_shape(value)) in (2, 3) and ".mlp." in name and name.rpartition(".")[0] not in linears
     ]
     free = [name for name in every if part_of(name) not in frozen and not inside(name, saved)]
     wanted = tuner.target_parameters

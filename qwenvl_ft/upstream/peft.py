@@ -10,6 +10,7 @@
 | `peft.utils.other.get_pattern_key` | the same in all | ImportError if patterns are used |
 | `peft.utils.constants.DUMMY_TARGET_MODULES` | the same in all | RecipeError by peft: no target |
 | `ParamWrapper` of LoRA, for weights outside of layers | since 0.17 | no layer counts as one |
+| its sight of a weight's whole shape under ZeRO-3 | 0.21 | RecipeError |
 | peft without bitsandbytes | imported by all to wrap with LoRA, and at once since 0.20 | it is imported |
 
 peft 0.17 cannot be imported with transformers 5, so 0.18.0 is the oldest usable version.
@@ -25,6 +26,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
@@ -184,10 +186,27 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, layer) of the layers wrapped by LoRA, except wrappers of single weights, such as experts."""
     from peft.tuners.lora import LoraLayer
 
-    single = getattr(import_module("peft.tuners.lora.layer"), "ParamWrapper", ())
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, single):
+        if isinstance(module, LoraLayer) and not isinstance(module, _single_weights()):
             yield name, module
+
+
+def gather_as_one(model: nn.Module) -> None:
+    """Let ZeRO-3 gather all weights in a wrapper of single weights when the wrapper's forward begins.
+
+    The wrapper itself computes with its LoRA weights and the wrapped weight, before it calls the modules that own them;
+    ZeRO-3 gathers a module's weights for that module's own forward only. DeepSpeed's public name for a module whose
+    weights are gathered with those of all modules inside is a leaf.
+
+    Raises:
+        RecipeError: the installed peft takes the shape of a partitioned weight for that of the whole.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    PARTITIONED.require("an adapter of experts or routers under ZeRO-3 (tuner.target_parameters=[] leaves them out)")
+    for module in model.modules():
+        if isinstance(module, _single_weights()):
+            set_z3_leaf_module(module, True)
 
 
 def load_onto(model: Any, folder: str, adapter_name: str) -> Any:
@@ -265,7 +284,32 @@ OWN_TYPES = Feature(
     packages=("peft",),
     missing=lambda: lacks(BaseTuner, ("_create_and_replace",)),
 )
-FEATURES = (OWN_TYPES,)
+
+
+def _single_weights() -> Any:
+    """Return LoRA's wrapper of a weight outside of Linear layers; () if peft has none."""
+    return getattr(import_module("peft.tuners.lora.layer"), "ParamWrapper", ())
+
+
+def _no_whole_shape() -> str:
+    """Return why LoRA cannot wrap a weight that ZeRO-3 has partitioned; empty if it can."""
+    holder: Any = nn.Module()
+    holder.weight = nn.Parameter(torch.empty(0))
+    holder.weight.ds_shape = (2, 4, 6)
+    try:
+        layer = _single_weights()(holder, "probe", "weight", config=peft.LoraConfig(r=1), r=1)
+        found = layer.lora_A["probe"].weight.shape, layer.lora_B["probe"].weight.shape
+    except Exception as error:  # releases fail in various ways
+        return f"takes its shape for the whole ({type(error).__name__})"
+    return "" if found == ((2, 6), (4, 2)) else f"sees the shapes {found}"
+
+
+PARTITIONED = Feature(
+    name="LoRA of a weight that ZeRO-3 has partitioned",
+    packages=("peft",),
+    missing=_no_whole_shape,
+)
+FEATURES = (OWN_TYPES, PARTITIONED)
 
 
 def _table(kind: str) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from qwenvl_ft.model.adapters.base import OwnConfig, OwnLayer, OwnTuner, OwnType
+from qwenvl_ft.upstream.whole import full_shape
 
 
 @dataclass
@@ -64,4 +65,4 @@ class BottleneckTuner(OwnTuner):
 def output_width(module: nn.Module) -> int:
     """Return D of an MLP's output: that of its last Linear layer, or the input size of the router of a MoE layer."""
     linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
-    return linears[-1].out_features if linears else int(module.gate.weight.shape[-1])  # type: ignore
+    return linears[-1].out_features if linears else full_shape(module.gate.weight)[-1]  # type: ignore

@@ -12,6 +12,7 @@ from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import FREEZE_FLAGS, current_name, family_of, part_of
 from qwenvl_ft.tuning.freeze_flags import frozen_parts
 from qwenvl_ft.tuning.targets import inside, saved_modules
+from qwenvl_ft.upstream.whole import full_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +102,7 @@ def _last_layers(model: PreTrainedModel, tuner: TunerConfig) -> list[str]:
 
 def _lowest(model: nn.Module, share: float) -> set[str]:
     """Return the names of the first weights in the model's order, together at most ``share`` of all weights."""
-    sizes = {name: getattr(value, "ds_numel", value.numel()) for name, value in model.named_parameters()}
+    sizes = {name: full_size(value) for name, value in model.named_parameters()}
     left, found = share * sum(sizes.values()), set()
     for name, size in sizes.items():
         left -= size

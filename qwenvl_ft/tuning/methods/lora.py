@@ -15,7 +15,15 @@ from qwenvl_ft.tuning.methods.starts import check_sizes, start_of
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.tuning.targets import adapter_targets, parameter_targets, plain_start, saved_modules
-from qwenvl_ft.upstream.peft import is_full_copy, lora_layers, no_target, pattern_of, without_bitsandbytes
+from qwenvl_ft.upstream.peft import (
+    gather_as_one,
+    is_full_copy,
+    lora_layers,
+    no_target,
+    pattern_of,
+    without_bitsandbytes,
+)
+from qwenvl_ft.upstream.whole import full_shape, is_partitioned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,6 +149,8 @@ def wrap(model: nn.Module, config: Any, tuner: TunerConfig, kind: type[TrainedPe
         else:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
             peft_model = kind(model, config)
+    if getattr(config, "target_parameters", None) and any(map(is_partitioned, model.parameters())):
+        gather_as_one(peft_model)
     frozen = frozen_parts(tuner)
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and ".modules_to_save." not in name and part_of(name) in frozen:
@@ -181,7 +191,7 @@ def require_whole_weights(model: nn.Module, key: str) -> None:
     Raises:
         RecipeError: the weights are sharded.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(map(is_partitioned, model.parameters())):
         raise RecipeError(f"tuner.{key} needs whole weights, but ZeRO-3 has sharded them. Use zero2, or no DeepSpeed.")
 
 
@@ -203,7 +213,7 @@ def _rank_of(tuner: TunerConfig, target: str) -> int:
 
 def _smaller_side(module: Any) -> int:
     weight = getattr(module, "weight", None)
-    return min(weight.shape) if weight is not None else 0
+    return min(full_shape(weight)) if weight is not None else 0
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, RecipeError, one_line, unknown_name
 from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with_adapter
+from qwenvl_ft.model.anatomy import family_of
 from qwenvl_ft.model.choose_attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
 from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
@@ -17,6 +20,7 @@ from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.processor import set_limits
 from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels, use_trainable_kernels
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
+from qwenvl_ft.upstream.expert_layout import loading_layout, stored_experts, stored_layout
 from qwenvl_ft.upstream.experts import experts_implementation
 
 if TYPE_CHECKING:
@@ -237,17 +241,40 @@ def _from_pretrained(plan: LoadPlan) -> PreTrainedModel:
     auto: Any = AutoModelForImageTextToText
     source = plan.source
     try:
-        model, info = auto.from_pretrained(source, config=plan.config, output_loading_info=True, **plan.kwargs)
+        with _experts_as_stored(plan):
+            model, info = auto.from_pretrained(source, config=plan.config, output_loading_info=True, **plan.kwargs)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the weights of {source}: {one_line(error)}") from error
     except ValueError as error:
         if "device_map" not in plan.kwargs:
             raise
         raise RecipeError(f"model.device_map does not fit {source}: {one_line(error)}") from error
+    except RuntimeError as error:  # under ZeRO-3, transformers raises instead of reporting
+        if not (mismatch := re.search(r"size mismatch for (.+?)\.?(?:\n|$)", str(error))):
+            raise
+        raise _other_shapes(source, mismatch.group(1)) from error
     if info["mismatched_keys"]:
-        name = sorted(map(str, info["mismatched_keys"]))[0]
-        raise CheckpointError(f"weights of {source} do not have the shapes that its config.json gives, such as {name}.")
+        raise _other_shapes(source, sorted(map(str, info["mismatched_keys"]))[0])
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{source} lacks {len(missing)} weights of its model, the first is {missing[0]}.")
     return model
+
+
+def _other_shapes(source: str, example: str) -> CheckpointError:
+    return CheckpointError(f"weights of {source} do not have the shapes that its config.json gives, such as {example}.")
+
+
+def _experts_as_stored(plan: LoadPlan) -> AbstractContextManager[None]:
+    """Return the context in which transformers loads a model's experts by the layout of their files."""
+    config = plan.config
+    if not family_of(config.model_type).experts or getattr(config, "quantization_config", None) is not None:
+        return nullcontext()
+    folder = local_directory(plan.source)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        files = ["*.safetensors", "*.safetensors.index.json"]
+        folder = Path(snapshot_download(plan.source, revision=plan.kwargs["revision"], allow_patterns=files))
+    shapes = stored_experts(folder)
+    return loading_layout(config, stored_layout(shapes, config)) if shapes else nullcontext()

@@ -54,9 +54,19 @@ class Feature:
 
 def features() -> tuple[Feature, ...]:
     """Return all features; imports the libraries whose internals they use."""
-    from qwenvl_ft.upstream import attention, layers, media, processors, templates, trainer, vision_tables, workers
+    from qwenvl_ft.upstream import (
+        attention,
+        expert_layout,
+        layers,
+        media,
+        processors,
+        templates,
+        trainer,
+        vision_tables,
+        workers,
+    )
 
-    modules = attention, layers, media, processors, templates, trainer, vision_tables, workers
+    modules = attention, expert_layout, layers, media, processors, templates, trainer, vision_tables, workers
     return tuple(feature for module in modules for feature in module.FEATURES)
 
 

@@ -39,15 +39,18 @@ class Family:
     text_layers: str = "model.language_model.layers"
     embeddings: str = "model.language_model.embed_tokens"
     head: str = "lm_head"
+    released_names: tuple[tuple[str, str], ...] = ()
+    """Regex and replacement that turn this package's names into those of the released checkpoints."""
 
 
+_OLDER = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
 _DEEPSTACK = ("model.visual.merger", "model.visual.deepstack_merger_list")
 
 FAMILIES = {
     "qwen3_vl": Family(mergers=_DEEPSTACK),
     "qwen3_vl_moe": Family(mergers=_DEEPSTACK, experts=True),
-    "qwen2_5_vl": Family(),
-    "qwen2_vl": Family(),
+    "qwen2_5_vl": Family(released_names=_OLDER),
+    "qwen2_vl": Family(released_names=_OLDER),
 }
 """``model_type`` of config.json -> its module names."""
 

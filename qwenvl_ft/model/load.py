@@ -19,6 +19,7 @@ from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.processor import set_limits
 from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels, use_trainable_kernels
+from qwenvl_ft.model.released_layout import use_released_layout
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
 from qwenvl_ft.upstream.expert_layout import loading_layout, stored_experts, stored_layout
 from qwenvl_ft.upstream.experts import experts_implementation
@@ -83,6 +84,7 @@ def load_model(dir_or_id: str | Path, options: LoadOptions | None = None, **chan
     plan = plan_loading(dir_or_id, options)
     model = _from_pretrained(plan)
     log_quantized(model)
+    use_released_layout(model)
     use_packed_rows(model, attention=plan.attention, patch_embed=options.patch_embed)
     return model if plan.adapter is None else with_adapter(model, plan.adapter)
 

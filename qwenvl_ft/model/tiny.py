@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, hint
+from qwenvl_ft.model.released_layout import use_released_layout
 from qwenvl_ft.upstream.unused import unused
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ SIZES: dict[str, Any] = {
     "deepstack_visual_indexes": (0, 1, 2),
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 48,
     "initializer_range": 0.02,
     "min_pixels": 1024,
     "max_pixels": 65536,
@@ -43,7 +44,8 @@ SIZES: dict[str, Any] = {
 }
 """Sizes that ``make_tiny`` accepts, with their defaults. ``vocab_words`` counts byte-level words, including the 256
 bytes; the special tokens follow. ``deepstack_visual_indexes`` are the ViT blocks that feed a deepstack merger. Pixels
-are areas: of one image, and of a whole video (frames x height x width)."""
+are areas: of one image, and of a whole video (frames x height x width). ``moe_intermediate_size`` is neither
+``hidden_size`` nor half of it: transformers 5 would read square weights of experts transposed."""
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -113,6 +115,7 @@ def make_tiny(directory: str | Path, *, moe: bool = False, seed: int = 0, **size
     tokenizer = make_tokenizer(size["vocab_words"])
     make_processor(tokenizer, size).save_pretrained(directory)
     model = make_model(tokenizer, size, moe=moe, seed=seed)
+    use_released_layout(model)
     with unused("deepspeed"):
         model.save_pretrained(directory)
     return directory

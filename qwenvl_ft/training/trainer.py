@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from qwenvl_ft.checkpoint.same_run import save_plan
@@ -20,6 +20,7 @@ from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.model.compiled import restore_layers
+from qwenvl_ft.model.released_layout import use_released_layout
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.activation_checkpointing import prepare_layers
 from qwenvl_ft.training.answers import Questions
@@ -126,6 +127,8 @@ class QwenVLTrainer(RowTrainer):
         self.recipe = recipe
         self.losses, self.mean_loss = LossCheck(), MeanLoss()
         self.bad_samples = 0
+        if isinstance(model, PreTrainedModel):  # a model that `load_model` has not loaded
+            use_released_layout(model)
         liger, args.use_liger_kernel = args.use_liger_kernel, False  # transformers would patch classes, and fail
         super().__init__(
             model,

@@ -5,6 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
+HighBitDepth = Annotated[
+    str | None,
+    typer.Option(
+        help="How values deeper than 8 bits become 8 bits: error, window, minmax, percentile or clip. Without it, as "
+        "the model was trained."
+    ),
+]
+Window = Annotated[
+    tuple[float, float] | None, typer.Option(help="Lowest and highest value of the images, as in -160 240.")
+]
+ImageFrame = Annotated[
+    int | None, typer.Option(help="Frame, page or slice of image files with several, counted from 0.")
+]
+
 
 def infer(
     model: Annotated[str, typer.Option(help="Directory or hub id of a model, or an adapter's directory.")],
@@ -23,19 +37,9 @@ def infer(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding; above 0, sample.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
-    high_bit_depth: Annotated[
-        str | None,
-        typer.Option(
-            help="How values deeper than 8 bits become 8 bits: error, window, minmax, percentile or clip. Without "
-            "it, as the model was trained."
-        ),
-    ] = None,
-    window: Annotated[
-        tuple[float, float] | None, typer.Option(help="Lowest and highest value of the images, as in -160 240.")
-    ] = None,
-    image_frame: Annotated[
-        int | None, typer.Option(help="Frame, page or slice of image files with several, counted from 0.")
-    ] = None,
+    high_bit_depth: HighBitDepth = None,
+    window: Window = None,
+    image_frame: ImageFrame = None,
     torch_dtype: Annotated[
         str, typer.Option(help="bfloat16, float16, float32, or auto for the saved precision.")
     ] = "auto",
@@ -44,43 +48,66 @@ def infer(
 ) -> None:
     """Ask a model one question about any number of images, and print its answer."""
     import json
-    import time
 
-    import torch
     from transformers.utils import logging
 
-    from qwenvl_ft.data.encode.encoder import Encoder
     from qwenvl_ft.data.encode.tools_prompt import read_tools
-    from qwenvl_ft.data.media.frames import unchosen
-    from qwenvl_ft.data.media.images import MediaPolicy
-    from qwenvl_ft.data.media.reading import reading_of, saved_reading
-    from qwenvl_ft.evaluation.generate import generate
+    from qwenvl_ft.data.media.reading import reading_of
 
     if temperature < 0:
         raise typer.BadParameter(f"{temperature} is below 0", param_hint="--temperature")
-    schemas = read_tools(tools, "--tools") if tools else None
-    entry = {"high_bit_depth": high_bit_depth, "window": window, "image_frame": image_frame}
-    flags = reading_of(entry, "--")
+    options: dict[str, Any] = {
+        "system": system,
+        "tools": read_tools(tools, "--tools") if tools else None,
+        "reading": reading_of({"high_bit_depth": high_bit_depth, "window": window, "image_frame": image_frame}, "--"),
+    }
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
-    asked = record(prompt, image or [])
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     for number, (source, processor) in enumerate(answerers):
         if adapter:
             loaded.set_adapter(f"adapter_{number}")
-        policy = MediaPolicy(allow_urls=True, reading=flags.over(saved_reading(processor)))
-        encoder = Encoder(processor, system_prompt=system, tools=schemas, policy=policy)
+        encoder = encoder_of(processor, **options)
+        asked = record(prompt, image or [])
         if number == 0:
-            for shown in unchosen(asked["image"], policy):
-                typer.echo(f"frame 0 is shown of {shown}; --image-frame chooses another", err=True)
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        (answer,) = generate(loaded, processor, [asked], encoder=encoder, max_new_tokens=max_new_tokens, **sampling)
-        result = {"answer": answer, "model": model, "seconds": round(time.perf_counter() - start, 3)}
-        result |= {"adapter": source} if adapter else {}
+            say_frames(asked["image"], encoder.policy)
+        answer, seconds = ask(loaded, encoder, asked, seed, max_new_tokens=max_new_tokens, **sampling)
+        result = {"answer": answer, "model": model, "seconds": seconds} | ({"adapter": source} if adapter else {})
         line = f"{source}: {answer}" if len(answerers) > 1 else answer
         typer.echo(json.dumps(result, ensure_ascii=False) if as_json else line)
+
+
+def encoder_of(processor: Any, *, system: str | None, tools: list[dict[str, Any]] | None, reading: Any) -> Any:
+    """Return an encoder that may fetch URLs, and reads images as the flags say, else as the model was trained."""
+    from qwenvl_ft.data.encode.encoder import Encoder
+    from qwenvl_ft.data.media.images import MediaPolicy
+    from qwenvl_ft.data.media.reading import saved_reading
+
+    policy = MediaPolicy(allow_urls=True, reading=reading.over(saved_reading(processor)))
+    return Encoder(processor, system_prompt=system, tools=tools, policy=policy)
+
+
+def say_frames(images: list[str], policy: Any) -> None:
+    """Name the images of several frames of which none was chosen."""
+    from qwenvl_ft.data.media.frames import unchosen
+
+    for shown in unchosen(images, policy):
+        typer.echo(f"frame 0 is shown of {shown}; --image-frame chooses another", err=True)
+
+
+def ask(model: Any, encoder: Any, asked: dict[str, Any], seed: int, **options: Any) -> tuple[str, float]:
+    """Return the answer to a record, and how many seconds it took."""
+    import time
+
+    import torch
+
+    from qwenvl_ft.evaluation.generate import generate
+
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    (answer,) = generate(model, encoder.processor, [asked], encoder=encoder, **options)
+    return answer, round(time.perf_counter() - start, 3)
 
 
 def record(prompt: str, images: list[str]) -> dict[str, Any]:

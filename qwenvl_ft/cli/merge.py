@@ -1,9 +1,12 @@
 """``qwenvl-ft merge``: merges an adapter into its base model, and optionally quantises the result."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qwenvl_ft.export.merge import Merged
 
 
 def merge(
@@ -41,12 +44,7 @@ def merge(
     logging.disable_progress_bar()
     options: dict[str, Any] = {"base": base, "torch_dtype": torch_dtype, "max_shard_size": max_shard_size}
     if quant_method is None:
-        done = merge_adapter(checkpoint, out, **options)
-        typer.echo(
-            f"{done.folder}: {done.method} merged into {done.layers} layers, modules trained in full: {done.copies}; "
-            f"{done.dtype}, {done.mebibytes:,.1f} MiB"
-            + ("; the language head has a weight of its own now" if done.untied else "")
-        )
+        typer.echo(merged_line(merge_adapter(checkpoint, out, **options)))
         return
     check_quantization(quant_method, quant_bits, dataset)
     target = require_new(out)
@@ -67,3 +65,12 @@ def merge(
         )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 2**20
     typer.echo(f"{target}: {quant_method}, {quant_bits} bits in groups of {group_size}, {size:,.1f} MiB")
+
+
+def merged_line(done: "Merged") -> str:
+    """Describe a merged model."""
+    untied = "; the language head has a weight of its own now" if done.untied else ""
+    return (
+        f"{done.folder}: {done.method} merged into {done.layers} layers, modules trained in full: {done.copies}; "
+        f"{done.dtype}, {done.mebibytes:,.1f} MiB{untied}"
+    )

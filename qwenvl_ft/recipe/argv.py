@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.dialect_defaults import default_layer, dialect_of
+from qwenvl_ft.recipe.dialect_defaults import default_layer
+from qwenvl_ft.recipe.dialect_marks import dialect_of
 from qwenvl_ft.recipe.dialects import ALIASES, FILE_FLAGS, FILES, PLACEHOLDERS, flag_type, flag_values
 from qwenvl_ft.recipe.foreign import Tool, file_layers, translated
 from qwenvl_ft.recipe.keys import bare_names

@@ -1,7 +1,8 @@
-"""Which defaults does a command line of another tool rely on? One table for each tool, and where ours are kept instead.
+"""Which defaults does a command line of another tool rely on? One table for each tool.
 
 A command line that has one of a tool's marks and names no recipe file was written for that tool. A setting that it
-leaves out then has that tool's default instead of ours. Everything that the user gives is stronger.
+leaves out then has that tool's default instead of ours, unless dialect_kept.py names it. Everything that the user gives
+is stronger.
 
 Sources: ms-swift 4.6.0 (tests hold its table against the installed package), and argument.py, train_qwen.py and
 data_processor.py of qwen-vl-finetune with transformers 4.57, the version that it names.
@@ -145,72 +146,6 @@ FROZEN = Computed(_frozen_in_full, "true, also in full training")
 LENGTH = Computed(longest, "the model's number of positions")
 
 
-MARKS: dict[str, tuple[str, ...]] = {
-    "axolotl": ("base_model", "micro_batch_size", "sequence_len", "sample_packing", "num_epochs", "lora_target_linear"),
-    "LLaMA-Factory": (
-        "stage",
-        "finetuning_type",
-        "lora_target",
-        "cutoff_len",
-        "dataset_dir",
-        "freeze_multi_modal_projector",
-    ),
-    "2U1": (
-        "model_id",
-        "data_path",
-        "image_folder",
-        "freeze_merger",
-        "vision_lora",
-        "vision_lr",
-        "merger_lr",
-        "lora_namespan_exclude",
-        "num_lora_modules",
-        "unfreeze_topk_vision",
-        "disable_flash_attn2",
-        "use_liger",
-        "bits",
-    ),
-    "train_qwen.py": (
-        "dataset_use",
-        "eval_dataset_use",
-        "model_name_or_path",
-        "tune_mm_llm",
-        "tune_mm_vision",
-        "tune_mm_mlp",
-        "data_flatten",
-        "data_packing",
-        "model_max_length",
-        "max_seq_length",
-        "mm_projector_lr",
-        "vision_tower_lr",
-        "use_lora",
-        "lora_enable",
-        "lora_r",
-        "train_modules",
-        "train_mlp",
-        "freeze_vision",
-        "video_max_frames",
-        "video_min_frames",
-        "video_fps",
-    ),
-    "ms-swift": (
-        "dataset",
-        "val_dataset",
-        "jsonl",
-        "train_jsonl",
-        "val_jsonl",
-        "train_type",
-        "sft_type",
-        "tuner_type",
-        "padding_free",
-        "freeze_llm",
-        "freeze_vit",
-        "freeze_aligner",
-    ),
-}
-"""Tool -> flags that show that a command line was written for it. The first tool of which a mark is given counts:
-ms-swift comes last, because many of its flags are also ours."""
-
 TRANSFORMERS: Values = {
     "training.packing": False,
     "training.per_device_train_batch_size": 8,
@@ -301,60 +236,6 @@ DIALECTS: dict[str, Values] = {
 }
 """Tool -> our key -> its default, for each default that differs from ours. A key of ``tuner`` applies only to methods
 that read it."""
-
-_SAME_RESULT = "the result is the same"
-_TRANSFORMERS_KEPT = {
-    "model.torch_dtype": "mixed precision over bfloat16, as these tools' examples ask for by bf16",
-    "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
-    "training.activation_checkpointing": f"{_SAME_RESULT}, in less memory",
-    "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
-    "training.dataloader_persistent_workers": f"{_SAME_RESULT}; workers start once",
-    "training.report_to": "all would start every tracker that is installed",
-    "training.optim": f"{_SAME_RESULT}; the fused kernel computes the same update faster",
-}
-KEPT: dict[str, dict[str, str]] = {
-    "axolotl": _TRANSFORMERS_KEPT
-    | {
-        "data.dataset_num_proc": f"{_SAME_RESULT}; it only measures lengths",
-    },
-    "LLaMA-Factory": _TRANSFORMERS_KEPT
-    | {
-        "template.truncation_strategy": "LLaMA-Factory cuts samples, even within an image; ours drops and counts them",
-        "data.dataset_num_proc": f"{_SAME_RESULT}; it only measures lengths",
-    },
-    "2U1": _TRANSFORMERS_KEPT | {"training.use_liger_kernel": "that tool refuses its default for Qwen3-VL"},
-    "ms-swift": {
-        "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
-        "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
-        "data.dataset_num_proc": f"{_SAME_RESULT}; it only measures lengths",
-        "training.output_dir": "a run does not name its folder by model and date",
-        "model.attn_impl": f"{_SAME_RESULT}; auto takes the fastest kernel that runs",
-        "model.model_revision": f"{_SAME_RESULT}: a hub's default branch is main",
-        "template.template": f"{_SAME_RESULT}: the text comes from the processor's own chat template",
-        "training.galore_target_modules": "ours are the linear layers of the language model, by name",
-        "training.swanlab_project": "it only names the project in a tracker",
-        "training.swanlab_mode": "the tracker's own default",
-        "training.ddp_timeout": "a rank that hangs ends the run after transformers' 30 minutes, not after 208 days",
-        "training.lazy_tokenize": f"{_SAME_RESULT}; samples are tokenized on demand anyway",
-        "training.remove_unused_columns": "a batch is not a table with columns",
-        "training.bf16": f"{_SAME_RESULT}: it follows the precision of the model",
-        "training.fp16": f"{_SAME_RESULT}: it follows the precision of the model",
-        "training.data_seed": "the order of the data follows training.seed, which is 42 too",
-        "training.metric_for_best_model": f"{_SAME_RESULT}: loss is the metric where one is needed",
-    },
-    "train_qwen.py": _TRANSFORMERS_KEPT
-    | {
-        "tuner.train_type": "without a flag that names parts, the script trains nothing and stops; LoRA trains",
-        "tuner.lora_dropout": "the script reads 0 as 0.05, which is our default",
-    },
-}
-"""Tool -> our key -> why our default stays although the tool's is another."""
-
-
-def dialect_of(flags: Iterable[str]) -> str | None:
-    """Return the tool that a command line with these flags was written for, or None."""
-    given = set(flags)
-    return next((name for name, marks in MARKS.items() if given.intersection(marks)), None)
 
 
 def default_layer(dialect: str, flags: Iterable[str], stronger: Iterable[Layer]) -> Layer:

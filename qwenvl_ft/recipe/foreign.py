@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_ft.errors import RecipeError, hint
-from qwenvl_ft.recipe.dialect_defaults import default_layer, dialect_of
+from qwenvl_ft.recipe.dialect_defaults import default_layer
+from qwenvl_ft.recipe.dialect_marks import dialect_of
 from qwenvl_ft.recipe.dialects import ALIASES, flag_values
 from qwenvl_ft.recipe.keys import type_of
 from qwenvl_ft.recipe.layers import Layer, read_file, read_layers

@@ -15,7 +15,9 @@ from inspect import get_annotations
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from qwenvl_ft.recipe.choices import OneOf
-from qwenvl_ft.recipe.dialect_defaults import DIALECTS, KEPT, MARKS, Computed
+from qwenvl_ft.recipe.dialect_defaults import DIALECTS, Computed
+from qwenvl_ft.recipe.dialect_kept import KEPT
+from qwenvl_ft.recipe.dialect_marks import MARKS
 from qwenvl_ft.recipe.dialects import ALIASES, ENVIRONMENT
 from qwenvl_ft.recipe.keys import argument_types, own_types
 from qwenvl_ft.recipe.schema import HF_DEFAULTS, SECTIONS

@@ -10,7 +10,9 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.recipe.argv import recipe_from_argv
-from qwenvl_ft.recipe.dialect_defaults import DIALECTS, KEPT, MARKS, Computed, dialect_of
+from qwenvl_ft.recipe.dialect_defaults import DIALECTS, Computed
+from qwenvl_ft.recipe.dialect_kept import KEPT
+from qwenvl_ft.recipe.dialect_marks import MARKS, dialect_of
 from qwenvl_ft.recipe.dialects import ALIASES
 from qwenvl_ft.recipe.keys import argument_types, bare_names, type_of
 from qwenvl_ft.recipe.load import load_recipe

@@ -224,3 +224,12 @@ def test_a_malformed_record_is_one_line_that_names_it(record, message):
         read_record(record, SOURCE)
     assert str(caught.value).startswith("d.jsonl:7: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_sharegpt_turn_with_two_texts_is_refused():
+    turn = {"from": "human", "value": "a", "content": "b"}
+    record = {"conversations": [turn, {"from": "bot", "value": "c"}]}
+    with pytest.raises(DataError, match=r"conversations\[0\] has both 'value' and 'content', and they differ"):
+        read_record(record, Source("s", "s:1"))
+    record["conversations"][0] = turn | {"content": None}
+    assert read_record(record, Source("s", "s:1")).messages[0].content == (Text("a"),)

@@ -77,7 +77,10 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise DataError(f"{where} must be {{'from': ..., 'value': text}}, not {turn!r:.80}.")
     role = _role(turn)
-    content = turn.get("value", turn.get("content"))
+    texts = [turn[key] for key in ("value", "content") if turn.get(key) is not None]
+    if len(texts) == 2 and texts[0] != texts[1]:
+        raise DataError(f"{where} has both 'value' and 'content', and they differ. Keep one.")
+    content = texts[0] if texts else None
     kept = {key: value for key, value in turn.items() if key not in ("from", "role", "value", "content")}
     if role in CALLS:
         return kept | {"role": "assistant", "content": "", "tool_calls": parsed_calls(content, where)}

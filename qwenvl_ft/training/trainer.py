@@ -307,7 +307,8 @@ class QwenVLTrainer(RowTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.losses.check()
-            logs["loss"] = self.mean_loss.since_log(self.accelerator)
+            del logs["loss"]  # transformers' mean of means
+            logs.update(self.mean_loss.since_log(self.accelerator))
             logs.update(self.step_log.read(logs, self.state))
             if bad := self._replaced_samples(self.train_sampler.epoch):
                 logs["bad_samples"] = bad

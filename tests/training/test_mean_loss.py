@@ -1,6 +1,7 @@
 """``loss`` of each log line and ``train_loss`` are means over the supervised tokens of all their steps and ranks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from cases import RECORDS, make_trainer
 from mean_loss_cases import run
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.model.load import load_model
+from qwenvl_ft.training.callbacks.run_log import describe
+from qwenvl_ft.training.mean_loss import MeanLoss
 
 CASES = {
     "every step": ({}, {"logging_steps": 1}),
@@ -93,3 +98,25 @@ def test_a_resumed_run_logs_the_losses_of_the_run_that_was_not_interrupted(tmp_p
     assert list(whole) == [2, 4, 6, "end"]
     again = losses(trainer)
     assert again["end"] < whole["end"], "a second call begins with the trained weights, and at zero"
+
+
+def test_a_skipped_step_is_left_out_of_the_mean_and_counted():
+    """In float16 a step whose gradients overflow is not taken; accelerate's optimizer says so."""
+    accelerator = Accelerator(cpu=True)
+    weight = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.1), device_placement=False, scaler=scaler)
+    mean, losses = MeanLoss(), [(6.0, 3), (100.0, 1), (2.0, 1)]
+    for (loss, tokens), gradient in zip(losses, (1.0, float("inf"), 1.0), strict=True):
+        mean.add(torch.tensor(loss / 2), tokens)  # two micro-batches
+        mean.add(torch.tensor(loss / 2), 0)
+        before = weight.detach().clone()
+        scaler.scale((weight * gradient).sum()).backward()
+        optimizer.step()
+        assert optimizer.step_was_skipped == torch.equal(weight, before) == math.isinf(gradient)
+        mean.on_optimizer_step(None, None, None, optimizer=optimizer)
+        optimizer.zero_grad()
+    assert mean.since_log(accelerator) == {"loss": pytest.approx(8 / 4), "skipped_steps": 1}
+    assert mean.since_log(accelerator) == {}, "nothing was trained on, which is no loss of 0"
+    assert mean.of_run(accelerator) == pytest.approx(8 / 4)
+    assert describe({"skipped_steps": 1}) == "skipped steps 1"

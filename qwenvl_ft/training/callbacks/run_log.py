@@ -21,6 +21,7 @@ from qwenvl_ft.evaluation.metrics import GEOMETRY, METRICS
 LOG, JSONL = "training.log", "trainer_log.jsonl"
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
+    "skipped_steps": ("skipped steps", "{:,}"),
     "eval_loss": ("eval_loss", "{:.4f}"),
     "eval_perplexity": ("perplexity", "{:.3f}"),
     "grad_norm": ("grad_norm", "{:.3f}"),

@@ -15,6 +15,7 @@ from qwenvl_ft.recipe.refused import FIXED
 from qwenvl_ft.recipe.schema import GALORE, Recipe
 from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.deepspeed import deepspeed_config, hierarchical
+from qwenvl_ft.training.launcher_agrees import require_launcher_agrees
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 from qwenvl_ft.upstream.arguments import as_installed, require_checkpointing_options
 
@@ -53,6 +54,7 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
     if kwargs["activation_checkpointing"]:
         kwargs.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
         require_checkpointing_options(kwargs["activation_checkpointing_kwargs"])
+    require_launcher_agrees(recipe, kwargs)
     if kwargs.get("load_best_model_at_end") or kwargs.get("save_strategy") == "best":
         kwargs.setdefault("metric_for_best_model", "eval_loss")
     if kwargs.get("metric_for_best_model"):

@@ -4,6 +4,10 @@ Relies on environment variables: ``TORCHELASTIC_RUN_ID`` of torchrun and of acce
 to 2.14, documented; ``ACCELERATE_DYNAMO_BACKEND``, which ``accelerate launch`` sets for a single process, accelerate
 1.0 to 1.15, not documented. `launched` must be asked before transformers' TrainingArguments, which set variables of
 accelerate too. If a variable is missing, a user's error is printed as in a process without a launcher.
+
+accelerate's configuration file and flags also reach a process as variables (``ACCELERATE_*`` and ``FSDP_*``, accelerate
+1.0 to 1.15), which accelerate reads wherever TrainingArguments leave something open. If one is missing or renamed, what
+it set is not compared with the recipe.
 """
 
 import os
@@ -16,3 +20,29 @@ def launched(environment: Mapping[str, str] | None = None) -> bool:
     """Return True if a launcher waits for this process and will report its exit code."""
     environment = os.environ if environment is None else environment
     return any(name in environment for name in VARIABLES)
+
+
+def launcher_precision() -> str:
+    """Return the mixed precision that accelerate's configuration sets: ``no``, ``bf16``, ``fp16`` or ``fp8``."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def launcher_shards() -> str | None:
+    """Return ``FSDP`` or ``DeepSpeed`` if accelerate's configuration shards the model by it."""
+    names = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    return next((shards for name, shards in names.items() if _is_on(name)), None)
+
+
+def launcher_recomputes() -> bool:
+    """Return True if accelerate's configuration has ``fsdp_activation_checkpointing``."""
+    return launcher_shards() == "FSDP" and _is_on("FSDP_ACTIVATION_CHECKPOINTING")
+
+
+def launcher_compiles() -> str | None:
+    """Return the backend that accelerate's configuration compiles the model by, if any."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    return None if backend == "no" else backend
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"

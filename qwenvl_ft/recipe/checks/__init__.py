@@ -7,7 +7,7 @@ change, or None. One module per topic; `CHECKS` lists all of them.
 from collections.abc import Callable
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.checks import data, evaluation, fields, memory, method, optimizer
+from qwenvl_ft.recipe.checks import data, evaluation, fields, launcher, memory, method, optimizer
 from qwenvl_ft.recipe.schema import Recipe
 
 Check = Callable[[Recipe], str | None]
@@ -26,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     optimizer.lora_plus,
     optimizer.lisa,
     method.quantization,
+    launcher.one_sharding,
     method.adalora_needs_gradients,
     method.second_stage,
     method.shared_rows,

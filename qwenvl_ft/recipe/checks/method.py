@@ -1,6 +1,6 @@
 """The training method: settings that it cannot be combined with, and recipes that train nothing."""
 
-from qwenvl_ft.recipe.checks.argument import argument
+from qwenvl_ft.recipe.checks.launcher import sharded_by
 from qwenvl_ft.recipe.methods import over_quantized
 from qwenvl_ft.recipe.schema import Recipe
 
@@ -34,7 +34,7 @@ def quantization(recipe: Recipe) -> str | None:
 
 def adalora_needs_gradients(recipe: Recipe) -> str | None:
     """AdaLoRA reads gradients after the optimizer's step, when sharding has freed them."""
-    sharding = "deepspeed" if recipe.deepspeed.enabled else "training.fsdp" if argument(recipe, "fsdp") else None
+    sharding = sharded_by(recipe)
     if recipe.tuner.train_type != "adalora" or sharding is None:
         return None
     return (

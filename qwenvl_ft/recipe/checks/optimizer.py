@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules."""
 
 from qwenvl_ft.recipe.checks.argument import argument
+from qwenvl_ft.recipe.checks.launcher import sharded_by
 from qwenvl_ft.recipe.methods import WITH_LORA
 from qwenvl_ft.recipe.schema import GALORE, Recipe
 from qwenvl_ft.recipe.values import shown
@@ -41,8 +42,8 @@ def galore(recipe: Recipe) -> str | None:
         )
     if recipe.deepspeed.enabled:
         return "training.use_galore=true needs whole gradients, which DeepSpeed flattens. Set deepspeed.enabled=false."
-    if argument(recipe, "fsdp"):
-        return "training.use_galore=true needs whole gradients, which FSDP shards. Remove training.fsdp."
+    if (sharding := sharded_by(recipe)) is not None:
+        return f"training.use_galore=true needs whole gradients, which FSDP shards. Remove {sharding}."
     optim = str(argument(recipe, "optim") or "adamw_torch")
     if optim not in GALORE:
         return f"training.use_galore=true works with training.optim={', '.join(GALORE)}; not with {optim}."
@@ -70,7 +71,7 @@ def lisa(recipe: Recipe) -> str | None:
     setting = f"training.lisa_activated_layers={training.lisa_activated_layers}"
     if recipe.tuner.train_type != "full" or recipe.tuner.freeze_llm:
         return f"{setting} needs full training of the language model. Set tuner.train_type=full and freeze_llm=false."
-    if recipe.deepspeed.enabled or argument(recipe, "fsdp"):
+    if sharded_by(recipe) is not None:
         return f"{setting} freezes layers during training, which DeepSpeed and FSDP ignore. Remove them."
     if argument(recipe, "ddp_find_unused_parameters") is False:
         return f"{setting} freezes layers, so training.ddp_find_unused_parameters=false cannot hold. Remove it."

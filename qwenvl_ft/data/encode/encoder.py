@@ -36,8 +36,8 @@ from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
 from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
 from qwenvl_ft.data.encode.tokenise import TextTokenizer, require_unicode
-from qwenvl_ft.data.media.frames import unchosen
-from qwenvl_ft.data.media.grids import Grid, image_grid
+from qwenvl_ft.data.media.frames import named_frames
+from qwenvl_ft.data.media.grids import Grid, grid_and_frames
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.media.reading import saved_reading, without_reading
 from qwenvl_ft.data.media.video import Clip, plan_clip
@@ -73,6 +73,8 @@ class _Shown(NamedTuple):
     image_grids: list[Grid]
     videos: list[Video]
     clips: list[Clip]
+    several_frames: tuple[str, ...]
+    """As in `Extent`; empty if the grids were known."""
 
 
 class Encoder:
@@ -178,7 +180,7 @@ class Encoder:
             DataError, TooLong, Unsupervised: as `draft`.
         """
         shown = self._show(conversation)
-        several = unchosen((image.value for image in shown.images), self.policy)
+        several = shown.several_frames
         media = (
             (IMAGE_PAD, self.processor.image_processor.merge_size, shown.image_grids),
             (VIDEO_PAD, self.processor.video_processor.merge_size, [clip.grid for clip in shown.clips]),
@@ -310,8 +312,11 @@ class Encoder:
         if self.system_prompt and messages[0].role != "system":
             messages = (Message("system", (Text(self.system_prompt),)), *messages)
         images, videos = conversation.media(Image), conversation.media(Video)
+        several: tuple[str, ...] = ()
         if image_grids is None:
-            image_grids = [image_grid(image, self.processor.image_processor, self.policy, source) for image in images]
+            seen = [grid_and_frames(each, self.processor.image_processor, self.policy, source) for each in images]
+            image_grids = [grid for grid, _ in seen]
+            several = named_frames((image.value for image in images), (count for _, count in seen), self.policy)
         if clips is None:
             clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
@@ -322,7 +327,7 @@ class Encoder:
         turns = find_turns(text, messages, source)
         require_tools_shown(text, tools, source)
         spans = supervised_spans(messages, turns)
-        return _Shown(text, spans, weights_of(messages), images, image_grids, videos, clips)
+        return _Shown(text, spans, weights_of(messages), images, image_grids, videos, clips, several)
 
     def sample(self, draft: Draft, owned: NDArray[np.bool_] | None = None, *, blank: bool = False) -> Sample:
         """Expand a draft to L tokens, and add positions and pixels.

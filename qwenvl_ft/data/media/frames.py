@@ -1,18 +1,16 @@
 """How many frames, pages or slices does an image file have, if it has several, and which one is shown?
 
-The first bytes rule out nearly all files, so that planning opens only those that may have several.
+Planning learns it where it reads the size (`image_header`). Here the first bytes rule out nearly all files.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from qwenvl_ft.data.media.images import chosen_reading
+from qwenvl_ft.data.media.images import chosen_reading, unchosen_of
 from qwenvl_ft.data.media.opening import MediaPolicy, file_of, medium_name, opened_image
 
 HEAD = 48
 """Bytes that tell whether a file may have several frames."""
-SEVERAL = ("TIFF", "GIF", "WEBP", "PNG", "AVIF", "DICOM")
-"""Formats whose further frames are pictures of their own. An MPO holds previews and gain maps of one photo."""
 
 
 def first_frame_line(dataset: str, count: int, example: str) -> str:
@@ -34,8 +32,14 @@ def unchosen(values: Iterable[Any], policy: MediaPolicy) -> tuple[str, ...]:
     Raises:
         DataError: an image cannot be opened.
     """
-    counted = ((value, unchosen_frames(value, policy)) for value in values)
-    return tuple(frames_text(chosen_reading(value, policy)[0], frames) for value, frames in counted if frames)
+    every = list(values)
+    return named_frames(every, (unchosen_frames(value, policy) for value in every), policy)
+
+
+def named_frames(values: Iterable[Any], counts: Iterable[int], policy: MediaPolicy) -> tuple[str, ...]:
+    """Return ``PATH (5 frames)`` for each image whose number of frames is not 0."""
+    pairs = zip(values, counts, strict=True)
+    return tuple(frames_text(chosen_reading(value, policy)[0], frames) for value, frames in pairs if frames)
 
 
 def frames_text(value: Any, frames: int) -> str:
@@ -53,8 +57,7 @@ def unchosen_frames(value: Any, policy: MediaPolicy) -> int:
     if reading.image_frame is not None or not _may_have_several(value):
         return 0
     with opened_image(value, policy, reading) as image:
-        count = getattr(image, "n_frames", 1) if image.format in SEVERAL else 1
-    return count if count > 1 else 0
+        return unchosen_of(image, reading)
 
 
 def _may_have_several(value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 from qwenvl_ft.data.conversation import Image, Limits, Source
-from qwenvl_ft.data.media.images import MediaPolicy, image_size, medium_name
+from qwenvl_ft.data.media.images import MediaPolicy, image_header, medium_name
 from qwenvl_ft.data.media.refused import TooThin, too_thin
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.upstream import processors
@@ -35,8 +35,20 @@ def image_grid(image: Image, processor: MediaProcessor, policy: MediaPolicy, sou
         DataError: the image cannot be opened.
         TooThin: the processor refuses its aspect ratio.
     """
+    return grid_and_frames(image, processor, policy, source, count_frames=False)[0]
+
+
+def grid_and_frames(
+    image: Image, processor: MediaProcessor, policy: MediaPolicy, source: Source, *, count_frames: bool = True
+) -> tuple[Grid, int]:
+    """Return the patch grid of an image, and its number of frames if it has several of which none was chosen, else 0.
+
+    Raises:
+        DataError, TooThin: as `image_grid`.
+    """
     try:
-        return grid_of_size(image, *image_size(image.value, policy), processor)
+        header = image_header(image.value, policy, count_frames=count_frames)
+        return grid_of_size(image, header.height, header.width, processor), header.frames
     except DataError as error:
         raise type(error)(f"{source}: {error}") from None
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 from PIL import Image as PILImage
@@ -30,6 +30,17 @@ TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 MEASURED = {"JPEG", "MPO", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA"}
 """Formats whose header holds the size of the decoded image; images of other formats are decoded to be measured."""
+SEVERAL = ("TIFF", "GIF", "WEBP", "PNG", "AVIF", "DICOM")
+"""Formats whose further frames are pictures of their own. An MPO holds previews and gain maps of one photo."""
+
+
+class Header(NamedTuple):
+    """What the header of an image says."""
+
+    height: int
+    width: int
+    frames: int = 0
+    """Number of frames or pages, if there are several and none was chosen; else 0."""
 
 
 class LazyImage(Protocol):
@@ -86,7 +97,13 @@ def open_image(value: Any, policy: MediaPolicy) -> PILImage.Image:
 
 
 def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
-    """Return the (height, width) that `open_image` would give, from the header, without decoding pixels.
+    """Return the (height, width) that `open_image` would give, as `image_header` does."""
+    header = image_header(value, policy, count_frames=False)
+    return header.height, header.width
+
+
+def image_header(value: Any, policy: MediaPolicy, *, count_frames: bool = True) -> Header:
+    """Return what the header of an image says of the picture that `open_image` would give; no pixels are decoded.
 
     A PNG may store its orientation after the pixels. Its chunk headers are scanned, and the file is decoded only if
     there is such a chunk.
@@ -97,25 +114,37 @@ def image_size(value: Any, policy: MediaPolicy) -> tuple[int, int]:
     if isinstance(value, str) and value.lower().endswith((".jpg", ".jpeg")) and not policy.reading.image_frame:
         size = jpeg_size(value)
         if size is not None and size[0] * size[1] <= policy.max_image_pixels:
-            return size
+            return Header(*size)
     if _is_lazy(value):
-        return value.size()
+        stored = chosen_reading(value, policy)[0]
+        if not count_frames or stored is value or _is_lazy(stored):
+            return Header(*value.size())
+        return Header(*value.size(), image_header(*_as_read(value, policy)).frames)
     if isinstance(value, ReadAs):
-        return image_size(value.value, replace(policy, reading=value.reading.over(policy.reading)))
+        return image_header(*_as_read(value, policy), count_frames=count_frames)
     reading = policy.reading
     with opened_image(value, policy, reading) as image:
+        frames = unchosen_of(image, reading) if count_frames else 0
         _refuse_unconvertible(image, reading, medium_name(value))
         if isinstance(image, MedicalFile):
-            return image.size[1], image.size[0]
+            return Header(image.size[1], image.size[0], frames)
         if (image.format == "PNG" and _has_late_text(image)) or image.format not in (*MEASURED, None):
             image.load()
         width, height = image.size
         tags: Any = getattr(image, "tag_v2", {})
         if image.format == "TIFF" and ORIENTATION in tags:  # PIL reports the upright size of such a TIFF
-            return height, width
+            return Header(height, width, frames)
         # PngImageFile.getexif would decode the pixels first
         orientation = PILImage.Image.getexif(image).get(ORIENTATION, 1)
-        return (width, height) if orientation in TURNED else (height, width)
+        return Header(width, height, frames) if orientation in TURNED else Header(height, width, frames)
+
+
+def unchosen_of(image: PILImage.Image | MedicalFile, reading: Reading) -> int:
+    """Return the number of frames of an opened image that has several of which none was chosen; else 0."""
+    if reading.image_frame is not None or image.format not in SEVERAL:
+        return 0
+    count = int(getattr(image, "n_frames", 1))
+    return count if count > 1 else 0
 
 
 def stored_mode(value: Any, policy: MediaPolicy) -> tuple[str, str]:
@@ -153,6 +182,12 @@ def chosen_reading(value: Any, policy: MediaPolicy) -> tuple[Any, Reading]:
     if isinstance(value, ReadAs):
         return value.value, value.reading.over(policy.reading)
     return value, policy.reading
+
+
+def _as_read(value: Any, policy: MediaPolicy) -> tuple[Any, MediaPolicy]:
+    """Return the value of an image's file, and the policy with the settings that apply to it."""
+    stored, reading = chosen_reading(value, policy)
+    return stored, replace(policy, reading=reading)
 
 
 def _deep_pixels(image: PILImage.Image | MedicalFile) -> DeepPixels | None:

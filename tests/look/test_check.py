@@ -332,6 +332,9 @@ def test_json_has_every_case(data, tiny_dir, capsys):
     assert printed["splits"]["train"]["epoch"]["samples"] == 2
     assert (printed["exit_code"], printed["errors"], printed["warnings"]) == (1, 7, 1)
     assert printed["tests"] == {"Annotation": True, "Image": False, "Model": True}
+    assert main(["check", str(bad), "--json"]) == 1
+    unasked = json.loads(capsys.readouterr().out)
+    assert unasked["tests"] == printed["tests"] | {"Model": None}, "nothing was tokenized, so nothing passed"
     assert (printed["splits"]["train"]["images"], printed["splits"]["train"]["videos"]) == (9, 0)
 
 

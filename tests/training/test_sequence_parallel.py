@@ -13,6 +13,7 @@ from sequence_cases import images, in_float64, text, video
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.deepspeed import deepspeed_config
+from qwenvl_ft.training.ranks import join_ranks
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 RECORDS = [
@@ -59,6 +60,7 @@ def trained(folder, checkpoint, encoder, size, engine="ddp", changes=(), **optio
     settings["gradient_accumulation_steps"] = ROWS_PER_STEP * size // dist.get_world_size()
     model_options = {name: options.pop(name) for name in ("z_loss", "loss_weights") if name in options}
     args = quiet_arguments(folder, **(settings | arguments | options))
+    join_ranks(args)
     model = load_model(str(checkpoint), torch_dtype="float32", attn_impl="packed_sdpa")
     for change in changes:
         model = change(model)
@@ -97,12 +99,12 @@ class Runs:
 
     def __init__(self, root, checkpoint, encoder):
         self.root, self.checkpoint, self.encoder = root, checkpoint, encoder
-        self.kept = {}
+        self.kept, self.started = {}, 0
 
     def run(self, ranks, size, engine="ddp", **options):
         key = json.dumps([ranks, size, engine, {name: str(value) for name, value in options.items()}])
         if key not in self.kept:
-            folder = self.root / str(len(self.kept))
+            folder, self.started = self.root / str(self.started), self.started + 1
             folder.mkdir()
             arguments = (folder, self.checkpoint, self.encoder, size, engine, options)
             results = in_ranks(ranks, _trained, *arguments)

@@ -1,7 +1,7 @@
 """Saves models as the released ones are stored, whatever has trained them: names, tied head, experts, config.json.
 
 vLLM, SGLang and transformers 4.57 read the released models' layout; transformers 5 reads it and writes another. Its
-``save_pretrained`` leaves MoE experts transposed (model/expert_layout.py). After loading under ZeRO-3 it renames
+``save_pretrained`` leaves MoE experts transposed (upstream/expert_layout.py). After loading under ZeRO-3 it renames
 ``model.language_model.layers`` to ``model.language_model.model.layers``. Under ZeRO-1 and ZeRO-2 a tied language head
 is stored a second time. Its config.json has ``rope_parameters`` and ``num_local_experts`` in place of ``rope_theta``,
 ``rope_scaling`` and ``num_experts``, without which transformers 4.57 does not build the model.
@@ -14,14 +14,13 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.model.anatomy import FAMILIES
-from qwenvl_ft.model.expert_layout import FUSED, stored_layout
+from qwenvl_ft.upstream.expert_layout import EXPERTS, Layout, stored_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,13 +59,13 @@ def released_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str
     Raises:
         CheckpointError: expert weights have unknown shapes, or are offloaded.
     """
-    transposed = stored_layout(_shapes(state), model.config) == "module"
+    transposed = _layout_of(state, model) == "module"
     second = _second_names(model)
     written: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in second:
             continue
-        if transposed and FUSED.search(name):
+        if transposed and name.endswith(EXPERTS):
             if value.is_meta:
                 raise CheckpointError(
                     f"{name} is offloaded and cannot be saved. Load the model without device_map to save it."
@@ -113,10 +112,13 @@ def _second_names(model: nn.Module) -> set[str]:
 
 def _to_module_layout(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Transpose the experts within a state dict that is about to be loaded, if they have the released layout."""
-    if stored_layout(_shapes(state), cast("PreTrainedModel", model).config) == "released":
-        for name in filter(FUSED.search, list(state)):
+    if _layout_of(state, model) == "released":
+        for name in [name for name in state if name.endswith(EXPERTS)]:
             state[name] = state[name].transpose(1, 2)
 
 
-def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+def _layout_of(state: dict[str, Any], model: Any) -> Layout | None:
+    """Return the layout of the experts in a state dict; None without experts, or if it holds parts of them."""
+    experts = {name: value for name, value in state.items() if name.endswith(EXPERTS) and isinstance(value, Tensor)}
+    shapes = {name: tuple(value.shape) for name, value in experts.items() if value.ndim == 3}
+    return stored_layout(shapes, model.config) if shapes else None

@@ -1,0 +1,113 @@
+"""Two ranks train a MoE model as one process does: every engine by every method, the same names and the same values."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_cases import short_run, write_questions
+from safetensors.torch import load_file
+from test_launch import launchers
+
+SCRIPT = Path(__file__).resolve().parents[1] / "many_runs_cases.py"
+LORA = ["tuner.train_type=lora", "tuner.lora_dropout=0", "training.learning_rate=0.3"]
+METHODS = {
+    "full": [
+        "tuner.train_type=full",
+        "tuner.freeze_vit=false",
+        "tuner.freeze_aligner=false",
+        "training.learning_rate=0.01",
+    ],
+    "attention": [*LORA, "tuner.target_modules=[q_proj,k_proj,v_proj,o_proj]"],
+    "experts": [*LORA, "tuner.target_regex=^$", "tuner.target_parameters=[experts.gate_up_proj,experts.down_proj]"],
+    "routers": [*LORA, "tuner.target_regex=^$", "tuner.target_parameters=[mlp.gate.weight]"],
+}
+ENGINES = {
+    "ddp": [],
+    "fsdp2": ["training.fsdp=full_shard", "training.fsdp_config.version=2"],
+    "zero2": ["deepspeed.enabled=true", "deepspeed.config=zero2"],
+    "zero3": ["deepspeed.enabled=true", "deepspeed.config=zero3"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four records, half of them with an image: of every pair of ranks, one has none."""
+    return write_questions(tmp_path_factory.mktemp("moe_data"), 4, text_every=2)
+
+
+def trained(checkpoint, data, folder, methods, engine=None):
+    """Train two steps over all records by each method, in one launch; return method -> the weights that are stored.
+
+    Args:
+        engine: a key of `ENGINES` for two ranks, None for one process.
+    """
+    processes = 1 if engine is None else 2
+    common = [
+        "template.max_length=256",
+        "training.packing=false",
+        "training.per_device_train_batch_size=1",
+        f"training.gradient_accumulation_steps={4 // processes}",
+        "training.max_steps=2",
+        "training.optim=sgd",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
+        "training.save_strategy=no",
+        *ENGINES.get(engine, []),
+    ]
+    runs = [json.dumps(short_run(checkpoint, data, folder / method, *common, *METHODS[method])) for method in methods]
+    words = launchers(processes)["torchrun"][:-1] if processes > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, *words, str(SCRIPT), *runs], capture_output=True, text=True, timeout=1500, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    return {method: stored(folder / method) for method in methods}
+
+
+def stored(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def assert_same(weights, alone, checkpoint):
+    """Compare what two ranks have stored with what one process has, method by method."""
+    begin = stored(checkpoint)
+    for method, expected in alone.items():
+        found = weights[method]
+        assert found.keys() == expected.keys(), (method, sorted(found.keys() ^ expected.keys())[:4])
+        if method == "full":
+            assert found.keys() == begin.keys(), "not the names of the checkpoint that was trained"
+        for name, value in expected.items():
+            assert found[name].shape == value.shape, (method, name)
+            assert float((found[name] - value).abs().max()) <= 1e-6, (method, name)
+        moved = {
+            name: float((value - begin[name] if method == "full" else value).abs().max())
+            for name, value in expected.items()
+            if method == "full" or "lora_B" in name
+        }
+        kinds = {"experts": "mlp.experts", "routers": "mlp.gate", "attention": "self_attn"}
+        assert max(moved.values()) > 1e-4, f"vacuous: {method} moves nothing"
+        assert all(kinds.get(method, "") in name for name in moved), method
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints, data, tmp_path_factory):
+    """Method -> what one process stores; all methods."""
+    return trained(checkpoints["moe"], data, tmp_path_factory.mktemp("alone"), METHODS)
+
+
+@pytest.mark.soak
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone, tmp_path, engine):
+    assert_same(trained(checkpoints["moe"], data, tmp_path, METHODS, engine), alone, checkpoints["moe"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_experts_that_are_sharded_train_the_adapter_of_one_process(checkpoints, data, tmp_path):
+    expected = trained(checkpoints["moe"], data, tmp_path / "alone", ["experts"])
+    found = trained(checkpoints["moe"], data, tmp_path / "sharded", ["experts"], "fsdp2")
+    assert_same(found, expected, checkpoints["moe"])

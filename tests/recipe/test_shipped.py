@@ -104,6 +104,7 @@ def test_base_documents_the_sections_and_can_be_copied(tmp_path):
         ("lora_4b", ("lora", False, True, True, False)),
         ("qlora_8b", ("lora", False, True, True, False)),
         ("lora_30b_a3b", ("lora", False, True, True, True)),
+        ("lora_30b_a3b_experts", ("lora", False, True, True, True)),
         ("stage_1_aligner", ("lora", True, True, False, False)),
         ("stage_2_llm_aligner", ("lora", False, True, False, False)),
         ("sft_4b", ("full", False, False, False, True)),

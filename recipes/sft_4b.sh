@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Full fine-tuning of 4B on one node.   NGPU=8 recipes/sft_4b.sh data.train=my.jsonl training.learning_rate=5e-6
 set -euo pipefail
-accelerate launch --num_processes "${NGPU:-8}" -m qwenvl_ft.train recipe=sft_4b "$@"
+NPROC_PER_NODE=${NPROC_PER_NODE:-${NGPU:-8}} exec "$(dirname "$0")/launch.sh" recipe=sft_4b "$@"

@@ -9,4 +9,4 @@ extra=()
 [ -z "${grad_accum_steps:-}" ] || extra+=("training.gradient_accumulation_steps=$grad_accum_steps")
 [ -z "${lr:-}" ] || extra+=("training.learning_rate=$lr")
 [ -z "${output_dir:-}" ] || extra+=("training.output_dir=$output_dir")
-accelerate launch --num_processes "${NPROC_PER_NODE:-${NGPU:-1}}" -m qwenvl_ft.train recipe=flare25 "${extra[@]}" "$@"
+exec "$(dirname "$0")/launch.sh" recipe=flare25 "${extra[@]}" "$@"

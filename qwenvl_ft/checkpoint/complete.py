@@ -121,6 +121,11 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return next((folder for folder in checkpoints(output_dir) if missing(folder) is None), None)
 
 
+def is_fresh(resume: str | bool | None) -> bool:
+    """Return True if ``training.resume_from_checkpoint`` asks for a fresh start."""
+    return resume is None or str(resume).lower() in FRESH
+
+
 def resolve_resume(resume: str | bool | None, output_dir: Path) -> Resume:
     """Return the checkpoint that ``training.resume_from_checkpoint`` asks for; on all ranks, with the same answer.
 
@@ -132,7 +137,7 @@ def resolve_resume(resume: str | bool | None, output_dir: Path) -> Resume:
         CheckpointError: the folder cannot be resumed, or a fresh start would write into the folder of an earlier run,
             whose checkpoints or weights would be taken for its own.
     """
-    if resume is None or str(resume).lower() in FRESH:
+    if is_fresh(resume):
         last = last_checkpoint(output_dir)
         if last is not None:
             raise CheckpointError(
@@ -222,21 +227,44 @@ def _saved_at(folder: Path) -> tuple[float, int]:
 
 
 def _newest(output_dir: Path) -> Resume:
-    """Return the complete checkpoint with the highest step, and what was passed over; on all ranks."""
+    """Return the complete checkpoint with the highest step, and what was passed over; on all ranks.
+
+    Raises:
+        CheckpointError: none is complete for all ranks, but one is for some.
+    """
     names = {folder.name for listed in gather(checkpoints(output_dir)) for folder in listed}
     passed: list[str] = []
+    elsewhere = ""
     for folder in sorted((output_dir / name for name in names), key=step_of, reverse=True):
-        fault = _fault(folder)
+        faults = gather(_own_fault(folder))
+        fault = _first(faults) or content_fault(folder)
         if fault is None:
             return Resume(folder, tuple(passed))
         passed.append(f"passed over {folder}: {fault}")
+        own = _first(faults)
+        if not elsewhere and own is not None and None in faults:
+            there, other = faults.index(None), faults.index(own)
+            elsewhere = f"{folder.name} is complete for rank {there}, but for rank {other}: {own}"
+    if elsewhere:
+        raise CheckpointError(
+            f"training.output_dir={output_dir}: {elsewhere}. Put output_dir on a disk that all nodes share, or copy the "
+            "checkpoint to each node."
+        )
     return Resume(None, tuple(passed))
 
 
 def _fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint on any rank, contents included; on all ranks."""
-    faults = gather(missing(folder) if folder.is_dir() else NO_FOLDER)
-    return next((fault for fault in faults if fault is not None), None) or content_fault(folder)
+    return _first(gather(_own_fault(folder))) or content_fault(folder)
+
+
+def _first(faults: list[str | None]) -> str | None:
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _own_fault(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint on this rank, contents not compared."""
+    return missing(folder) if folder.is_dir() else NO_FOLDER
 
 
 def _whole(path: Path) -> bool:

@@ -208,7 +208,24 @@ _QUANTISED_LATER = (
     "GPTQ and AWQ quantise a trained model. Remove it, train, then run: qwenvl-ft merge OUTPUT_DIR NEW --quant-method "
     "gptq --quant-bits 4 --group-size 128 --dataset my.jsonl. To train over 4-bit weights (bnb): --quantization_bit 4."
 )
+_LAYERS_SPLIT = (
+    "layers are not split over GPUs. Remove it; for a model that is too large for one GPU: training.fsdp=full_shard or "
+    "deepspeed.config=zero3, on several nodes also training.parallelism_config.dp_shard_size=GPUS_OF_A_NODE."
+)
+_SAMPLES_SPLIT = (
+    "samples are not split over GPUs in this way. Remove it; for rows that are too long for one GPU: "
+    "training.sequence_parallel_size."
+)
+_EXPERTS_SPLIT = (
+    "experts are not distributed over GPUs as wholes. Remove it; training.fsdp=full_shard and deepspeed.config=zero3 "
+    "shard them with all other weights."
+)
 REMOVED = {
+    **dict.fromkeys(("tensor_parallel_size", "tensor_model_parallel_size", "tp_size"), _LAYERS_SPLIT),
+    **dict.fromkeys(("pipeline_parallel_size", "pipeline_model_parallel_size", "pp_size"), _LAYERS_SPLIT),
+    **dict.fromkeys(("context_parallel_size", "cp_size"), _SAMPLES_SPLIT),
+    **dict.fromkeys(("expert_parallel_size", "expert_model_parallel_size", "ep_size"), _EXPERTS_SPLIT),
+    **dict.fromkeys(("expert_tensor_parallel_size", "etp_size"), _EXPERTS_SPLIT),
     "overwrite_output_dir": "a run writes to output_dir even if files are there. Remove it.",
     "save_safetensors": "checkpoints are always safetensors. Remove it.",
     "quant_method": _QUANTISED_LATER,
@@ -218,8 +235,9 @@ REMOVED = {
 }
 """Setting of other tools without a key of ours -> what to do instead."""
 
-SAME_ANYWAY: dict[str, int] = {}
-"""Setting in `REMOVED` -> the value that changes nothing, which is accepted."""
+SAME_ANYWAY = dict.fromkeys((name for name in REMOVED if name.endswith(("parallel_size", "p_size"))), 1)
+"""Setting in `REMOVED` -> the value that changes nothing (one GPU holds the whole), which is accepted."""
+
 
 FILE_FLAGS = {"dataset": ("jsonl", "train_jsonl"), "val_dataset": ("val_jsonl",)}
 """Flag that names data -> flags that name their file instead. Beside one of them it may hold a placeholder."""

@@ -320,7 +320,7 @@ READ_IF: tuple[ReadIf, ...] = (
         fix="set training.dataloader_num_workers=auto",
     ),
     _if_set("push_to_hub", *HUB),
-    _if_set("fsdp", "fsdp_config"),
+    _if_set("fsdp", "fsdp_config", "parallelism_config"),
     _if_set("use_liger_kernel", "liger_kernel_config"),
     _tracker("tensorboard", "logging_dir"),
     _tracker("wandb", "wandb_project", "wandb_entity"),

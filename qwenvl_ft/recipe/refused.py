@@ -52,6 +52,7 @@ MAPPING_KEYS: dict[str, tuple[str, ...]] = {
         "every_n_layers",
         "offload",
     ),
+    "parallelism_config": ("dp_replicate_size", "dp_shard_size"),
     "fsdp_config": (
         "version",
         "reshard_after_forward",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from qwenvl_ft.recipe.limits import NonNegative
+from qwenvl_ft.recipe.limits import NonNegative, Positive
 
 HF_DEFAULTS: dict[str, Any] = {
     "output_dir": "output",
@@ -85,6 +85,7 @@ HF_TYPES: dict[str, Any] = {
     "torch_compile_backend": Literal["inductor", "eager", "aot_eager", "cudagraphs", "hpu_backend"] | None,
     "torch_compile_mode": Literal["default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
     | None,
+    "parallelism_config": dict[str, Positive] | None,
     "include_num_input_tokens_seen": Literal["no", "all", "non_padding"] | bool,
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "ccl", "hccl", "cncl", "mccl"] | None,
 }

@@ -54,6 +54,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
 
     from qwenvl_ft import assemble
     from qwenvl_ft.checkpoint.complete import remove_partial, resolve_resume
+    from qwenvl_ft.checkpoint.restart import resume_setting
     from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
     from qwenvl_ft.training.announce import announce
     from qwenvl_ft.training.build import build_questions, build_trainer
@@ -67,7 +68,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
 
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
-    start = resolve_resume(recipe.training.resume_from_checkpoint, output_dir)
+    start = resolve_resume(resume_setting(recipe.training.resume_from_checkpoint), output_dir)
     if start.folder is not None:
         require_same_recipe(recipe, start.folder)
     if not recipe.phase:  # the data of all phases were checked before the first one
@@ -128,10 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 2 after a user's error, which is printed on one line; 128 + n after signal n.
+        The exit code: 0; 2 after a user's error, which is printed on one line, by one of the processes of a node that
+        have the same; 128 + n after signal n.
     """
     from qwenvl_ft.errors import QwenVLError
-    from qwenvl_ft.upstream.launcher import launched
+    from qwenvl_ft.upstream.launcher import is_first_to_say, launched
 
     note = f"\n{LAUNCHED}" if launched() else ""
     try:
@@ -141,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         result = train(recipe_from_argv(sys.argv[1:] if argv is None else argv))
         leave_ranks()
     except QwenVLError as error:
-        print(f"error: {error}{note}\n", end="", file=sys.stderr, flush=True)  # in one piece, also from several ranks
+        if is_first_to_say(str(error)):
+            print(f"error: {error}{note}\n", end="", file=sys.stderr, flush=True)  # in one piece, also of several ranks
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

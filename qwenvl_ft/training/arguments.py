@@ -15,6 +15,7 @@ from qwenvl_ft.recipe.refused import FIXED
 from qwenvl_ft.recipe.schema import GALORE, Recipe
 from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.deepspeed import deepspeed_config, hierarchical
+from qwenvl_ft.training.hybrid_sharding import parallelism
 from qwenvl_ft.training.launcher_agrees import require_launcher_agrees
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 from qwenvl_ft.upstream.arguments import as_installed, require_checkpointing_options
@@ -48,6 +49,8 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
         kwargs["ddp_find_unused_parameters"] = True  # the layers that are not drawn have no gradient
     if "ddp_backend" in kwargs:
         kwargs["ddp_backend"] = ddp_backend(kwargs["ddp_backend"])
+    if "parallelism_config" in kwargs:
+        kwargs["parallelism_config"] = parallelism(kwargs["parallelism_config"])
     if recipe.deepspeed.enabled:
         kwargs["deepspeed"] = hierarchical(deepspeed_config(recipe.deepspeed.config), recipe.deepspeed)
     kwargs["activation_checkpointing"] = any(chosen_parts(recipe.training).values())

@@ -15,6 +15,7 @@ import torch
 from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
 from qwenvl_ft.checkpoint.manifest import MANIFEST, content_fault, rank
+from qwenvl_ft.checkpoint.restart import resume_setting
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.training.build import build_questions
@@ -58,7 +59,7 @@ def open_phases(recipe: Recipe) -> list[Recipe]:
 
 def _check(phase: Recipe, run: Recipe) -> bool:
     """Check one phase; return True on rank 0."""
-    resolve_resume(run.training.resume_from_checkpoint, folder_of(run))
+    resolve_resume(resume_setting(run.training.resume_from_checkpoint), folder_of(run))
     args = prepare_run(phase)
     check_before_training(phase)
     train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
@@ -135,7 +136,7 @@ def _is_finished(run: Recipe) -> bool:
         RecipeError: ``training.resume_from_checkpoint`` names one checkpoint.
         CheckpointError: this is a fresh start into the folder of an earlier run.
     """
-    resume, folder = run.training.resume_from_checkpoint, folder_of(run)
+    resume, folder = resume_setting(run.training.resume_from_checkpoint), folder_of(run)
     resumes = resume is True or str(resume).lower() in AUTO
     if not resumes and resume not in (None, False) and str(resume).lower() not in ("false", "none", ""):
         raise RecipeError(

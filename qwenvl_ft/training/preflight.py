@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
@@ -25,10 +25,12 @@ from qwenvl_ft.model.load import loading_options, plan_loading
 from qwenvl_ft.model.sequence_parallel import require_model, require_ranks
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.recipe.values import shown
+from qwenvl_ft.training.hybrid_sharding import require_data_parallel
 from qwenvl_ft.training.tracker_trial import try_tracker
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.upstream.layers import COMPILED
+from qwenvl_ft.upstream.probe import installed
 from qwenvl_ft.upstream.unused import unused
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
@@ -190,6 +192,7 @@ def _sharding(recipe: Recipe, args: Any) -> None:
             f"training.fsdp={recipe.training.arguments['fsdp']} shards the model over processes, but there is only "
             "one. Start more (accelerate launch --num_processes 2 ...), or remove the key."
         )
+    require_data_parallel()
 
 
 def _output(recipe: Recipe, args: Any) -> None:
@@ -218,6 +221,21 @@ def _one_device(recipe: Recipe, args: Any) -> None:
         raise RecipeError(
             f"one process sees {args.n_gpu} GPUs. Launch one per GPU (accelerate launch -m qwenvl_ft.train ...), or "
             "make only one visible: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def require_saving_on_each_node(recipe: Recipe, args: Any) -> None:
+    """Refuse ``training.save_on_each_node`` where transformers would save a model without its weights on other nodes.
+
+    Since there is ``should_save_on_this_rank``, ``save_pretrained`` writes on rank 0 only; peft's writes on each node.
+    """
+    nodes = args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    ignored = hasattr(PreTrainedModel, "should_save_on_this_rank")
+    if args.save_on_each_node and nodes > 1 and ignored and not METHODS[recipe.tuner.train_type].adapter:
+        raise RecipeError(
+            f"training.save_on_each_node=true: {installed(('transformers',))} writes the weights of a whole model on "
+            "rank 0 only, so the other nodes would have checkpoints without weights. Remove it, and put "
+            "training.output_dir on a disk that all nodes share, or copy the checkpoints to each node before a resume."
         )
 
 
@@ -298,6 +316,7 @@ CHECKS = (
     _one_device,
     _sharding,
     _shared_rows,
+    require_saving_on_each_node,
     _batch_size,
     _trackers,
     _wandb,

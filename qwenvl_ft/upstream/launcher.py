@@ -1,4 +1,5 @@
-"""Says whether accelerate or torchrun started this process; both print a traceback of their own after a failure.
+"""Says whether accelerate or torchrun started this process; both print a traceback of their own after a failure. Lets
+only one of the processes that they started on a node print an error that all of them have.
 
 Relies on environment variables: ``TORCHELASTIC_RUN_ID`` of torchrun and of accelerate with several processes, torch 2.8
 to 2.14, documented; ``ACCELERATE_DYNAMO_BACKEND``, which ``accelerate launch`` sets for a single process, accelerate
@@ -8,10 +9,16 @@ accelerate too. If a variable is missing, a user's error is printed as in a proc
 accelerate's configuration file and flags also reach a process as variables (``ACCELERATE_*`` and ``FSDP_*``, accelerate
 1.0 to 1.15), which accelerate reads wherever TrainingArguments leave something open. If one is missing or renamed, what
 it set is not compared with the recipe.
+
+``TORCHELASTIC_ERROR_FILE`` of torchrun and accelerate, torch 2.8 to 2.15: the path of a file for the exception of this
+process, in a folder named by its local rank within a temporary folder of the node's processes and of this (re)start.
+Without it, each process prints the error.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
 
@@ -46,3 +53,22 @@ def launcher_compiles() -> str | None:
 
 def _is_on(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
+
+
+def is_first_to_say(text: str) -> bool:
+    """Return True if no other process of this node and this start has asked the same for the same text before.
+
+    A file that only one process can create marks what was said: the processes may have failed before they could talk
+    to each other, and the rank that fails is not always rank 0.
+    """
+    folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or ".").parent
+    if folder.name != os.environ.get("LOCAL_RANK"):
+        return True
+    mark = folder.parent / f"said-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # no such folder, or it is not writable
+        return True
+    return True

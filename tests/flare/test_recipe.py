@@ -75,7 +75,7 @@ def test_the_guides_changes_are_flags():
 
 
 def test_the_scripts_variables_reach_the_recipe(tmp_path):
-    shim = tmp_path / "accelerate"
+    shim = tmp_path / "torchrun"
     shim.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
     shim.chmod(0o755)
     variables = {"NPROC_PER_NODE": "4", "batch_size": "2", "grad_accum_steps": "8", "lr": "2e-5", "output_dir": "o"}
@@ -83,7 +83,7 @@ def test_the_scripts_variables_reach_the_recipe(tmp_path):
     script = RECIPES / "sft_qwen3_4b_flare.sh"
     done = subprocess.run([script, "--max_pixels", "100352"], env=env, capture_output=True, text=True, check=True)
     words = done.stdout.splitlines()
-    assert words[:5] == ["launch", "--num_processes", "4", "-m", "qwenvl_ft.train"]
+    assert words[:5] == ["--nproc_per_node", "4", "--standalone", "-m", "qwenvl_ft.train"]
     recipe = recipe_from_argv(words[5:])
     arguments = recipe.training.arguments
     assert (arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]) == (2, 8)

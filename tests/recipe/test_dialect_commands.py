@@ -200,6 +200,25 @@ def test_quantisation_after_training_is_pointed_to_its_command(flag):
         recipe_from_argv(["quantization.quant_bits=4"])
 
 
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("tensor_parallel_size", "training.fsdp=full_shard"),
+        ("tensor_model_parallel_size", "deepspeed.config=zero3"),
+        ("pipeline_model_parallel_size", "training.parallelism_config.dp_shard_size"),
+        ("context_parallel_size", "training.sequence_parallel_size"),
+        ("expert_model_parallel_size", "shard them with all other weights"),
+    ],
+)
+def test_parallelism_of_other_tools_is_answered_by_what_to_use(flag, instead, write):
+    with pytest.raises(RecipeError) as error:
+        recipe_from_argv(["--dataset", "a", f"--{flag}", "2"])
+    assert str(error.value).startswith(f"--{flag}: ")
+    assert instead in str(error.value)
+    with pytest.raises(RecipeError, match=rf"training\.{flag}: "):
+        load_recipe(write("a.yaml", f"training: {{{flag}: 2}}"))
+
+
 @pytest.mark.parametrize("name", SAME_ANYWAY)
 def test_a_removed_setting_is_accepted_with_the_value_that_changes_nothing(name, write):
     value = str(SAME_ANYWAY[name])

@@ -21,7 +21,7 @@ from qwenvl_ft.recipe.schema import DataConfig
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 YAML = sorted(RECIPES.glob("*.yaml"))
 SCRIPTS = sorted(RECIPES.glob("*.sh"))
-LAUNCHERS = [path for path in SCRIPTS if path.stem not in ("dry_run", "train")]
+LAUNCHERS = [path for path in SCRIPTS if path.stem not in ("dry_run", "train", "launch", "slurm")]
 DEEPSPEED = sorted((RECIPES / "deepspeed").glob("*.json"))
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
@@ -167,7 +167,7 @@ def test_a_deepspeed_preset_clips_gradients_and_the_trainer_fills_it_in(path, ti
 @pytest.mark.parametrize("path", ACCELERATE, ids=stem)
 def test_an_accelerate_config_loads_and_names_existing_classes(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes == 8
+    assert config.num_processes == 8 * config.num_machines
     settings = yaml.safe_load(path.read_text())
     assert str(config.distributed_type).endswith(settings["distributed_type"])
     if "fsdp_config" in settings:
@@ -178,8 +178,8 @@ def test_an_accelerate_config_loads_and_names_existing_classes(path):
 @pytest.mark.parametrize("path", LAUNCHERS, ids=stem)
 @pytest.mark.parametrize("gpus", [None, "3"])
 def test_a_script_launches_its_recipe_and_passes_all_arguments_on(path, gpus, tmp_path):
-    """With a stand-in for accelerate that prints its arguments, from another folder."""
-    shim = tmp_path / "accelerate"
+    """With a stand-in for torchrun that prints its arguments, from another folder."""
+    shim = tmp_path / "torchrun"
     shim.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
     shim.chmod(0o755)
     env = {key: value for key, value in os.environ.items() if key not in ("NGPU", "NPROC_PER_NODE")}
@@ -188,10 +188,11 @@ def test_a_script_launches_its_recipe_and_passes_all_arguments_on(path, gpus, tm
     mine = ["data.train=my file.jsonl", "training.learning_rate=5e-6"]
     done = subprocess.run([path, *mine], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
     words = done.stdout.splitlines()
-    assert words[0] == "launch"
+    assert words[0] == "--nproc_per_node"
+    assert words[2] == "--standalone"
     processes = {"lora_4b": "1", "sft_qwen3_4b_flare": "1"}
     expected = gpus or (processes[path.stem] if path.stem in processes else "8")
-    assert words[words.index("--num_processes") + 1] == expected
+    assert words[1] == expected
     assert words[words.index("-m") + 1] == "qwenvl_ft.train"
     recipe = recipe_from_argv(words[words.index("-m") + 2 :])
     assert (recipe.data.train, recipe.training.learning_rate) == ("my file.jsonl", 5e-6)

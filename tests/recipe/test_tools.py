@@ -346,7 +346,7 @@ def test_a_key_of_axolotl_sets_ours(old, new, key, value, write):
     [
         ("tf32: false", "rl: dpo", r"rl: 'dpo' cannot be honoured: this package only trains on answers"),
         ("tf32: false", "tf33: false", r"tf33: axolotl has no such key"),
-        ("tf32: false", "context_parallel_size: 2", r"a sample is not split over GPUs"),
+        ("tf32: false", "context_parallel_size: 2", r"training\.sequence_parallel_size"),
         ("tf32: false", "lisa_n_layers: 2", r"lisa_n_layers: 2 cannot be honoured"),
         ("type: chat_template", "type: alpaca", r"datasets: type: 'alpaca' is not read"),
         ("adapter: lora", "adapter: llama-adapter", r"adapter: 'llama-adapter' is not mapped"),

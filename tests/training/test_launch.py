@@ -140,7 +140,7 @@ def test_a_users_error_is_the_last_line_or_says_that_the_launchers_traceback_fol
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ, check=False)
     assert done.returncode != 0
     lines = done.stderr.strip().splitlines()
-    place = next(number for number, line in enumerate(lines) if line.startswith("error: "))
+    (place,) = (number for number, line in enumerate(lines) if line.startswith("error: "))  # once, from all ranks
     assert "Did you mean 'model'?" in lines[place]
     if launcher == "python":
         assert place == len(lines) - 1

@@ -167,9 +167,10 @@ def _arrow_copy(file: DataFile, folder: Path, skip: bool, max_bytes: int) -> Pat
                     raise
                 _write(file, damaged, *_with_damage(file, max_bytes))
                 return damaged
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter by filelock, on a disk without flock
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{file} cannot be copied to {folder}: {error.strerror or error}. Set HF_DATASETS_CACHE to a folder with "
+            f"{file} cannot be copied to {folder}: {reason}. Set HF_DATASETS_CACHE to a folder on a local disk with "
             "enough space."
         ) from None
     return target

@@ -122,7 +122,7 @@ def _template(entry: Entry) -> Values:
 _NOT_HERE = "this package does not have it. Leave it out."
 _OTHER_TRAINING = "this package only trains on answers. Leave it out."
 _OWN_ROWS = "rows are planned from sample lengths. Leave it out."
-_ONE_DEVICE = "a sample is not split over GPUs. Use deepspeed: zero3."
+_ONE_DEVICE = "it is not mapped. Use deepspeed: zero3, or for long rows training.sequence_parallel_size in a recipe."
 _ABSENT = {
     _OTHER_TRAINING: (
         "rl trl vllm ebft reward_model process_reward_model center_rewards_coefficient num_labels pretraining_dataset "

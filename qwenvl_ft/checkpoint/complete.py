@@ -247,8 +247,8 @@ def _newest(output_dir: Path) -> Resume:
             elsewhere = f"{folder.name} is complete for rank {there}, but for rank {other}: {own}"
     if elsewhere:
         raise CheckpointError(
-            f"training.output_dir={output_dir}: {elsewhere}. Put output_dir on a disk that all nodes share, or copy the "
-            "checkpoint to each node."
+            f"training.output_dir={output_dir}: {elsewhere}. Put output_dir on a disk that all nodes share, or copy "
+            "the checkpoint to each node."
         )
     return Resume(None, tuple(passed))
 

@@ -8,14 +8,13 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.recipe.dialect_defaults import default_layer
 from qwenvl_ft.recipe.dialect_marks import dialect_of
-from qwenvl_ft.recipe.dialects import ALIASES, FILE_FLAGS, FILES, PLACEHOLDERS, flag_type, flag_values
+from qwenvl_ft.recipe.dialects import ALIASES, FILES, flag_type, flag_values
 from qwenvl_ft.recipe.foreign import Tool, file_layers, translated
 from qwenvl_ft.recipe.keys import bare_names
 from qwenvl_ft.recipe.layers import OVERRIDE, Layer, environment_layer, find_recipe, set_override
 from qwenvl_ft.recipe.load import build_recipe
 from qwenvl_ft.recipe.schema import TOP_LEVEL, Recipe
 from qwenvl_ft.recipe.tools import TOOLS
-from qwenvl_ft.recipe.values import shown
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\.[^=\s]+)?=")
 USAGE = """Train a model as a recipe describes.
@@ -49,7 +48,7 @@ def recipe_from_argv(argv: list[str]) -> Recipe:
     overrides = Layer(OVERRIDE)
     dialect = None if _names_a_file(argv) else dialect_of(_flags(argv))
     tool = TOOLS.get(dialect or "")
-    arguments = _without_placeholder(list(_arguments(_joined(argv), tool)))
+    arguments = list(_arguments(_joined(argv), tool))
     if tool is not None:
         theirs = {name: value for name, value, _ in arguments if tool.knows(name)}
         arguments = [argument for argument in arguments if argument[0] not in theirs]
@@ -106,25 +105,6 @@ def _joined(argv: list[str]) -> list[str]:
 
 def _open_brackets(text: str) -> bool:
     return any(text.count(opening) > text.count(closing) for opening, closing in ("[]", "{}"))
-
-
-def _without_placeholder(arguments: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
-    """Drop a placeholder for data if another argument, in any place, names their file.
-
-    Raises:
-        RecipeError: two arguments name different data.
-    """
-    kept: list[tuple[str, Any, str]] = []
-    for name, value, spelled in arguments:
-        others = [other for other in arguments if other[0] in FILE_FLAGS.get(name, ())]
-        if not others or value == others[-1][1]:
-            kept.append((name, value, spelled))
-        elif str(value).lower() not in PLACEHOLDERS:
-            raise RecipeError(
-                f"{others[-1][2]} and {spelled} {shown(value)} both name data. Keep one; {spelled} takes several, also "
-                "files."
-            )
-    return kept
 
 
 def _arguments(words: list[str], tool: Tool | None) -> Iterator[tuple[str, Any, str]]:

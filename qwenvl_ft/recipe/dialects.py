@@ -239,12 +239,6 @@ SAME_ANYWAY = dict.fromkeys((name for name in REMOVED if name.endswith(("paralle
 """Setting in `REMOVED` -> the value that changes nothing (one GPU holds the whole), which is accepted."""
 
 
-FILE_FLAGS = {"dataset": ("jsonl", "train_jsonl"), "val_dataset": ("val_jsonl",)}
-"""Flag that names data -> flags that name their file instead. Beside one of them it may hold a placeholder."""
-PLACEHOLDERS = ("placeholder", "custom", "dummy", "none", "null")
-"""Words that are a placeholder for the name of data."""
-
-
 def is_same_anyway(name: str, value: Any, where: str) -> bool:
     """Return True if a setting of another tool has the value that describes what happens here anyway."""
     same = SAME_ANYWAY.get(name)

@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 
 Setting = tuple[str, Any]
 """How a key was spelled, and the value given to it."""
-STRONGER_NAMES = {
-    "training.warmup_steps": ("warmup_steps",),
-    "data.train": ("jsonl", "train_jsonl"),
-    "data.val": ("val_jsonl",),
-}
+STRONGER_NAMES = {"training.warmup_steps": ("warmup_steps",)}
 """Key -> its names that outweigh all its other names within a layer, the strongest first: transformers prefers
-``warmup_steps`` to ``warmup_ratio``, and beside ``--jsonl`` ms-swift's ``--dataset`` is a placeholder."""
-YIELDING = {"training.warmup_steps": 0}
-"""Key -> its value that says nothing, so that any of its other names outweighs it."""
+``warmup_steps`` to ``warmup_ratio``."""
+PLACEHOLDERS = ("placeholder", "custom", "dummy", "none", "null")
+"""Names of data that say nothing: ms-swift's ``--dataset`` wants one even where ``--jsonl`` names the file."""
+YIELDING = {"training.warmup_steps": ("0", "0.0"), "data.train": PLACEHOLDERS, "data.val": PLACEHOLDERS}
+"""Key -> its values, as text in lower case, that say nothing, so that any of its other names outweighs them."""
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values that switch a key of a group off, so that it excludes no other."""
 
@@ -94,7 +92,8 @@ def settle(layer: Layer) -> None:
 def _strongest(key: str, settings: list[Setting], where: str) -> Setting:
     """Return the setting that outweighs all others of its key in a layer."""
     typed = [(spelled, _typed(key, value, where)) for spelled, value in settings]
-    saying = [number for number, (_, value) in enumerate(typed) if key not in YIELDING or value != YIELDING[key]]
+    nothing = YIELDING[key] if key in YIELDING else ()
+    saying = [number for number, (_, value) in enumerate(typed) if str(value).lower() not in nothing]
     saying = saying or list(range(len(typed)))
     best = min(_rank(key, typed[number][0]) for number in saying)
     first, *others = (number for number in saying if _rank(key, typed[number][0]) == best)

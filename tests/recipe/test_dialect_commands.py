@@ -166,7 +166,9 @@ def test_a_placeholder_beside_a_file_is_dropped_in_any_order(order):
     words += [["--val_dataset", "custom"], ["--val_jsonl", "v.jsonl"]][::order]
     data = recipe_from_argv([word for pair in words for word in pair]).data
     assert (data.train, data.val) == ("a.jsonl", "v.jsonl")
-    with pytest.raises(RecipeError, match="--jsonl and --dataset 'b' both name data"):
+    with pytest.raises(
+        RecipeError, match=r"--dataset='b' and --jsonl='a\.jsonl' exclude each other: both set data\.train"
+    ):
         recipe_from_argv([word for pair in [["--jsonl", "a.jsonl"], ["--dataset", "b"]][::order] for word in pair])
     assert recipe_from_argv(["--dataset", "custom"]).data.train == "custom", "without a file it may be a name"
 

@@ -142,9 +142,25 @@ def test_a_file_may_not_set_a_key_twice_by_two_sections(write):
             load_recipe(write("a.yaml", "\n".join(sections)))
 
 
-def test_jsonl_outweighs_a_placeholder_in_any_order():
-    for words in permutations(["--jsonl=a", "--dataset=placeholder", "--dataset_use=other"]):
+def test_a_name_of_data_outweighs_a_placeholder_in_any_order_and_in_a_file(write):
+    for words in permutations(["--jsonl=a", "--dataset=Placeholder", "--dataset_use=a"]):
         assert recipe_from_argv(list(words)).data.train == "a"
+    for keys in permutations(["jsonl: a", "dataset: placeholder"]):
+        assert load_recipe(write("a.yaml", f"data: {{{', '.join(keys)}}}")).data.train == "a"
+
+
+def test_two_names_of_data_are_an_error_in_any_order_and_in_a_file(write):
+    """A file's name does not outweigh data that are named otherwise: they would be dropped without a word."""
+    both = r"both set data\.train"
+    for words in permutations(["--jsonl=a", "--dataset=placeholder", "--dataset_use=other"]):
+        with pytest.raises(RecipeError, match=both):
+            recipe_from_argv(list(words))
+    for keys in permutations(["jsonl: a", "dataset: b"]):
+        with pytest.raises(RecipeError, match=both):
+            load_recipe(write("a.yaml", f"data: {{{', '.join(keys)}}}"))
+    for keys in permutations(["val_jsonl: a", "val_dataset: b"]):
+        with pytest.raises(RecipeError, match=r"both set data\.val"):
+            load_recipe(write("a.yaml", f"data: {{{', '.join(keys)}}}"))
 
 
 def test_a_mapping_and_one_of_its_keys_are_an_error_in_either_order():

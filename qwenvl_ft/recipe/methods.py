@@ -6,7 +6,7 @@ nor peft.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qwenvl_ft.recipe.choices import imported
@@ -33,6 +33,9 @@ class Method:
     trial: str | None = None
     """``module:function`` of ``(model without weights, tuner)``, which raises RecipeError for names or sizes that do
     not fit. It runs before the weights are loaded."""
+    schedule: str | None = None
+    """``module:function`` of ``(tuner, steps of the run)``, which raises RecipeError if they are too few. It runs
+    before the model is loaded."""
     checker: str | None = None
     """``module:function`` of ``(model, tuner)``, which raises RecipeError if weights other than the method's would
     train."""
@@ -46,6 +49,11 @@ class Method:
     def names(self) -> Callable[..., Any] | None:
         """The function named by ``trial``."""
         return _function(self.trial) if self.trial else None
+
+    @property
+    def enough_steps(self) -> Callable[..., None] | None:
+        """The function named by ``schedule``."""
+        return _function(self.schedule) if self.schedule else None
 
     @property
     def check(self) -> Callable[..., None] | None:
@@ -136,7 +144,10 @@ METHODS: dict[str, Method] = {
         over_quantized=True,
         reads_data=True,
     ),
-    "adalora": _adapter("adalora:build_adalora", "lora:place", (*TARGETS, *SCALED, *_keys(AdaLora))),
+    "adalora": replace(
+        _adapter("adalora:build_adalora", "lora:place", (*TARGETS, *SCALED, *_keys(AdaLora))),
+        schedule=f"{TUNING}adalora:require_enough_steps",
+    ),
     "llamapro": Method(
         builder=f"{TUNING}llamapro:build_llamapro",
         trial=f"{TUNING}llamapro:build_llamapro",

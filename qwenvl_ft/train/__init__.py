@@ -65,6 +65,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.training.out_of_memory import out_of_memory
     from qwenvl_ft.training.prepare import prepare_run
     from qwenvl_ft.training.result import TrainResult
+    from qwenvl_ft.training.run_length import require_enough_steps
 
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
@@ -75,6 +76,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
         check_before_training(recipe)
     processor = assemble.build_processor(recipe)
     train_set, eval_set = assemble.build_datasets(recipe, processor)
+    require_enough_steps(recipe, args, train_set)
     questions = build_questions(recipe, train_set.encoder, args.seed)
     model = assemble.build_model(recipe, args, train_set)
     trainer = build_trainer(recipe, args, model, processor, train_set, eval_set, questions=questions)

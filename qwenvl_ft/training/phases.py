@@ -23,6 +23,7 @@ from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import check_before_training
 from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.training.process_state import restored_process
+from qwenvl_ft.training.run_length import require_enough_steps
 from qwenvl_ft.training.sealed import sealed_result
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.upstream.processes import forget_precision
@@ -63,6 +64,7 @@ def _check(phase: Recipe, run: Recipe) -> bool:
     args = prepare_run(phase)
     check_before_training(phase)
     train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
+    require_enough_steps(phase, args, train_set)
     build_questions(phase, train_set.encoder, args.seed)
     return bool(args.process_index == 0)
 

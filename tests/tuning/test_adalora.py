@@ -7,11 +7,14 @@ import pytest
 import torch
 from cases import answers_of, make_trainer
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 from transformers.trainer_utils import SaveStrategy
 
+from qwenvl_ft import assemble, train
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model
+from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.loss import loss_sum, split_labels
 from qwenvl_ft.tuning.methods.adalora import STATE
 from qwenvl_ft.tuning.prepare import prepare_model
@@ -210,3 +213,27 @@ def test_schedules_without_room_for_cuts_are_refused(fresh, tuner, encoder, tiny
         trainer_of(model, tmp_path, encoder, tiny_dir).train()
     with pytest.raises(RecipeError, match=r"adalora has no layer to adapt"):
         prepare_model(fresh(), tuner(train_type="adalora", target_regex="^$", modules_to_save=["model.visual.merger"]))
+
+
+class Loads(Exception):
+    """The model is loaded."""
+
+
+def loads(*_):
+    raise Loads
+
+
+@pytest.mark.parametrize("length", [["training.max_steps=6"], ["training.num_train_epochs=1"]])
+def test_a_run_that_is_too_short_for_the_cuts_is_refused_before_the_model_is_loaded(
+    length, tiny_dir, tmp_path, monkeypatch
+):
+    """Eight samples are eight steps, and the eight of the schedule leave none."""
+    data = write_questions(tmp_path, 8)
+    more = ["tuner.train_type=adalora", "tuner.adalora_tinit=4", "tuner.adalora_tfinal=4", "training.packing=false"]
+    recipe = load_recipe(None, short_run(tiny_dir, data, tmp_path / "run", *more, *length))
+    monkeypatch.setattr(assemble, "load_model", loads)
+    with pytest.raises(RecipeError, match=r"adalora_tinit=4 .*adalora_tfinal=4 .* leave none of the run's [68] steps"):
+        train(recipe)
+    longer = load_recipe(None, [*short_run(tiny_dir, data, tmp_path / "run", *more), "training.max_steps=9"])
+    with pytest.raises(Loads):
+        train(longer)

@@ -67,6 +67,20 @@ def build_adalora(model: PreTrainedModel, tuner: TunerConfig) -> nn.Module:
     return wrapped
 
 
+def require_enough_steps(tuner: Any, total_steps: int) -> None:
+    """Raise RecipeError if a run of ``total_steps`` leaves no step in which ranks are pruned."""
+    _require_steps(tuner.adalora_tinit, tuner.adalora_tfinal, total_steps)
+
+
+def _require_steps(tinit: int, tfinal: int, total_steps: int) -> None:
+    if tinit + tfinal >= total_steps:
+        raise RecipeError(
+            f"tuner.adalora_tinit={tinit} steps before and tuner.adalora_tfinal={tfinal} steps after pruning leave "
+            f"none of the run's {total_steps} steps to prune in. Lower them: adalora_tfinal counts from the end of the "
+            "run."
+        )
+
+
 class AdaLoraPeftModel(TrainedPeftModel):
     """A PeftModel that prunes ranks during training; see the module's docstring."""
 
@@ -76,12 +90,7 @@ class AdaLoraPeftModel(TrainedPeftModel):
 
     def begin(self, total_steps: int) -> None:
         config = self._config
-        if config.tinit + config.tfinal >= total_steps:
-            raise RecipeError(
-                f"tuner.adalora_tinit={config.tinit} steps before and tuner.adalora_tfinal={config.tfinal} steps after "
-                f"pruning leave none of the run's {total_steps} steps to prune in. Lower them: adalora_tfinal counts "
-                "from the end of the run."
-            )
+        _require_steps(config.tinit, config.tfinal, total_steps)
         config.total_step = total_steps
         count_trained_ranks(self)
 

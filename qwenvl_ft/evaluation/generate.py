@@ -6,6 +6,7 @@ Prompts are encoded exactly as in training. Letters: B prompts of a batch, T tok
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from qwenvl_ft.data.collate import MEDIA
 from qwenvl_ft.data.conversation import Conversation, Image, Sample, Source, Text, Video
@@ -45,6 +46,8 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 50,
     progress: Progress | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    together: Callable[[Callable[[], Any]], Any] = lambda action: action(),
 ) -> list[str]:
     """Generate an answer to each conversation, in place of its last assistant turn.
 
@@ -56,7 +59,10 @@ def generate(
         conversations: records in any format, `Conversation` s, or a `Records`.
         encoder: encodes the prompts (system prompt, media policy, ...); None for the defaults.
         do_sample: sample with ``temperature``, ``top_p`` and ``top_k`` instead of greedy decoding.
-        progress: called with (batches done, number of batches) on every rank.
+        progress: called with (batches done, number of batches) on every rank; may raise to stop.
+        interrupted: asked after each token; True ends the batch's answers there, for a ``progress`` that raises.
+        together: calls the function that encodes a batch of prompts; with several ranks, one that raises its errors
+            on all of them.
 
     Raises:
         DataError: a record is malformed, or its prompt is longer than the encoder's ``max_length``.
@@ -73,8 +79,8 @@ def generate(
     with _inference(model):
         mine = batches[_rank() :: _world_size()]
         for done, batch in enumerate(mine, start=1):
-            samples = [encoder.prompt(_read(conversations[index])) for index in batch]
-            answers |= zip(batch, _answer(model, processor, samples, settings), strict=True)
+            samples = together(partial(_prompts, encoder, conversations, batch))
+            answers |= zip(batch, _answer(model, processor, samples, settings, interrupted), strict=True)
             if progress is not None:
                 progress(done, len(mine))
     gathered = _gather(answers)
@@ -209,12 +215,34 @@ def prompt_batch(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]
     return batch
 
 
-def _answer(model: Any, processor: Any, samples: Sequence[Sample], settings: GenerationConfig) -> list[str]:
+def _prompts(encoder: Encoder, conversations: Sequence[Any], batch: Sequence[int]) -> list[Sample]:
+    return [encoder.prompt(_read(conversations[index])) for index in batch]
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    settings: GenerationConfig,
+    interrupted: Callable[[], bool],
+) -> list[str]:
     device = next(model.parameters()).device
     batch = {key: tensor.to(device) for key, tensor in prompt_batch(processor, samples).items()}
-    tokens = model.generate(**batch, generation_config=settings)  # [B, T + N]
+    stops = StoppingCriteriaList([_Interruption(interrupted)])
+    tokens = model.generate(**batch, generation_config=settings, stopping_criteria=stops)  # [B, T + N]
     new = tokens[:, batch["input_ids"].shape[1] :].tolist()
     return [processor.tokenizer.decode(_until_stop(row, settings.eos_token_id)) for row in new]
+
+
+class _Interruption(StoppingCriteria):
+    """Ends all answers of a batch once a function returns True."""
+
+    def __init__(self, interrupted: Callable[[], bool]) -> None:
+        self.interrupted = interrupted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        """Return bool[B]."""
+        return torch.full((len(input_ids),), self.interrupted(), dtype=torch.bool, device=input_ids.device)
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

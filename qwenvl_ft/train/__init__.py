@@ -50,57 +50,34 @@ def train(recipe: "Recipe") -> "TrainResult":
 def _train(recipe: "Recipe") -> "TrainResult":
     from pathlib import Path
 
-    import torch
-
     from qwenvl_ft import assemble
-    from qwenvl_ft.checkpoint.complete import remove_partial, resolve_resume
+    from qwenvl_ft.checkpoint.complete import resolve_resume
     from qwenvl_ft.checkpoint.restart import resume_setting
     from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
-    from qwenvl_ft.training.announce import announce
+    from qwenvl_ft.training.agreement import Agreement, only_run_of
     from qwenvl_ft.training.build import build_questions, build_trainer
-    from qwenvl_ft.training.callbacks.run_log import RunLog
-    from qwenvl_ft.training.callbacks.signals import SignalCallback
     from qwenvl_ft.training.data_gate import check_before_training
-    from qwenvl_ft.training.finish import finish
-    from qwenvl_ft.training.out_of_memory import out_of_memory
     from qwenvl_ft.training.prepare import prepare_run
-    from qwenvl_ft.training.result import TrainResult
+    from qwenvl_ft.training.run import run
     from qwenvl_ft.training.run_length import require_enough_steps
 
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
-    start = resolve_resume(resume_setting(recipe.training.resume_from_checkpoint), output_dir)
-    if start.folder is not None:
-        require_same_recipe(recipe, start.folder)
-    if not recipe.phase:  # the data of all phases were checked before the first one
-        check_before_training(recipe)
-    processor = assemble.build_processor(recipe)
-    train_set, eval_set = assemble.build_datasets(recipe, processor)
-    require_enough_steps(recipe, args, train_set)
-    questions = build_questions(recipe, train_set.encoder, args.seed)
-    model = assemble.build_model(recipe, args, train_set)
-    trainer = build_trainer(recipe, args, model, processor, train_set, eval_set, questions=questions)
-    if start.folder is not None:
-        require_same_plan(trainer.plan_sampler(train_set), start.folder, any_rows=bool(args.auto_find_batch_size))
-    run_log, signals = RunLog(recipe.phase), SignalCallback()
-    trainer.add_callback(run_log)
-    trainer.add_callback(signals)
-    announce(trainer, run_log, start, removed=remove_partial(output_dir))
-    try:
-        output = trainer.train(resume_from_checkpoint=start)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(recipe, args, trainer.state.global_step, error) from error
-    finally:
-        signals.restore()
-        run_log.stop()
-    stopped_by = signals.stopping if output.global_step < trainer.state.max_steps else None
-    result = TrainResult(output_dir, dict(output.metrics), output.global_step, stopped_by)
-    if stopped_by is None:
-        result.metrics |= finish(trainer, questions, run_log)
-    elif trainer.is_world_process_zero():
-        cause = f"stopped by {signal.Signals(stopped_by).name} at step {output.global_step}"
-        run_log.write(f"{cause}; to go on, add training.resume_from_checkpoint=true")
-    return result
+    with only_run_of(Agreement(args.world_size), output_dir, on_rank_0=args.process_index == 0):
+        start = resolve_resume(resume_setting(recipe.training.resume_from_checkpoint), output_dir)
+        if start.folder is not None:
+            require_same_recipe(recipe, start.folder)
+        if not recipe.phase:  # the data of all phases were checked before the first one
+            check_before_training(recipe)
+        processor = assemble.build_processor(recipe)
+        train_set, eval_set = assemble.build_datasets(recipe, processor)
+        require_enough_steps(recipe, args, train_set)
+        questions = build_questions(recipe, train_set.encoder, args.seed)
+        model = assemble.build_model(recipe, args, train_set)
+        trainer = build_trainer(recipe, args, model, processor, train_set, eval_set, questions=questions)
+        if start.folder is not None:
+            require_same_plan(trainer.plan_sampler(train_set), start.folder, any_rows=bool(args.auto_find_batch_size))
+        return run(trainer, recipe, start, questions)
 
 
 def _train_phases(recipe: "Recipe") -> "TrainResult":
@@ -112,18 +89,21 @@ def _train_phases(recipe: "Recipe") -> "TrainResult":
     Raises:
         QwenVLError: as `train` does. All phases are checked before the first one begins.
     """
+    from contextlib import ExitStack
+
     from qwenvl_ft.training import phases
     from qwenvl_ft.training.result import TrainResult
 
     result = TrainResult(phases.folder_of(recipe))
-    for phase in phases.open_phases(recipe):
-        phases.between()
-        done = train(phase)
-        result.metrics, result.stopped_by = done.metrics, done.stopped_by
-        result.steps += done.steps
-        if done.stopped_by is not None:
-            return result
-    phases.publish(recipe)
+    with ExitStack() as held:
+        for phase in phases.open_phases(recipe, held):
+            phases.between()
+            done = train(phase)
+            result.metrics, result.stopped_by = done.metrics, done.stopped_by
+            result.steps += done.steps
+            if done.stopped_by is not None:
+                return result
+        phases.publish(recipe)
     return result
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from qwenvl_ft.checkpoint.complete import Resume
 from qwenvl_ft.data.media.patches import obstacle
 from qwenvl_ft.training.callbacks.run_log import RunLog
+from qwenvl_ft.training.data_gate import offer
 from qwenvl_ft.training.loaders import datasets_in
 from qwenvl_ft.training.trainer import QwenVLTrainer
 from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
@@ -61,6 +62,8 @@ def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
     for dataset in datasets_in(trainer.train_dataset, trainer.eval_dataset):
         yield dataset.summary()
         yield from dataset.remarks()
+    if recipe is not None and (line := offer(recipe, trainer.samples)):
+        yield line
     sampler = trainer.plan_sampler(trainer.samples)
     if trainer.packing:
         yield f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"

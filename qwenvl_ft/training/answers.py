@@ -25,9 +25,14 @@ class Questions:
 
         Returns:
             The scores by name, each with the prefix; and a line that sums them up.
+
+        Raises:
+            Interrupted: a signal has arrived; on every rank.
+            DataError: a question cannot be encoded; on every rank.
         """
         from qwenvl_ft.evaluation.generate import evaluate
 
+        trainer.check_signals()
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         with layers_not_compiled(model):
             result = evaluate(
@@ -39,6 +44,9 @@ class Questions:
                 encoder=trainer.samples.encoder,
                 batch_size=self.section.batch_size,
                 max_new_tokens=self.section.max_new_tokens,
+                progress=lambda *_: trainer.check_signals(),
+                interrupted=lambda: trainer.signals is not None and trainer.signals.received is not None,
+                together=trainer.agreement.together,
             )
         scores = {f"{prefix}{key}": value for key, value in figures(self.section.metric, result["scores"]).items()}
         return scores, f"{one_line(self.section.metric, result['scores'])} by generation, {result['seconds']:.1f} s"

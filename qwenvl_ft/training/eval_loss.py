@@ -36,14 +36,16 @@ def evaluate_sum(
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     bad = 0
-    with torch.no_grad():
-        for inputs in batches:
-            bad += log_bad_samples(inputs)
-            batch = on_device(inputs, device, group=group)
-            with autocast():
-                total[0] += loss_sum(model, batch).double()
-            total[1] += batch["targets"].numel()
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for inputs in batches:
+                bad += log_bad_samples(inputs)
+                batch = on_device(inputs, device, group=group)
+                with autocast():
+                    total[0] += loss_sum(model, batch).double()
+                total[1] += batch["targets"].numel()
+    finally:
+        model.train(was_training)
     return total, bad
 
 

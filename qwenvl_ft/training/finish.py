@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from qwenvl_ft.checkpoint.space import written_whole
+from qwenvl_ft.errors import DataError
 from qwenvl_ft.training.answers import Questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.sealed import sealed_result
@@ -13,14 +15,25 @@ def finish(trainer: QwenVLTrainer, questions: Questions | None, run_log: RunLog)
 
     Returns:
         The scores of the answers by name; empty without questions.
+
+    Raises:
+        CheckpointError: the model could not be written.
+        DataError: a question cannot be asked; the model is saved.
+        Interrupted: a signal has arrived before all questions were answered; the model is saved.
     """
-    with sealed_result(Path(str(trainer.args.output_dir))):
-        if trainer.recipe is None or trainer.recipe.training.save_final:
+    folder = Path(str(trainer.args.output_dir))
+    whole = written_whole(folder, trainer.result_bytes, removes=trainer.is_world_process_zero())
+    with trainer.writing(), whole, sealed_result(folder):
+        if trainer.saves_result:
             trainer.save_model()
         trainer.save_state()
     if questions is None or not questions.section.run_after_training:
         return {}
-    scores, line = questions.ask(trainer)
+    saved = f"The trained model is saved in {folder}." if trainer.saves_result else ""
+    try:
+        scores, line = questions.ask(trainer)
+    except DataError as error:
+        raise DataError(f"{error} {saved}") from error
     if trainer.is_world_process_zero():
         run_log.write(line)
     return scores

@@ -24,13 +24,18 @@ class _PassLoss:
 
 
 class LossCheck:
-    """Keeps the losses of micro-batches on their device until they are checked."""
+    """Keeps the losses of micro-batches on their device until they are checked.
 
-    def __init__(self) -> None:
+    Args:
+        at_once: check losses on a CPU when they are added; with several ranks, one would leave the others waiting.
+    """
+
+    def __init__(self, *, at_once: bool = True) -> None:
+        self.at_once = at_once
         self._unchecked: list[_PassLoss] = []
 
     def add(self, step: int, trained: Tensor, computed: Any, sources: list[Any]) -> None:
-        """Take the loss of one micro-batch; on a CPU it is checked at once.
+        """Take the loss of one micro-batch.
 
         Args:
             step: number of the optimizer step, from 1.
@@ -39,7 +44,7 @@ class LossCheck:
             sources: of the records in the micro-batch.
         """
         self._unchecked.append(_PassLoss(step, trained, computed, sources))
-        if trained.device.type == "cpu":
+        if self.at_once and trained.device.type == "cpu":
             self.check()
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ finished ones, and puts the last one's model into ``output_dir``.
 
 import os
 import shutil
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qwenvl_ft.checkpoint.manifest import MANIFEST, content_fault, rank
 from qwenvl_ft.checkpoint.restart import resume_setting
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
+from qwenvl_ft.training.agreement import Agreement, only_run_of
 from qwenvl_ft.training.build import build_questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import check_before_training
@@ -32,11 +34,14 @@ NOT_PUBLISHED = ("checkpoint-*", "runs", "recipe.yaml", MANIFEST)
 """Entries of the last phase's folder that are not copied to ``output_dir``."""
 
 
-def open_phases(recipe: Recipe) -> list[Recipe]:
+def open_phases(recipe: Recipe, held: ExitStack) -> list[Recipe]:
     """Return the recipes of the phases that are not finished, in order.
 
     Their arguments, models, devices, data, lengths and questions are checked first. Only then is the recipe written
     into ``output_dir``.
+
+    Args:
+        held: takes the lock on ``output_dir``, once the ranks are joined.
 
     Raises:
         QwenVLError: names the phase and what is wrong with it.
@@ -50,7 +55,7 @@ def open_phases(recipe: Recipe) -> list[Recipe]:
             continue
         try:
             with restored_process():  # e.g. DeepSpeed's settings would shard the models of later phases
-                on_rank_0 = _check(phase, run)
+                on_rank_0 = _check(phase, run, None if run is not pending[0] else held)
         except QwenVLError as error:
             raise type(error)(f"phase {phase.phase}: {error}") from error
     if on_rank_0:
@@ -58,10 +63,17 @@ def open_phases(recipe: Recipe) -> list[Recipe]:
     return pending
 
 
-def _check(phase: Recipe, run: Recipe) -> bool:
-    """Check one phase; return True on rank 0."""
+def _check(phase: Recipe, run: Recipe, held: ExitStack | None) -> bool:
+    """Check one phase; return True on rank 0.
+
+    Args:
+        held: takes the lock on the folder of all phases; None if it has it.
+    """
     resolve_resume(resume_setting(run.training.resume_from_checkpoint), folder_of(run))
     args = prepare_run(phase)
+    if held is not None:
+        ranks = Agreement(args.world_size)
+        held.enter_context(only_run_of(ranks, folder_of(run).parent, on_rank_0=args.process_index == 0))
     check_before_training(phase)
     train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
     require_enough_steps(phase, args, train_set)

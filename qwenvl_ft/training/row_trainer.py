@@ -19,6 +19,7 @@ from qwenvl_ft.errors import CheckpointError, RecipeError
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.model.sequence_parallel import KEY, SequenceGroup, exchange_heads, require_model
+from qwenvl_ft.training.agreement import Agreement
 from qwenvl_ft.training.loaders import are_raw, build_loader, build_plan, datasets_in, media_kinds
 from qwenvl_ft.training.ranks import broadcast_from_rank_0, require_same_samples
 from qwenvl_ft.training.run_length import exact_counts
@@ -73,6 +74,7 @@ class RowTrainer(PlannedTrainer):
             raise RecipeError(
                 f"one process sees {args.n_gpu} GPUs. Launch one per GPU: accelerate launch -m qwenvl_ft.train ..."
             )
+        self.agreement = Agreement(args.world_size)
         for dataset in datasets:
             require_same_samples(dataset, 0, args.world_size)
         self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
@@ -169,6 +171,7 @@ class RowTrainer(PlannedTrainer):
         if self.state.global_step >= self.state.max_steps:
             return None
         dataset = self.train_sampler.dataset
+        self.agreement.together(lambda: dataset.at(epoch))
         if dataset.measured_as(epoch) == epoch > 0:
             require_same_samples(dataset, epoch, self.args.world_size)
         return EpochLength(self.train_sampler.passes(epoch), self.train_sampler.steps(epoch))

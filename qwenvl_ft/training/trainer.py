@@ -37,11 +37,11 @@ from qwenvl_ft.training.mean_loss import MeanLoss
 from qwenvl_ft.training.meter import peak_memory_gib
 from qwenvl_ft.training.neftune import SampleNoise
 from qwenvl_ft.training.ranks import sum_over_ranks
-from qwenvl_ft.training.row_trainer import RowTrainer
 from qwenvl_ft.training.saved_config import cache_enabled
 from qwenvl_ft.training.schedule import floor_schedule
 from qwenvl_ft.training.sealed import sealed_checkpoint
 from qwenvl_ft.training.step_log import StepLog
+from qwenvl_ft.training.stopping_trainer import StoppingTrainer
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import build_optimizer, param_groups
 from qwenvl_ft.upstream.projected_modules import one_line_for_ignored_modules
@@ -51,7 +51,7 @@ LEAST_WEIGHT = 1e-9
 """Divisor of a step in which nothing is supervised."""
 
 
-class QwenVLTrainer(RowTrainer):
+class QwenVLTrainer(StoppingTrainer):
     """transformers' Trainer for packed Qwen-VL rows.
 
     Args:
@@ -125,7 +125,7 @@ class QwenVLTrainer(RowTrainer):
         self.z_loss = z_loss
         self.questions = questions
         self.recipe = recipe
-        self.losses, self.mean_loss = LossCheck(), MeanLoss()
+        self.losses, self.mean_loss = LossCheck(at_once=args.world_size == 1), MeanLoss()
         self.bad_samples = 0
         if isinstance(model, PreTrainedModel):  # a model that `load_model` has not loaded
             use_released_layout(model)
@@ -150,6 +150,7 @@ class QwenVLTrainer(RowTrainer):
         for callback in self.step_log.callbacks(deepspeed=self.is_deepspeed_enabled):
             self.add_callback(callback)
         self.add_callback(self.mean_loss)
+        self.saves_result = recipe is None or recipe.training.save_final
         if isinstance(model, TrainedPeftModel):
             self.add_callback(TuningMethodCallback(model))
 
@@ -163,7 +164,7 @@ class QwenVLTrainer(RowTrainer):
         """Train as transformers does; with ``torch_compile`` the layers are compiled only while it lasts."""
         try:
             output = super().train(*arguments, **options)
-            return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+            return TrainOutput(output.global_step, output.metrics.get("train_loss", 0.0), output.metrics)
         finally:
             if self.args.torch_compile:
                 restore_layers(cast(nn.Module, self.model))
@@ -182,7 +183,7 @@ class QwenVLTrainer(RowTrainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """Return a step's micro-batches, and the number (or summed weights) of the global batch's supervised tokens."""
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = self.agreement.together(lambda: list(islice(epoch_iterator, num_batches)))
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         weights = sum(weight_sum(batch, self.loss_weights or {}) for batch in batches)
         own = torch.stack([torch.full((), n, dtype=torch.float64, device=device) for n in (tokens, weights)])
@@ -288,8 +289,8 @@ class QwenVLTrainer(RowTrainer):
         with self.step_log.meter.paused():
             model = self._evaluation_model()
             self._use_evaluation_weights()
-            forward = self.compute_loss_context_manager
-            total, bad = evaluate_sum(model, dataloader, self.args.device, forward, self.sequence)
+            forward, batches = self.compute_loss_context_manager, self.guarded(dataloader)
+            total, bad = evaluate_sum(model, batches, self.args.device, forward, self.sequence)
             loss, tokens = sum_over_ranks(total, self.accelerator).tolist()
             metrics = loss_metrics(loss, tokens, metric_key_prefix)
             count = len(cast(Sized, dataloader.dataset))
@@ -306,7 +307,7 @@ class QwenVLTrainer(RowTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.losses.check()
+            self.agreement.together(self.losses.check)
             del logs["loss"]  # transformers' mean of means
             logs.update(self.mean_loss.since_log(self.accelerator))
             logs.update(self.step_log.read(logs, self.state))
@@ -322,10 +323,10 @@ class QwenVLTrainer(RowTrainer):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        self.losses.check()
+        self.agreement.together(self.losses.check)
         self.mean_loss.save(self.state, self.accelerator)
         self._use_evaluation_weights()
-        with self.step_log.meter.paused(), sealed_checkpoint(self.args, self.state):
+        with self.step_log.meter.paused(), super().saving(), sealed_checkpoint(self.args, self.state):
             yield
 
     def save_beside_optimizer(self, folder: str) -> None:

@@ -1,8 +1,9 @@
 """Adds hooks to steps of transformers' training loop that have no public hook.
 
-Relies on five private methods of `transformers.Trainer` (`OVERRIDDEN`), which have the same names and parameters in
-transformers 5.5 to 5.24; `PlannedTrainer` overrides them. It also reads ``_train_batch_size`` and sets
-``_created_lr_scheduler``. Each override calls a hook, whose name states its purpose, and the method that it overrides.
+Relies on private methods of `transformers.Trainer` (`OVERRIDDEN` and `USED`), which have the same names and parameters
+in transformers 5.5 to 5.24; `PlannedTrainer` overrides the former and calls the latter. It also reads
+``_train_batch_size`` and sets ``_created_lr_scheduler``. Each override calls a hook, whose name states its purpose, and
+the method that it overrides.
 
 A release that renamed one of these methods would not call the override, and would silently train on other rows than
 planned. There is no fallback, so `LOOP` is checked before a trainer is built, and refuses in one line.
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.upstream.probe import Feature, takes
 
 from transformers import Trainer  # isort: skip
+from transformers.trainer_utils import TrainOutput  # isort: skip
 
 COMPILING = "torch_compile", "torch_compile_backend", "torch_compile_mode"
 """Fields of TrainingArguments by which accelerate compiles the whole model."""
@@ -52,6 +54,11 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_save_optimizer_and_scheduler": ("output_dir",),
 }
 """Private method of Trainer -> its parameters, which Trainer passes by name or in this order."""
+USED: dict[str, tuple[str, ...]] = {
+    "_evaluate": ("trial", "ignore_keys_for_eval"),
+    "_determine_best_metric": ("metrics", "trial"),
+}
+"""Private method of Trainer that is called but not overridden -> its parameters."""
 CALLED: dict[str, tuple[str, ...]] = {
     "get_train_dataloader": (),
     "get_eval_dataloader": ("eval_dataset",),
@@ -142,6 +149,28 @@ class PlannedTrainer(Trainer):
         self.lr_scheduler = scheduler
         self._created_lr_scheduler = True
 
+    def save_now(self) -> None:
+        """Write a checkpoint of the last finished step that can be resumed, whatever else the run saves."""
+        self.args.save_only_model = False
+        self._save_checkpoint(cast(nn.Module, self.model), None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def end_early(self) -> TrainOutput:
+        """End the training before its last step, from outside of the loop."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def evaluate_step(self, checkpoint: str) -> None:
+        """Evaluate after training has begun, as the loop does at the end of a step.
+
+        Args:
+            checkpoint: folder of the step's checkpoint, which becomes the best one if the metric says so.
+        """
+        metrics = self._evaluate(None, None)
+        if self._determine_best_metric(metrics=metrics, trial=None):
+            self.state.best_model_checkpoint = checkpoint
+
     # -- overrides that call the hooks -----------------------------------------------------------------------------
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
@@ -155,7 +184,7 @@ class PlannedTrainer(Trainer):
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         options |= dict(zip(OVERRIDDEN["_run_epoch"], arguments, strict=False))
-        length = self.begin_epoch(options["epoch"])
+        length = None if self.control.should_training_stop else self.begin_epoch(options["epoch"])
         if length is None:
             self.control.should_training_stop = True
             return
@@ -203,7 +232,7 @@ def _without_compiling(args: Any) -> Iterator[None]:
 
 @cache
 def _other_loop() -> str:
-    for name, parameters in (OVERRIDDEN | CALLED).items():
+    for name, parameters in (OVERRIDDEN | USED | CALLED).items():
         method = getattr(Trainer, name, None)
         if method is None:
             return f"has no Trainer.{name}"

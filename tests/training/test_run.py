@@ -185,11 +185,17 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from_whatever_is_saved_otherwise(
     assert losses[0] == losses[1]
 
 
-def test_a_signal_in_the_last_step_changes_nothing(tiny_dir, data, tmp_path, stop_at):
+def test_a_signal_in_the_last_step_changes_nothing_but_leaves_an_evaluation(tiny_dir, data, tmp_path, stop_at):
     stop_at(6)
-    result = train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path)))
+    alone = run_settings(tiny_dir, data, tmp_path / "alone", "training.eval_strategy=no")
+    result = train_function(load_recipe(None, alone))
     assert (result.steps, result.stopped_by) == (6, None)
-    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "alone" / "model.safetensors").exists()
+    evaluated = run_settings(tiny_dir, data, tmp_path / "evaluated")
+    result = train_function(load_recipe(None, evaluated))
+    assert (result.steps, result.stopped_by) == (6, signal.SIGTERM)
+    assert last_checkpoint(tmp_path / "evaluated").name == "checkpoint-6"
+    assert not (tmp_path / "evaluated" / "model.safetensors").exists()
 
 
 def test_resuming_a_finished_run_trains_no_step_more(tiny_dir, data, tmp_path):

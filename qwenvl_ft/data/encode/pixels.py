@@ -16,6 +16,7 @@ from qwenvl_ft.data.media.deadline import within
 from qwenvl_ft.data.media.grids import Grid, image_grid, require_grids
 from qwenvl_ft.data.media.images import MediaPolicy, medium_name, open_image
 from qwenvl_ft.data.media.patches import raw_patches, resized
+from qwenvl_ft.data.media.refused import SKIP
 from qwenvl_ft.data.media.video import clip_pixels
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.upstream.processors import video_patches
@@ -110,7 +111,7 @@ def _timeout_error(images: Sequence[Image], policy: MediaPolicy, source: Source)
     def error(num_read: int) -> DataError:
         return DataError(
             f"{source}: image {medium_name(images[num_read].value)} cannot be read within data.image_timeout="
-            f"{policy.image_timeout:g} s. Is its disk or network slow? Drop the record, or raise the limit."
+            f"{policy.image_timeout:g} s. Is its disk or network slow? Raise the limit, {SKIP}."
         )
 
     return error

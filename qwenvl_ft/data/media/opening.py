@@ -18,7 +18,7 @@ from qwenvl_ft.data.media.elsewhere import absent
 from qwenvl_ft.data.media.high_bit_depth import UnsupportedError
 from qwenvl_ft.data.media.medical_files import MedicalFile, is_medical, opened_medical
 from qwenvl_ft.data.media.reading import ERROR, REFUSING, ReadAs, Reading, lacks_window, reading_of
-from qwenvl_ft.data.media.refused import require_area
+from qwenvl_ft.data.media.refused import SKIP, require_area
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.recipe.image_keys import IMAGE_KEYS
 from qwenvl_ft.recipe.schema import DataConfig
@@ -109,7 +109,7 @@ def opened_image(value: Any, policy: MediaPolicy, reading: Reading) -> Iterator[
     except Exception as error:  # decoders raise struct.error, TypeError and others
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"image {name} cannot be opened: {error.strerror}.") from None
-        raise DataError(f"image {name} is damaged: {one_line(error)}. Replace the file or drop the record.") from None
+        raise DataError(f"image {name} is damaged: {one_line(error)}. Replace the file, {SKIP}.") from None
 
 
 def _open_file(source: Any) -> Any:

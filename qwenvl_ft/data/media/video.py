@@ -24,7 +24,7 @@ from qwenvl_ft.data.media.elsewhere import absent
 from qwenvl_ft.data.media.grids import Grid, MediaProcessor, exact_size
 from qwenvl_ft.data.media.images import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.media.patches import resized
-from qwenvl_ft.data.media.refused import MAX_ASPECT, require_area, too_thin
+from qwenvl_ft.data.media.refused import MAX_ASPECT, SKIP, require_area, too_thin
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.upstream import processors
 
@@ -160,7 +160,7 @@ def _late(value: Any, policy: MediaPolicy, frames: tuple[int, int] | None = None
     progress = f": {frames[0]} of its {frames[1]} frames arrived" if frames else ""
     return DataError(
         f"video {medium_name(value)} cannot be read within data.video_timeout={policy.video_timeout:g} s{progress}. Is "
-        "its disk or network slow? Re-encode it, drop the record, or raise the limit."
+        f"its disk or network slow? Re-encode it, raise the limit, {SKIP}."
     )
 
 
@@ -266,7 +266,7 @@ def _decoded(value: Any, indices: tuple[int, ...], policy: MediaPolicy) -> Itera
             seen += 1
     raise DataError(
         f"video {medium_name(value)} is damaged: its header promises more frames than the {seen} that can be decoded; "
-        f"frame {index} is missing. Re-encode it or drop the record."
+        f"frame {index} is missing. Re-encode it, {SKIP}."
     )
 
 
@@ -294,6 +294,4 @@ def _opened(value: Any, policy: MediaPolicy) -> Iterator[Any]:
         raise _late(value, policy) from None
     except (av.FFmpegError, StopIteration, OSError) as error:
         cause = one_line(error) if str(error) else "no frame can be decoded"
-        raise DataError(
-            f"video {name} is damaged or not a video: {cause}. Replace the file or drop the record."
-        ) from None
+        raise DataError(f"video {name} is damaged or not a video: {cause}. Replace the file, {SKIP}.") from None

@@ -212,7 +212,7 @@ class SampleDataset(Dataset[Sample]):
         if draft.length != ticket.tokens:
             raise DataError(
                 f"{conversation.source}: planned with {ticket.tokens} tokens, encoded to {draft.length}. "
-                "Was a media file changed after planning? Start again; changed files are then measured again."
+                "Was a media file changed after planning? Put the original back, or start a new run."
             )
         return draft
 

@@ -66,6 +66,7 @@ class RunLog(TrainerCallback):
         self.task: TaskID | None = None
         self.start = time.perf_counter()
         self.folder = Path()
+        self._unwritten: set[str] = set()
 
     def follow(self, args: Any) -> None:
         """Write the files into the folder of a run from now on."""
@@ -100,9 +101,7 @@ class RunLog(TrainerCallback):
             **({"phase": self.phase} if self.phase else {}),
             **logs,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / JSONL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False, default=float) + "\n")
+        self._append(JSONL, json.dumps(entry, ensure_ascii=False, default=float))
         if self.progress is not None and self.task is not None and "loss" in logs:
             self.progress.update(self.task, description=describe({k: logs[k] for k in ("loss",) if k in logs}))
         self.write(f"step {state.global_step}/{state.max_steps}  {describe(logs)}")
@@ -127,6 +126,15 @@ class RunLog(TrainerCallback):
             self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             print(line, flush=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+        self._append(LOG, f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}")
+
+    def _append(self, name: str, line: str) -> None:
+        """Append a line to a file; a full disk costs the line, not the run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                print(f"{self.folder / name} cannot be written: {error.strerror}; training goes on", flush=True)

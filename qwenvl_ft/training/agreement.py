@@ -1,0 +1,95 @@
+"""How several ranks stop together: what one of them meets (a signal, a broken record) is told to all.
+
+A rank that raised an error alone would leave the others waiting for it in the next exchange of gradients, until their
+launcher kills them; whatever was not saved by then is lost.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from qwenvl_ft.checkpoint.lock import only_run_in
+from qwenvl_ft.errors import DataError, QwenVLError, one_line
+
+Value = TypeVar("Value")
+
+
+class Agreement:
+    """Exchanges small facts between all ranks, by their CPUs; with one rank it costs nothing.
+
+    All ranks must make an `Agreement` at the same time, and must call its methods in the same order.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._shared: BaseException | None = None
+
+    def largest(self, number: int) -> int:
+        """Return the largest number of all ranks."""
+        if self._group is None:
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self._group)
+        return int(numbers)
+
+    def together(self, action: Callable[[], Value]) -> Value:
+        """Call a function on every rank and return its result; an error on one rank is raised on all.
+
+        Raises:
+            QwenVLError: of the first rank that has one. Any other error is raised as it is on its own rank, and as a
+                DataError that names this rank on the others.
+        """
+        error, result = None, None
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+        if self.largest(int(error is not None)):
+            self._shared = error = self._first(error)
+            raise error
+        return result  # type: ignore[return-value]
+
+    def is_shared(self, error: BaseException) -> bool:
+        """Return True if every rank raises this error or its like now."""
+        return self.world_size == 1 or error is self._shared
+
+    def _first(self, own: Exception | None) -> Exception:
+        """Return what this rank raises: its own error, else that of the first rank that has one."""
+        if self._group is None:
+            assert own is not None
+            return own
+        told: list[Any] = [None] * self.world_size
+        dist.all_gather_object(told, own and _told(own), group=self._group)
+        rank, (kind, text) = next((rank, entry) for rank, entry in enumerate(told) if entry is not None)
+        if own is not None and (not isinstance(own, QwenVLError) or rank == dist.get_rank()):
+            return own
+        return kind(text) if issubclass(kind, QwenVLError) else DataError(f"rank {rank} stopped: {text}")
+
+
+def _told(error: Exception) -> tuple[type[Exception], str]:
+    """Return the type and message of an error, to send them to other ranks."""
+    if isinstance(error, QwenVLError):
+        return type(error), str(error)
+    return Exception, f"{type(error).__name__}: {one_line(error)}"
+
+
+@contextmanager
+def only_run_of(ranks: Agreement, folder: Path, *, on_rank_0: bool) -> Iterator[None]:
+    """Let rank 0 lock the folder of a run inside the context (see `only_run_in`).
+
+    Raises:
+        CheckpointError: another run writes into it; on every rank.
+    """
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            if on_rank_0:
+                stack.enter_context(only_run_in(folder, lambda line: print(line, flush=True)))
+
+        ranks.together(lock)
+        yield

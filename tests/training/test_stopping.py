@@ -158,7 +158,6 @@ def test_what_further_signals_do(monkeypatch):
 
 
 def questions(folder):
-    """Six records."""
     folder.mkdir()
     return write_questions(folder, 6)
 

@@ -22,6 +22,7 @@ from qwenvl_ft.model.sequence_parallel import KEY, SequenceGroup, exchange_heads
 from qwenvl_ft.training.agreement import Agreement
 from qwenvl_ft.training.loaders import are_raw, build_loader, build_plan, datasets_in, media_kinds
 from qwenvl_ft.training.ranks import broadcast_from_rank_0, require_same_samples
+from qwenvl_ft.training.row_agreement import RowAgreement
 from qwenvl_ft.training.run_length import exact_counts
 from qwenvl_ft.upstream.arguments import is_reentrant
 from qwenvl_ft.upstream.attention import attention_of
@@ -62,7 +63,10 @@ class RowTrainer(PlannedTrainer):
         self.packing = packing
         self.padding_free = padding_free
         self.sequence_parallel_size = sequence_parallel_size
-        self.sequence = self._sequence_group(model, args) if sequence_parallel_size > 1 else None
+        self.sequence: SequenceGroup | None = None
+        self.agreement: RowAgreement | None = None
+        if sequence_parallel_size > 1:
+            self._share_rows(model, args)
         datasets = datasets_in(train_dataset, eval_dataset)
         raw = are_raw(datasets)
         self.fillers = vision_fillers(processor, media_kinds(datasets), raw_pixels=raw)
@@ -79,8 +83,8 @@ class RowTrainer(PlannedTrainer):
             require_same_samples(dataset, 0, args.world_size)
         self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
 
-    def _sequence_group(self, model: nn.Module, args: TrainingArguments) -> SequenceGroup:
-        """Return the ranks that share each row with this one, and let the model's attention exchange heads."""
+    def _share_rows(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Find the ranks that share each row with this one, and let the model's attention exchange heads."""
         if not self.padding_free or is_reentrant(args):
             setting = (
                 "activation_checkpointing_kwargs.use_reentrant=true" if self.padding_free else "padding_free=false"
@@ -92,7 +96,9 @@ class RowTrainer(PlannedTrainer):
         text = inner.config.get_text_config()
         require_model(inner.config, attention_of(text), self.sequence_parallel_size)
         exchange_heads(text)
-        return SequenceGroup.of(self.sequence_parallel_size, timedelta(seconds=args.ddp_timeout))
+        timeout = timedelta(seconds=args.ddp_timeout)
+        self.sequence = SequenceGroup.of(self.sequence_parallel_size, timeout)
+        self.agreement = RowAgreement.of(self.sequence_parallel_size, timeout)
 
     @property
     def share(self) -> Share | None:
@@ -149,10 +155,19 @@ class RowTrainer(PlannedTrainer):
         )
 
     def _loader(self, sampler: PlanSampler) -> EpochLoader:
+        return build_loader(sampler, self.args, self._collator(), self.share)
+
+    def _collator(self) -> QwenVLCollator | PaddedCollator:
         if self.padding_free:
             places = None if is_reentrant(self.args) else MediaPlaces.of(cast(nn.Module, self.model))
-            return build_loader(sampler, self.args, QwenVLCollator(self.fillers, places, self.share), self.share)
-        return build_loader(sampler, self.args, PaddedCollator(self.processor.tokenizer.pad_token_id, self.fillers))
+            return QwenVLCollator(self.fillers, places, self.share)
+        return PaddedCollator(self.processor.tokenizer.pad_token_id, self.fillers)
+
+    def agreed(self, batch: dict[str, Any], dataset: SampleDataset) -> dict[str, Any]:
+        """Return a batch that all ranks that share its rows read alike, see `RowAgreement`."""
+        if self.agreement is None or self.share is None:
+            return batch
+        return self.agreement(batch, dataset.shared(self.share), self._collator())
 
     def num_examples(self, dataloader: Any) -> int:
         return len(cast(Sized, dataloader.dataset))

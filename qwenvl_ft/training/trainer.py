@@ -183,7 +183,8 @@ class QwenVLTrainer(StoppingTrainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """Return a step's micro-batches, and the number (or summed weights) of the global batch's supervised tokens."""
-        batches = self.agreement.together(lambda: list(islice(epoch_iterator, num_batches)))
+        read = self.agreement.together(lambda: list(islice(epoch_iterator, num_batches)))
+        batches = [self.agreed(batch, self.samples) for batch in read]
         tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
         weights = sum(weight_sum(batch, self.loss_weights or {}) for batch in batches)
         own = torch.stack([torch.full((), n, dtype=torch.float64, device=device) for n in (tokens, weights)])
@@ -289,7 +290,8 @@ class QwenVLTrainer(StoppingTrainer):
         with self.step_log.meter.paused():
             model = self._evaluation_model()
             self._use_evaluation_weights()
-            forward, batches = self.compute_loss_context_manager, self.guarded(dataloader)
+            forward = self.compute_loss_context_manager
+            batches = (self.agreed(batch, dataloader.dataset) for batch in self.guarded(dataloader))
             total, bad = evaluate_sum(model, batches, self.args.device, forward, self.sequence)
             loss, tokens = sum_over_ranks(total, self.accelerator).tolist()
             metrics = loss_metrics(loss, tokens, metric_key_prefix)

@@ -64,7 +64,7 @@ class RowTrainer(PlannedTrainer):
         self.padding_free = padding_free
         self.sequence_parallel_size = sequence_parallel_size
         self.sequence: SequenceGroup | None = None
-        self.agreement: RowAgreement | None = None
+        self.row_agreement: RowAgreement | None = None
         if sequence_parallel_size > 1:
             self._share_rows(model, args)
         datasets = datasets_in(train_dataset, eval_dataset)
@@ -98,7 +98,7 @@ class RowTrainer(PlannedTrainer):
         exchange_heads(text)
         timeout = timedelta(seconds=args.ddp_timeout)
         self.sequence = SequenceGroup.of(self.sequence_parallel_size, timeout)
-        self.agreement = RowAgreement.of(self.sequence_parallel_size, timeout)
+        self.row_agreement = RowAgreement.of(self.sequence_parallel_size, timeout)
 
     @property
     def share(self) -> Share | None:
@@ -165,9 +165,9 @@ class RowTrainer(PlannedTrainer):
 
     def agreed(self, batch: dict[str, Any], dataset: SampleDataset) -> dict[str, Any]:
         """Return a batch that all ranks that share its rows read alike, see `RowAgreement`."""
-        if self.agreement is None or self.share is None:
+        if self.row_agreement is None or self.share is None:
             return batch
-        return self.agreement(batch, dataset.shared(self.share), self._collator())
+        return self.row_agreement(batch, dataset.shared(self.share), self._collator())
 
     def num_examples(self, dataloader: Any) -> int:
         return len(cast(Sized, dataloader.dataset))

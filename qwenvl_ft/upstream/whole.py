@@ -14,7 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qwenvl_ft.errors import RecipeError
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -34,3 +36,16 @@ def full_size(parameter: Tensor) -> int:
 def is_partitioned(parameter: Tensor) -> bool:
     """Return True if ZeRO-3 holds the parameter in parts."""
     return hasattr(parameter, "ds_shape")
+
+
+def require_whole_weights(model: nn.Module, key: str) -> None:
+    """Raise if ZeRO-3 has sharded the weights, for methods that compute with whole ones or copy them.
+
+    Args:
+        key: the setting of ``tuner`` that needs whole weights, for the error.
+
+    Raises:
+        RecipeError: the weights are sharded.
+    """
+    if any(map(is_partitioned, model.parameters())):
+        raise RecipeError(f"tuner.{key} needs whole weights, but ZeRO-3 has sharded them. Use zero2, or no DeepSpeed.")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.tuning.methods.lora import place, require_whole_weights, wrap
+from qwenvl_ft.tuning.methods.lora import place, wrap
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.upstream.adalora_ranks import RANKS, count_trained_ranks, freeze_rank_numbers, memory_of
+from qwenvl_ft.upstream.whole import require_whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

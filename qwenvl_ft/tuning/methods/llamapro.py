@@ -19,6 +19,7 @@ import torch
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.tuning.freeze_flags import require_language_model_only
 from qwenvl_ft.tuning.targets import inside, saved_modules
+from qwenvl_ft.upstream.whole import require_whole_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,8 +36,8 @@ def build_llamapro(model: Any, tuner: TunerConfig) -> nn.Module:
     Names in ``modules_to_save`` are those of the larger model.
 
     Raises:
-        RecipeError: the model was expanded by a different number of blocks, or the recipe has keys that the method
-            cannot use.
+        RecipeError: the model was expanded by a different number of blocks, the recipe has keys that the method
+            cannot use, or ZeRO-3 has sharded the weights to copy.
     """
     require_language_model_only(tuner)
     count = tuner.llamapro_num_new_blocks
@@ -47,6 +48,7 @@ def build_llamapro(model: Any, tuner: TunerConfig) -> nn.Module:
             f"Set it to {len(known)}, or start from the model without them."
         )
     if not known:
+        require_whole_weights(model, "train_type=llamapro with new blocks")
         expand(model, count)
     trainable = _trainable_modules(model, tuner)
     for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ from qwenvl_ft.upstream.peft import (
     pattern_of,
     without_bitsandbytes,
 )
-from qwenvl_ft.upstream.whole import full_shape, is_partitioned
+from qwenvl_ft.upstream.whole import full_shape, is_partitioned, require_whole_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -180,19 +180,6 @@ def wrap_own(
         **settings,
     )
     return wrap(model, config, tuner)
-
-
-def require_whole_weights(model: nn.Module, key: str) -> None:
-    """Raise if ZeRO-3 has sharded the weights, for methods that compute with whole ones.
-
-    Args:
-        key: the setting of ``tuner`` that needs whole weights, for the error.
-
-    Raises:
-        RecipeError: the weights are sharded.
-    """
-    if any(map(is_partitioned, model.parameters())):
-        raise RecipeError(f"tuner.{key} needs whole weights, but ZeRO-3 has sharded them. Use zero2, or no DeepSpeed.")
 
 
 def _check_patterns(tuner: TunerConfig, targets: list[str]) -> None:

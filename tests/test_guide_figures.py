@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from qwenvl_ft.bench.flops import PEAK_TFLOPS, Row, model_work
-from qwenvl_ft.bench.memory import SETTINGS, _meta_model, memory
+from qwenvl_ft.bench.memory import SETTINGS, Run, _meta_model, _prepared, memory
+from qwenvl_ft.errors import BenchError
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.tuning.prepare import prepare_model
 
@@ -51,6 +52,34 @@ def test_the_memory_of_lora_is_the_one_stated():
     assert "{} GiB with rows of 4,096 tokens, {} with 8,192".format(*four) in TEXT
     assert "rows of 4,096 tokens ({} GiB); {} GiB with 8,192".format(*eight) in TEXT
     assert f"2B in full takes {memory('2b', 'full', 4096).total:.0f} GiB with rows of 4,096" in TEXT
+
+
+@pytest.mark.parametrize("lengths", ["131,072", pytest.param("32,768 262,144", marks=pytest.mark.soak)])
+def test_the_memory_of_long_rows_is_the_one_stated(lengths):
+    text = (ROOT / "docs/long_rows.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) (full|lora) \| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
+    rows = [row for row in rows if row[2] in lengths.split()]
+    assert len(rows) == 6 * len(lengths.split())
+    for size, method, length, *stated in rows:
+        runs = [Run("zero3", 8, ranks_per_row) for ranks_per_row in (1, 2, 4, 8)]
+        computed = [round(memory(size, method, int(length.replace(",", "")), run=run).total) for run in runs]
+        assert list(map(int, stated)) == computed, (size, method, length)
+
+
+def test_what_gpus_share_is_divided_between_them():
+    """Activations by the GPUs of a row; the rest by all GPUs, whatever shares the rows."""
+    one, four = (memory("4b", "full", 65_536, run=Run("zero3", 8, ranks)) for ranks in (1, 4))
+    assert four.checkpoints == pytest.approx(one.checkpoints / 4)
+    output = 2 * 65_536 // 4 * 32 * 128 * 2 / GIB  # the heads' output is kept on both sides of the exchange
+    assert four.layer == pytest.approx(one.layer / 4 + output, rel=0.01)
+    same = ("weights", "gradients", "optimizer", "copies", "head")
+    assert all(getattr(four, name) == getattr(one, name) for name in same)
+    state = 14 * sum(p.numel() for p in _prepared("4b", "full").parameters()) / 8 / GIB
+    assert one.gradients + one.optimizer == pytest.approx(state)
+    with pytest.raises(BenchError, match="6 GPUs cannot be divided into groups of 4"):
+        Run("zero3", 6, 4)
+    with pytest.raises(BenchError, match="3 GPUs cannot share a row of 4b, which has 32 attention heads"):
+        memory("4b", "lora", 4096, run=Run("zero3", 3, 3))
 
 
 def test_the_share_of_the_cost_of_lora_is_the_one_stated(models, flops):

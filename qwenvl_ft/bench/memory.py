@@ -1,11 +1,15 @@
 """Computes the GPU memory of a training run without a GPU, by running layers on torch's meta device.
 
-Activations are counted as autograd saves them for the backward pass. The sum is for one GPU without sharding: trained
-weights, gradients and both AdamW moments in float32, frozen weights and activations in 16 bits. Not included: the CUDA
-context (about 0.5 GiB), fragmentation, and temporary results within one operation.
+Activations are counted as autograd saves them for the backward pass. Without an engine, trained weights, gradients and
+both AdamW moments are in float32, frozen weights and activations in 16 bits. DeepSpeed keeps weights and gradients in
+16 bits beside master weights and moments in float32, also 16 bytes, and divides them over the GPUs. A row that several
+GPUs share is divided too. Not included: the CUDA context (about 0.5 GiB), fragmentation, and temporary results within
+one operation, such as the buffers of an exchange between GPUs.
 """
 
 from dataclasses import asdict, dataclass
+from functools import cache
+from math import lcm
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qwenvl_ft.bench.sizes import SIZES, make_config, random_model
+from qwenvl_ft.errors import BenchError, unknown_name
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import ModelConfig
 from qwenvl_ft.training.loss import HEAD_CHUNK
@@ -28,6 +33,33 @@ SETTINGS = {
 }
 
 
+ENGINES = {"none": (False, False), "zero2": (False, True), "zero3": (True, True)}
+"""Engine -> whether it divides weights over GPUs, and whether it divides gradients and optimizer state."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The GPUs of a run, and what they divide."""
+
+    engine: str = "none"
+    """One of `ENGINES`."""
+    gpus: int = 1
+    ranks_per_row: int = 1
+    """GPUs that share a row (``training.sequence_parallel_size``); divides ``gpus``."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        if self.gpus % self.ranks_per_row:
+            raise BenchError(
+                f"{self.gpus} GPUs cannot be divided into groups of {self.ranks_per_row} that share a row. Give "
+                f"--gpus {self.ranks_per_row} or a multiple of it."
+            )
+
+
+ALONE = Run()
+
+
 @dataclass(frozen=True)
 class Memory:
     """Memory of one GPU, in GiB."""
@@ -35,11 +67,14 @@ class Memory:
     size: str
     train_type: str
     row_length: int
+    run: Run
     weights: float
     gradients: float
     optimizer: float
+    """Both moments; with an engine also the float32 master weights."""
     copies: float
-    """16-bit copies of trained weights, which autocast keeps during a forward pass."""
+    """16-bit copies of trained weights, which autocast keeps during a forward pass. With ZeRO-3, the weights that are
+    gathered at a time: those of a layer and of the next one, or the embeddings."""
     checkpoints: float
     """Checkpointed input of every layer."""
     layer: float
@@ -52,41 +87,79 @@ class Memory:
         return sum(value for value in asdict(self).values() if isinstance(value, float))
 
 
-def memory(size: str, train_type: str, row_length: int, *, image_share: float = 0.5) -> Memory:
-    """Compute the peak memory of a training step with gradient checkpointing."""
-    recipe = load_recipe(None, SETTINGS[train_type])
-    model = prepare_model(_meta_model(size, recipe.model), recipe.tuner).to(torch.bfloat16)
-    trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is kind) for kind in (True, False))
+def memory(size: str, train_type: str, row_length: int, *, image_share: float = 0.5, run: Run = ALONE) -> Memory:
+    """Compute the peak memory of a training step with gradient checkpointing.
+
+    The frames of a row are taken to be many, so that every GPU that shares it gets as many patches.
+
+    Raises:
+        BenchError: the GPUs that share a row do not divide the attention heads.
+        RecipeError: an unknown size.
+    """
     config: Any = make_config(size)
     text, vision = config.text_config, config.vision_config
-    patches = int(row_length * image_share) * vision.spatial_merge_size**2
-    full = train_type == "full"
-    held = text.num_hidden_layers * row_length * text.hidden_size * (4 if full else 2)
-    towers = [kept_by_text_layer(model, row_length)]
+    if text.num_attention_heads % run.ranks_per_row:
+        raise BenchError(
+            f"{run.ranks_per_row} GPUs cannot share a row of {size}, which has {text.num_attention_heads} attention "
+            "heads. Give a number that divides them."
+        )
+    model = _prepared(size, train_type)
+    tokens = -(-row_length // run.ranks_per_row)
+    patches = int(tokens * image_share) * vision.spatial_merge_size**2
+    full, wide = train_type == "full", 4 if train_type == "full" and run.engine == "none" else 2
+    held = text.num_hidden_layers * tokens * text.hidden_size * wide
+    towers = [kept_by_text_layer(model, tokens, run.ranks_per_row)]
     if full:
-        held += vision.depth * patches * vision.hidden_size * 4
+        held += vision.depth * patches * vision.hidden_size * wide
         towers.append(kept_by_vision_block(model, patches))
     return Memory(
         size,
         train_type,
         row_length,
-        weights=(4 * trained + 2 * frozen) / GIB,
-        gradients=4 * trained / GIB,
-        optimizer=8 * trained / GIB,
-        copies=2 * trained / GIB,
+        run,
+        **_of_parameters(model, run),
         checkpoints=held / GIB,
         layer=2 * max(towers) / GIB,
         head=HEAD_CHUNK * SIZES[size].vocabulary * (4 + 2) / GIB,
     )
 
 
-def kept_by_text_layer(model: nn.Module, tokens: int) -> int:
-    """Return the bytes that autograd saves for a decoder layer over ``tokens`` tokens."""
+def _of_parameters(model: nn.Module, run: Run) -> dict[str, float]:
+    """Return GiB of weights, gradients, optimizer and copies."""
+    trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is kind) for kind in (True, False))
+    if run.engine == "none":
+        each = {"weights": 4 * trained + 2 * frozen, "gradients": 4 * trained, "optimizer": 8 * trained}
+        return {name: held / GIB for name, held in (each | {"copies": 2 * trained}).items()}
+    divides_weights, divides_state = ENGINES[run.engine]
+    layer = sum(p.numel() for p in _find(model, "language_model.layers.0").parameters())
+    embeddings = sum(p.numel() for p in _find(model, "embed_tokens").parameters())
+    state = run.gpus if divides_state else 1
+    return {
+        "weights": 2 * (trained + frozen) / (run.gpus if divides_weights else 1) / GIB,
+        "gradients": 2 * trained / state / GIB,
+        "optimizer": 12 * trained / state / GIB,
+        "copies": 2 * max(2 * layer, embeddings) / GIB if divides_weights else 0.0,
+    }
+
+
+@cache
+def _prepared(size: str, train_type: str) -> nn.Module:
+    """Return a model on the meta device as a run trains it."""
+    recipe = load_recipe(None, SETTINGS[train_type])
+    return prepare_model(_meta_model(size, recipe.model), recipe.tuner).to(torch.bfloat16)
+
+
+def kept_by_text_layer(model: nn.Module, tokens: int, ranks_per_row: int = 1) -> int:
+    """Return the bytes that autograd saves for a decoder layer over ``tokens`` tokens of one GPU.
+
+    Args:
+        ranks_per_row: GPUs with as many tokens each, with which attention exchanges heads for tokens.
+    """
     layer: Any = _find(model, "language_model.layers.0")
     weight = layer.input_layernorm.weight
     angles = weight.new_empty(1, tokens, layer.self_attn.head_dim)
     hidden = weight.new_empty(1, tokens, weight.shape[0])
-    return kept(layer, hidden, position_embeddings=(angles, angles))
+    return kept(layer, hidden, position_embeddings=(angles, angles), ranks_per_row=ranks_per_row)
 
 
 def kept_by_vision_block(model: nn.Module, patches: int) -> int:
@@ -131,9 +204,33 @@ class _Fused(torch.autograd.Function):
         raise NotImplementedError
 
 
-def _fused(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+class _Exchange(torch.autograd.Function):
+    """Has the result of an exchange between GPUs, and saves nothing; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, heads: int, tokens: int) -> Tensor:
+        return states.new_empty(states.shape[0], heads, tokens, states.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+def _fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, ranks_per_row: int = 1, **__: Any
+) -> tuple[Tensor, None]:
     """Attention as transformers calls it: ``[B, H, T, D]`` -> ``[B, T, H, D]``."""
-    return _Fused.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
+    if ranks_per_row == 1:
+        return _Fused.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
+    apply: Any = _Exchange.apply
+    heads, tokens = query.shape[1:3]
+    few = lcm(key.shape[1], ranks_per_row)  # key and value heads are repeated until the GPUs divide them
+    every = [
+        apply(states, count // ranks_per_row, tokens * ranks_per_row)
+        for states, count in ((query, heads), (key, few), (value, few))
+    ]
+    out: Any = _Fused.apply(*every)  # type: ignore[no-untyped-call]
+    return apply(out, heads, tokens).transpose(1, 2), None
 
 
 AttentionInterface.register(FUSED, _fused)
@@ -151,4 +248,4 @@ def _find(model: nn.Module, ending: str) -> nn.Module:
     return next(module for name, module in model.named_modules() if name.endswith(ending))
 
 
-__all__ = ["Memory", "kept", "memory"]
+__all__ = ["Memory", "Run", "kept", "memory"]

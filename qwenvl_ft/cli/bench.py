@@ -124,17 +124,24 @@ def memory(
     sizes: Annotated[list[str] | None, typer.Argument(help="Model sizes; default 2b, 4b and 8b.")] = None,
     row_length: Annotated[list[int] | None, typer.Option(help="Length of a row, in tokens. May be repeated.")] = None,
     image_share: Annotated[float, typer.Option(help="Share of image tokens.", min=0, max=0.9)] = 0.5,
+    engine: Annotated[
+        Literal["none", "zero2", "zero3"], typer.Option(help="What divides weights, gradients and optimizer state.")
+    ] = "none",
+    gpus: Annotated[int, typer.Option(help="GPUs of the run.", min=1)] = 1,
+    sequence_parallel_size: Annotated[int, typer.Option(help="GPUs that share a row; divides --gpus.", min=1)] = 1,
     as_json: JSON = False,
 ) -> None:
-    """Compute the GPU memory of full and LoRA training by row length, without a GPU."""
+    """Compute the memory of one GPU in full and LoRA training by row length, without a GPU."""
     from dataclasses import asdict
 
     from qwenvl_ft.bench.lines import memory_text
-    from qwenvl_ft.bench.memory import SETTINGS
+    from qwenvl_ft.bench.memory import SETTINGS, Run
     from qwenvl_ft.bench.memory import memory as computed
 
+    run = Run(engine, gpus, sequence_parallel_size)
+
     results = [
-        computed(size, train_type, length, image_share=image_share)
+        computed(size, train_type, length, image_share=image_share, run=run)
         for size in sizes or ("2b", "4b", "8b")
         for train_type in SETTINGS
         for length in row_length or (4096, 8192, 16_384)

@@ -15,6 +15,7 @@ from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.deepspeed import deepspeed_config
 from qwenvl_ft.training.ranks import join_ranks
 from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.upstream.probe import fallbacks
 
 RECORDS = [
     text(3),
@@ -42,7 +43,7 @@ WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpe
 EXACT = 1e-6
 """Largest difference relative to the loss, and to how far a weight has moved; of float64."""
 ROUNDED = 2e-4
-"""The same for DeepSpeed, which trains in float32, against one process in float64."""
+"""The same for DeepSpeed, which trains in float32, against one process in float64; and `EXACT` of each weight."""
 
 
 def trained(folder, checkpoint, encoder, size, engine="ddp", changes=(), **options):
@@ -51,6 +52,7 @@ def trained(folder, checkpoint, encoder, size, engine="ddp", changes=(), **optio
     Args:
         changes: functions that prepare the model.
     """
+    fallbacks()  # as `prepare_run` does: under ZeRO-3 the answers could not be found any more
     arguments = {key: value for key, value in ENGINES[engine].items() if dist.get_world_size() > 1}
     if "deepspeed" in arguments:
         arguments["deepspeed"] = deepspeed_config(arguments["deepspeed"])
@@ -124,7 +126,8 @@ class Runs:
             if name in shared["weights"]:
                 way = float((expected - begin[name]).abs().max()) if name in begin else float(expected.abs().max())
                 moved = max(moved, way)
-                assert float((shared["weights"][name] - expected).abs().max()) <= tolerance * way + 1e-9, name
+                slack = 1e-9 if tolerance == EXACT else EXACT * float(expected.abs().max())
+                assert float((shared["weights"][name] - expected).abs().max()) <= tolerance * way + slack, name
         assert moved > 1e-3, "vacuous: nothing moved"
 
 

@@ -135,7 +135,7 @@ def by_method(encoder, model, places, names):
     found = {}
     for name in names:
         torch.manual_seed(0)
-        prepared = prepare_model(copy.deepcopy(model), tuner_of(CASES[name], "dense")).double()
+        prepared = prepare_model(copy.deepcopy(model).float(), tuner_of(CASES[name], "dense")).double()
         with torch.no_grad():
             for value in prepared.parameters():
                 if value.requires_grad:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.checkpoint.manifest import read
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.recipe.provenance import saved_recipe
 from qwenvl_ft.recipe.schema import Recipe
@@ -53,6 +54,13 @@ KEPT_KEYS = {
     ),
 }
 """Section -> its keys that must not change; learning rates are part of the optimizer's state."""
+ENGINES = {
+    "DeepSpeed ZeRO-3": ("global_step*/*zero_pp_rank_*_model_states.pt",),
+    "DeepSpeed": ("global_step*",),
+    "FSDP": ("pytorch_model_fsdp*", "optimizer_0", "optimizer.bin"),
+}
+"""What shards a run -> files of its checkpoints; the first match counts. Without a match it was not sharded."""
+NOT_SHARDED = "no sharding"
 MAX_NAMED = 3
 """Number of differences that an error names."""
 
@@ -121,3 +129,35 @@ def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False)
             + (", with different lengths" if before["samples"] == now["samples"] else "")
             + ". Give the data that the run began with, or start a new run in another training.output_dir."
         )
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Return the number of processes that saved a checkpoint."""
+    manifest = read(checkpoint)
+    return manifest["processes"] if manifest is not None else max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+
+
+def require_same_engine(checkpoint: Path, engine: str, processes: int) -> None:
+    """Raise if this run cannot read the optimizer's state of a checkpoint, as far as that depends on its sharding.
+
+    Without sharding any number of processes reads it. DeepSpeed reads only what as many processes wrote.
+
+    Args:
+        engine: a key of `ENGINES`, or `NOT_SHARDED`.
+
+    Raises:
+        CheckpointError: it was saved with another engine, or by DeepSpeed with another number of processes.
+    """
+    known = (name for name, patterns in ENGINES.items() if any(any(checkpoint.glob(p)) for p in patterns))
+    before, saved = next(known, NOT_SHARDED), processes_of(checkpoint)
+    if before != engine:
+        problem, fix = f"it was saved with {before}, and this run has {engine}", f"Resume it with {before}"
+    elif engine.startswith("DeepSpeed") and saved != processes:
+        problem = f"DeepSpeed saved it from {saved} processes, and this run has {processes}"
+        fix = f"Resume it with {saved}"
+    else:
+        return
+    raise CheckpointError(
+        f"training.resume_from_checkpoint={checkpoint}: {problem}. {fix}, or start a new run from its weights with "
+        "training.resume_weights_only=true and another training.output_dir."
+    )

@@ -34,6 +34,7 @@ RUN_KEYS = {
     "tuner.resume_from_checkpoint": FIRST_PHASE,
     "training.output_dir": f"{ONE_FOR_ALL} Each phase gets a folder in it.",
     "training.resume_from_checkpoint": ONE_FOR_ALL,
+    "training.resume_weights_only": ONE_FOR_ALL,
     "training.save_final": ONE_FOR_ALL,
 }
 """Key that a phase cannot set -> the reason, for the error message."""

@@ -53,7 +53,8 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft import assemble
     from qwenvl_ft.checkpoint.complete import resolve_resume
     from qwenvl_ft.checkpoint.restart import resume_setting
-    from qwenvl_ft.checkpoint.same_run import require_same_plan, require_same_recipe
+    from qwenvl_ft.checkpoint.same_run import require_same_engine, require_same_plan, require_same_recipe
+    from qwenvl_ft.checkpoint.weights_only import from_weights_only
     from qwenvl_ft.training.agreement import Agreement, only_run_of
     from qwenvl_ft.training.build import build_questions, build_trainer
     from qwenvl_ft.training.data_gate import check_before_training
@@ -61,6 +62,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.training.run import run
     from qwenvl_ft.training.run_length import require_enough_steps
 
+    recipe = from_weights_only(recipe)
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
     with only_run_of(Agreement(args.world_size), output_dir, on_rank_0=args.process_index == 0):
@@ -76,6 +78,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
         model = assemble.build_model(recipe, args, train_set)
         trainer = build_trainer(recipe, args, model, processor, train_set, eval_set, questions=questions)
         if start.folder is not None:
+            require_same_engine(start.folder, trainer.engine, args.world_size)
             require_same_plan(trainer.plan_sampler(train_set), start.folder, any_rows=bool(args.auto_find_batch_size))
         return run(trainer, recipe, start, questions)
 

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from qwenvl_ft.checkpoint.complete import Resume
+from qwenvl_ft.checkpoint.same_run import processes_of
 from qwenvl_ft.data.media.patches import obstacle
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import offer
@@ -39,6 +40,20 @@ def announce(trainer: QwenVLTrainer, run_log: RunLog, start: Resume, *, removed:
         run_log.write(line)
     for line in (*(f"removed {folder}, which was not saved completely" for folder in removed), *start.lines()):
         run_log.write(line)
+    if start.folder is not None and (line := _other_draws(trainer, processes_of(start.folder))):
+        run_log.write(line)
+
+
+def _other_draws(trainer: QwenVLTrainer, saved: int) -> str:
+    """Return a line if a run resumed with another number of processes draws other random numbers; else nothing."""
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in cast(nn.Module, trainer.model).modules())
+    names = [name for name, used in (("dropout", drops), ("NEFTune", trainer.noise is not None)) if used]
+    if saved == trainer.args.world_size or not names:
+        return ""
+    return (
+        f"saved by {saved} processes and resumed by {trainer.args.world_size}: {' and '.join(names)} will draw other "
+        "numbers than in an uninterrupted run"
+    )
 
 
 def _lines(trainer: QwenVLTrainer) -> Iterator[str]:

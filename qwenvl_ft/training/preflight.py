@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
+from qwenvl_ft.checkpoint.weights_only import require_saved_weights
 from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError, one_line
@@ -283,6 +284,8 @@ def try_model(recipe: Recipe) -> None:
         )
     if (size := recipe.training.sequence_parallel_size) > 1:
         require_model(plan.config, plan.attention, size)
+    if recipe.tuner.resume_from_checkpoint:
+        require_saved_weights("tuner.resume_from_checkpoint", Path(recipe.tuner.resume_from_checkpoint).expanduser())
     earlier = Earlier.of(recipe.tuner)
     scaling = None if earlier is None else trained_lengths(earlier.folder)[0]
     if scaling is not None and section.rope_scaling is None:

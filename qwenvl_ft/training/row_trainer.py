@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from qwenvl_ft.checkpoint.complete import Resume, resolve_resume
+from qwenvl_ft.checkpoint.same_run import NOT_SHARDED
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator, vision_fillers
 from qwenvl_ft.data.plan.costs import machine_costs
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -107,6 +108,14 @@ class RowTrainer(PlannedTrainer):
         if size == 1:
             return None
         return Share(size, self.args.process_index % size, self.processor.tokenizer.pad_token_id, self.costs)
+
+    @property
+    def engine(self) -> str:
+        """What shards this run: a key of `ENGINES` in `checkpoint.same_run`, or its ``NOT_SHARDED``."""
+        if self.is_deepspeed_enabled:
+            zero_3 = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            return "DeepSpeed ZeRO-3" if zero_3 else "DeepSpeed"
+        return "FSDP" if self.is_fsdp_enabled else NOT_SHARDED
 
     @property
     def samples(self) -> SampleDataset:

@@ -65,7 +65,7 @@ class Earlier:
         if not all((folder / name).is_file() for name in FILES):
             raise CheckpointError(f"{KEY}={folder} {_problem_of(folder)}")
         from peft import PeftConfig
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         from qwenvl_ft.model.adapters import register_adapters
         from qwenvl_ft.upstream.peft import prefix_of
@@ -75,8 +75,11 @@ class Earlier:
             config: Any = PeftConfig.from_pretrained(str(folder))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}/adapter_config.json is not a peft config: {error}") from error
-        with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
-            keys = list(opened.keys())
+        try:
+            with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as opened:
+                keys = list(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}/adapter_model.safetensors is damaged: {one_line(error)}") from error
         mark = f".{prefix_of(config.peft_type)}"
         names = (key.partition(mark)[0].removeprefix(ROOT) for key in keys if mark in key and key.startswith(ROOT))
         owners = {str(name).rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []}

@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 from qwenvl_ft.checkpoint.manifest import begin, seal
 
 
-def write(folder, *, optimizer=True, sealed=True):
+def write(folder, *, optimizer=True, sealed=True, random_state="rng_state.pth"):
     """Write the files of a checkpoint, and its manifest if ``sealed``."""
     if sealed:
         begin(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"weight": torch.arange(64.0)}, folder / "model.safetensors")
     if optimizer:
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        for name in ("optimizer.pt", "scheduler.pt", random_state):
             torch.save({"state": torch.arange(64.0)}, folder / name)
     (folder / "plan.json").write_text('{"samples": 4}')
     (folder / "recipe.yaml").write_text("model: {}\n")

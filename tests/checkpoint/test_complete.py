@@ -14,6 +14,7 @@ from qwenvl_ft.checkpoint.complete import (
     rotate,
 )
 from qwenvl_ft.checkpoint.manifest import MANIFEST, SAVING, begin, partial, read, remove, seal
+from qwenvl_ft.checkpoint.same_run import NOT_SHARDED, require_same_engine
 from qwenvl_ft.errors import CheckpointError
 
 FILES = (
@@ -205,3 +206,29 @@ def test_a_result_that_was_not_saved_completely_may_be_written_again(tmp_path):
     seal(tmp_path, ("*.safetensors",))
     with pytest.raises(CheckpointError, match=r"holds model\.safetensors already"):
         resolve_resume(True, tmp_path)
+
+
+ENGINES = {
+    "DeepSpeed ZeRO-3": "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt",
+    "DeepSpeed": "global_step2/mp_rank_00_model_states.pt",
+    "FSDP": "optimizer_0/__0_0.distcp",
+    NOT_SHARDED: "optimizer.pt",
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_engine_or_for_deepspeed_another_number_of_processes_is_one_line(tmp_path, engine):
+    file = tmp_path / ENGINES[engine]
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    for rank in range(2):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+    require_same_engine(tmp_path, engine, 2)
+    if engine.startswith("DeepSpeed"):
+        with pytest.raises(CheckpointError, match=r"from 2 processes, and this run has 1\. Resume it with 2, or"):
+            require_same_engine(tmp_path, engine, 1)
+    else:
+        require_same_engine(tmp_path, engine, 1)
+    for other in ENGINES.keys() - {engine}:
+        with pytest.raises(CheckpointError, match=f"saved with {engine}, and this run has {other}.*weights_only"):
+            require_same_engine(tmp_path, other, 2)

@@ -150,3 +150,29 @@ def test_an_adapter_is_opened_with_the_rope_scaling_it_was_trained_with(tiny_dir
         logits = [model.eval()(input_ids=ids).logits for model in (opened, plain, merged)]
     assert float((logits[0] - logits[1]).abs().max()) > 1e-4
     torch.testing.assert_close(logits[2], logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_alone_start_a_new_run_also_without_optimizer_or_manifest(tiny_dir, data, halfway, tmp_path, capsys):
+    """With a rate of 0 the new run ends with the weights that it started from, at its own step 1."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(halfway / "checkpoint-2" / name, alone)
+    quick = ["max_steps=1", "learning_rate=0", "save_strategy=no", "resume_weights_only=true"]
+    words = settings(tiny_dir, data, tmp_path / "new", *(f"training.{word}" for word in quick))
+    assert main(words) == 2
+    assert "needs the folder of a checkpoint" in capsys.readouterr().err
+    assert main([*words, f"training.resume_from_checkpoint={alone}"]) == 0
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "new"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(float(value.abs().max()) > 0 for name, value in before.items() if "lora_B" in name), "vacuous: untrained"
+    assert json.loads((tmp_path / "new" / "trainer_state.json").read_text())["global_step"] == 1
+    assert "resume_weights_only: false" in (tmp_path / "new" / "recipe.yaml").read_text(), "resuming it starts it anew"
+    weights = halfway / "checkpoint-2" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for key in ("training.resume_from_checkpoint", "tuner.resume_from_checkpoint"):
+        more = "true" if key.startswith("training") else "false"
+        words = settings(tiny_dir, data, tmp_path / "more", f"{key}={halfway / 'checkpoint-2'}")
+        assert main([*words, f"training.resume_weights_only={more}"]) == 2
+        assert f"error: {key}={halfway / 'checkpoint-2'}: adapter_model.safetensors does not" in capsys.readouterr().err

@@ -132,6 +132,9 @@ class Checkpoints:
 
     resume_from_checkpoint: str | bool | None = None
     """true or auto resumes from the last complete checkpoint in output_dir; otherwise the folder of a checkpoint."""
+    resume_weights_only: bool = False
+    """Start a new run from the weights of the folder in resume_from_checkpoint, also one of another tool or without
+    optimizer: steps, schedule and plan begin anew, and output_dir must be another folder."""
     save_final: bool = True
     """Write the trained model to output_dir at the end, in addition to the checkpoints of save_strategy."""
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from run_cases import saves, short_run, write_questions
 from safetensors.torch import load_file
 
-from qwenvl_ft.checkpoint.complete import last_checkpoint
+from qwenvl_ft.checkpoint.complete import last_checkpoint, missing
 
 STEPS = 12
 
@@ -108,3 +109,20 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tiny_dir, data, tmp_pa
     assert "add training.resume_from_checkpoint=true" in out
     assert last_checkpoint(tmp_path) is not None
     assert (last_checkpoint(tmp_path) / "recipe.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_at_the_same_bits(
+    uninterrupted, tiny_dir, data, tmp_path
+):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / f"checkpoint-{STEPS}"
+    os.truncate(newest / "optimizer.pt", 100)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    done = run(command(tiny_dir, data, tmp_path, "training.resume_from_checkpoint=true"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"passed over {newest}: optimizer.pt has 100 bytes instead of" in done.stdout
+    assert f"resuming from {tmp_path / f'checkpoint-{STEPS - 2}'}" in done.stdout
+    expected, actual = weights(uninterrupted), weights(tmp_path)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert missing(newest) is None, "the damaged checkpoint was not written again"

@@ -57,7 +57,9 @@ def forecast(
         if packing
         else [[k] for k in range(len(lengths))]
     )
-    shape = RunShape(processes, arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"])
+    sharing = recipe.training.sequence_parallel_size
+    batch, accumulation = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
+    shape = RunShape(max(processes // sharing, 1), batch, accumulation, sharing)
     step = StepSize(shape, len(rows), len(lengths), packing)
     tokens = sum(lengths)
     return Forecast(

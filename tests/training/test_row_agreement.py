@@ -4,7 +4,9 @@ import threading
 
 import pytest
 import torch
-from cases import ListRecords, picture
+from cases import ListRecords, picture, quiet_arguments
+from rank_cases import in_ranks
+from sequence_cases import in_float64
 
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
 from qwenvl_ft.data.conversation import IGNORE
@@ -12,7 +14,9 @@ from qwenvl_ft.data.plan.costs import CostModel
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.share import Share
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.row_agreement import RowAgreement
+from qwenvl_ft.training.trainer import QwenVLTrainer
 
 SAME = ("input_ids", "labels", "position_ids", "cu_seq_lens_q", "image_owners", "image_tokens")
 
@@ -178,3 +182,37 @@ def test_or_they_all_stop_if_errors_are_raised(dataset):
     assert all(isinstance(error, DataError) for error in errors)
     assert "list[1]: the processes that train this row together read different content" in str(errors[0])
     assert "data.on_error=skip" in str(errors[1])
+
+
+def _trained(folder, checkpoint, dataset, size):
+    """Train two steps of one row in this rank, and return what is logged."""
+    model = in_float64(load_model(str(checkpoint), torch_dtype="float32", attn_impl="packed_sdpa"))
+    args = quiet_arguments(folder, optim="sgd", learning_rate=0.05, max_steps=2, logging_steps=1, save_strategy="no")
+    trainer = QwenVLTrainer(
+        model,
+        args,
+        processor=dataset.encoder.processor,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        max_length=512,
+        sequence_parallel_size=size,
+    )
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()
+
+
+@pytest.mark.soak
+@pytest.mark.distributed
+def test_two_ranks_train_around_a_damaged_image_as_one_process_does(dataset, checkpoints, tmp_path):
+    dataset.max_bad_fraction = 0.5
+    whole = in_ranks(1, _trained, tmp_path / "whole", checkpoints["dense"], dataset, 1)[0][0]
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:-200])
+    alone = in_ranks(1, _trained, tmp_path / "alone", checkpoints["dense"], dataset, 1)[0]
+    for logs, evaluated in in_ranks(2, _trained, tmp_path / "shared", checkpoints["dense"], dataset, 2):
+        for log, expected in zip(logs, alone[0], strict=True):
+            assert log["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+            assert log["bad_samples"] == expected["bad_samples"] == 1
+            assert log["supervised_tokens"] == expected["supervised_tokens"]
+        assert evaluated["eval_loss"] == pytest.approx(alone[1]["eval_loss"], rel=1e-6)
+        assert evaluated["eval_bad_samples"] == 1
+    assert whole[0]["loss"] != pytest.approx(alone[0][0]["loss"], rel=1e-6), "vacuous"

@@ -65,7 +65,7 @@ def _train(recipe: "Recipe") -> "TrainResult":
     recipe = from_weights_only(recipe)
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
-    with only_run_of(Agreement(args.world_size), output_dir, on_rank_0=args.process_index == 0):
+    with only_run_of(Agreement.of(args), output_dir, on_rank_0=args.process_index == 0):
         start = resolve_resume(resume_setting(recipe.training.resume_from_checkpoint), output_dir)
         if start.folder is not None:
             require_same_recipe(recipe, start.folder)

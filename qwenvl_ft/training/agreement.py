@@ -6,28 +6,42 @@ launcher kills them; whatever was not saved by then is lost.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers import TrainingArguments
 
 from qwenvl_ft.checkpoint.lock import only_run_in
-from qwenvl_ft.errors import DataError, QwenVLError, one_line
+from qwenvl_ft.errors import QwenVLError, one_line
 
 Value = TypeVar("Value")
+
+
+class OtherRankError(QwenVLError):
+    """Another rank has met an error that is not the user's; it raises that error itself."""
 
 
 class Agreement:
     """Exchanges small facts between all ranks, by their CPUs; with one rank it costs nothing.
 
     All ranks must make an `Agreement` at the same time, and must call its methods in the same order.
+
+    Args:
+        timeout: how long a rank waits for the others; None is torch's default, 30 minutes.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, timeout: timedelta | None = None) -> None:
         self.world_size = world_size
-        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self._shared: BaseException | None = None
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> "Agreement":
+        """Return the agreement of a run's ranks, which wait for ``training.ddp_timeout`` as in its other exchanges."""
+        return cls(args.world_size, timedelta(seconds=args.ddp_timeout))
 
     def largest(self, number: int) -> int:
         """Return the largest number of all ranks."""
@@ -41,8 +55,8 @@ class Agreement:
         """Call a function on every rank and return its result; an error on one rank is raised on all.
 
         Raises:
-            QwenVLError: of the first rank that has one. Any other error is raised as it is on its own rank, and as a
-                DataError that names this rank on the others.
+            QwenVLError: if the first rank that has an error has one. Any other error is raised as it is on its own
+                rank, and as an `OtherRankError` that names the first such rank on the others.
         """
         error, result = None, None
         try:
@@ -66,9 +80,11 @@ class Agreement:
         told: list[Any] = [None] * self.world_size
         dist.all_gather_object(told, own and _told(own), group=self._group)
         rank, (kind, text) = next((rank, entry) for rank, entry in enumerate(told) if entry is not None)
-        if own is not None and (not isinstance(own, QwenVLError) or rank == dist.get_rank()):
+        if issubclass(kind, QwenVLError):
+            return own if own is not None and rank == dist.get_rank() else kind(text)
+        if own is not None and not isinstance(own, QwenVLError):
             return own
-        return kind(text) if issubclass(kind, QwenVLError) else DataError(f"rank {rank} stopped: {text}")
+        return OtherRankError(f"rank {rank} stopped: {text}")
 
 
 def _told(error: Exception) -> tuple[type[Exception], str]:

@@ -72,8 +72,7 @@ def _check(phase: Recipe, run: Recipe, held: ExitStack | None) -> bool:
     resolve_resume(resume_setting(run.training.resume_from_checkpoint), folder_of(run))
     args = prepare_run(phase)
     if held is not None:
-        ranks = Agreement(args.world_size)
-        held.enter_context(only_run_of(ranks, folder_of(run).parent, on_rank_0=args.process_index == 0))
+        held.enter_context(only_run_of(Agreement.of(args), folder_of(run).parent, on_rank_0=args.process_index == 0))
     check_before_training(phase)
     train_set, _ = assemble.build_datasets(phase, assemble.build_processor(phase), args.seed)
     require_enough_steps(phase, args, train_set)

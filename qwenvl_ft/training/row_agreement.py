@@ -66,7 +66,8 @@ class RowAgreement:
             collate: as for the loader of ``dataset``.
 
         Raises:
-            DataError: the ranks read different content, and ``dataset.on_error`` is ``raise``; on every rank.
+            DataError: the ranks read different content, and ``dataset.on_error`` is ``raise``; on every rank of the
+                group.
         """
         found: dict[int, str] = dict(batch["check"].faults)
         left_out: dict[int, str] = {}

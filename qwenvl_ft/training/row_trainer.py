@@ -79,7 +79,7 @@ class RowTrainer(PlannedTrainer):
             raise RecipeError(
                 f"one process sees {args.n_gpu} GPUs. Launch one per GPU: accelerate launch -m qwenvl_ft.train ..."
             )
-        self.agreement = Agreement(args.world_size)
+        self.agreement = Agreement.of(args)
         for dataset in datasets:
             require_same_samples(dataset, 0, args.world_size)
         self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
@@ -173,10 +173,14 @@ class RowTrainer(PlannedTrainer):
         return PaddedCollator(self.processor.tokenizer.pad_token_id, self.fillers)
 
     def agreed(self, batch: dict[str, Any], dataset: SampleDataset) -> dict[str, Any]:
-        """Return a batch that all ranks that share its rows read alike, see `RowAgreement`."""
-        if self.row_agreement is None or self.share is None:
+        """Return a batch that all ranks that share its rows read alike, see `RowAgreement`.
+
+        Every rank must call it: what one group raises stops the others too, which would wait for it in the next step.
+        """
+        agree, share = self.row_agreement, self.share
+        if agree is None or share is None:
             return batch
-        return self.row_agreement(batch, dataset.shared(self.share), self._collator())
+        return self.agreement.together(lambda: agree(batch, dataset.shared(share), self._collator()))
 
     def num_examples(self, dataloader: Any) -> int:
         return len(cast(Sized, dataloader.dataset))

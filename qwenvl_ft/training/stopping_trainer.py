@@ -12,7 +12,7 @@ from qwenvl_ft.checkpoint.complete import PREFIX, missing
 from qwenvl_ft.checkpoint.lock import require_own
 from qwenvl_ft.checkpoint.space import require_space, size_of, written_whole
 from qwenvl_ft.errors import DataError, QwenVLError
-from qwenvl_ft.training.agreement import only_run_of
+from qwenvl_ft.training.agreement import OtherRankError, only_run_of
 from qwenvl_ft.training.callbacks.signals import Interrupted, SignalCallback
 from qwenvl_ft.training.checkpoint_size import checkpoint_bytes, planned_checkpoints, weight_bytes
 from qwenvl_ft.training.row_trainer import RowTrainer
@@ -73,7 +73,10 @@ class StoppingTrainer(RowTrainer):
                 saved = self._save_finished_step()
                 if isinstance(error, DataError):
                     raise DataError(f"{error} {saved}{self._advice()}") from error
-                print(f"stopped by an error. {saved}", flush=True)
+                if isinstance(error, OtherRankError):
+                    raise OtherRankError(f"{error} {saved}") from error
+                if self.is_world_process_zero():
+                    print(f"stopped by an error. {saved}", flush=True)
                 raise
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -124,7 +127,9 @@ class StoppingTrainer(RowTrainer):
         """Return True if the last finished step can be saved: by every rank, with nothing begun since."""
         if self._begun is not None and self._begun >= self.state.global_step:
             return False
-        return isinstance(error, DataError) or (not isinstance(error, QwenVLError) and self.agreement.is_shared(error))
+        if isinstance(error, QwenVLError):
+            return isinstance(error, DataError | OtherRankError)
+        return self.agreement.is_shared(error)
 
     def _save_finished_step(self) -> str:
         """Save the last finished step unless its checkpoint exists; return a sentence that says so, or nothing."""

@@ -19,6 +19,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,21 @@ def content_fault(folder: Path, names: Iterable[str] | None = None) -> str | Non
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that no moment leaves a part of it that looks complete."""
-    if folder.is_dir():
+    """Remove a folder so that no moment leaves a part of it that looks complete; several machines may do so at once.
+
+    The mark of an unfinished folder is removed last. It stays if something cannot be removed.
+    """
+    if not folder.is_dir():
+        return
+    with suppress(OSError):  # another machine was faster
         _unseal(folder)
+    for path in folder.glob("*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != SAVING:
+            with suppress(OSError):
+                path.unlink()
+    if [path.name for path in folder.glob("*")] == [SAVING]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwenvl_ft.checkpoint.complete import WEIGHTS, finished, step_of
+from qwenvl_ft.checkpoint.manifest import remove
 from qwenvl_ft.errors import CheckpointError, one_line
 
 CAUSES = {
@@ -106,8 +107,8 @@ def written_whole(folder: Path, needed: Callable[[], int], *, removes: bool) -> 
             raise
         raise CheckpointError(
             f"{folder} could not be written: {cause}; {shown_bytes(free)} were free, and it needs "
-            f"{shown_bytes(needed())}. What was written of it is removed. Free some space, then go on from the last "
-            "checkpoint with training.resume_from_checkpoint=true."
+            f"{shown_bytes(needed())}. What was written of it is removed{'' if removes else ' at the next start'}. "
+            "Free some space, then go on from the last checkpoint with training.resume_from_checkpoint=true."
         ) from error
 
 
@@ -119,8 +120,8 @@ def _written(folder: Path) -> dict[Path, int]:
 def _remove_new(folder: Path, before: dict[Path, int]) -> None:
     """Remove a checkpoint, or the weights in the folder of a run that are not those of ``before``."""
     if step_of(folder) >= 0:
-        if before or not finished(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not finished(folder):
+            remove(folder)
         return
     for path, changed in _written(folder).items():
         if before.get(path) != changed:

@@ -1,5 +1,6 @@
 """The newest complete checkpoint is taken; every damaged file is named; nothing that a kill leaves looks complete."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -131,9 +132,12 @@ def test_no_moment_of_a_save_or_a_removal_leaves_a_folder_that_looks_complete(ma
         return call
 
     folder = make(2)
+    (folder / "global_step2").mkdir()
+    (folder / "global_step2" / "shard.pt").touch()
     for path, name in ((Path, "mkdir"), (Path, "touch"), (Path, "replace"), (Path, "unlink"), (Path, "write_text")):
         monkeypatch.setattr(path, name, counted(getattr(path, name)))
-    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    for module, name in ((shutil, "rmtree"), (os, "unlink"), (os, "rmdir")):  # the last two inside of the first
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     monkeypatch.setattr(manifest, "_entry", counted(manifest._entry))
     reached = 0
     for stop_at in range(1, 100):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qwenvl_ft.checkpoint.complete import missing
 from qwenvl_ft.checkpoint.space import failed_write, free_bytes, require_space, shown_bytes, written_whole
 from qwenvl_ft.errors import CheckpointError
 
@@ -88,6 +89,13 @@ def test_other_errors_are_raised_as_they_are_and_a_partial_checkpoint_goes_too(t
         write(folder, lambda path: path.touch() or 1 / 0)
     assert not folder.exists()
     assert failed_write(FileNotFoundError(errno.ENOENT, "x")) == ""
+
+
+def test_a_complete_checkpoint_stays_if_its_next_save_fails_before_it_is_touched(make):
+    folder = make(4)
+    with pytest.raises(ZeroDivisionError), written_whole(folder, lambda: 0, removes=True):
+        1 / 0  # noqa: B018
+    assert missing(folder) is None
 
 
 def test_the_weights_of_a_run_that_failed_are_removed_and_nothing_else(tmp_path):

@@ -49,7 +49,7 @@ def open_phases(recipe: Recipe, held: ExitStack) -> list[Recipe]:
     runs = chain(recipe)
     last = next((number for number in reversed(range(len(runs))) if _is_finished(runs[number])), -1)
     pending = runs[last + 1 :]  # what came before the last finished phase may be deleted
-    on_rank_0 = True
+    on_rank_0 = not _is_idle()
     for phase, run in zip(recipe.phases, runs, strict=True):
         if run not in pending:
             continue
@@ -103,7 +103,7 @@ def folder_of(run: Recipe) -> Path:
 
 def between() -> None:
     """Wait for all ranks, and forget accelerate's precision, which the next phase may change."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _are_joined():
         torch.distributed.barrier()
     forget_precision()
 
@@ -111,13 +111,22 @@ def between() -> None:
 def publish(recipe: Recipe) -> None:
     """Put the last phase's model into ``output_dir`` too, as hard links where the file system supports them."""
     between()
-    if not recipe.training.save_final:
+    if not recipe.training.save_final or _is_idle():
         return
     last = folder_of(recipe.phases[-1])
     ignored = shutil.ignore_patterns(*NOT_PUBLISHED)
     with sealed_result(last.parent):
         if rank() == 0:
             shutil.copytree(last, last.parent, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
+
+
+def _are_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_idle() -> bool:
+    """Return True on all ranks but the first if they are not joined, as in a start that finds every phase finished."""
+    return not _are_joined() and os.environ.get("RANK", "0") != "0"
 
 
 def _start_from(run: Recipe, before: Recipe) -> None:

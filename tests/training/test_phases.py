@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -265,13 +266,8 @@ def test_two_processes_train_the_same_phases(write, tiny_dir, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     overrides += ["training.gradient_accumulation_steps=1", f"training.output_dir={tmp_path / 'two'}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "-m", "qwenvl_ft.train", f"recipe={path}", *overrides],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=400,
-    )
+    command = [*launch, "-m", "qwenvl_ft.train", f"recipe={path}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two, start = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "one", tmp_path / "two", tiny_dir)
@@ -280,6 +276,17 @@ def test_two_processes_train_the_same_phases(write, tiny_dir, tmp_path):
         moved = float((expected - start[name]).abs().max())
         assert float((two[name] - expected).abs().max()) <= 1e-3 * moved + 1e-7, name
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4, "vacuous: nothing moves"
+
+
+def test_of_ranks_that_find_every_phase_finished_only_the_first_writes(whole, write, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    shutil.copytree(whole["lora"], output)
+    (output / "adapter_model.safetensors").unlink()
+    path = write(LORA, output)
+    for rank, published in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert train(load_recipe(path, ["training.resume_from_checkpoint=true"])).steps == 0
+        assert (output / "adapter_model.safetensors").exists() is published
 
 
 def test_phases_may_change_the_precision(write, tmp_path):

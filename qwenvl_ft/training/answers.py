@@ -8,7 +8,7 @@ from qwenvl_ft.model.compiled import layers_not_compiled
 from qwenvl_ft.recipe.schema import EvaluationConfig
 
 if TYPE_CHECKING:
-    from qwenvl_ft.training.trainer import QwenVLTrainer
+    from qwenvl_ft.training.evaluating_trainer import EvaluatingTrainer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Questions:
     options: dict[str, Any]
     """Options of the metric."""
 
-    def ask(self, trainer: "QwenVLTrainer", prefix: str = "") -> tuple[dict[str, float], str]:
+    def ask(self, trainer: "EvaluatingTrainer", prefix: str = "") -> tuple[dict[str, float], str]:
         """Answer all questions with the trainer's model as it is now, on all ranks.
 
         Returns:

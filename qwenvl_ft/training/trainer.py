@@ -1,10 +1,15 @@
 """Trainer with an exact loss over planned rows; transformers runs the loop.
 
-It overrides the loaders (a plan takes the place of a sampler), the loss (a sum over supervised tokens, divided once by
-their number in the global batch), evaluation (the same sum), the optimizer's groups, and what is logged and saved.
+It overrides the loss (a sum over supervised tokens, divided once by their number in the global batch), the optimizer's
+groups, and what is logged and saved. What it builds on overrides one thing each:
+
+    PlannedTrainer      the training loop: hooks for what follows (upstream/trainer.py)
+    RowTrainer          the loaders: a plan takes the place of a sampler
+    StoppingTrainer     the end: what is saved before a run stops early
+    EvaluatingTrainer   evaluation: the same sum
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -13,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from qwenvl_ft.checkpoint.same_run import save_plan
 from qwenvl_ft.data.conversation import IGNORE
@@ -27,7 +32,7 @@ from qwenvl_ft.training.answers import Questions
 from qwenvl_ft.training.bad_samples import count_bad_samples, log_bad_samples
 from qwenvl_ft.training.callbacks.tuning_method import TuningMethodCallback
 from qwenvl_ft.training.device_batch import DeviceBatch, on_device
-from qwenvl_ft.training.eval_loss import evaluate_sum, joint_metrics, loss_metrics
+from qwenvl_ft.training.evaluating_trainer import EvaluatingTrainer
 from qwenvl_ft.training.finite import LossCheck, require_finite_norm
 from qwenvl_ft.training.liger import use_liger_kernels
 from qwenvl_ft.training.loaders import datasets_in, has_media
@@ -41,7 +46,6 @@ from qwenvl_ft.training.saved_config import cache_enabled
 from qwenvl_ft.training.schedule import floor_schedule
 from qwenvl_ft.training.sealed import sealed_checkpoint
 from qwenvl_ft.training.step_log import StepLog
-from qwenvl_ft.training.stopping_trainer import StoppingTrainer
 from qwenvl_ft.tuning.methods.trained import TrainedPeftModel
 from qwenvl_ft.tuning.optimizer import build_optimizer, param_groups
 from qwenvl_ft.upstream.projected_modules import one_line_for_ignored_modules
@@ -51,7 +55,7 @@ LEAST_WEIGHT = 1e-9
 """Divisor of a step in which nothing is supervised."""
 
 
-class QwenVLTrainer(StoppingTrainer):
+class QwenVLTrainer(EvaluatingTrainer):
     """transformers' Trainer for packed Qwen-VL rows.
 
     Args:
@@ -255,58 +259,6 @@ class QwenVLTrainer(StoppingTrainer):
                 self.use_scheduler(with_floor)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _use_evaluation_weights(self) -> None:
-        """Switch schedule-free optimizers to the weights to evaluate and save; the next step switches them back."""
-        if self.optimizer is not None and callable(getattr(self.optimizer, "eval", None)):
-            cast(Any, self.optimizer).eval()
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate as transformers does; with several sets ``eval_loss`` is the mean over the tokens of all.
-
-        The questions are answered when the trainer's own sets are evaluated.
-        """
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        more = joint_metrics(metrics, sets, metric_key_prefix) if isinstance(sets, dict) else {}
-        if eval_dataset is None and self.questions is not None:
-            with self.step_log.meter.paused():
-                more |= self.questions.ask(self, f"{metric_key_prefix}_")[0]
-        if more:
-            self.log(more)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
-        return metrics | more
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Return the mean loss over a set's supervised tokens, its perplexity, and no predictions."""
-        with self.step_log.meter.paused():
-            model = self._evaluation_model()
-            self._use_evaluation_weights()
-            forward = self.compute_loss_context_manager
-            batches = (self.agreed(batch, dataloader.dataset) for batch in self.guarded(dataloader))
-            total, bad = evaluate_sum(model, batches, self.args.device, forward, self.sequence)
-            loss, tokens = sum_over_ranks(total, self.accelerator).tolist()
-            metrics = loss_metrics(loss, tokens, metric_key_prefix)
-            count = len(cast(Sized, dataloader.dataset))
-            if bad := count_bad_samples(bad, dataloader.dataset, count, self.accelerator):
-                metrics[f"{metric_key_prefix}_bad_samples"] = bad
-            return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=count)
-
-    def _evaluation_model(self) -> nn.Module:
-        """Return the model as training wraps it; without training, prepared for evaluation."""
-        if not self.is_prepared:
-            self.is_prepared = True
-            return cast(nn.Module, self.accelerator.prepare_model(cast(nn.Module, self.model), evaluation_mode=True))
-        return cast(nn.Module, self.model)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.agreement.together(self.losses.check)
@@ -327,7 +279,7 @@ class QwenVLTrainer(StoppingTrainer):
     def saving(self) -> Iterator[None]:
         self.agreement.together(self.losses.check)
         self.mean_loss.save(self.state, self.accelerator)
-        self._use_evaluation_weights()
+        self.use_evaluation_weights()
         with self.step_log.meter.paused(), super().saving(), sealed_checkpoint(self.args, self.state):
             yield
 

@@ -28,15 +28,18 @@ class EvaluatingTrainer(StoppingTrainer):
 
         The questions are answered when the trainer's own sets are evaluated.
         """
+        own = eval_dataset is None
+        self.evaluating = self.evaluating or own
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        sets = self.eval_dataset if own else eval_dataset
         more = joint_metrics(metrics, sets, metric_key_prefix) if isinstance(sets, dict) else {}
-        if eval_dataset is None and self.questions is not None:
+        if own and self.questions is not None:
             with self.step_log.meter.paused():
                 more |= self.questions.ask(self, f"{metric_key_prefix}_")[0]
         if more:
             self.log(more)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, more)
+        self.evaluating = self.evaluating and not own
         return metrics | more
 
     def evaluation_loop(

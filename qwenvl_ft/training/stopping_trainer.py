@@ -30,6 +30,8 @@ class StoppingTrainer(RowTrainer):
         self.signals: SignalCallback | None = None
         self.interrupted = False
         """True once a signal has ended the training within an evaluation."""
+        self.evaluating = False
+        """True while the trainer's own sets are evaluated, and once that was left."""
         self._begun: int | None = None
         """Number of the last step that this call of `train` has begun, from 0."""
         self._saved_bytes = 0
@@ -54,7 +56,7 @@ class StoppingTrainer(RowTrainer):
             DataError: a record cannot be read; on every rank. The message names the checkpoint that was saved.
             CheckpointError: another run writes into the folder, or a checkpoint could not be written.
         """
-        self._begun, self.interrupted = None, False
+        self._begun, self.interrupted, self.evaluating = None, False, False
         self.remove_callback(_BeforeFirstStep)
         self.add_callback(_BeforeFirstStep(self))  # the last one
         with only_run_of(self.agreement, self._output_dir, on_rank_0=self.is_world_process_zero()):
@@ -62,9 +64,6 @@ class StoppingTrainer(RowTrainer):
                 return super().train(*arguments, **options)
             except Interrupted:
                 self.interrupted = True
-                self.state.log_history = [
-                    entry for entry in self.state.log_history if not self._is_of_evaluation(entry)
-                ]
                 self._save_finished_step()
                 return self.end_early()
             except Exception as error:
@@ -135,6 +134,9 @@ class StoppingTrainer(RowTrainer):
         """Save the last finished step unless its checkpoint exists; return a sentence that says so, or nothing."""
         if self._begun is None:  # nothing was trained since the run began, or was resumed
             return ""
+        if self.evaluating:  # the resumed run evaluates this step anew, all sets of it
+            history = self.state.log_history
+            self.state.log_history = [entry for entry in history if not self._is_of_evaluation(entry)]
         if self.agreement.largest(int(self.is_world_process_zero() and missing(self._checkpoint) is not None)):
             self.save_now()
         return f"Step {self.state.global_step} is saved in {self._checkpoint}. "

@@ -218,10 +218,14 @@ def test_a_damaged_image_of_an_evaluation_saves_the_step_first(tiny_dir, data, t
     folder.mkdir()
     val = write_questions(folder, 2)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-200])
-    more = (f"data.val={val}", "training.save_strategy=no")
+    more = (f'data.val={{"a": "{data / "val.jsonl"}", "b": "{val}"}}', "training.save_strategy=no")
     with pytest.raises(DataError, match=r"train.jsonl:2.*Step 2 is saved in .*checkpoint-2\. Replace"):
         train_function(load_recipe(None, run_settings(tiny_dir, data, tmp_path / "run", *more)))
-    assert missing(tmp_path / "run" / "checkpoint-2") is None
+    saved = tmp_path / "run" / "checkpoint-2"
+    assert missing(saved) is None
+    assert logged(tmp_path / "run", "eval_a_loss").keys() == {2}, "vacuous: the sound set was not evaluated"
+    history = json.loads((saved / "trainer_state.json").read_text())["log_history"]
+    assert not any("eval_a_loss" in entry for entry in history), "the resumed run would not evaluate again"
 
 
 def test_an_error_of_any_other_kind_between_two_steps_saves_them(tiny_dir, data, tmp_path, monkeypatch):

@@ -108,9 +108,8 @@ def open_tables(
     Raises:
         DataError: a file cannot be read, is empty, or the cache cannot be written.
     """
-    new = [
-        file for file in dict.fromkeys(files) if not file.is_folder and not _target(file, folder, max_bytes).exists()
-    ]
+    copied = [file for file in dict.fromkeys(files) if not file.is_folder]
+    new = [file for file in copied if not _target(file, folder, max_bytes).exists()]
     if min(num_proc, len(new)) > 1:
         with ProcessPoolExecutor(min(num_proc, len(new))) as pool:
             list(pool.map(partial(_arrow_copy, folder=folder, skip=skip, max_bytes=max_bytes), new))

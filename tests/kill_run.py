@@ -32,7 +32,7 @@ DISK = 256 << 20
 """Bytes of the disk that becomes full."""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- by tests/kill_run.py -->", "<!-- end -->"
-HEADER = "| seed | processes | faults, each with the last logged step | starts | weights |"
+HEADER = "| seed | processes | faults, each with the number of logged lines | starts | weights |"
 
 
 # -- a run and its starts ----------------------------------------------------------------------------------------------

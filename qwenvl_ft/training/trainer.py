@@ -260,8 +260,9 @@ class QwenVLTrainer(EvaluatingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # the latter at the end, after steps that no line was logged of
             self.agreement.together(self.losses.check)
+        if "loss" in logs:
             del logs["loss"]  # transformers' mean of means
             logs.update(self.mean_loss.since_log(self.accelerator))
             logs.update(self.step_log.read(logs, self.state))

@@ -61,6 +61,11 @@ def main() -> None:
         "damaged in training": ("damaged", None, []),
         "damaged in evaluation": ("sound", None, [*evaluates, f"data.val={folder / 'damaged' / 'train.jsonl'}"]),
         "nan": ("sound", (QwenVLTrainer, "compute_loss", poisoned), []),
+        "nan after the last log line": (
+            "sound",
+            (QwenVLTrainer, "compute_loss", poisoned),
+            ["training.logging_steps=9"],
+        ),
         "signal in the last answers": ("sound", (generating._Interruption, "__call__", interrupted), asked),
         "damaged question": ("sound", None, [*asked, f"evaluation.data={folder / 'damaged' / 'train.jsonl'}"]),
         "locked": ("sound", None, [f"training.output_dir={locked}"]),

@@ -60,14 +60,17 @@ def test_what_one_rank_meets_stops_both_at_the_same_place(tiny_dir, tmp_path):
 @pytest.mark.soak
 @pytest.mark.distributed
 def test_every_other_place_too(tiny_dir, tmp_path):
+    late = "nan after the last log line"
     answers = launched(
-        tiny_dir, tmp_path, "damaged in evaluation", "nan", "signal in the last answers", "damaged question"
+        tiny_dir, tmp_path, "damaged in evaluation", "nan", late, "signal in the last answers", "damaged question"
     )
     assert answers["damaged in evaluation"]["error"] == "DataError"
     assert answers["damaged in evaluation"]["saved"] == "checkpoint-2"
-    assert answers["nan"]["error"] == "TrainingError"
-    assert "step 3: the loss is nan in the row of " in answers["nan"]["message"]
-    assert answers["nan"]["saved"] is None, "weights that may be spoilt are not saved"
+    for case in ("nan", late):
+        assert answers[case]["error"] == "TrainingError"
+        assert "step 3: the loss is nan in the row of " in answers[case]["message"]
+        assert answers[case]["saved"] is None, "weights that may be spoilt are not saved"
+    assert not (tmp_path / late.replace(" ", "-") / "adapter_model.safetensors").exists()
     last = answers["signal in the last answers"]
     assert (last["steps"], last["stopped_by"]) == (4, signal.SIGTERM)
     assert (tmp_path / "signal-in-the-last-answers" / "adapter_model.safetensors").exists()

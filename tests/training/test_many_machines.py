@@ -222,13 +222,14 @@ def test_nodes_with_disks_of_their_own_train_the_same_and_write_what_the_guide_s
     for node in (first, second):
         assert {"cache/qwenvl_ft/lengths-*.npz", "cache/qwenvl_ft/records-*.arrow"} <= written(node), "its own"
     assert {f"checkpoint-4/{name}" for name in (*CHECKPOINT, "rng_state_0.pth")} | FINAL <= written(first / "out")
-    assert written(second / "out") == {f"checkpoint-{step}/rng_state_1.pth" for step in (2, 4)}
+    own = {f"checkpoint-{step}/{name}" for step in (2, 4) for name in ("rng_state_1.pth", "manifest.json")}
+    assert written(second / "out") == own | {"manifest.json"}
     for name in ("model.safetensors", "trainer_state.json"):
         (first / "out" / name).unlink()
     shutil.rmtree(first / "out/checkpoint-4")
     codes, printed = on_two_nodes(tmp_path, tiny_dir, data, "training.resume_from_checkpoint=true")
     assert 0 not in codes
-    assert "checkpoint-2 is complete for rank 0, but for rank 1: it holds no weights" in printed
+    assert "checkpoint-2 is complete for rank 0, but for rank 1: it holds no trainer_state.json" in printed
     shutil.copytree(first / "out/checkpoint-2", second / "out/checkpoint-2", dirs_exist_ok=True)
     codes, printed = on_two_nodes(tmp_path, tiny_dir, data, "training.resume_from_checkpoint=true")
     assert codes == [0, 0], printed[-3000:]

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from qwenvl_ft import assemble
-from qwenvl_ft.checkpoint.complete import AUTO, finished, resolve_resume
+from qwenvl_ft.checkpoint.complete import AUTO, finished, is_fresh, resolve_resume
 from qwenvl_ft.checkpoint.manifest import MANIFEST, content_fault, rank
 from qwenvl_ft.checkpoint.restart import resume_setting
+from qwenvl_ft.checkpoint.weights_only import KEY as WEIGHTS_ONLY
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.training.agreement import Agreement, only_run_of
@@ -155,12 +156,17 @@ def _is_finished(run: Recipe) -> bool:
     """Return True if an earlier start of this run trained the phase to its end.
 
     Raises:
-        RecipeError: ``training.resume_from_checkpoint`` names one checkpoint.
+        RecipeError: ``training.resume_from_checkpoint`` names one checkpoint, or the weights alone are asked for.
         CheckpointError: this is a fresh start into the folder of an earlier run.
     """
     resume, folder = resume_setting(run.training.resume_from_checkpoint), folder_of(run)
-    resumes = resume is True or str(resume).lower() in AUTO
-    if not resumes and resume not in (None, False) and str(resume).lower() not in ("false", "none", ""):
+    resumes = str(resume).lower() in AUTO
+    if run.training.resume_weights_only:
+        raise RecipeError(
+            f"{WEIGHTS_ONLY}: a recipe with phases starts from model.model, or tuner.resume_from_checkpoint for an "
+            "adapter. Name the folder there."
+        )
+    if not resumes and not is_fresh(resume):
         raise RecipeError(
             f"training.resume_from_checkpoint={resume}: for a recipe with phases give true, which finds the phase and "
             "the checkpoint to resume."

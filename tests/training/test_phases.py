@@ -327,6 +327,11 @@ WRONG = {
         RecipeError,
         "give true, which finds the phase",
     ),
+    "weights alone": (
+        ["training.resume_from_checkpoint=/a/checkpoint-1", "training.resume_weights_only=true"],
+        RecipeError,
+        "a recipe with phases starts from model.model",
+    ),
     "new blocks twice": (["tuner.train_type=llamapro"], RecipeError, "phase 2/3 top: .*blocks again"),
 }
 

@@ -10,7 +10,7 @@ trap 'rm -rf "$output_dir"' EXIT
 line=$(printf '=%.0s' {1..60})
 printf '%s\nDRY RUN: %s, 5 steps on %s\n%s\n' "$line" "${recipe:-flare25}" "${datasets:=flare_neojaundice%10}" "$line"
 begin=$(date +%s)
-"$(dirname "$0")/launch.sh" recipe="${recipe:-flare25}" \
+TMPDIR="$output_dir" "$(dirname "$0")/launch.sh" recipe="${recipe:-flare25}" \
     data.train="$datasets" training.max_steps=5 training.per_device_train_batch_size="${batch_size:-1}" \
     training.gradient_accumulation_steps="${grad_accum_steps:-2}" training.save_strategy=no training.save_final=false \
     training.eval_strategy=no training.logging_steps=1 training.report_to=none training.output_dir="$output_dir" "$@"

@@ -139,7 +139,7 @@ def remove(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    with suppress(OSError):  # another machine was faster
+    with suppress(OSError):  # another machine was faster, or the disk is full
         _unseal(folder)
     for path in folder.glob("*"):
         if path.is_dir() and not path.is_symlink():
@@ -147,7 +147,7 @@ def remove(folder: Path) -> None:
         elif path.name != SAVING:
             with suppress(OSError):
                 path.unlink()
-    if [path.name for path in folder.glob("*")] == [SAVING]:
+    if {path.name for path in folder.glob("*")} <= {SAVING}:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -55,6 +55,7 @@ class StoppingTrainer(RowTrainer):
         Raises:
             DataError: a record cannot be read; on every rank. The message names the checkpoint that was saved.
             CheckpointError: another run writes into the folder, or a checkpoint could not be written.
+            OtherRankError: another rank has met an error that is not the user's.
         """
         self._begun, self.interrupted, self.evaluating = None, False, False
         self.remove_callback(_BeforeFirstStep)

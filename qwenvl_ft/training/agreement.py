@@ -84,7 +84,7 @@ class Agreement:
             return own if own is not None and rank == dist.get_rank() else kind(text)
         if own is not None and not isinstance(own, QwenVLError):
             return own
-        return OtherRankError(f"rank {rank} stopped: {text}")
+        return OtherRankError(f"rank {rank} stopped: {text}.")
 
 
 def _told(error: Exception) -> tuple[type[Exception], str]:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import DataError, RecipeError
+from qwenvl_ft.upstream.launcher import launcher_shards
 from qwenvl_ft.upstream.processes import shard_on_cpu
 
 Value = TypeVar("Value")
@@ -41,7 +42,7 @@ def join_ranks(args: TrainingArguments) -> None:
             f"the launcher started {started} processes, but this run sees {args.world_size}: each would train alone. "
             "Launch with torchrun or accelerate on devices of one kind, or set training.use_cpu=true."
         )
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if args.fsdp or launcher_shards() == "FSDP":
         shard_on_cpu()
     if args.deepspeed is not None and torch.distributed.is_initialized():
         import deepspeed

@@ -53,9 +53,9 @@ def test_ranks_that_meet_different_errors_raise_errors_of_one_kind():
     first, second = in_ranks(2, _met)
     assert first["none"] is second["none"] is None
     assert first["one record"] == second["one record"] == (DataError, "a.jsonl:7", True)
-    assert first["one fault"] == (OtherRankError, "rank 1 stopped: KeyError: 'a'", True)
+    assert first["one fault"] == (OtherRankError, "rank 1 stopped: KeyError: 'a'.", True)
     assert second["one fault"] == (KeyError, "'a'", True)
     assert [met["two faults"][0] for met in (first, second)] == [KeyError, ValueError]
-    assert second["fault before record"] == (OtherRankError, "rank 0 stopped: KeyError: 'a'", True)
+    assert second["fault before record"] == (OtherRankError, "rank 0 stopped: KeyError: 'a'.", True)
     assert first["record before fault"] == second["record before fault"] == (DataError, "a.jsonl:7", True)
     assert first["row of a group"] == second["row of a group"] == "a.jsonl:8"

@@ -308,6 +308,7 @@ def test_the_last_model_is_there_once_on_the_disk_and_loads(whole):
     assert {"config.json", "tokenizer.json", "recipe.yaml"} <= {path.name for path in whole["full"].iterdir()}
 
 
+ONE = "training.resume_from_checkpoint=/a/checkpoint-1"
 WRONG = {
     "data": (["phases.all.data.train=nowhere.jsonl"], DataError, "phase 3/3 all: .*nowhere.jsonl"),
     "an optimizer": (["phases.top.training.optim_args=foo=1"], RecipeError, "phase 2/3 top: training.optim_args"),
@@ -324,16 +325,8 @@ WRONG = {
     ),
     "a module": (["phases.all.tuner.modules_to_save=[nothing]"], RecipeError, "phase 3/3 all: .*nothing"),
     "an adapter before": (["phases.top.tuner.train_type=lora"], RecipeError, "phase 3/3 all: .*adapter of .*=lora"),
-    "one checkpoint": (
-        ["training.resume_from_checkpoint=/a/checkpoint-1"],
-        RecipeError,
-        "give true, which finds the phase",
-    ),
-    "weights alone": (
-        ["training.resume_from_checkpoint=/a/checkpoint-1", "training.resume_weights_only=true"],
-        RecipeError,
-        "a recipe with phases starts from model.model",
-    ),
+    "one checkpoint": ([ONE], RecipeError, "give true, which finds the phase"),
+    "weights alone": ([ONE, "training.resume_weights_only=true"], RecipeError, "with phases starts from model.model"),
     "new blocks twice": (["tuner.train_type=llamapro"], RecipeError, "phase 2/3 top: .*blocks again"),
 }
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qwenvl_ft.checkpoint.space import written_whole
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.training.agreement import OtherRankError
 from qwenvl_ft.training.answers import Questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.sealed import sealed_result
@@ -19,6 +20,7 @@ def finish(trainer: QwenVLTrainer, questions: Questions | None, run_log: RunLog)
     Raises:
         CheckpointError: the model could not be written.
         DataError: a question cannot be asked; the model is saved.
+        OtherRankError: another rank has met an error that is not the user's; the model is saved.
         Interrupted: a signal has arrived before all questions were answered; the model is saved.
     """
     folder = Path(str(trainer.args.output_dir))
@@ -32,8 +34,8 @@ def finish(trainer: QwenVLTrainer, questions: Questions | None, run_log: RunLog)
     saved = f"The trained model is saved in {folder}." if trainer.saves_result else ""
     try:
         scores, line = questions.ask(trainer)
-    except DataError as error:
-        raise DataError(f"{error} {saved}") from error
+    except (DataError, OtherRankError) as error:
+        raise type(error)(f"{error} {saved}") from error
     if trainer.is_world_process_zero():
         run_log.write(line)
     return scores

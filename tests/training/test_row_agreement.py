@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import ListRecords, picture, quiet_arguments
 from rank_cases import in_ranks
 from sequence_cases import in_float64
@@ -199,6 +200,23 @@ def _trained(folder, checkpoint, dataset, size):
     )
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()
+
+
+def _refused(folder, checkpoint, dataset):
+    """Train in this rank, where the first pair of ranks reads different files; return the error."""
+    differing(dist.get_rank(), dataset)
+    try:
+        _trained(folder, checkpoint, dataset, 2)
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.soak
+@pytest.mark.distributed
+def test_ranks_that_read_different_files_stop_those_of_other_rows_too(dataset, checkpoints, tmp_path):
+    dataset.on_error = "raise"
+    errors = in_ranks(4, _refused, tmp_path / "run", checkpoints["dense"], dataset)
+    assert all("this row together read different content" in error for error in errors)
 
 
 @pytest.mark.soak

@@ -58,5 +58,6 @@ def require_enough_steps(recipe: Recipe, args: TrainingArguments, dataset: Sampl
         max_length=recipe.template.max_length,
         costs=CostModel(),  # they balance the ranks and change no number of steps
         training=True,
+        ranks_per_row=recipe.training.sequence_parallel_size,
     )
     require(recipe.tuner, planned_steps(args, sampler))

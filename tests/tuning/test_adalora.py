@@ -5,17 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import answers_of, make_trainer
+from cases import RECORDS, ListRecords, answers_of, make_trainer, quiet_arguments
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 from transformers.trainer_utils import SaveStrategy
 
 from qwenvl_ft import assemble, train
+from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.training.run_length import require_enough_steps
 from qwenvl_ft.tuning.methods.adalora import STATE
 from qwenvl_ft.tuning.prepare import prepare_model
 from qwenvl_ft.tuning.targets import adapter_targets
@@ -237,3 +239,17 @@ def test_a_run_that_is_too_short_for_the_cuts_is_refused_before_the_model_is_loa
     longer = load_recipe(None, [*short_run(tiny_dir, data, tmp_path / "run", *more), "training.max_steps=9"])
     with pytest.raises(Loads):
         train(longer)
+
+
+@pytest.mark.parametrize(("sharing", "steps"), [(1, 2), (2, 4)])
+def test_the_steps_of_a_run_are_those_of_groups_that_share_rows(sharing, steps, encoder, tmp_path, monkeypatch):
+    """Eight samples on four ranks are two steps, and four if two ranks share each row."""
+    dataset = SampleDataset(ListRecords(RECORDS[:1] * 8), encoder, cache_dir=tmp_path / "cache")
+    more = ["tuner.train_type=adalora", "tuner.adalora_tinit=1", "training.packing=false"]
+    more.append(f"training.sequence_parallel_size={sharing}")
+    args = quiet_arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=1)
+    monkeypatch.setattr(type(args), "world_size", 4)
+    fits, short = (load_recipe(None, [*more, f"tuner.adalora_tfinal={steps - 2 + late}"]) for late in (0, 1))
+    require_enough_steps(fits, args, dataset)
+    with pytest.raises(RecipeError, match=f"leave none of the run's {steps} steps"):
+        require_enough_steps(short, args, dataset)

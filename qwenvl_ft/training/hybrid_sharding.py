@@ -13,8 +13,14 @@ from qwenvl_ft.errors import RecipeError
 KEY = "training.parallelism_config"
 SIZES = ("dp_replicate_size", "dp_shard_size")
 """Keys of ``training.parallelism_config``: number of copies, and ranks that share a copy."""
-OTHER_SIZES = {"tp": "tensor", "cp": "context", "sp": "sequence"}
-"""Dimension of accelerate's mesh that this package does not train with -> its name."""
+_LARGE_MODEL = "to share out a large model: training.fsdp=full_shard or deepspeed.config=zero3"
+_LONG_ROWS = "to share out long rows: training.sequence_parallel_size"
+OTHER_SIZES = {
+    "tp": ("tensor", _LARGE_MODEL),
+    "cp": ("context", _LONG_ROWS),
+    "sp": ("sequence", _LONG_ROWS),
+}
+"""Dimension of accelerate's mesh that this package does not train with -> its name, and what to use instead."""
 
 
 def mesh_sizes(sizes: dict[str, int], world_size: int) -> dict[str, int]:
@@ -57,11 +63,11 @@ def parallelism(sizes: dict[str, int] | None) -> Any:
 def require_data_parallel() -> None:
     """Raise RecipeError if accelerate's launcher asks for a mesh that splits layers or samples, which is not trained
     here."""
-    for name, kind in OTHER_SIZES.items():
+    for name, (kind, instead) in OTHER_SIZES.items():
         variable = f"PARALLELISM_CONFIG_{name.upper()}_SIZE"
         size = os.environ.get(variable, "1")
         if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false") == "true" and size != "1":
             raise RecipeError(
                 f"accelerate's {kind} parallelism ({variable}={size}) is not supported. Remove it from accelerate's "
-                "configuration; to share out a large model: training.fsdp=full_shard or deepspeed.config=zero3."
+                f"configuration; {instead}."
             )

@@ -107,12 +107,21 @@ def test_sizes_that_do_not_fit_are_refused(sizes, ranks, message):
         mesh_sizes(sizes, ranks)
 
 
-def test_tensor_parallelism_by_accelerates_launcher_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "kind", "instead"),
+    [
+        ("TP", "tensor", "training.fsdp=full_shard"),
+        ("CP", "context", "training.sequence_parallel_size"),
+        ("SP", "sequence", "training.sequence_parallel_size"),
+    ],
+)
+def test_parallelism_that_accelerates_launcher_asks_for_is_refused(monkeypatch, name, kind, instead):
     require_data_parallel()
-    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
     require_data_parallel()  # without the first variable accelerate ignores it
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    with pytest.raises(RecipeError, match=r"accelerate's tensor parallelism \(PARALLELISM_CONFIG_TP_SIZE=2\)"):
+    message = rf"accelerate's {kind} parallelism \(PARALLELISM_CONFIG_{name}_SIZE=2\) .*{instead}"
+    with pytest.raises(RecipeError, match=message):
         require_data_parallel()
 
 

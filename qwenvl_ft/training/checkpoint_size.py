@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from qwenvl_ft.upstream.whole import full_size, is_partitioned
+
 TRIAL = (64, 256)
 """Shape of the parameter by which an optimizer's state is measured; 8-bit optimizers keep smaller ones in 32 bits."""
 
@@ -64,5 +66,5 @@ def _state_bytes(args: Any, dtype: torch.dtype) -> float:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Return the number of weights, of which this rank may hold only a part."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Return the number of stored values: packed as they are, but whole where this rank holds only a part."""
+    return full_size(parameter) if is_partitioned(parameter) else parameter.numel()

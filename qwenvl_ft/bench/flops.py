@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from qwenvl_ft.model.anatomy import canonical_name, part_of
+from qwenvl_ft.upstream.whole import full_shape
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -208,13 +209,14 @@ def _products(name: str, module: nn.Module, before: bool, active: float) -> list
         return []
     products = []
     for key, weight in module.named_parameters(recurse=False):
-        if weight.dim() < 2:
+        shape = full_shape(weight)
+        if len(shape) < 2:
             continue
-        size = weight.numel() * (active if ".experts" in name else 1.0)
-        if weight.dim() == 3:
+        size = shape.numel() * (active if ".experts" in name else 1.0)
+        if len(shape) == 3:
             before |= key == "down_proj" and any(p.requires_grad for p in module.parameters())
-        if weight.dim() == 5:  # patch embedding over space and time
-            size /= weight.shape[2]
+        if len(shape) == 5:  # patch embedding over space and time
+            size /= shape[2]
         after_a = ".lora_B." in name and weight.requires_grad
         products.append(Product(f"{name}.{key}", _unit(name), size, weight.requires_grad, before or after_a))
     return products

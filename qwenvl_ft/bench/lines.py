@@ -28,10 +28,11 @@ def step_text(result: StepResult) -> str:
     total = flops.pop("total")
     shares = ", ".join(f"{name} {share / total:.0%}" for name, share in flops.items() if share)
     median = sorted(result.step_ms)[result.steps // 2]
-    peak = f"{result.peak_tflops:g} ({result.peak_source})"
+    devices = result.device if result.ranks == 1 else f"{result.ranks} x {result.device}"
+    peak = f"{result.peak_tflops * result.ranks:g} ({result.peak_source})"
     return "\n".join(
         [
-            f"{result.size}, {result.train_type}, {result.dtype}, {result.attention}, on {result.device}",
+            f"{result.size}, {result.train_type}, {result.dtype}, {result.attention}, on {devices}",
             f"  {result.steps} steps of {result.tokens / result.steps:,.0f} tokens "
             f"({result.samples / result.steps:.1f} samples, {result.images / result.steps:.1f} images)",
             f"  tokens/s             {data['tokens_per_second']:>12,.1f}",

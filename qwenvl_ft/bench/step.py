@@ -3,22 +3,21 @@
 Only weights and records are generated; everything else is what `qwenvl_ft.train` runs, configured by a recipe.
 """
 
-import time
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
 from qwenvl_ft import assemble
-from qwenvl_ft.bench.flops import Row, model_work, peak_tflops
+from qwenvl_ft.bench.clock import Clock, now
+from qwenvl_ft.bench.flops import model_work, peak_tflops
 from qwenvl_ft.bench.sizes import random_model, write_size
 from qwenvl_ft.bench.workload import filled_records
+from qwenvl_ft.checkpoint.manifest import gather
 from qwenvl_ft.data.encode.by_recipe import build_encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import BenchError
@@ -70,7 +69,7 @@ class StepOptions:
 
 @dataclass
 class StepResult:
-    """Result of the benchmark; totals over all measured steps."""
+    """Result of the benchmark; totals over all measured steps and ranks."""
 
     device: str
     size: str
@@ -89,11 +88,14 @@ class StepResult:
     images: int
     samples: int
     peak_memory_gib: float
+    """Of the rank with the most."""
     model_flops: dict[str, int]
     """FLOPs of the matrix products that the result requires, by kind."""
     peak_tflops: float
     peak_source: str
     """``table``, or ``measured``: the fastest matrix product on this device."""
+    ranks: int = 1
+    """Processes, one for each device."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,8 +103,8 @@ class StepResult:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs per second divided by the device's peak."""
-        return self.model_flops["total"] / self.seconds / (self.peak_tflops * 1e12)
+        """Model FLOPs per second divided by the peak of all devices."""
+        return self.model_flops["total"] / self.seconds / (self.peak_tflops * 1e12 * self.ranks)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result and derived rates as a dict that JSON can hold."""
@@ -112,63 +114,6 @@ class StepResult:
             "tflops_per_second": round(self.model_flops["total"] / self.seconds / 1e12, 3),
             "mfu": round(self.mfu, 4),
         }
-
-
-class Clock(TrainerCallback):
-    """Times the steps after the warm-up and records the rows; synchronises with the device only at start and end."""
-
-    def __init__(self, device: torch.device, warmup: int, steps: int) -> None:
-        self.device, self.warmup, self.last = device, warmup, warmup + steps
-        self.ends: list[float] = []
-        self.cpu: list[float] = []
-        self.seen: list[tuple[int, Tensor, Tensor | None, int | Tensor]] = []
-        self.step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model.register_forward_pre_hook(self._see, with_kwargs=True)
-        self._tick()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step = state.global_step
-        if self.step <= self.last:
-            self._tick()
-
-    def rows(self) -> list[Row]:
-        """Return the rows of the measured steps."""
-        measured = [entry[1:] for entry in self.seen if self.warmup <= entry[0] < self.last]
-        return [
-            Row(text.diff().tolist(), [] if vision is None else vision.diff().tolist(), int(supervised))
-            for text, vision, supervised in measured
-        ]
-
-    def seconds(self) -> list[float]:
-        """Return the seconds of each measured step."""
-        ends = self.ends[self.warmup : self.last + 1]
-        return [after - before for before, after in pairwise(ends)]
-
-    def _tick(self) -> None:
-        at_an_end = self.step in (self.warmup, self.last)
-        self.ends.append(_now(self.device) if at_an_end else time.perf_counter())
-        self.cpu.append(time.process_time())
-
-    def _see(self, module: nn.Module, positional: Any, inputs: dict[str, Any]) -> None:
-        text = inputs["cu_seq_lens_q"] if "cu_seq_lens_q" in inputs else _borders(inputs["attention_mask"])
-        kept = inputs["logits_to_keep" if "logits_to_keep" in inputs else "predicting"]  # packed row or padded batch
-        supervised = kept.sum() if kept.dtype == torch.bool else kept.numel()
-        self.seen.append((self.step, text, _frames(inputs), supervised))
-
-
-def _borders(mask: Tensor) -> Tensor:
-    """Return int64[B + 1], the boundaries of a padded batch's samples without their padding."""
-    return torch.nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
-
-
-def _frames(inputs: dict[str, Any]) -> Tensor | None:
-    """Return int64[frames + 1], the boundaries of the images' patches; a padded batch has only their grids."""
-    if "image_cu_seqlens" in inputs or "image_grid_thw" not in inputs:
-        return inputs.get("image_cu_seqlens")
-    frames, height, width = inputs["image_grid_thw"].unbind(dim=1)
-    return torch.nn.functional.pad((height * width).repeat_interleave(frames).cumsum(0), (1, 0))
 
 
 class Profiler(TrainerCallback):
@@ -227,10 +172,10 @@ def step_recipe(options: StepOptions, folder: Path) -> Recipe:
 
 
 def bench_step(options: StepOptions) -> tuple[StepResult, str]:
-    """Train for a few steps and measure them.
+    """Train for a few steps and measure them; every rank must call it.
 
     Returns:
-        The result, and the table of the profile (empty without ``options.profile``).
+        The result, timed by this rank, and the table of rank 0's profile (empty without ``options.profile``).
 
     Raises:
         RecipeError: a setting is invalid.
@@ -254,7 +199,8 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
         trainer.add_callback(profiler)
     trainer.train()
     model: Any = trainer.model
-    rows, seconds = clock.rows(), clock.seconds()
+    rows = [row for own in gather(clock.rows()) for row in own]
+    seconds = clock.seconds()
     dtype = recipe.model.torch_dtype
     peak, source = device_peak(device, dtype)
     result = StepResult(
@@ -272,12 +218,15 @@ def _measured(options: StepOptions, folder: Path) -> tuple[StepResult, str]:
         supervised_tokens=sum(row.supervised for row in rows),
         images=sum(len(row.frames) for row in rows),
         samples=sum(len(row.samples) for row in rows),
-        peak_memory_gib=peak_memory_gib(device),
+        peak_memory_gib=max(gather(peak_memory_gib(device))),
         model_flops=model_work(model).flops(rows),
         peak_tflops=peak,
         peak_source=source,
+        ranks=args.world_size,
     )
-    return result, profiler.write(options.profile) if profiler and options.profile else ""
+    if profiler is None or options.profile is None or args.process_index > 0:
+        return result, ""
+    return result, profiler.write(options.profile)
 
 
 def _check(recipe: Recipe, options: StepOptions) -> None:
@@ -331,17 +280,10 @@ def measured_peak(device: torch.device, dtype: str) -> float:
     a = torch.randn(side, side, dtype=getattr(torch, dtype), device=device)
     best = 0.0
     for _ in range(5):
-        begin = _now(device)
+        begin = now(device)
         a @ a
-        best = max(best, 2 * side**3 / (_now(device) - begin))
+        best = max(best, 2 * side**3 / (now(device) - begin))
     return round(best / 1e12, 4)
-
-
-def _now(device: torch.device) -> float:
-    """Return the time in seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _attention_name(model: Any) -> str:

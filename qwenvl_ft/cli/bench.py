@@ -35,6 +35,9 @@ def step(
     attn_impl: Annotated[str, typer.Option(help="Attention implementation, as model.attn_impl.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Use gradient checkpointing.")] = True,
+    sequence_parallel_size: Annotated[
+        int, typer.Option(help="Processes that share a row; start a multiple of it by torchrun or accelerate.", min=1)
+    ] = 1,
     profile: Annotated[
         Path | None, typer.Option(help="Folder for a Chrome trace; also prints the most expensive operations.")
     ] = None,
@@ -43,6 +46,8 @@ def step(
     """Run a few training steps and report tokens/s, step time, peak memory and share of the device's peak FLOP/s."""
     from qwenvl_ft.bench.lines import step_text
     from qwenvl_ft.bench.step import StepOptions, bench_step
+    from qwenvl_ft.checkpoint.manifest import rank
+    from qwenvl_ft.training.ranks import leave_ranks
 
     result, costs = bench_step(
         StepOptions(
@@ -57,13 +62,19 @@ def step(
             warmup=warmup,
             compile=compile,
             checkpointing=checkpointing,
-            settings=(f"model.attn_impl={attn_impl}", *(settings or ())),
+            settings=(
+                f"model.attn_impl={attn_impl}",
+                *((f"training.sequence_parallel_size={sequence_parallel_size}",) if sequence_parallel_size > 1 else ()),
+                *(settings or ()),
+            ),
             profile=profile,
         )
     )
-    _print(result.to_json(), as_json, lambda _: step_text(result))
-    if costs:
-        typer.echo(costs, err=as_json)
+    if rank() == 0:
+        _print(result.to_json(), as_json, lambda _: step_text(result))
+        if costs:
+            typer.echo(costs, err=as_json)
+    leave_ranks()
 
 
 def data(

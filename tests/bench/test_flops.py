@@ -92,3 +92,13 @@ def test_a_dense_forward_pass_costs_two_for_each_weight_and_token():
 def test_a_gpu_is_known_by_its_name(device, peak):
     assert peak_tflops(device) == peak
     assert peak_tflops("Some other device") is None
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_weights_that_zero_3_holds_in_parts_count_as_whole_ones(checkpoints, kind):
+    model = load_model(str(checkpoints[kind]), torch_dtype="float32", attn_impl="sdpa")
+    row = Row([40, 24], [24, 16], 9)
+    whole = model_work(model).flops([row])
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert model_work(model).flops([row]) == whole

@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from rank_cases import in_ranks
 
+from qwenvl_ft.bench.flops import Row, model_work
 from qwenvl_ft.bench.lines import step_text
 from qwenvl_ft.bench.sizes import bench_processor
 from qwenvl_ft.bench.step import StepOptions, StepResult, bench_step
@@ -96,6 +99,45 @@ def test_accumulated_steps_have_full_rows_too():
     options = StepOptions(row_length=256, steps=2, warmup=1, settings=("training.gradient_accumulation_steps=4",))
     result, _ = bench_step(options)
     assert result.tokens > 0.8 * 2 * 4 * 256
+
+
+def _shared():
+    """Measure a step of rows that this rank shares with the others; return it, and what the whole rows hold."""
+    seen, plain = [], QwenVLTrainer.training_step
+
+    def step(self, model, inputs, count=None):
+        frames = 4 * inputs["image_tokens"]
+        supervised = int((inputs["labels"][:, 1:] != -100).sum())
+        own = int((inputs["image_owners"] == dist.get_rank()).sum())
+        seen.append((self, Row(inputs["cu_seq_lens_q"].diff().tolist(), frames.tolist(), supervised), own))
+        return plain(self, model, inputs, count)
+
+    QwenVLTrainer.training_step = step
+    settings = (f"training.sequence_parallel_size={dist.get_world_size()}",)
+    result, _ = bench_step(StepOptions(row_length=512, mean_sample=128, steps=2, warmup=1, settings=settings))
+    rows = [row for _, row, _ in seen[1:3]]
+    work = model_work(seen[0][0].model).flops(rows)
+    return result.to_json(), rows, work, [own for *_, own in seen[1:3]]
+
+
+@pytest.mark.distributed
+def test_rows_that_ranks_share_are_counted_once():
+    results = in_ranks(2, _shared)
+    assert all(min(frames) > 0 for *_, frames in results), "vacuous: a rank runs no frame"
+    for result, rows, work, _ in results:
+        assert result["ranks"] == 2
+        assert result["tokens"] == sum(row.tokens for row in rows) > 0.8 * 2 * 512
+        assert result["supervised_tokens"] == sum(row.supervised for row in rows)
+        assert result["images"] == sum(len(row.frames) for row in rows)
+        assert result["samples"] == sum(len(row.samples) for row in rows)
+        assert result["model_flops"] == work
+        peak = result["peak_tflops"] * 1e12 * 2
+        assert result["mfu"] == pytest.approx(work["total"] / result["seconds"] / peak, abs=1e-4)
+
+
+def test_the_command_has_the_switch(capsys):
+    assert main(["bench", "step", "--sequence-parallel-size", "2"]) == 2
+    assert "training.sequence_parallel_size=2 lets 2 processes share each row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

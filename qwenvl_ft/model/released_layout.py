@@ -110,8 +110,17 @@ def _second_names(model: nn.Module) -> set[str]:
     return second
 
 
-def _to_module_layout(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Transpose the experts within a state dict that is about to be loaded, if they have the released layout."""
+def _to_module_layout(model: Any, state: dict[str, Any], *_: Any) -> None:
+    """Give the weights of a state dict that is about to be loaded the model's own names and layout.
+
+    transformers resumes a run by ``load_state_dict``, which only warns of names that it does not know.
+    """
+    kind = model.config.model_type
+    if kind in FAMILIES and FAMILIES[kind].released_names:
+        own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        for stored, name in {_released_name(name, kind): name for name in own}.items():
+            if stored in state:
+                state[name] = state.pop(stored)
     if _layout_of(state, model) == "released":
         for name in [name for name in state if name.endswith(EXPERTS)]:
             state[name] = state[name].transpose(1, 2)

@@ -136,6 +136,10 @@ def test_older_families_keep_the_names_that_transformers_gives_their_released_mo
     assert {"visual.merger.ln_q.weight", "model.embed_tokens.weight"} <= theirs.keys()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    begun = Qwen2_5_VLForConditionalGeneration(config)
+    use_released_layout(begun)
+    assert begun.load_state_dict(ours, strict=False) == ([], []), "a resumed run would begin with other weights"
+    assert all(torch.equal(value, begun.state_dict()[name]) for name, value in model.state_dict().items())
     opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
     assert opened.config.text_config.rope_parameters == config.text_config.rope_parameters
 

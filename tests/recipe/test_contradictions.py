@@ -34,6 +34,11 @@ CONTRADICTIONS = {
     ],
     "training.sequence_parallel_size=2 shares packed or joined rows, but training.padding_free=false pads them. Remove "
     "one.": ["training.sequence_parallel_size=2", "training.padding_free=false"],
+    "training.include_num_input_tokens_seen=all counts a row on each process, so training.sequence_parallel_size=2 "
+    "would multiply it by 2. Remove it; tokens_per_second counts each row once.": [
+        "training.sequence_parallel_size=2",
+        "training.include_num_input_tokens_seen=all",
+    ],
     "tuner.train_type=longlora shifts groups of tokens within a row, which training.sequence_parallel_size=2 would "
     "divide between processes. Set tuner.train_type=lora.": [
         "training.sequence_parallel_size=2",

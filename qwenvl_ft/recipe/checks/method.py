@@ -1,5 +1,6 @@
 """The training method: settings that it cannot be combined with, and recipes that train nothing."""
 
+from qwenvl_ft.recipe.checks.argument import argument
 from qwenvl_ft.recipe.checks.launcher import sharded_by
 from qwenvl_ft.recipe.methods import over_quantized
 from qwenvl_ft.recipe.schema import Recipe
@@ -62,13 +63,19 @@ def second_stage(recipe: Recipe) -> str | None:
 
 
 def shared_rows(recipe: Recipe) -> str | None:
-    """What needs all tokens of a row on one process."""
+    """What needs all tokens of a row on one process, or takes each process to have rows of its own."""
     size, tuner = recipe.training.sequence_parallel_size, recipe.tuner
     setting = f"training.sequence_parallel_size={size}"
     if size == 1:
         return None
     if not recipe.training.padding_free:
         return f"{setting} shares packed or joined rows, but training.padding_free=false pads them. Remove one."
+    counted = argument(recipe, "include_num_input_tokens_seen")
+    if counted and counted != "no":
+        return (
+            f"training.include_num_input_tokens_seen={str(counted).lower()} counts a row on each process, so {setting} "
+            f"would multiply it by {size}. Remove it; tokens_per_second counts each row once."
+        )
     if tuner.train_type == "longlora":
         return (
             f"tuner.train_type=longlora shifts groups of tokens within a row, which {setting} would divide between "

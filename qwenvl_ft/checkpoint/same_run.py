@@ -120,8 +120,8 @@ def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False)
     prefix = f"training.resume_from_checkpoint={checkpoint}: "
     if before["rows_per_step"] != now["rows_per_step"] and not any_rows:
         raise CheckpointError(
-            f"{prefix}a step takes {now['rows_per_step']} rows and took {before['rows_per_step']}. Keep the product "
-            "of processes, training.per_device_train_batch_size and gradient_accumulation_steps."
+            f"{prefix}a step takes {now['rows_per_step']} rows and took {before['rows_per_step']}. Keep "
+            "training.per_device_train_batch_size * gradient_accumulation_steps * processes / sequence_parallel_size."
         )
     if (before["samples"], before["lengths"]) != (now["samples"], now["lengths"]):
         raise CheckpointError(

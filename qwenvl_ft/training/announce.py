@@ -11,6 +11,7 @@ from torch import nn
 from qwenvl_ft.checkpoint.complete import Resume
 from qwenvl_ft.checkpoint.same_run import processes_of
 from qwenvl_ft.data.media.patches import obstacle
+from qwenvl_ft.recipe.provenance import saved_recipe
 from qwenvl_ft.training.callbacks.run_log import RunLog
 from qwenvl_ft.training.data_gate import offer
 from qwenvl_ft.training.loaders import datasets_in
@@ -40,20 +41,29 @@ def announce(trainer: QwenVLTrainer, run_log: RunLog, start: Resume, *, removed:
         run_log.write(line)
     for line in (*(f"removed {folder}, which was not saved completely" for folder in removed), *start.lines()):
         run_log.write(line)
-    if start.folder is not None and (line := _other_draws(trainer, processes_of(start.folder))):
+    if start.folder is not None and (line := _other_draws(trainer, start.folder)):
         run_log.write(line)
 
 
-def _other_draws(trainer: QwenVLTrainer, saved: int) -> str:
-    """Return a line if a run resumed with another number of processes draws other random numbers; else nothing."""
+def _other_draws(trainer: QwenVLTrainer, checkpoint: Path) -> str:
+    """Return a line if a run resumed with another number of processes, or of those that share a row, draws other random
+    numbers; else nothing."""
+    training = saved_recipe(checkpoint).get("training") or {}
+    sharing = training.get("sequence_parallel_size", 1) if training else trainer.sequence_parallel_size
+    before = _processes(processes_of(checkpoint), sharing)
+    now = _processes(trainer.args.world_size, trainer.sequence_parallel_size)
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in cast(nn.Module, trainer.model).modules())
     names = [name for name, used in (("dropout", drops), ("NEFTune", trainer.noise is not None)) if used]
-    if saved == trainer.args.world_size or not names:
+    if before == now or not names:
         return ""
     return (
-        f"saved by {saved} processes and resumed by {trainer.args.world_size}: {' and '.join(names)} will draw other "
-        "numbers than in an uninterrupted run"
+        f"saved by {before} and resumed by {now}: {' and '.join(names)} will draw other numbers than in an "
+        "uninterrupted run"
     )
+
+
+def _processes(number: int, sharing: int) -> str:
+    return f"{number} processes" + (f", {sharing} to a row" if sharing > 1 else "")
 
 
 def _lines(trainer: QwenVLTrainer) -> Iterator[str]:

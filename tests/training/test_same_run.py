@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qwenvl_ft.model.load import load_model
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.train import main
 from qwenvl_ft.train import train as train_function
+from qwenvl_ft.training.announce import _other_draws
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,23 @@ def test_weights_alone_start_a_new_run_also_without_optimizer_or_manifest(tiny_d
         words = settings(tiny_dir, data, tmp_path / "more", f"{key}={halfway / 'checkpoint-2'}")
         assert main([*words, f"training.resume_weights_only={more}"]) == 2
         assert f"error: {key}={halfway / 'checkpoint-2'}: adapter_model.safetensors does not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharing", "share", "line"),
+    [
+        (4, 2, 0.1, ""),
+        (2, 1, 0.0, ""),
+        (2, 1, 0.1, "saved by 4 processes, 2 to a row and resumed by 2 processes: dropout will draw other numbers"),
+        (4, 4, 0.1, "resumed by 4 processes, 4 to a row: dropout will draw other numbers"),
+    ],
+)
+def test_a_resumed_run_says_that_masks_are_drawn_otherwise(tmp_path, processes, sharing, share, line):
+    (tmp_path / "recipe.yaml").write_text("training: {sequence_parallel_size: 2}\n")
+    for rank in range(4):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=processes), sequence_parallel_size=sharing, noise=None)
+    trainer.model = torch.nn.Dropout(share)
+    found = _other_draws(trainer, tmp_path)
+    assert line in found
+    assert bool(found) == bool(line)

@@ -1,10 +1,11 @@
 """Defines the draft: a conversation as tokens, with one placeholder for each image or pair of video frames.
 
 A draft needs text and media headers only; no pixel is decoded. It already has the length of its sample, so truncation
-happens at this stage. Letters in shapes: D draft tokens.
+happens at this stage. `Extent` is its size. Letters in shapes: D draft tokens.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,20 @@ class Draft:
     def patches(self) -> int:
         """Vision patches of the sample."""
         return sum(t * h * w for t, h, w in self.image_grids + self.video_grids)
+
+
+class Extent(NamedTuple):
+    """The size of a sample, as planning needs it."""
+
+    tokens: int
+    patches: int
+    has_video: bool
+    cut_tokens: int
+    """Tokens that truncation removed."""
+    cut_media: int
+    """Images and videos that truncation removed."""
+    several_frames: tuple[str, ...]
+    """Images of several frames or pages of which none was chosen, each as ``PATH (5 frames)``."""
 
 
 def cut(draft: Draft, max_length: int | None, strategy: str) -> Draft:

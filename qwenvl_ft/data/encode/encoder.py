@@ -17,7 +17,7 @@ import transformers
 from numpy.typing import NDArray
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Sample, Source, Text, Video
-from qwenvl_ft.data.encode.draft import IMAGE_PAD, STRATEGIES, VIDEO_PAD, Draft, cut, too_long
+from qwenvl_ft.data.encode.draft import IMAGE_PAD, STRATEGIES, VIDEO_PAD, Draft, Extent, cut, too_long
 from qwenvl_ft.data.encode.fingerprint import tokenizer_fingerprint
 from qwenvl_ft.data.encode.labels import (
     Span,
@@ -46,20 +46,6 @@ from qwenvl_ft.data.record_size import too_large, utf8_bytes
 from qwenvl_ft.errors import DataError, RecipeError, unknown_name
 from qwenvl_ft.recipe.schema import DataConfig
 from qwenvl_ft.upstream.processors import require_known_rule
-
-
-class Extent(NamedTuple):
-    """The size of a sample, as planning needs it."""
-
-    tokens: int
-    patches: int
-    has_video: bool
-    cut_tokens: int
-    """Tokens that truncation removed."""
-    cut_media: int
-    """Images and videos that truncation removed."""
-    several_frames: tuple[str, ...]
-    """Images of several frames or pages of which none was chosen, each as ``PATH (5 frames)``."""
 
 
 class _Shown(NamedTuple):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from run_cases import short_run, write_questions
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.train import LAUNCHED
@@ -65,8 +66,18 @@ def start(launcher, processes, checkpoint, data, output, *more):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    assert stored(output) == stored(checkpoint), "not stored as the checkpoint that was trained"
     entries = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
     return [entry["loss"] for entry in entries if "loss" in entry], served(output)
+
+
+def stored(folder):
+    """Return the names and shapes of the weights in a folder's files."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return found
 
 
 def served(folder):

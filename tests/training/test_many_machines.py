@@ -99,7 +99,11 @@ def test_the_size_that_is_not_given_follows_from_the_number_of_ranks(sizes, rank
             16,
             r"has dp_replicate_size=2, dp_shard_size=4, but .* 16 ranks",
         ),
-        ({"dp_replicate_size": 4}, 4, r"dp_replicate_size=4 on 4 ranks: each would hold a whole copy, which is DDP"),
+        (
+            {"dp_replicate_size": 4},
+            4,
+            r"has dp_replicate_size=4 on 4 ranks: each would hold a whole copy, which is DDP",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, ranks, message):

@@ -52,8 +52,8 @@ def test_a_workers_error_is_the_same_line_as_without_workers(tiny_dir, damaged, 
     for workers in (0, 1):
         with pytest.raises(DataError) as caught:
             run(tiny_dir, damaged, tmp_path / f"run{workers}", f"training.dataloader_num_workers={workers}")
-        messages.append(str(caught.value))
-        carried = "Traceback" in caught.value.args[0]
+        messages.append(str(caught.value).replace(f"run{workers}", "run"))
+        carried = "Traceback" in caught.value.__cause__.args[0]
         assert carried == bool(workers), "vacuous: the worker's error carries no traceback"
     assert messages[0] == messages[1]
     assert "Traceback" not in messages[1]

@@ -151,6 +151,7 @@ def test_layers_that_are_no_subclass_of_linear_are_targets():
     assert [name for name, inner in model.named_modules() if is_linear(inner)] == ["packed", "plain"]
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_written_model_is_near_the_whole_one_and_takes_lora(records, tmp_path, method):

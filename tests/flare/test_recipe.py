@@ -139,6 +139,7 @@ def test_a_dry_run_takes_five_steps_and_keeps_nothing(converted, temporary, tiny
     assert not (converted / "output").exists()
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_dry_run_that_fails_says_what_helps(converted, temporary, tiny_dir):
     done = dry_run(converted, temporary, tiny_dir, "data.train=flare_retino")

@@ -182,6 +182,7 @@ def test_a_run_compiles_while_it_trains_and_saves_what_plain_layers_would(tiny_d
     assert max(float((weight - start[name]).abs().max()) for name, weight in plain.items()) > 1e-4, "nothing moved"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same(tiny_dir, batches):

@@ -100,6 +100,7 @@ def assert_same_run(run, reference, checkpoint, tolerance=1e-5):
     assert max(float((reference[1][name] - begin[name]).abs().max()) for name in begin) > 1e-4, "vacuous: nothing moved"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_one_process_by_any_launcher_is_bit_equal(tiny_dir, data, tmp_path, reference, launcher):
@@ -136,6 +137,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("way", COMPILED)
@@ -164,6 +166,7 @@ LISA = ["training.lisa_activated_layers=2", "training.lisa_step_interval=2"]
 GALORE = ["training.use_galore=true", "training.galore_rank=4", "training.optim=adamw_torch"]
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_lisa_trains_the_same_layers_to_the_same_weights_in_two_processes(tiny_dir, data, tmp_path):
@@ -178,6 +181,7 @@ def test_lisa_trains_the_same_layers_to_the_same_weights_in_two_processes(tiny_d
     assert 2 <= len(layers) < 4, "vacuous: two draws of two of the four layers"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_galore_projects_the_mean_gradient_of_two_processes(tiny_dir, data, tmp_path):

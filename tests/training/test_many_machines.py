@@ -175,6 +175,7 @@ def assert_resumed(quiet, killed, done):
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_run_that_torchrun_restarts_goes_on_from_its_last_checkpoint_by_itself(tiny_dir, data, tmp_path):
     assert_resumed(*restarted_run(1, tiny_dir, data, tmp_path))

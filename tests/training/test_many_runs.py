@@ -108,6 +108,7 @@ def files_of(folder):
     return sorted(re.sub(r"(runs/)?[^/]*(/events\.out)\.tfevents.*", r"\1\2", name) for name in found)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_recipes_in_one_process_train_the_bits_and_files_of_their_own_processes(tiny_dir, data, tmp_path):
     one, own = (recipes(tiny_dir, data, tmp_path / folder) for folder in ("one", "own"))

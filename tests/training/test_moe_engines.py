@@ -105,6 +105,7 @@ def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone
     assert_same(trained(checkpoints["moe"], data, tmp_path, METHODS, engine), alone, checkpoints["moe"])
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_experts_that_are_sharded_train_the_adapter_of_one_process(checkpoints, data, tmp_path):

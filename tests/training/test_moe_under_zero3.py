@@ -129,6 +129,7 @@ def test_without_the_conversion_square_experts_are_refused_and_others_load(writt
     assert_values(dict(model.named_parameters()), values["oblong"])
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_zero3_loads_the_same_values_and_trains_the_same_weights(written, tmp_path):

@@ -254,6 +254,7 @@ def test_a_run_killed_in_its_second_phase_goes_on_to_the_same_bits(whole, write,
     assert same(output, whole["lora"], WEIGHTS["lora"])
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_phases(write, tiny_dir, tmp_path):

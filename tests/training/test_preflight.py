@@ -199,6 +199,7 @@ def test_it_is_one_line_before_data_are_read_and_nothing_is_written(name, tiny_d
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_cpu_without_a_compiler_for_cpp_is_one_line(tiny_dir, tmp_path):
     words = [sys.executable, "-m", "qwenvl_ft.train", *settings(tiny_dir, tmp_path, "training.torch_compile=true")]

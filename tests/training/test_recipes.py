@@ -74,8 +74,15 @@ def as_shipped(path, checkpoints, data, folder):
     return [f"model.model={model}", f"data.train={data['train']}", f"training.output_dir={folder}", *val, *sizes]
 
 
+def cases():
+    """Return the recipes; those with DeepSpeed take minutes, so one stands for them outside of ``make soak``."""
+    for path in RECIPES:
+        is_long = load_recipe(path).deepspeed.enabled and path.stem != "lora_30b_a3b"
+        yield pytest.param(path, id=path.stem, marks=[pytest.mark.soak] if is_long else [])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", list(cases()))
 def test_a_recipe_trains_as_it_is_shipped(path, data, checkpoints, tmp_path, monkeypatch):
     if path.stem in EXTRAS:
         pytest.importorskip(EXTRAS[path.stem])

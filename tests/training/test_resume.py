@@ -111,6 +111,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tiny_dir, data, tmp_pa
     assert (last_checkpoint(tmp_path) / "recipe.yaml").exists()
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_at_the_same_bits(
     uninterrupted, tiny_dir, data, tmp_path

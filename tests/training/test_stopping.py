@@ -225,6 +225,7 @@ def test_a_damaged_image_of_an_evaluation_saves_the_step_first(tiny_dir, data, t
     assert "eval_a_loss" not in state, "the resumed run would not evaluate again"
 
 
+@pytest.mark.soak
 def test_an_error_of_any_other_kind_between_two_steps_saves_them(tiny_dir, data, tmp_path, monkeypatch):
     """A tracker whose server is gone, for example; within a step nothing is saved, since the step has begun."""
 
@@ -341,6 +342,7 @@ def test_two_runs_do_not_share_a_folder(tiny_dir, data, tmp_path, capsys):
     assert not list(output.rglob(locks.LOCK))
 
 
+@pytest.mark.soak
 def test_a_check_of_the_pixels_is_offered_before_a_long_run(tiny_dir, data, tmp_path, monkeypatch, capsys):
     quiet = ("training.max_steps=1", "training.eval_strategy=no", "training.save_strategy=no")
     for many, output in ((9, tmp_path / "short"), (8, tmp_path / "long")):

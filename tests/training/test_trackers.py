@@ -29,6 +29,7 @@ def test_every_value_of_report_to_has_a_trial_or_a_reason_for_none():
     assert not OFFLINE.keys() & WITHOUT_TRIAL.keys()
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
 def test_an_installed_tracker_runs_in_its_offline_mode_and_leaves_nothing_behind(name, tmp_path, monkeypatch):

@@ -145,6 +145,7 @@ def test_a_metric(run):
     assert float(run(extended=True, program=("-c", code)).output) == pytest.approx(2 / 3)
 
 
+@pytest.mark.soak
 def test_a_flag_of_another_tool(run):
     words = ["recipe", "base", "--adapter_rank", "5"]
     plain = run(*words, extended=False)
@@ -159,6 +160,7 @@ def test_a_command(run):
     assert re.search(r"^ +greet +greet somebody$", run("--help", extended=True).output, re.MULTILINE)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_record_format(run, tmp_path):
     picture(64, 64).save(tmp_path / "cat.png")
@@ -170,6 +172,7 @@ def test_a_record_format(run, tmp_path):
     assert run("check", file, extended=True).code == 0
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_training_method(run, tiny_dir, tmp_path):
     """It is chosen by the recipe, trains exactly its own weights, and its checkpoint is saved."""

@@ -77,6 +77,7 @@ def test_layers_that_an_adapter_wraps_whole_are_compiled_below_it(tiny_dir, batc
     assert counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
 
 
+@pytest.mark.soak
 def test_layers_of_other_ranks_are_all_compiled(tiny_dir, batches, monkeypatch):
     """dynamo gives up after a number of compilations of one function, and each LoRA rank needs one."""
     ranks = {f"layers\\.{layer}\\..*": layer + 1 for layer in range(4)}
@@ -146,6 +147,7 @@ def test_rows_of_other_lengths_are_not_compiled_anew(tiny_dir, batches):
     assert not counters["recompile_limit"]
 
 
+@pytest.mark.soak
 def test_a_run_compiles_while_it_trains_and_saves_what_plain_layers_would(tiny_dir, encoder, tmp_path):
     results = {}
     for name, options in {

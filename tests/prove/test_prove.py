@@ -35,6 +35,7 @@ def verdicts(report):
     return worst
 
 
+@pytest.mark.soak
 def test_lora_in_float32_matches_plain_transformers_and_peft(tiny_dir):
     report = proven(tiny_dir, "model.torch_dtype=float32", samples=5, new_tokens=8)
     assert report.ok, report.text()
@@ -57,6 +58,7 @@ def test_lora_in_float32_matches_plain_transformers_and_peft(tiny_dir):
     assert "generated records" in report.facts["data"]
 
 
+@pytest.mark.soak
 def test_all_weights_of_a_mixture_of_experts_in_16_bits(checkpoints):
     words = ["tuner.train_type=full", "tuner.freeze_vit=false", "tuner.freeze_aligner=false"]
     report = proven(checkpoints["moe"], *words, samples=5, skip=("saved",))
@@ -71,6 +73,7 @@ def test_all_weights_of_a_mixture_of_experts_in_16_bits(checkpoints):
     assert "float32" in report.facts["reference"]
 
 
+@pytest.mark.soak
 def test_answers_of_one_length_get_a_generated_record_that_exposes_a_mean_of_means(tiny_dir, write_jsonl):
     turns = [{"from": "human", "value": "Yes or no?"}, {"from": "gpt", "value": "yes"}]
     data = write_jsonl([{"conversations": turns, "id": f"{k}"} for k in range(4)])
@@ -79,6 +82,7 @@ def test_answers_of_one_length_get_a_generated_record_that_exposes_a_mean_of_mea
     assert "a generated one because these have answers of one length" in report.facts["data"]
 
 
+@pytest.mark.soak
 def test_an_adapter_that_plain_peft_does_not_know_is_loaded_by_us_and_a_row_says_so(tiny_dir):
     report = proven(tiny_dir, "tuner.train_type=reft", "model.torch_dtype=float32")
     assert report.ok, report.text()

@@ -2,12 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+from launch_cases import launchers
 from run_cases import short_run, write_questions
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
@@ -22,21 +22,6 @@ def data(tmp_path_factory):
     """Eight records, some with an image and some without: ranks get batches of different kinds."""
     folder = tmp_path_factory.mktemp("launch_data")
     return write_questions(folder, 8, widths=(64, 96, 128), longest=4, text_every=2)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launchers(processes):
-    """Return the words before the module. accelerate needs --multi_gpu for several processes on CPUs too."""
-    accelerate = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    accelerate += ["--num_processes", str(processes), "--dynamo_backend", "no", "--main_process_port", free_port()]
-    accelerate.append("--cpu" if processes == 1 else "--multi_gpu")
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return {"accelerate": [*accelerate, "-m"], "torchrun": [*torchrun, "-m"], "python": ["-m"]}
 
 
 def start(launcher, processes, checkpoint, data, output, *more):

@@ -114,6 +114,7 @@ def test_processes_that_see_other_data_end_with_one_line_instead_of_waiting(tmp_
         run_two(tmp_path, tiny_dir, "other data", 8)
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_two_processes_weigh_data_sets_alike(tmp_path, tiny_dir, encoder, reference):
     """The ranks have tokens of different data sets: weights are summed over both. Evaluation is not weighted."""

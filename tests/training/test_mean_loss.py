@@ -68,6 +68,7 @@ def test_losses_are_means_over_tokens_by_hand(tmp_path, tiny_dir, encoder, by_ha
     assert_means_by_hand(run(tmp_path, tiny_dir, encoder, *CASES[case]), case, by_hand)
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["every third", "seldom", "weighted"])
 def test_two_processes_log_the_mean_over_the_tokens_of_both(tmp_path, tiny_dir, by_hand, case):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch_cases import launchers
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file
-from test_launch import launchers
 
 SCRIPT = Path(__file__).resolve().parents[1] / "many_runs_cases.py"
 LORA = ["tuner.train_type=lora", "tuner.lora_dropout=0", "training.learning_rate=0.3"]

@@ -233,6 +233,7 @@ def test_a_signal_ends_the_phase_and_the_run(whole, write, tmp_path, monkeypatch
     assert same(output, whole["full"], "model.safetensors")
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_run_killed_in_its_second_phase_goes_on_to_the_same_bits(whole, write, tmp_path):
     path, output = write(LORA, tmp_path / "run"), tmp_path / "run"

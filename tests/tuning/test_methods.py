@@ -52,6 +52,7 @@ def test_a_scale_that_decayed_would_not(monkeypatch):
             test_weight_decay_draws_an_adapter_to_the_base_model(name)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), AGAIN)
 def test_a_method_keeps_what_the_table_says(name, kind):

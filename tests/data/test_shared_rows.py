@@ -18,7 +18,7 @@ from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
 from qwenvl_ft.data.share import Share
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.model.placed_media import MediaPlaces
-from qwenvl_ft.upstream.media import frame_tables
+from qwenvl_ft.upstream.vision_tables import frame_tables
 
 COSTS = CostModel()
 ROW_KEYS = ("input_ids", "labels", "position_ids", "label_weights")

@@ -55,12 +55,7 @@ class SequenceGroup:
             RecipeError: the number of ranks is no multiple of N.
         """
         require_ranks(size, dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
-        rank = dist.get_rank()
-        own = None
-        for first in range(0, dist.get_world_size(), size):
-            group = dist.new_group(range(first, first + size), timeout=timeout)
-            own = group if first <= rank < first + size else own
-        return cls(size, rank % size, own)
+        return cls(size, dist.get_rank() % size, own_group(size, timeout))
 
     def __deepcopy__(self, memo: Any) -> SequenceGroup:
         return self  # a process group cannot be copied
@@ -249,6 +244,13 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _exchange(gradient, *ctx.back), None, None, None
+
+
+def own_group(size: int, timeout: timedelta | None = None, backend: str | None = None) -> Any:
+    """Create groups of N consecutive ranks, and return the ``ProcessGroup`` of this rank. Every rank must call it."""
+    firsts = range(0, dist.get_world_size(), size)
+    groups = [dist.new_group(range(first, first + size), timeout=timeout, backend=backend) for first in firsts]
+    return groups[dist.get_rank() // size]
 
 
 def require_ranks(size: int, world_size: int) -> None:

@@ -20,6 +20,7 @@ from qwenvl_ft.data.conversation import IGNORE, Sample
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.share import RowCheck
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.model.sequence_parallel import own_group
 
 SOUND, LEFT_OUT, FAULTY = range(3)
 """State of a sample on a rank: as planned; left out because the others could not read it; not readable here."""
@@ -40,17 +41,14 @@ class RowAgreement:
     @classmethod
     def of(cls, size: int, timeout: timedelta | None = None) -> "RowAgreement":
         """Return the agreement of consecutive ``size`` ranks. Every rank of the run must call it."""
-        rank = dist.get_rank()
-        firsts = range(0, dist.get_world_size(), size)
-        groups = [dist.new_group(range(first, first + size), timeout=timeout, backend="gloo") for first in firsts]
-        group: Any = groups[rank // size]
+        group = own_group(size, timeout, backend="gloo")
 
         def gather(own: Tensor) -> Tensor:
             every = [torch.empty_like(own) for _ in range(size)]
             dist.all_gather(every, own, group=group)
             return torch.stack(every)
 
-        return cls(rank % size, gather)
+        return cls(dist.get_rank() % size, gather)
 
     def __call__(
         self, batch: dict[str, Any], dataset: SampleDataset, collate: Callable[[Sequence[Sample]], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""How several ranks stop together: what one of them meets (a signal, a broken record) is told to all.
+"""How several ranks stop together: what one of them meets (a signal, a broken record) reaches all.
 
 A rank that raised an error alone would leave the others waiting for it in the next exchange of gradients, until their
 launcher kills them; whatever was not saved by then is lost.
@@ -77,9 +77,9 @@ class Agreement:
         if self._group is None:
             assert own is not None
             return own
-        told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, own and _told(own), group=self._group)
-        rank, (kind, text) = next((rank, entry) for rank, entry in enumerate(told) if entry is not None)
+        errors: list[Any] = [None] * self.world_size
+        dist.all_gather_object(errors, own and _kind_and_text(own), group=self._group)
+        rank, (kind, text) = next((rank, entry) for rank, entry in enumerate(errors) if entry is not None)
         if issubclass(kind, QwenVLError):
             return own if own is not None and rank == dist.get_rank() else kind(text)
         if own is not None and not isinstance(own, QwenVLError):
@@ -87,7 +87,7 @@ class Agreement:
         return OtherRankError(f"rank {rank} stopped: {text}.")
 
 
-def _told(error: Exception) -> tuple[type[Exception], str]:
+def _kind_and_text(error: Exception) -> tuple[type[Exception], str]:
     """Return the type and message of an error, to send them to other ranks."""
     if isinstance(error, QwenVLError):
         return type(error), str(error)

@@ -1,4 +1,5 @@
-"""Which files does a save consist of? `begin` marks a folder, `seal` lists its files, and `fault_in` checks them.
+"""Which files does a save consist of? `begin` marks a folder, `seal` lists its files, and `size_fault` and
+`content_fault` check them.
 
 The manifest is written last, under another name, and then renamed. A process that is killed at any moment therefore
 leaves a folder with a manifest that lists all of its files, or a folder without one:
@@ -23,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import xxhash
 
 MANIFEST = "manifest.json"
@@ -151,30 +153,28 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def are_joined() -> bool:
+    """Return True if this process is one of several ranks that can talk to each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
     """Return this process's number among all ranks."""
-    return _distributed().get_rank() if _distributed() else 0
+    return dist.get_rank() if are_joined() else 0
 
 
 def gather(value: Any = None) -> list[Any]:
     """Return the values of all ranks in order, after all have called this."""
-    group = _distributed()
-    if not group:
+    if not are_joined():
         return [value]
-    values = [None] * group.get_world_size()
-    group.all_gather_object(values, value)
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
 def leads_machine() -> bool:
     """Return True on one rank of each machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _distributed() -> Any:
-    import torch.distributed
-
-    return torch.distributed if torch.distributed.is_available() and torch.distributed.is_initialized() else None
 
 
 def _unseal(folder: Path) -> None:

@@ -36,12 +36,17 @@ def from_weights_only(recipe: Recipe) -> Recipe:
     require_saved_weights("training.resume_from_checkpoint", Path(named))
     run = deepcopy(recipe)
     run.training.resume_from_checkpoint, run.training.resume_weights_only = None, False
-    if METHODS[method].adapter:
-        run.tuner.resume_from_checkpoint = named
+    start_from(run, named, adapter=METHODS[method].adapter)
+    return run
+
+
+def start_from(run: Recipe, folder: str, *, adapter: bool) -> None:
+    """Let a run start from the weights in a folder: those of an adapter, or of a whole model."""
+    if adapter:
+        run.tuner.resume_from_checkpoint = folder
         run.tuner.init_weights = TunerConfig().init_weights  # the adapter has its weights
     else:
-        run.model.model, run.model.model_revision = named, "main"
-    return run
+        run.model.model, run.model.model_revision = folder, "main"
 
 
 def require_saved_weights(key: str, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenvl_ft.checkpoint.manifest import are_joined
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.look.check import check_recipe
@@ -32,7 +33,7 @@ def check_before_training(recipe: Recipe) -> None:
     """
     if recipe.data.check_dataset_strategy == "none":
         return
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    joined = are_joined()
     verdict = [""]
     if not joined or torch.distributed.get_rank() == 0:
         verdict = [_verdict(recipe)]

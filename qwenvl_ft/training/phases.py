@@ -15,11 +15,12 @@ import torch
 
 from qwenvl_ft import assemble
 from qwenvl_ft.checkpoint.complete import AUTO, finished, is_fresh, resolve_resume
-from qwenvl_ft.checkpoint.manifest import MANIFEST, content_fault, rank
+from qwenvl_ft.checkpoint.manifest import MANIFEST, are_joined, content_fault, rank
 from qwenvl_ft.checkpoint.restart import resume_setting
 from qwenvl_ft.checkpoint.weights_only import KEY as WEIGHTS_ONLY
+from qwenvl_ft.checkpoint.weights_only import start_from
 from qwenvl_ft.errors import CheckpointError, QwenVLError, RecipeError
-from qwenvl_ft.recipe.schema import Recipe, TunerConfig
+from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.agreement import Agreement, only_run_of
 from qwenvl_ft.training.build import build_questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
@@ -104,7 +105,7 @@ def folder_of(run: Recipe) -> Path:
 
 def between() -> None:
     """Wait for all ranks, and forget accelerate's precision, which the next phase may change."""
-    if _are_joined():
+    if are_joined():
         torch.distributed.barrier()
     forget_precision()
 
@@ -121,13 +122,9 @@ def publish(recipe: Recipe) -> None:
             shutil.copytree(last, last.parent, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
 
 
-def _are_joined() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _is_idle() -> bool:
     """Return True on all ranks but the first if they are not joined, as in a start that finds every phase finished."""
-    return not _are_joined() and os.environ.get("RANK", "0") != "0"
+    return not are_joined() and os.environ.get("RANK", "0") != "0"
 
 
 def _start_from(run: Recipe, before: Recipe) -> None:
@@ -140,15 +137,14 @@ def _start_from(run: Recipe, before: Recipe) -> None:
                 f"tuner.train_type={earlier}. Keep one type; or end here, merge (qwenvl-ft merge) and start a new run."
             )
         run.model.model, run.model.model_revision = before.model.model, before.model.model_revision
-        run.tuner.resume_from_checkpoint = str(folder_of(before))
-        run.tuner.init_weights = TunerConfig().init_weights  # the adapter has its weights
+        start_from(run, str(folder_of(before)), adapter=True)
         return
     if method == earlier == "llamapro":
         raise RecipeError(
             f"phase {run.phase}: tuner.train_type=llamapro would add its blocks again. Set tuner.train_type=full "
             "in this phase, which trains the whole longer model or the parameters in tuner.trainable_parameters."
         )
-    run.model.model, run.model.model_revision = str(folder_of(before)), "main"
+    start_from(run, str(folder_of(before)), adapter=False)
     run.tuner.resume_from_checkpoint = None
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainingArguments
 
+from qwenvl_ft.checkpoint.manifest import are_joined
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.errors import DataError, RecipeError
 from qwenvl_ft.upstream.launcher import launcher_shards
@@ -52,7 +53,7 @@ def join_ranks(args: TrainingArguments) -> None:
 
 def leave_ranks() -> None:
     """Wait for the slowest rank, then leave the process group; leaving early would break the others' connections."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if are_joined():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from qwenvl_ft.checkpoint.complete import PREFIX, missing
+from qwenvl_ft.checkpoint.complete import PREFIX, checkpoints, missing
 from qwenvl_ft.checkpoint.lock import require_own
 from qwenvl_ft.checkpoint.space import require_space, size_of, written_whole
 from qwenvl_ft.errors import DataError, QwenVLError
@@ -167,7 +167,7 @@ class StoppingTrainer(RowTrainer):
         """Raise before the first step if the run's checkpoints and final model do not fit on its disk."""
         if not self.is_world_process_zero():
             return
-        there = sum(missing(path) is None for path in self._output_dir.glob(f"{PREFIX}-*"))
+        there = sum(missing(path) is None for path in checkpoints(self._output_dir))
         number = max(0, planned_checkpoints(self.args, self.state) - there)
         needed = number * self._checkpoint_bytes() + (self.result_bytes() if self.saves_result else 0)
         what = f"the trained model with {number} checkpoints (training.save_total_limit={self.args.save_total_limit})"

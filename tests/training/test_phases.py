@@ -286,7 +286,7 @@ def test_of_ranks_that_find_every_phase_finished_only_the_first_writes(whole, wr
     shutil.copytree(whole["lora"], output)
     (output / "adapter_model.safetensors").unlink()
     path = write(LORA, output)
-    monkeypatch.setattr(phases, "_are_joined", lambda: False)  # an earlier test may have joined this process
+    monkeypatch.setattr(phases, "are_joined", lambda: False)  # an earlier test may have joined this process
     for rank, published in (("1", False), ("0", True)):
         monkeypatch.setenv("RANK", rank)
         assert train(load_recipe(path, ["training.resume_from_checkpoint=true"])).steps == 0

@@ -59,7 +59,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> RecipeError:
 
 
 class TrainingError(QwenVLError):
-    """Training cannot continue, because a loss or a gradient is not finite."""
+    """Training cannot continue, because a loss or a gradient is not finite.
+
+    Args:
+        step: optimizer step, from 1, in which that is; of the errors of several ranks, the earliest counts.
+    """
+
+    def __init__(self, *arguments: object, step: int = 0) -> None:
+        super().__init__(*arguments)
+        self.step = step
 
 
 class BenchError(QwenVLError):

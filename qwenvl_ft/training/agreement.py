@@ -55,8 +55,9 @@ class Agreement:
         """Call a function on every rank and return its result; an error on one rank is raised on all.
 
         Raises:
-            QwenVLError: if the first rank that has an error has one. Any other error is raised as it is on its own
-                rank, and as an `OtherRankError` that names the first such rank on the others.
+            QwenVLError: if the first error is one: that of the earliest step, and of those that of the first rank. Any
+                other error is raised as it is on its own rank, and as an `OtherRankError` that names the first such
+                rank on the others.
         """
         error, result = None, None
         try:
@@ -73,13 +74,14 @@ class Agreement:
         return self.world_size == 1 or error is self._shared
 
     def _first(self, own: Exception | None) -> Exception:
-        """Return what this rank raises: its own error, else that of the first rank that has one."""
+        """Return what this rank raises: the first error of all ranks, or its own that is not the user's."""
         if self._group is None:
             assert own is not None
             return own
         errors: list[Any] = [None] * self.world_size
-        dist.all_gather_object(errors, own and _kind_and_text(own), group=self._group)
-        rank, (kind, text) = next((rank, entry) for rank, entry in enumerate(errors) if entry is not None)
+        dist.all_gather_object(errors, own and _sent(own), group=self._group)
+        raised = [(rank, entry) for rank, entry in enumerate(errors) if entry is not None]
+        rank, (kind, text, _) = min(raised, key=lambda found: found[1][2])
         if issubclass(kind, QwenVLError):
             return own if own is not None and rank == dist.get_rank() else kind(text)
         if own is not None and not isinstance(own, QwenVLError):
@@ -87,11 +89,11 @@ class Agreement:
         return OtherRankError(f"rank {rank} stopped: {text}.")
 
 
-def _kind_and_text(error: Exception) -> tuple[type[Exception], str]:
-    """Return the type and message of an error, to send them to other ranks."""
+def _sent(error: Exception) -> tuple[type[Exception], str, int]:
+    """Return the type, message and step of an error, to send them to other ranks; step 0 if it has none."""
     if isinstance(error, QwenVLError):
-        return type(error), str(error)
-    return Exception, f"{type(error).__name__}: {one_line(error)}"
+        return type(error), str(error), getattr(error, "step", 0)
+    return Exception, f"{type(error).__name__}: {one_line(error)}", 0
 
 
 @contextmanager

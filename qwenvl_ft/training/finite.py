@@ -63,7 +63,8 @@ class LossCheck:
                 raise TrainingError(
                     f"step {entry.step}: the loss is {trained} in the row of {rows}. Look at these "
                     "records; else lower training.learning_rate or training.max_grad_norm, or use "
-                    "model.torch_dtype=bfloat16 instead of float16."
+                    "model.torch_dtype=bfloat16 instead of float16.",
+                    step=entry.step,
                 )
             if trained != computed:
                 raise TrainingError(

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 from rank_cases import in_ranks
 
-from qwenvl_ft.errors import DataError
+from qwenvl_ft.errors import DataError, TrainingError
 from qwenvl_ft.training.agreement import Agreement, OtherRankError
 from qwenvl_ft.training.row_trainer import RowTrainer
 
@@ -17,6 +17,7 @@ ERRORS = {
     "two faults": (KeyError("a"), ValueError("b")),
     "fault before record": (KeyError("a"), DataError("a.jsonl:7")),
     "record before fault": (DataError("a.jsonl:7"), KeyError("a")),
+    "later step": (TrainingError("step 4", step=4), TrainingError("step 3", step=3)),
 }
 
 
@@ -58,4 +59,5 @@ def test_ranks_that_meet_different_errors_raise_errors_of_one_kind():
     assert [met["two faults"][0] for met in (first, second)] == [KeyError, ValueError]
     assert second["fault before record"] == (OtherRankError, "rank 0 stopped: KeyError: 'a'.", True)
     assert first["record before fault"] == second["record before fault"] == (DataError, "a.jsonl:7", True)
+    assert first["later step"] == second["later step"] == (TrainingError, "step 3", True)
     assert first["row of a group"] == second["row of a group"] == "a.jsonl:8"

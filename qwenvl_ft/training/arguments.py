@@ -55,8 +55,9 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
         kwargs["deepspeed"] = hierarchical(deepspeed_config(recipe.deepspeed.config), recipe.deepspeed)
     kwargs["activation_checkpointing"] = any(chosen_parts(recipe.training).values())
     if kwargs["activation_checkpointing"]:
-        kwargs.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
-        require_checkpointing_options(kwargs["activation_checkpointing_kwargs"])
+        options = {"use_reentrant": False} | (kwargs.get("activation_checkpointing_kwargs") or {})
+        require_checkpointing_options(options)
+        kwargs["activation_checkpointing_kwargs"] = options
     require_launcher_agrees(recipe, kwargs)
     if kwargs.get("load_best_model_at_end") or kwargs.get("save_strategy") == "best":
         kwargs.setdefault("metric_for_best_model", "eval_loss")

@@ -64,9 +64,13 @@ def recomputes(args: Any) -> bool:
 
 
 def is_reentrant(args: Any) -> bool:
-    """Return True if checkpointing uses torch's reentrant form, which gives keyword arguments no gradient."""
-    options = field_value(args, "activation_checkpointing_kwargs") or {}
-    return recomputes(args) and bool(options.get("use_reentrant"))
+    """Return True if checkpointing uses torch's reentrant form, which gives keyword arguments no gradient.
+
+    It is torch's default, up to 2.15, for options that do not say it; transformers' default without options is not.
+    """
+    given = field_value(args, "activation_checkpointing_kwargs") or {}
+    options = {name: value for name, value in given.items() if name not in CHECKPOINTING_OPTIONS}
+    return recomputes(args) and bool(options) and options.get("use_reentrant") is not False
 
 
 def require_checkpointing_options(options: dict[str, Any]) -> None:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from cases import make_trainer, one_step
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments
 from transformers.models.qwen3_vl import modeling_qwen3_vl as upstream
 
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.training.arguments import build_arguments
+from qwenvl_ft.upstream.arguments import is_reentrant
 
 ALL = {"per_device_train_batch_size": 8}
 LAYERS = {"vision": upstream.Qwen3VLVisionBlock, "llm": upstream.Qwen3VLTextDecoderLayer}
@@ -114,3 +117,27 @@ def test_the_recipe_says_which(tmp_path, tiny_dir, overrides, expected):
     recipe = load_recipe("base", overrides=[*settings, "training.report_to=none", "model.torch_dtype=float32"])
     assert chosen_parts(recipe.training) == expected
     assert build_arguments(recipe).activation_checkpointing == any(expected.values())
+
+
+@pytest.mark.parametrize("options", ["{early_stop: false}", "{determinism_check: none}", "{every_n_layers: 1}", "null"])
+def test_options_of_checkpointing_do_not_make_it_reentrant(tmp_path, tiny_dir, options):
+    """torch takes its reentrant form, which gives features of images no gradient, if options do not say it."""
+    settings = [f"model.model={tiny_dir}", "data.train=x.jsonl", f"training.output_dir={tmp_path}"]
+    given = f"training.activation_checkpointing_kwargs={options}"
+    recipe = load_recipe("base", overrides=[*settings, "training.report_to=none", "model.torch_dtype=float32", given])
+    args = build_arguments(recipe)
+    assert args.activation_checkpointing_kwargs["use_reentrant"] is False
+    assert not is_reentrant(args)
+
+
+def test_options_that_leave_the_form_to_torch_are_reentrant(tmp_path):
+    plain = {"output_dir": str(tmp_path), "use_cpu": True, "activation_checkpointing": True}
+    forms = [
+        is_reentrant(TrainingArguments(**plain, activation_checkpointing_kwargs=options))
+        for options in ({"early_stop": False}, {"use_reentrant": False}, {"every_n_layers": 2}, None)
+    ]
+    assert forms == [True, False, False, False]
+    tensor = torch.ones(1, requires_grad=True)
+    with pytest.warns(UserWarning, match="use_reentrant parameter should be passed"):
+        output = checkpoint(torch.exp, tensor, early_stop=False)
+    assert type(output.grad_fn).__name__ == "CheckpointFunctionBackward", "torch's default is another form now"

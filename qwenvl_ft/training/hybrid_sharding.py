@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream.launcher import launcher_mesh_size, mesh_variable
 
 KEY = "training.parallelism_config"
 SIZES = ("dp_replicate_size", "dp_shard_size")
@@ -64,10 +65,9 @@ def require_data_parallel() -> None:
     """Raise RecipeError if accelerate's launcher asks for a mesh that splits layers or samples, which is not trained
     here."""
     for name, (kind, instead) in OTHER_SIZES.items():
-        variable = f"PARALLELISM_CONFIG_{name.upper()}_SIZE"
-        size = os.environ.get(variable, "1")
-        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false") == "true" and size != "1":
+        size = launcher_mesh_size(name)
+        if size > 1:
             raise RecipeError(
-                f"accelerate's {kind} parallelism ({variable}={size}) is not supported. Remove it from accelerate's "
-                f"configuration; {instead}."
+                f"accelerate's {kind} parallelism ({mesh_variable(name)}={size}) is not supported. Remove it from "
+                f"accelerate's configuration; {instead}."
             )

@@ -1,6 +1,5 @@
 """Prepares a run: everything between reading the recipe and loading its data and model, in order."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 from transformers import TrainingArguments
@@ -10,6 +9,7 @@ from qwenvl_ft.training.arguments import build_arguments
 from qwenvl_ft.training.preflight import preflight, try_model
 from qwenvl_ft.training.ranks import join_ranks, set_single_rank
 from qwenvl_ft.training.trackers import set_tracker_variables
+from qwenvl_ft.upstream.launcher import launcher_shards
 from qwenvl_ft.upstream.probe import fallbacks
 from qwenvl_ft.upstream.unused import unused
 
@@ -37,5 +37,5 @@ def prepare_run(recipe: Recipe) -> TrainingArguments:
 
 def unused_packages(recipe: Recipe) -> AbstractContextManager[None]:
     """Hide DeepSpeed inside the context unless the recipe or launcher uses it: accelerate imports it if installed."""
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    return nullcontext() if recipe.deepspeed.enabled or launched else unused("deepspeed")
+    needed = recipe.deepspeed.enabled or launcher_shards() == "DeepSpeed"
+    return nullcontext() if needed else unused("deepspeed")

@@ -6,9 +6,9 @@ to 2.14, documented; ``ACCELERATE_DYNAMO_BACKEND``, which ``accelerate launch`` 
 1.0 to 1.15, not documented. `launched` must be asked before transformers' TrainingArguments, which set variables of
 accelerate too. If a variable is missing, a user's error is printed as in a process without a launcher.
 
-accelerate's configuration file and flags also reach a process as variables (``ACCELERATE_*`` and ``FSDP_*``, accelerate
-1.0 to 1.15), which accelerate reads wherever TrainingArguments leave something open. If one is missing or renamed, what
-it set is not compared with the recipe.
+accelerate's configuration file and flags also reach a process as variables (``ACCELERATE_*``, ``FSDP_*`` and
+``PARALLELISM_CONFIG_*``, accelerate 1.0 to 1.15), which accelerate reads wherever TrainingArguments leave something
+open. If one is missing or renamed, what it set is not compared with the recipe.
 
 ``TORCHELASTIC_ERROR_FILE`` of torchrun and accelerate, torch 2.8 to 2.15: the path of a file for the exception of this
 process, in a folder named by its local rank within a temporary folder of the node's processes and of this (re)start.
@@ -17,10 +17,13 @@ Without it, each process prints the error.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
+COMPILING = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
+"""Variables by which accelerate compiles the whole model. Some versions of TrainingArguments set them too."""
 
 
 def launched(environment: Mapping[str, str] | None = None) -> bool:
@@ -49,6 +52,28 @@ def launcher_compiles() -> str | None:
     """Return the backend that accelerate's configuration compiles the model by, if any."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     return None if backend == "no" else backend
+
+
+def launcher_mesh_size(dimension: str) -> int:
+    """Return the size of a dimension of accelerate's mesh (``tp``, ``cp`` or ``sp``) that its configuration sets."""
+    return int(os.environ.get(mesh_variable(dimension)) or 1) if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG") else 1
+
+
+def mesh_variable(dimension: str) -> str:
+    """Return the variable that holds the size of a dimension of accelerate's mesh."""
+    return f"PARALLELISM_CONFIG_{dimension.upper()}_SIZE"
+
+
+@contextmanager
+def compiling_as_launched() -> Iterator[None]:
+    """Restore `COMPILING` at the end of the context, so that they are the launcher's, not those of an earlier run."""
+    before = {name: os.environ[name] for name in COMPILING if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in COMPILING:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _is_on(name: str) -> bool:

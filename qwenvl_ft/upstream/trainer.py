@@ -21,6 +21,7 @@ from typing import Any, cast
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
+from qwenvl_ft.upstream import launcher
 from qwenvl_ft.upstream.probe import Feature, takes
 
 from transformers import Trainer  # isort: skip
@@ -215,17 +216,18 @@ def _without_rotation(args: Any) -> Iterator[None]:
 def _without_compiling(args: Any) -> Iterator[None]:
     """Hide ``torch_compile`` from accelerate, which would wrap the model and change the names of its weights.
 
-    TrainingArguments has also set environment variables, which accelerate reads; they are hidden too.
+    The launcher, and TrainingArguments of some versions, also set environment variables, which accelerate reads; they
+    are hidden too.
     """
     kept = {name: getattr(args, name) for name in COMPILING}
-    variables = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
-    environment = {name: os.environ.pop(name) for name in variables if name in os.environ}
     for name, value in zip(COMPILING, (False, None, None), strict=True):
         setattr(args, name, value)
     try:
-        yield
+        with launcher.compiling_as_launched():
+            for name in launcher.COMPILING:
+                os.environ.pop(name, None)
+            yield
     finally:
-        os.environ.update(environment)
         for name, value in kept.items():
             setattr(args, name, value)
 

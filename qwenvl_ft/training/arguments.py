@@ -19,6 +19,7 @@ from qwenvl_ft.training.hybrid_sharding import parallelism
 from qwenvl_ft.training.launcher_agrees import require_launcher_agrees
 from qwenvl_ft.tuning.optimizer import LORAPLUS_RATIO
 from qwenvl_ft.upstream.arguments import as_installed, require_checkpointing_options
+from qwenvl_ft.upstream.launcher import compiling_as_launched
 
 LEARNING_RATES = {"full": 1e-5}
 TUNER_LEARNING_RATE = 1e-4
@@ -65,7 +66,8 @@ def build_arguments(recipe: Recipe) -> TrainingArguments:
         # Perplexity improves downwards too; transformers knows this only of names that end in "loss".
         kwargs.setdefault("greater_is_better", higher_is_better(recipe, kwargs["metric_for_best_model"]))
     try:
-        return TrainingArguments(**as_installed(kwargs))
+        with compiling_as_launched():
+            return TrainingArguments(**as_installed(kwargs))
     except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
         raise RecipeError(f"training: {error}") from None
 

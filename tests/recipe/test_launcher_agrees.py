@@ -1,5 +1,7 @@
 """accelerate's configuration reaches a run as variables; what contradicts the recipe is an error in one line."""
 
+import os
+
 import pytest
 
 from qwenvl_ft.errors import RecipeError
@@ -91,3 +93,22 @@ def test_without_the_check_the_variable_would_win(tiny_dir, tmp_path, monkeypatc
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, fp16=False)
     assert args.mixed_precision == "bf16"
+
+
+def test_an_earlier_run_that_compiled_is_no_configuration_of_accelerate(arguments, monkeypatch):
+    """Before accelerate 1.2, transformers sets the launcher's variable itself; the next recipe must not find it."""
+    from qwenvl_ft.training import arguments as module
+
+    class Setting(module.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            if self.torch_compile:
+                os.environ["ACCELERATE_DYNAMO_BACKEND"] = self.torch_compile_backend
+
+    monkeypatch.setattr(module, "TrainingArguments", Setting)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    assert arguments({}, FP32, "training.torch_compile=true").torch_compile
+    assert not arguments({}, FP32).torch_compile
+    compiled = {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}
+    assert arguments(compiled, FP32, "training.torch_compile=true").torch_compile
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "EAGER", "the launcher's own variable is kept"

@@ -10,9 +10,10 @@ from PIL import Image
 
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.frames import unchosen_frames
-from qwenvl_ft.data.media.images import MediaPolicy
+from qwenvl_ft.data.media.images import MediaPolicy, open_image
 from qwenvl_ft.data.media.reading import ReadAs, Reading
 from qwenvl_ft.data.plan.dataset import SampleDataset
+from qwenvl_ft.errors import DataError
 
 SUFFIXES = ("gif", "tif", "png", "webp")
 
@@ -73,3 +74,29 @@ def test_a_chosen_frame_reaches_the_patches(tmp_path, processor):
     wanted = encoder({"image": file.getvalue(), "conversations": turns})["pixel_values"]
     assert np.array_equal(encoder(record)["pixel_values"], wanted)
     assert not np.array_equal(encoder(record | {"image_frame": 0})["pixel_values"], wanted)
+
+
+@pytest.mark.parametrize("frame", [None, 1])
+def test_an_error_names_the_frame_of_a_file_that_has_several(tmp_path, frame):
+    path = tmp_path / "pages.tif"
+    pages = [picture(64, 48, k) for k in range(3)]
+    pages[0].save(path, save_all=True, append_images=pages[1:], compression="tiff_deflate")
+    spoil(path, frame or 0)
+    policy = MediaPolicy(reading=Reading("error", None, frame))
+    with pytest.raises(DataError, match=rf"pages\.tif \(frame {frame or 0} of 3, counted from 0\) is damaged: "):
+        open_image(str(path), policy)
+    assert open_image(str(path), MediaPolicy(reading=Reading("error", None, 2))), "vacuous: all pages are damaged"
+    pages[0].save(path, compression="tiff_deflate")
+    spoil(path, 0)
+    with pytest.raises(DataError, match=r"pages\.tif is damaged: "):
+        open_image(str(path), policy if frame is None else MediaPolicy())
+
+
+def spoil(path, frame):
+    """Overwrite the compressed pixels of a TIFF's page."""
+    with Image.open(path) as image:
+        image.seek(frame)
+        start, size = image.tag_v2[273][0], image.tag_v2[279][0]
+    content = bytearray(path.read_bytes())
+    content[start : start + size] = bytes(size)
+    path.write_bytes(bytes(content))

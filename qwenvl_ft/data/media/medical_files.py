@@ -48,6 +48,10 @@ class MedicalFile:
             raise EOFError
         self._frame = frame
 
+    def tell(self) -> int:
+        """Return the number of the frame that is read."""
+        return self._frame or 0
+
     def require_frame(self) -> None:
         """Raise UnsupportedError if the file does not show anything without a choice of frame."""
 

@@ -72,12 +72,12 @@ def file_of(value: Any) -> str | None:
 @contextmanager
 def opened_image(value: Any, policy: MediaPolicy, reading: Reading) -> Iterator[Any]:
     """Open the image at its frame and read its header; every failure, also in the body, becomes a DataError that names
-    the image.
+    the image, and the frame of a file that has several.
 
     Yields:
         A PIL image or a `MedicalFile`.
     """
-    name = medium_name(value)
+    name, place = medium_name(value), ""
     source = None if isinstance(value, PILImage.Image) else _source(value, name, policy)
     try:
         if source is None:
@@ -95,11 +95,15 @@ def opened_image(value: Any, policy: MediaPolicy, reading: Reading) -> Iterator[
                 if isinstance(image, MedicalFile):
                     image.require_frame()
                 _check_area(image, name, policy)
-                yield image
+                try:
+                    yield image
+                except Exception:
+                    place = _place(image)
+                    raise
     except (DataError, MemoryError, AssertionError):
         raise
     except UnsupportedError as error:
-        raise DataError(f"image {name} cannot be read: {error}") from None
+        raise DataError(f"image {name}{place} cannot be read: {error}") from None
     except FileNotFoundError:
         raise DataError(absent("image", value)) from None
     except IsADirectoryError:
@@ -109,7 +113,7 @@ def opened_image(value: Any, policy: MediaPolicy, reading: Reading) -> Iterator[
     except Exception as error:  # decoders raise struct.error, TypeError and others
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"image {name} cannot be opened: {error.strerror}.") from None
-        raise DataError(f"image {name} is damaged: {one_line(error)}. Replace the file, {SKIP}.") from None
+        raise DataError(f"image {name}{place} is damaged: {one_line(error)}. Replace the file, {SKIP}.") from None
 
 
 def _open_file(source: Any) -> Any:
@@ -139,6 +143,15 @@ def _seek(image: PILImage.Image, frame: int | None, name: str) -> None:
     if frame >= count:
         raise DataError(f"image {name} has no frame image_frame={frame}: it has {count}, counted from 0.")
     image.seek(frame)
+
+
+def _place(image: Any) -> str:
+    """Return `` (frame 2 of 5, ...)`` for an open image of several frames; empty for others, or if nothing can tell."""
+    try:
+        frame, count = image.tell(), getattr(image, "n_frames", 1)
+    except Exception:  # decoders raise struct.error, TypeError and others
+        return ""
+    return f" (frame {frame} of {count}, counted from 0)" if count > 1 else ""
 
 
 def _source(value: Any, name: str, policy: MediaPolicy) -> Any:

@@ -1,8 +1,10 @@
 """Turns an out-of-memory error into advice: settings that need less memory, the cheapest first."""
 
+from copy import deepcopy
 from typing import Any
 
 from qwenvl_ft.errors import TrainingError
+from qwenvl_ft.recipe.checks.method import shared_rows
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.activation_checkpointing import chosen_parts
 from qwenvl_ft.upstream.arguments import recomputes
@@ -35,6 +37,7 @@ def remedies(recipe: Recipe, args: Any) -> list[str]:
         "training.per_device_train_batch_size=1 "
         f"training.gradient_accumulation_steps={accumulated * rows}, the same batch": rows > 1,
         "model.attn_impl=auto": recipe.model.attn_impl in ("sdpa", "eager"),
+        _sharing(recipe, accumulated): _can_share(recipe, args.world_size),
         f"template.max_length={length // 2}": length > 2048,
         "a lower template.max_pixels": True,
         "deepspeed.enabled=true deepspeed.config=zero3": args.world_size > 1 and not deepspeed.enabled,
@@ -46,3 +49,18 @@ def remedies(recipe: Recipe, args: Any) -> list[str]:
         "deepspeed.enabled=true deepspeed.config=zero3_offload": not offloaded,
     }
     return [setting for setting, is_left in applies.items() if is_left]
+
+
+def _sharing(recipe: Recipe, accumulated: int) -> str:
+    """Return the settings by which twice as many processes share each row of the same batch."""
+    return (
+        f"training.sequence_parallel_size={2 * recipe.training.sequence_parallel_size} "
+        f"training.gradient_accumulation_steps={2 * accumulated}, the same batch"
+    )
+
+
+def _can_share(recipe: Recipe, world_size: int) -> bool:
+    """Return True if twice as many processes could share each row."""
+    shared = deepcopy(recipe)
+    shared.training.sequence_parallel_size *= 2
+    return world_size % shared.training.sequence_parallel_size == 0 and shared_rows(shared) is None

@@ -43,7 +43,9 @@ def test_a_full_device_is_one_line_with_what_this_run_has_left_to_try(tiny_dir, 
 def test_memory_is_first_saved_where_it_costs_least():
     recipe = load_recipe("lora_4b", ["training.gradient_accumulation_steps=4"])
     args = SimpleNamespace(**recipe.training.arguments, world_size=2)
+    share = "training.sequence_parallel_size=2 training.gradient_accumulation_steps=8, the same batch"
     assert remedies(recipe, args) == [
+        share,
         "template.max_length=2048",
         "a lower template.max_pixels",
         "deepspeed.enabled=true deepspeed.config=zero3",
@@ -59,7 +61,10 @@ def test_memory_is_first_saved_where_it_costs_least():
         "deepspeed.enabled=true",
         "deepspeed.config=zero3_offload",
     ]
-    assert remedies(load_recipe("sft_4b", words), args) == ["a lower template.max_pixels", "tuner.train_type=lora"]
+    shared = [*words, "training.sequence_parallel_size=2"]
+    assert remedies(load_recipe("sft_4b", shared), args) == ["a lower template.max_pixels", "tuner.train_type=lora"]
+    for refused in (["tuner.train_type=longlora"], ["training.padding_free=false", "training.packing=false"]):
+        assert share not in remedies(load_recipe("lora_4b", refused), args), "two processes cannot share its rows"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_dir, data, tmp_path):

@@ -27,13 +27,17 @@ def optimizer_bytes(model: nn.Module, args: Any) -> int:
     return sum(int(ratios[parameter.dtype] * _count(parameter)) for parameter in trained)
 
 
-def checkpoint_bytes(model: nn.Module, args: Any, *, adapter: bool) -> int:
-    """Return about how many bytes a checkpoint takes, at least; the processor's files are left out."""
+def checkpoint_bytes(model: nn.Module, args: Any, *, adapter: bool, sharded: bool) -> int:
+    """Return about how many bytes a checkpoint takes, at least; the processor's files are left out.
+
+    Args:
+        sharded: DeepSpeed or FSDP shards the model, by the recipe or by accelerate's configuration.
+    """
     weights = weight_bytes(model, adapter=adapter)
     if args.save_only_model:
         return weights
-    twice = args.deepspeed is not None or bool(args.fsdp)  # once to be loaded, once to go on
-    return weights * (2 if twice else 1) + optimizer_bytes(model, args)
+    copies = 2 if sharded else 1  # one to be loaded, one to go on
+    return weights * copies + optimizer_bytes(model, args)
 
 
 def planned_checkpoints(args: Any, state: Any) -> int:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from qwenvl_ft.checkpoint.complete import PREFIX, checkpoints, missing
 from qwenvl_ft.checkpoint.lock import require_own
+from qwenvl_ft.checkpoint.same_run import NOT_SHARDED
 from qwenvl_ft.checkpoint.space import require_space, size_of, written_whole
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.training.agreement import OtherRankError, only_run_of
@@ -155,7 +156,10 @@ class StoppingTrainer(RowTrainer):
 
     def _checkpoint_bytes(self) -> int:
         """Return the bytes of the last checkpoint, or an estimate before there is one."""
-        return self._saved_bytes or checkpoint_bytes(cast(nn.Module, self.model), self.args, adapter=self._is_adapter())
+        if self._saved_bytes:
+            return self._saved_bytes
+        model, sharded = cast(nn.Module, self.model), self.engine != NOT_SHARDED
+        return checkpoint_bytes(model, self.args, adapter=self._is_adapter(), sharded=sharded)
 
     def _require_space(self) -> None:
         """Raise if another run has taken over the folder, or the next checkpoint does not fit."""

@@ -1,6 +1,5 @@
 """A run that has to stop before its end saves what it has, and goes on to the same weights."""
 
-import errno
 import json
 import os
 import resource
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 
 from qwenvl_ft import train as train_function
 from qwenvl_ft.checkpoint import lock as locks
-from qwenvl_ft.checkpoint import space
 from qwenvl_ft.checkpoint.complete import last_checkpoint, missing
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.evaluation import generate as generating
@@ -23,7 +21,6 @@ from qwenvl_ft.training import data_gate
 from qwenvl_ft.training.agreement import Agreement
 from qwenvl_ft.training.callbacks import signals
 from qwenvl_ft.training.callbacks.signals import SignalCallback
-from qwenvl_ft.training.checkpoint_size import checkpoint_bytes
 from qwenvl_ft.training.stopping_trainer import StoppingTrainer
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
@@ -270,54 +267,6 @@ def test_a_write_that_fails_in_mid_save_leaves_the_checkpoint_before_and_the_run
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     train_function(load_recipe(None, [*settings, RESUME]))
     assert logged(tmp_path, "loss") == logged(whole, "loss")
-
-
-def test_space_is_asked_for_before_the_first_step_and_before_each_save(
-    whole, tiny_dir, data, tmp_path, monkeypatch, capsys
-):
-    estimated = {}
-    settings = run_settings(tiny_dir, data, tmp_path / "run", "training.eval_strategy=no", "training.max_steps=4")
-
-    def free(folder):
-        return 10**12 if "room" in estimated else 10_000_000
-
-    monkeypatch.setattr(space, "free_bytes", free)
-    assert main(settings) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        "run: 9.54 MiB are free, but the trained model with 2 checkpoints (training.save_total_limit=2) needs" in error
-    )
-    assert not (tmp_path / "run" / "trainer_log.jsonl").exists(), "a step was trained"
-
-    def save_now_full(self, plain=StoppingTrainer._require_space):
-        estimated["bytes"] = checkpoint_bytes(self.model, self.args, adapter=False)
-        if self.state.global_step == 4:
-            estimated.pop("room")
-        plain(self)
-
-    estimated["room"] = True
-    monkeypatch.setattr(StoppingTrainer, "_require_space", save_now_full)
-    assert main(settings) == 2
-    assert "9.54 MiB are free, but checkpoint-4 needs" in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    folder = tmp_path / "run" / "checkpoint-2"
-    names = ("model.safetensors", "optimizer.pt")
-    real = sum((folder / name).stat().st_size for name in names)
-    assert 0.97 * real < estimated["bytes"] <= real
-
-
-def test_a_full_disk_costs_the_lines_of_the_log_and_not_the_run(tmp_path, capsys):
-    from qwenvl_ft.training.callbacks.run_log import LOG, RunLog
-
-    log = RunLog()
-    log.folder = tmp_path
-    (tmp_path / LOG).mkdir()  # cannot be opened for writing, for root neither
-    log.write("a")
-    log.write("b")
-    assert (
-        capsys.readouterr().out == f"a\n{tmp_path / LOG} cannot be written: {os.strerror(errno.EISDIR)}; "
-        "training goes on\nb\n"
-    )
 
 
 def test_two_runs_do_not_share_a_folder(tiny_dir, data, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """Encodes a conversation as a sample, or computes the sample's exact length without decoding a pixel.
 
 The steps, one per file: render the chat template (show.py), tokenise (tokenise.py), find the supervised
-tokens (labels.py) and the media (places.py). The result is a `Draft` (draft.py); its length is the sample's. Positions
-(rope.py) and pixels (pixels.py) make it a sample. Letters in shapes: D draft tokens, L tokens.
+tokens (labels.py) and the media (places.py). The result is a `Draft` (draft.py); its length is the sample's. Its
+tokens and positions (expand.py) and pixels (pixels.py) make it a sample. Letters in shapes: D draft tokens, L tokens.
 """
 
 import hashlib
@@ -12,16 +12,15 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import transformers
 from numpy.typing import NDArray
 
 from qwenvl_ft.data.conversation import Conversation, Image, Message, Sample, Source, Text, Video
 from qwenvl_ft.data.encode.draft import IMAGE_PAD, STRATEGIES, VIDEO_PAD, Draft, Extent, cut, too_long
+from qwenvl_ft.data.encode.expand import expand
 from qwenvl_ft.data.encode.fingerprint import tokenizer_fingerprint
 from qwenvl_ft.data.encode.labels import (
     Span,
-    expand_labels,
     find_turns,
     require_supervised,
     supervised_spans,
@@ -33,7 +32,6 @@ from qwenvl_ft.data.encode.labels import (
 from qwenvl_ft.data.encode.part import part_of
 from qwenvl_ft.data.encode.pixels import image_grids_in_time, media_pixels
 from qwenvl_ft.data.encode.places import MediaTokens, not_rendered
-from qwenvl_ft.data.encode.rope import mrope_positions
 from qwenvl_ft.data.encode.show import ChatTemplate, refuse_control, require_tools_shown, write_times
 from qwenvl_ft.data.encode.tokenise import TextTokenizer, require_unicode
 from qwenvl_ft.data.media.frames import named_frames
@@ -61,6 +59,43 @@ class _Shown(NamedTuple):
     clips: list[Clip]
     several_frames: tuple[str, ...]
     """As in `Extent`; empty if the grids were known."""
+
+
+def _image_headers(
+    images: list[Image], processor: Any, policy: MediaPolicy, source: Source
+) -> tuple[list[Grid], tuple[str, ...]]:
+    """Return the images' grids, and those of several frames as in `Extent`."""
+    seen = [grid_and_frames(image, processor, policy, source) for image in images]
+    several = named_frames((image.value for image in images), (count for _, count in seen), policy)
+    return [grid for grid, _ in seen], several
+
+
+def _counted(shown: _Shown, processor: Any, tokenizer: TextTokenizer, source: Source) -> tuple[int, int] | None:
+    """Return the tokens and patches of a conversation; None if its media or turns are not all shown as they should."""
+    media = (
+        (IMAGE_PAD, processor.image_processor.merge_size, shown.image_grids),
+        (VIDEO_PAD, processor.video_processor.merge_size, [clip.grid for clip in shown.clips]),
+    )
+    whole = all(shown.text.count(pad) == sum(t for t, _, _ in grids) for pad, _, grids in media)
+    if not (whole and shown.supervised):
+        return None
+    tokens = tokenizer.count(shown.text, source)
+    tokens += sum(t * (h * w // merge**2 - 1) for _, merge, grids in media for t, h, w in grids)
+    return tokens, sum(t * h * w for _, _, grids in media for t, h, w in grids)
+
+
+def _without_answer(conversation: Conversation) -> Conversation:
+    """Return a conversation without its last assistant turn, if it ends with one.
+
+    Raises:
+        DataError: nothing precedes the answer.
+    """
+    messages = conversation.messages
+    if messages[-1].role == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError(f"{conversation.source}: no message precedes the answer, so there is no prompt.")
+    return Conversation(messages, conversation.source, conversation.tools)
 
 
 class Encoder:
@@ -167,17 +202,9 @@ class Encoder:
         """
         shown = self._show(conversation)
         several = shown.several_frames
-        media = (
-            (IMAGE_PAD, self.processor.image_processor.merge_size, shown.image_grids),
-            (VIDEO_PAD, self.processor.video_processor.merge_size, [clip.grid for clip in shown.clips]),
-        )
-        whole = all(shown.text.count(pad) == sum(t for t, _, _ in grids) for pad, _, grids in media)
-        if whole and shown.supervised:
-            tokens = self._tokenizer.count(shown.text, conversation.source)
-            tokens += sum(t * (h * w // merge**2 - 1) for _, merge, grids in media for t, h, w in grids)
-            if self.max_length is None or tokens <= self.max_length:
-                patches = sum(t * h * w for _, _, grids in media for t, h, w in grids)
-                return Extent(tokens, patches, bool(shown.videos), 0, 0, several)
+        counted = _counted(shown, self.processor, self._tokenizer, conversation.source)
+        if counted is not None and (self.max_length is None or counted[0] <= self.max_length):
+            return Extent(*counted, bool(shown.videos), 0, 0, several)
         draft = self.draft(conversation)  # cuts the sample, or raises the error that names the fault
         return Extent(draft.length, draft.patches, bool(draft.videos), draft.cut_tokens, draft.cut_media, several)
 
@@ -257,13 +284,7 @@ class Encoder:
         return tokenizer_fingerprint(self.processor.tokenizer)
 
     def _prompt_draft(self, record: dict[str, Any] | Conversation, media_root: str | None) -> Draft:
-        conversation = self.conversation(record, media_root)
-        messages = conversation.messages
-        if messages[-1].role == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise DataError(f"{conversation.source}: no message precedes the answer, so there is no prompt.")
-        return self._draft(Conversation(messages, conversation.source, conversation.tools), invite=True)
+        return self._draft(_without_answer(self.conversation(record, media_root)), invite=True)
 
     def _draft(
         self, conversation: Conversation, *, invite: bool = False, image_grids: list[Grid] | None = None
@@ -276,8 +297,7 @@ class Encoder:
         supervised = supervised_tokens(encoding, shown.supervised)
         grids = [clip.grid for clip in shown.clips]
         counts, widths = self._media_tokens.spread(ids, shown.image_grids, grids, source)
-        pairs = [time for time, _, _ in grids]
-        group = self._media_tokens.groups(ids, len(shown.images), pairs, shown.text, encoding)
+        group = self._media_tokens.groups(ids, len(shown.images), [t for t, _, _ in grids], shown.text, encoding)
         media = shown.images, shown.image_grids, shown.videos, shown.clips
         weights = token_weights(encoding, shown.supervised, shown.weights) if self.turn_weights else None
         return Draft(ids, supervised, counts, widths, group, *media, source, weights)
@@ -300,9 +320,7 @@ class Encoder:
         images, videos = conversation.media(Image), conversation.media(Video)
         several: tuple[str, ...] = ()
         if image_grids is None:
-            seen = [grid_and_frames(each, self.processor.image_processor, self.policy, source) for each in images]
-            image_grids = [grid for grid, _ in seen]
-            several = named_frames((image.value for image in images), (count for _, count in seen), self.policy)
+            image_grids, several = _image_headers(images, self.processor.image_processor, self.policy, source)
         if clips is None:
             clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
@@ -326,20 +344,7 @@ class Encoder:
         Raises:
             DataError: a medium cannot be decoded, or was changed since its header was read.
         """
-        ids = np.repeat(draft.ids, draft.counts)
-        sample: Sample = {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(expand_labels(ids, draft.supervised, draft.counts)),
-            "position_ids": torch.from_numpy(mrope_positions(draft.counts, draft.widths)),
-            "source": draft.source,
-        }
-        if draft.weights is not None:
-            sample["label_weights"] = torch.from_numpy(np.repeat(draft.weights, draft.counts))
-        if draft.images:
-            sample["image_grid_thw"] = torch.tensor(draft.image_grids)
-        if draft.videos:
-            sample["video_grid_thw"] = torch.tensor(draft.video_grids)
-        step = self.processor.video_processor.temporal_patch_size
-        shown = draft if owned is None else part_of(draft, owned, step)
+        sample = expand(draft)
+        shown = draft if owned is None else part_of(draft, owned, self.processor.video_processor.temporal_patch_size)
         sample.update(media_pixels(shown, self.processor, self.policy, raw=self.raw_pixels, blank=blank))
         return sample

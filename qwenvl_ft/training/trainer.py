@@ -109,26 +109,21 @@ class QwenVLTrainer(EvaluatingTrainer):
         check_model: bool = True,
         **options: Any,
     ) -> None:
-        given = {
+        rows: dict[str, Any] = {
             "max_length": max_length,
             "packing": packing,
             "padding_free": padding_free,
             "sequence_parallel_size": sequence_parallel_size,
-            "vit_lr": vit_lr,
-            "aligner_lr": aligner_lr,
-            "lorap_lr_ratio": lorap_lr_ratio,
-            "loss_weights": loss_weights,
-            "z_loss": z_loss,
         }
+        rates = {"vit_lr": vit_lr, "aligner_lr": aligner_lr, "lorap_lr_ratio": lorap_lr_ratio}
         if recipe is not None and check_model:
             require_prepared(model, recipe, args)
-            require_settings(recipe, given)
+            require_settings(recipe, rows | rates | {"loss_weights": loss_weights, "z_loss": z_loss})
         self.vit_lr, self.aligner_lr, self.lorap_lr_ratio = vit_lr, aligner_lr, lorap_lr_ratio
         self.loss_weights = loss_weights or None
         self.checkpointed = checkpointed or {}
         self.z_loss = z_loss
-        self.questions = questions
-        self.recipe = recipe
+        self.questions, self.recipe = questions, recipe
         self.losses, self.mean_loss = LossCheck(at_once=args.world_size == 1), MeanLoss()
         self.bad_samples = 0
         if isinstance(model, PreTrainedModel):  # a model that `load_model` has not loaded
@@ -140,21 +135,21 @@ class QwenVLTrainer(EvaluatingTrainer):
             processor=processor,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            max_length=max_length,
-            packing=packing,
-            padding_free=padding_free,
-            sequence_parallel_size=sequence_parallel_size,
             compute_loss_func=_already_scaled,
+            **rows,
             **options,
         )
         self.fused = use_liger_kernels(model, args, weighted=self.loss_weights is not None) if liger else None
         self.neftune_noise_alpha = None  # transformers' own noise fades with the length of the row
         self.noise = SampleNoise.of(model, args.neftune_noise_alpha) if args.neftune_noise_alpha else None
         self.step_log = StepLog(args, zero_gradient_steps, has_media=has_media(datasets_in(train_dataset)))
+        self.saves_result = recipe is None or recipe.training.save_final
+        self._add_callbacks(model)
+
+    def _add_callbacks(self, model: nn.Module) -> None:
         for callback in self.step_log.callbacks(deepspeed=self.is_deepspeed_enabled):
             self.add_callback(callback)
         self.add_callback(self.mean_loss)
-        self.saves_result = recipe is None or recipe.training.save_final
         if isinstance(model, TrainedPeftModel):
             self.add_callback(TuningMethodCallback(model))
 

@@ -74,6 +74,10 @@ def _warmup_ratio(value: Any, where: str) -> Values:
     return {"training.warmup_steps": convert(value, Annotated[float, "0..1"], where)}
 
 
+def _resume_only_model(value: Any, where: str) -> Values:
+    return {"training.resume_weights_only": convert(value, bool, where)}
+
+
 def _train_mlp(value: Any, where: str) -> Values:
     if not convert(value, bool, where):
         return {"tuner.freeze_aligner": True}
@@ -137,6 +141,12 @@ ALIASES: dict[str, Alias] = {
         also=("training",),
     ),
     "zero_hpz_partition_size": same("deepspeed.zero_hpz_partition_size", also=("training",)),
+    "resume_only_model": Alias(
+        keys=("training.resume_weights_only",),
+        kind=bool,
+        meaning=_resume_only_model,
+        effect="steps and data begin anew too",
+    ),
     "debug": Alias(
         keys=("training.log_level", "training.debug"),
         kind=bool | str,

@@ -30,6 +30,7 @@ MEANINGS = {
     "sft_type": ("full", {"tuner.train_type": "full"}),
     "tuner_type": ("full", {"tuner.train_type": "full"}),
     "init_lora_weights": ("pissa", {"tuner.init_weights": "pissa"}),
+    "resume_only_model": ("true", {"training.resume_weights_only": True}),
     "optimizer": ("adamw_torch", {"training.optim": "adamw_torch", "training.optimizer": "multimodal"}),
     "zero_hpz_partition_size": ("8", {"deepspeed.zero_hpz_partition_size": 8}),
     "deepspeed": ("zero3_offload", {"deepspeed.enabled": True, "deepspeed.config": "zero3_offload"}),

@@ -71,6 +71,8 @@ def first_phase(recipe: Recipe) -> tuple[Recipe, list[str]]:
         left_out.append(f"only phase {recipe.phase} of the recipe is verified")
     if recipe.deepspeed.enabled:
         left_out.append("DeepSpeed is switched off: the proof runs in one process on one device")
+    if (size := recipe.training.sequence_parallel_size) > 1:
+        left_out.append(f"training.sequence_parallel_size={size} is left out: the proof runs in one process")
     return recipe, left_out
 
 
@@ -87,7 +89,8 @@ def proof_recipe(recipe: Recipe, steps: int, folder: Path) -> Recipe:
     proof.data.on_error, proof.data.check_dataset_strategy = "raise", "none"
     proof.evaluation.run_after_training = False
     proof.training.z_loss, proof.training.early_stopping_patience = 0.0, None
-    proof.training.resume_from_checkpoint = None
+    proof.training.resume_from_checkpoint, proof.training.resume_weights_only = None, False
+    proof.training.sequence_parallel_size = 1
     proof.training.padding_free = True
     if proof.tuner.train_type == "adalora":
         proof.tuner.adalora_tinit = proof.tuner.adalora_tfinal = 0
@@ -110,6 +113,7 @@ DROPPED = (
     "ddp_backend",
     "fsdp",
     "fsdp_config",
+    "parallelism_config",
 )
 """Fields of TrainingArguments that are reset to their defaults."""
 ARGUMENTS: dict[str, Any] = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import picture
 
+from qwenvl_ft.checkpoint.weights_only import from_weights_only
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.encode.encoder import Encoder
@@ -16,6 +17,7 @@ from qwenvl_ft.prove.proof_recipe import ProofOptions, first_phase, proof_recipe
 from qwenvl_ft.prove.run import prove
 from qwenvl_ft.prove.subject import build_subject
 from qwenvl_ft.prove.table import FAILED, OK, SKIPPED, UNCLEAR, Report, Row
+from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.training.trainer import QwenVLTrainer
 
 FEW = {"samples": 3, "steps": 1, "new_tokens": 4}
@@ -92,6 +94,23 @@ def test_an_adapter_that_plain_peft_does_not_know_is_loaded_by_us_and_a_row_says
     (logits,) = [row for row in report.rows if row.check == "saved adapter" and row.compared.startswith("logits")]
     assert "load_model" in logits.compared
     assert logits.figure < logits.tolerance < logits.fault
+
+
+SHARED = {
+    "rows": ["training.sequence_parallel_size=2"],
+    "weights": ["training.fsdp=full_shard", "training.parallelism_config={dp_shard_size: 2, dp_replicate_size: 2}"],
+    "nothing but weights": ["training.resume_from_checkpoint=old", "training.resume_weights_only=true"],
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_recipe_of_several_processes_is_proven_in_one(tiny_dir, tmp_path, case):
+    words = ["--model", str(tiny_dir), "training.use_cpu=true", "model.torch_dtype=float32", *SHARED[case]]
+    recipe, left_out = first_phase(recipe_from_words(words))
+    assert any("sequence_parallel_size=2 is left out" in line for line in left_out) == (case == "rows")
+    proof = proof_recipe(recipe, 1, tmp_path)
+    assert prepare_run(proof).parallelism_config is None
+    assert from_weights_only(proof) is proof, "it would start from another model than the recipe names"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "packed_sdpa"])

@@ -86,14 +86,17 @@ class RowTrainer(PlannedTrainer):
 
     def _share_rows(self, model: nn.Module, args: TrainingArguments) -> None:
         """Find the ranks that share each row with this one, and let the model's attention exchange heads."""
-        if not self.padding_free or is_reentrant(args):
-            setting = (
-                "activation_checkpointing_kwargs.use_reentrant=true" if self.padding_free else "padding_free=false"
+        setting = f"{KEY}={self.sequence_parallel_size}"
+        if not self.padding_free:
+            raise RecipeError(f"{setting} does not work with training.padding_free=false. Remove it.")
+        if is_reentrant(args):
+            raise RecipeError(
+                f"{setting} does not work with reentrant checkpointing. Set training.activation_checkpointing_kwargs."
+                "use_reentrant=false."
             )
-            raise RecipeError(f"{KEY}={self.sequence_parallel_size} does not work with training.{setting}. Remove it.")
         inner = placing_model(model)
         if inner is None:
-            raise RecipeError(f"{KEY}={self.sequence_parallel_size} needs a Qwen3-VL from load_model.")
+            raise RecipeError(f"{setting} needs a Qwen3-VL from load_model.")
         text = inner.config.get_text_config()
         require_model(inner.config, attention_of(text), self.sequence_parallel_size)
         exchange_heads(text)

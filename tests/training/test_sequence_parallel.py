@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from sequence_cases import images, in_float64, text, video
 
 from qwenvl_ft.data.plan.dataset import SampleDataset
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.training.deepspeed import deepspeed_config
 from qwenvl_ft.training.ranks import join_ranks
@@ -167,6 +168,16 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_train_the_weights_of_one_process(runs, name):
     runs["dense"].assert_same(2, 2, **OPTIONS[name])
+
+
+def test_reentrant_checkpointing_of_a_script_is_refused_in_one_line(tmp_path, tiny_dir, encoder):
+    """Features of images reach the layers as keyword arguments, which would have no gradient."""
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"early_stop": False}}
+    model = load_model(str(tiny_dir), torch_dtype="float32", attn_impl="packed_sdpa")
+    with pytest.raises(RecipeError, match=r"=2 does not work with reentrant .* Set .*use_reentrant=false\.$"):
+        QwenVLTrainer(
+            model, quiet_arguments(tmp_path, **options), processor=encoder.processor, sequence_parallel_size=2
+        )
 
 
 @pytest.mark.soak

@@ -43,7 +43,9 @@ def use_released_layout(model: PreTrainedModel) -> None:
 def released_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the contents of config.json with the keys that the released models have, which all versions read."""
     text = dict(config["text_config"]) if "text_config" in config else dict(config)
-    if rope := dict(text.pop("rope_parameters", None) or {}):
+    rope = dict(text.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # other models may have several, by kind of layer
+        del text["rope_parameters"]
         text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     if "num_local_experts" in text:
         text["num_experts"] = text.pop("num_local_experts")

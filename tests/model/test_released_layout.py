@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_
 
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.model.load import load_model
-from qwenvl_ft.model.released_layout import released_state, use_released_layout
+from qwenvl_ft.model.released_layout import released_config, released_state, use_released_layout
 from qwenvl_ft.model.tiny import make_tiny
 from qwenvl_ft.training.saved_config import cache_enabled
 from qwenvl_ft.upstream.expert_layout import EXPERTS
@@ -68,6 +68,16 @@ def test_what_is_saved_again_is_the_checkpoint(checkpoints, kind, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (checkpoints[kind], tmp_path))
     assert old | {"use_cache": True} == new
+
+
+def test_a_config_with_other_rotary_parameters_is_left_as_it_is():
+    """A script of one's own may train a model of another family; saving it must not fail at the end of the run."""
+    by_layer = {"text_config": {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "linear": {}}}}
+    assert released_config(by_layer) == by_layer
+    assert released_config({"rope_parameters": None, "a": 1}) == {"rope_parameters": None, "a": 1}
+    plain = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
+    assert released_config(plain) == {"rope_theta": 5.0, "rope_scaling": {"rope_type": "default"}}
+    assert "rope_parameters" in plain, "the given config was changed"
 
 
 def test_experts_compute_with_the_stored_weights_as_the_released_ones_do(checkpoints):

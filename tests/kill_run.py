@@ -275,6 +275,8 @@ def disturbed_run(seed: int, model: Path, data: Path, folder: Path, quiet: Quiet
             row.wrong = differs(run, quiet)
         except AssertionError as error:
             row.wrong = " ".join(str(error).split())[-300:]
+            if run.process is not None and run.code is None:
+                run.kill_all()
         row.starts = run.starts
     return row
 

@@ -20,7 +20,7 @@ from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.processor import set_limits
 from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels, use_trainable_kernels
 from qwenvl_ft.model.released_layout import use_released_layout
-from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
+from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory, require_index
 from qwenvl_ft.upstream.expert_layout import loading_layout, stored_experts, stored_layout
 from qwenvl_ft.upstream.experts import experts_implementation
 
@@ -149,6 +149,8 @@ def plan_loading(dir_or_id: str | Path, options: LoadOptions) -> LoadPlan:
         path = local_directory(dir_or_id)
         if path is not None and (path / "adapter_config.json").is_file():
             raise CheckpointError(f"{adapter} is an adapter of {path}, which is an adapter too. Merge {path} first.")
+    if path is not None:
+        require_index(path)
     source = str(path or dir_or_id)
     attention = resolve_attn_impl(options.attn_impl, options.torch_dtype)
     config = load_config(source, revision=options.revision, model_type=options.model_type)

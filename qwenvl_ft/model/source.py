@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 """A directory with one of these files holds a processor."""
+INDEX = "model.safetensors.index.json"
+"""Says which file holds which weight, in a model of several files."""
 
 
 def local_directory(dir_or_id: str | Path) -> Path | None:
@@ -36,6 +39,26 @@ def local_directory(dir_or_id: str | Path) -> Path | None:
         fix = f"Did you mean {checkpoints[-1]}?" if checkpoints else "Give a directory written by save_pretrained."
         raise CheckpointError(f"{path} has no config.json, so it is not a model directory. {fix}")
     return path
+
+
+def require_index(folder: Path) -> None:
+    """Check the index of a model of several files, which transformers reads without looking.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        return
+    try:
+        files = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        sound = bool(files) and isinstance(files, dict) and all(isinstance(name, str) for name in files.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{file} is damaged: it does not say which file holds which weight. Copy it again from the model's origin."
+        )
 
 
 def load_config(source: str, *, revision: str | None = None, model_type: str | None = None) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from qwenvl_ft.errors import CheckpointError, RecipeError
-from qwenvl_ft.model.load import LoadOptions, load_model, load_processor
+from qwenvl_ft.model.load import LoadOptions, load_model, load_processor, plan_loading
 
 
 def test_class_follows_config_not_the_name_of_the_directory(checkpoints, tmp_path):
@@ -33,6 +33,20 @@ def test_weights_are_those_of_plain_transformers(checkpoints, kind):
     plain = AutoModelForImageTextToText.from_pretrained(checkpoints[kind]).state_dict()
     assert ours.keys() == plain.keys()
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"weight_map": {"a', "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {}}']
+)
+def test_a_damaged_index_is_one_line_also_with_a_device_map(tiny_dir, tmp_path, text):
+    folder = tmp_path / "model"
+    load_model(tiny_dir, torch_dtype="float32").save_pretrained(folder, max_shard_size="300KB")
+    index = folder / "model.safetensors.index.json"
+    assert plan_loading(folder, LoadOptions()).source == str(folder), "vacuous"
+    index.write_text(text)
+    for options in (LoadOptions(), LoadOptions(device_map="cpu")):
+        with pytest.raises(CheckpointError, match=rf"^{index} is damaged: it does not say which file holds which"):
+            plan_loading(folder, options)
 
 
 def test_cache_is_off_at_every_level_and_generation_still_uses_one(tiny_dir):

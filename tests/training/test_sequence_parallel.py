@@ -160,6 +160,7 @@ OPTIONS = {
     "checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     "smoothing and z-loss": {"label_smoothing_factor": 0.1, "z_loss": 1e-3},
     "weights": {"loss_weights": {"odd": 3.0, "even": 0.25}},
+    "compiled layers": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
 
 

@@ -43,6 +43,11 @@ def launcher_shards() -> str | None:
     return next((shards for name, shards in names.items() if _is_on(name)), None)
 
 
+def launcher_fsdp_version() -> str:
+    """Return the version of FSDP in accelerate's configuration; 1 is what accelerate takes without one."""
+    return os.environ.get("FSDP_VERSION") or "1"
+
+
 def launcher_recomputes() -> bool:
     """Return True if accelerate's configuration has ``fsdp_activation_checkpointing``."""
     return launcher_shards() == "FSDP" and _is_on("FSDP_ACTIVATION_CHECKPOINTING")

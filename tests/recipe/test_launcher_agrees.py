@@ -50,6 +50,13 @@ FAULTS = {
     ),
     "two shardings": (FSDP, ("deepspeed.enabled=true",), r"deepspeed.enabled=true and FSDP in accelerate's config"),
     "FSDP twice": (FSDP, ("training.fsdp=full_shard",), r"training.fsdp and FSDP in accelerate's configuration both"),
+    "FSDP1 of accelerate": (FSDP | {"FSDP_VERSION": "1"}, (), r"is of version 1, .* Set fsdp_version: 2 there"),
+    "FSDP of accelerate without a version": (FSDP | {"FSDP_VERSION": ""}, (), r"is of version 1, .* not supported"),
+    "FSDP1 of the recipe": (
+        {},
+        ("training.fsdp=full_shard", "training.fsdp_config.version=1"),
+        r"training.fsdp_config.version=1 flattens weights, .* Set it to 2",
+    ),
     "DeepSpeed of accelerate alone": (DEEPSPEED, (), r"DeepSpeed in accelerate's configuration is not checked"),
     "layers recomputed twice": (
         FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
@@ -75,6 +82,7 @@ AGREE = {
         ("model.torch_dtype=bfloat16",),
         "bf16",
     ),
+    "FSDP2 of accelerate": (FSDP, (FP32,), "no"),
     "bf16 twice": (BF16, ("model.torch_dtype=bfloat16",), "bf16"),
     "bf16 over float32 weights": (BF16, (FP32, "training.bf16=true"), "bf16"),
 }

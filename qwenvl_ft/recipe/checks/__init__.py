@@ -27,6 +27,7 @@ CHECKS: tuple[Check, ...] = (
     optimizer.lisa,
     method.quantization,
     launcher.one_sharding,
+    launcher.fsdp_version,
     method.adalora_needs_gradients,
     method.second_stage,
     method.shared_rows,

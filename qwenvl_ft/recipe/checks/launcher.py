@@ -2,7 +2,7 @@
 
 from qwenvl_ft.recipe.checks.argument import argument
 from qwenvl_ft.recipe.schema import Recipe
-from qwenvl_ft.upstream.launcher import launcher_shards
+from qwenvl_ft.upstream.launcher import launcher_fsdp_version, launcher_shards
 
 OF_LAUNCHER = "in accelerate's configuration"
 
@@ -30,5 +30,19 @@ def one_sharding(recipe: Recipe) -> str | None:
         return (
             f"DeepSpeed {OF_LAUNCHER} is not checked against the recipe: it may clip, round or optimise otherwise. Set "
             "deepspeed.enabled=true and deepspeed.config to zero2, zero3 or your file, and remove DeepSpeed there."
+        )
+    return None
+
+
+def fsdp_version(recipe: Recipe) -> str | None:
+    """The first version of FSDP flattens weights, so that nothing that asks for their shapes sees them."""
+    config = argument(recipe, "fsdp_config")
+    version = config.get("version", config.get("fsdp_version", 2)) if isinstance(config, dict) else 2
+    if argument(recipe, "fsdp") and str(version) == "1":
+        return "training.fsdp_config.version=1 flattens weights, which is not supported. Set it to 2, or remove it."
+    if launcher_shards() == "FSDP" and launcher_fsdp_version() == "1":
+        return (
+            f"FSDP {OF_LAUNCHER} is of version 1, which flattens weights and is not supported. Set fsdp_version: 2 "
+            "there, as recipes/accelerate/fsdp2.yaml does."
         )
     return None

@@ -20,7 +20,16 @@ ENGINES = {
         "DeepSpeed saved it from 2",
     ),
     "zero3": (["deepspeed.enabled=true", "deepspeed.config=zero3"], "*_model_states.pt", "DeepSpeed saved it from 2"),
-    "fsdp2": (["training.fsdp=full_shard", "training.fsdp_config.version=2"], "*.distcp", "only one"),
+    "fsdp2": (["training.fsdp=full_shard", "training.fsdp_config.version=2"], "optimizer.bin", "only one"),
+    "fsdp2, sharded": (
+        [
+            "training.fsdp=full_shard",
+            "training.fsdp_config.version=2",
+            "training.fsdp_config.state_dict_type=SHARDED_STATE_DICT",
+        ],
+        "*.distcp",
+        "only one",
+    ),
 }
 """Engine -> overrides, a shard of its checkpoints, and what one process says of them (None: it goes on)."""
 

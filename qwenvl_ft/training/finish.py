@@ -27,7 +27,7 @@ def finish(trainer: QwenVLTrainer, questions: Questions | None, run_log: RunLog)
     whole = written_whole(folder, trainer.result_bytes, removes=trainer.is_world_process_zero())
     with trainer.writing(), whole, sealed_result(folder):
         if trainer.saves_result:
-            trainer.save_model()
+            trainer.save_result()
         trainer.save_state()
     if questions is None or not questions.section.run_after_training:
         return {}

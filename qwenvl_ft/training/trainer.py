@@ -285,6 +285,18 @@ class QwenVLTrainer(EvaluatingTrainer):
             if isinstance(self.model, TrainedPeftModel):
                 self.model.save_state(Path(folder))
 
+    def save_result(self) -> None:
+        """Save the trained model whole, also if FSDP writes the checkpoints of the run in shards."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None:
+            return self.save_model()
+        of_checkpoints = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            self.save_model()
+        finally:
+            plugin.set_state_dict_type(of_checkpoints)
+
     def save_model(self, output_dir: str | None = None, *arguments: Any, **options: Any) -> None:
         """Save the weights, the processor and the recipe."""
         with cache_enabled(cast(Any, self.model).config):

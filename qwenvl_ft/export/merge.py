@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.export.released import require_released
 from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with_adapter
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.quantization import dequantized
+from qwenvl_ft.model.released_layout import use_released_layout
 from qwenvl_ft.model.source import PROCESSOR_FILES, local_directory
 from qwenvl_ft.recipe.provenance import saved_recipe
 from qwenvl_ft.recipe.schema import QuantizationConfig
@@ -65,7 +67,8 @@ def merge(
 
     Raises:
         CheckpointError: the checkpoint is not an adapter, its method does not change weights, the base model does not
-            fit or is quantised, or ``out`` is not empty. In all these cases nothing is written.
+            fit or is quantised, ``out`` is not empty, or the result is not stored as a released model. In all these
+            cases ``out`` is not written.
     """
     folder, target = _mergeable_adapter(checkpoint), require_new(out)
     source, revision = (base, None) if base else base_of_adapter(folder)
@@ -83,11 +86,13 @@ def merge(
         if untied:
             config.tie_word_embeddings = False
     has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    use_released_layout(merged)  # a model that was loaded quantised does not have it yet
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with unused("deepspeed"):
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
     (load_processor(folder) if has_processor else load_processor(source, revision=revision)).save_pretrained(partial)
+    require_released(partial)
     if target.exists():
         target.rmdir()
     partial.rename(target)

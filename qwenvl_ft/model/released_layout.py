@@ -4,7 +4,8 @@ vLLM, SGLang and transformers 4.57 read the released models' layout; transformer
 ``save_pretrained`` leaves MoE experts transposed (upstream/expert_layout.py). After loading under ZeRO-3 it renames
 ``model.language_model.layers`` to ``model.language_model.model.layers``. Under ZeRO-1 and ZeRO-2 a tied language head
 is stored a second time. Its config.json has ``rope_parameters`` and ``num_local_experts`` in place of ``rope_theta``,
-``rope_scaling`` and ``num_experts``, without which transformers 4.57 does not build the model.
+``rope_scaling`` and ``num_experts``, without which transformers 4.57 does not build the model, and of models of its own
+making no ``norm_topk_prob``, without which vLLM does not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qwenvl_ft.model.anatomy import FAMILIES
 from qwenvl_ft.upstream.expert_layout import EXPERTS, Layout, stored_layout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SHARD = "5GB"
 """Largest size of a file, as in the released models. While a file is written, its experts are in memory twice."""
@@ -49,6 +50,8 @@ def released_config(config: dict[str, Any]) -> dict[str, Any]:
         text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     if "num_local_experts" in text:
         text["num_experts"] = text.pop("num_local_experts")
+    if text.get("model_type") == "qwen3_vl_moe_text":  # the model always does; vLLM fails without the field
+        text.setdefault("norm_topk_prob", True)
     return config | {"text_config": text} if "text_config" in config else text
 
 
@@ -75,6 +78,26 @@ def released_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str
             value = value.transpose(1, 2)  # a view, which save_pretrained copies one file at a time
         written[_released_name(name, model.config.model_type)] = value
     return written
+
+
+def released_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all tensors in a released checkpoint of this config, without making one of them.
+
+    The model is built on the meta device. A language head that is tied to the embedding is not stored.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(config)
+    second = _second_names(model)
+    shapes = {}
+    for name, value in model.state_dict().items():
+        shape = tuple(value.shape)
+        if name not in second:
+            turned = (shape[0], shape[2], shape[1]) if name.endswith(EXPERTS) else shape
+            shapes[_released_name(name, config.model_type)] = turned
+    return shapes
 
 
 def _save(

@@ -87,6 +87,23 @@ def generate(
     return [gathered[index] for index in range(len(conversations))]
 
 
+def greedy_tokens(model: nn.Module, processor: Any, sample: Sample, max_new_tokens: int) -> tuple[list[int], Tensor]:
+    """Answer one encoded prompt by greedy decoding.
+
+    Returns:
+        The N new tokens, with the stop token if there is one, and the log-probabilities at each, float32[N, V], where V
+        is the size of the vocabulary.
+    """
+    settings = _settings(processor, max_new_tokens)
+    settings.update(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    with _inference(model):
+        device = next(model.parameters()).device
+        batch = {key: tensor.to(device) for key, tensor in prompt_batch(processor, [sample]).items()}
+        done = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
+    tokens = done.sequences[0, batch["input_ids"].shape[1] :].tolist()
+    return tokens, torch.stack(done.logits)[:, 0].float().log_softmax(-1).cpu()
+
+
 def evaluate(
     model: nn.Module,
     processor: Any,

@@ -1,0 +1,94 @@
+"""``qwenvl-ft serve-check``: compares a server's answers with those of the trained model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def serve_check(
+    url: Annotated[str, typer.Option(help="API of an OpenAI-compatible server: http://127.0.0.1:8000/v1.")],
+    model: Annotated[Path, typer.Option(help="Folder of the trained model: a run, a checkpoint or a merged model.")],
+    data: Annotated[str, typer.Option(help="Records, written as in data.train.")],
+    served_name: Annotated[str | None, typer.Option(help="Name of the served model, if there are several.")] = None,
+    limit: Annotated[int, typer.Option(help="Number of records that are asked.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 64,
+    tie_margin: Annotated[
+        float, typer.Option(help="Two tokens whose log-probabilities are closer than this, in nats, are a tie.")
+    ] = 0.1,
+    torch_dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16, float32, or auto for the saved precision.")
+    ] = "auto",
+    attn_impl: Annotated[str, typer.Option(help="Attention implementation, as model.attn_impl in a recipe.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask a server and the trained model the same questions greedily; exit code 1 if they do not agree."""
+    import json
+    from dataclasses import asdict
+
+    from transformers.utils import logging
+
+    from qwenvl_ft.cli.infer import load
+    from qwenvl_ft.data.readers import read_record
+    from qwenvl_ft.data.sources.key_rules import KEEP_TRUE, KeyRules
+    from qwenvl_ft.data.sources.records import load_records
+    from qwenvl_ft.errors import DataError
+    from qwenvl_ft.evaluation.served import Server, compare, without_videos
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    records = load_records(data, seed=0, rules=KeyRules((), KEEP_TRUE))
+    chosen = [read_record(*records[place]) for place in range(min(limit, len(records)))]
+    asked = without_videos(chosen)
+    if not asked:
+        raise DataError(f"{data}: the first {limit} records have videos only, which this command does not ask about.")
+    server = Server(url, served_name, str(model))
+    loaded, ((_, processor),) = load(str(model), [], torch_dtype=torch_dtype, attn_impl=attn_impl)
+    found = compare(
+        loaded,
+        trained_encoder(model, processor),
+        server,
+        asked,
+        max_new_tokens=max_new_tokens,
+        tie_margin=tie_margin,
+    )
+    agree = sum(one.agrees for one in found)
+    if as_json:
+        typer.echo(json.dumps({"agree": agree, "records": [asdict(one) for one in found]}, ensure_ascii=False))
+    else:
+        for line in report(found, len(chosen) - len(asked)):
+            typer.echo(line)
+    if agree < len(found):
+        raise typer.Exit(1)
+
+
+def trained_encoder(folder: Path, processor: Any) -> Any:
+    """Return an encoder with the system prompt and tools that the recipe beside a trained model has."""
+    from qwenvl_ft.data.encode.encoder import Encoder
+    from qwenvl_ft.data.encode.tools_prompt import read_tools
+    from qwenvl_ft.recipe.provenance import saved_recipe
+
+    template = saved_recipe(folder).get("template") or {}
+    return Encoder(
+        processor,
+        system_prompt=template.get("system_prompt"),
+        tools=read_tools(template["tools_prompt"]) if template.get("tools_prompt") else None,
+        add_vision_id=bool(template.get("add_vision_id")),
+    )
+
+
+def report(found: list[Any], videos: int) -> list[str]:
+    """Return the lines that describe a comparison."""
+    lines = []
+    for one in found:
+        alike = one.tokens if one.first is None else one.first
+        close = "" if one.logprob_gap is None else f", log-probabilities within {one.logprob_gap:.2g}"
+        ending = "" if one.agrees else f": {one.cause or 'cause unknown'}"
+        if one.first is not None and one.agrees:
+            ending = f": then a tie ({one.gap:.2g} nats)"
+        mark = "agrees" if one.agrees else "DIFFERS"
+        lines.append(f"{mark}  {one.source}: {alike} of {one.tokens} tokens{close}{ending}")
+    agree = sum(one.agrees for one in found)
+    left = f"; {videos} with videos were not asked" if videos else ""
+    lines.append(f"{agree} of {len(found)} records agree{left}")
+    return lines

@@ -1,0 +1,283 @@
+"""Does a server answer as the trained model does? Asks both the same prompts greedily, and compares token by token.
+
+The server gets the messages of a record, with images as PNG. It renders them by its own chat template and resizes them
+by its own limits, as it does for any client. The trained model is run by transformers, on prompts that are encoded as
+in training.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from qwenvl_ft.data.conversation import Conversation, Image, Text, Video
+from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.media.images import open_image
+from qwenvl_ft.errors import CheckpointError, one_line
+from qwenvl_ft.evaluation.generate import STOP_TOKENS, greedy_tokens
+
+WAIT_SECONDS = 600
+PAD = "<|image_pad|>"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A server's answer to one prompt."""
+
+    tokens: list[int]
+    """With a stop token at the end unless the answer was cut at its longest."""
+    logprobs: list[float] | None
+    """Of ``tokens``, as far as the server gives them."""
+    prompt: list[int] | None
+    """Tokens of the prompt that the server has rendered, if it says so."""
+    prompt_length: int | None
+    from_text: bool = False
+    """True if the server gives no token ids: ``tokens`` are those of its text, which other tokens may have written."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Result for one record."""
+
+    source: str
+    tokens: int
+    """Number of tokens of the trained model's answer."""
+    first: int | None
+    """Place of the first token that differs; None if none does."""
+    gap: float
+    """By how much the trained model prefers its own token there to the server's, in nats."""
+    logprob_gap: float | None
+    """Largest difference of log-probabilities over the tokens before it, in nats."""
+    cause: str
+    """What explains a difference; empty if nothing is known."""
+    agrees: bool
+    """True if no token differs, or the two first ones are a tie; and the prompts do not differ."""
+
+
+class Server:
+    """An OpenAI-compatible server."""
+
+    def __init__(self, url: str, name: str | None = None, folder: str = "") -> None:
+        """Find the served model.
+
+        Args:
+            url: of the API, such as ``http://127.0.0.1:8000/v1``.
+            name: of the served model; None takes the only one, or the one that was loaded from ``folder``.
+
+        Raises:
+            CheckpointError: the server does not answer, or serves several models.
+        """
+        self.url = url.rstrip("/")
+        self.name = name or self._only_model(folder.rstrip("/"))
+
+    def ask(
+        self, messages: list[dict[str, Any]], max_new_tokens: int, tokenizer: Any, tools: list[Any] | None = None
+    ) -> Reply:
+        """Return the greedy answer to messages.
+
+        Raises:
+            CheckpointError: the server refuses, or its reply is not one of the API.
+        """
+        body = {
+            "model": self.name,
+            "messages": messages,
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+            "repetition_penalty": 1.0,  # a generation_config.json that a server reads may set others
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logprobs": True,
+            "top_logprobs": 1,
+            "return_token_ids": True,  # vLLM and SGLang
+        } | ({"tools": tools} if tools else {})
+        reply = self._call("chat/completions", body)
+        try:
+            return _read_reply(reply, tokenizer)
+        except (KeyError, IndexError, TypeError) as error:
+            raise CheckpointError(
+                f"the reply of {self.url} is not one of the OpenAI API: {type(error).__name__} {error}"
+            ) from error
+
+    def _only_model(self, folder: str) -> str:
+        entries = self._call("models")["data"]
+        names = [entry["id"] for entry in entries]
+        own = [entry["id"] for entry in entries if folder and folder in (entry.get("root"), entry["id"])]
+        chosen = own or names
+        if len(chosen) != 1:
+            raise CheckpointError(f"{self.url} serves {', '.join(names) or 'nothing'}. Choose one: --served-name NAME.")
+        return str(chosen[0])
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(f"{self.url}/{path}", data=data, headers={"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=WAIT_SECONDS) as reply:
+                return json.load(reply)
+        except HTTPError as error:
+            said = one_line(error.read().decode(errors="replace"))
+            raise CheckpointError(f"{request.full_url} answered {error.code}: {said}") from error
+        except (URLError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{request.full_url} does not answer: {one_line(error)}. Give the URL of an OpenAI-compatible server: "
+                "--url http://127.0.0.1:8000/v1."
+            ) from error
+
+
+def compare(
+    model: Any,
+    encoder: Encoder,
+    server: Server,
+    conversations: Iterable[Conversation],
+    *,
+    max_new_tokens: int = 64,
+    tie_margin: float = 0.1,
+) -> list[Compared]:
+    """Ask both about each conversation without videos; see `asked_of`.
+
+    Args:
+        tie_margin: two tokens whose log-probabilities are closer than this, in nats, are a tie: rounding decides.
+
+    Raises:
+        CheckpointError: see `Server`.
+        DataError: a record cannot be encoded.
+    """
+    tokenizer = encoder.processor.tokenizer
+    stops = {tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS}
+    found = []
+    for conversation in conversations:
+        sample = encoder.prompt(conversation)
+        tokens, logprobs = greedy_tokens(model, encoder.processor, sample, max_new_tokens)
+        reply = server.ask(asked_of(conversation, encoder), max_new_tokens, tokenizer, encoder.tools)
+        own = comparable(tokens, reply, tokenizer, stops)
+        first = first_difference(own, reply.tokens, stops)
+        alike = len(own) if first is None else first
+        gap = 0.0 if first is None else float("inf")
+        if first is not None and first < len(reply.tokens) and own[: first + 1] == tokens[: first + 1]:
+            gap = float(logprobs[first, own[first]] - logprobs[first, reply.tokens[first]])
+        pairs = enumerate((reply.logprobs or [])[:alike]) if own == tokens else ()
+        differences = [abs(given - float(logprobs[place, tokens[place]])) for place, given in pairs]
+        ours = sample["input_ids"].tolist()
+        prompt = prompt_difference(ours, reply, tokenizer)
+        largest = max(differences, default=None)
+        agrees = not prompt and (first is None or is_tie(gap, largest, tie_margin))
+        cause = prompt
+        if not agrees and not prompt and _answers_as_base(model, encoder, sample, reply, stops, max_new_tokens):
+            cause = "the server answers as the base model does: it does not apply the adapter"
+        source = str(conversation.source)
+        found.append(Compared(source, len(own), first, gap, largest, cause, agrees))
+    return found
+
+
+def asked_of(conversation: Conversation, encoder: Encoder) -> list[dict[str, Any]]:
+    """Return the messages before the last answer in the form of the OpenAI API.
+
+    The system prompt of training is not among them: the server has it in its chat template, or lacks it.
+    """
+    turns = list(conversation.messages)
+    if turns and turns[-1].role == "assistant":
+        turns.pop()
+    return [{"role": turn.role, "content": [_part(part, encoder) for part in turn.content]} for turn in turns]
+
+
+def without_videos(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Return the conversations without videos: servers sample frames by rules of their own."""
+    return [conversation for conversation in conversations if not conversation.media(Video)]
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int], stops: set[int]) -> int | None:
+    """Return the place of the first token that differs; all stop tokens are the same one.
+
+    Example:
+        ``[5, 6, 7]`` and ``[5, 8]`` differ at 1; ``[5]`` and ``[5, 6]`` at 1.
+    """
+    for place, (own, other) in enumerate(zip(ours, theirs, strict=False)):
+        if own != other and not (own in stops and other in stops):
+            return place
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def comparable(tokens: list[int], reply: Reply, tokenizer: Any, stops: set[int]) -> list[int]:
+    """Return the trained model's tokens as they compare with a reply's: those of their text, if it has only a text."""
+    if not reply.from_text:
+        return tokens
+    text = tokenizer.decode([token for token in tokens if token not in stops], skip_special_tokens=True)
+    stop = tokens[-1:] if tokens and tokens[-1] in stops else []
+    return [*tokenizer.encode(text, add_special_tokens=False), *stop]
+
+
+def is_tie(gap: float, logprob_gap: float | None, margin: float) -> bool:
+    """Return True if rounding may have decided between two tokens: they and those before are about as likely."""
+    return gap <= margin and (logprob_gap or 0.0) <= margin
+
+
+def prompt_difference(ours: list[int], reply: Reply, tokenizer: Any) -> str:
+    """Return how the prompt that the server has rendered differs from the trained model's; empty if it does not."""
+    count = reply.prompt_length
+    if reply.prompt is None:
+        if count is None or count == len(ours):
+            return ""
+        return (
+            f"the server's prompt has {count} tokens, the trained model's {len(ours)}: it has other pixel limits, "
+            "another chat template or another system prompt"
+        )
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    own_text, other_text = _without_repeats(ours, pad), _without_repeats(reply.prompt, pad)
+    if own_text != other_text:
+        place = first_difference(own_text, other_text, set()) or 0
+        own, other = (repr(tokenizer.decode(text[place : place + 8])) for text in (own_text, other_text))
+        return (
+            f"the server renders another prompt (chat template, or the system prompt of training): {other} where the "
+            f"trained model has {own}"
+        )
+    pads, others = ours.count(pad), reply.prompt.count(pad)
+    if pads != others and count != len(ours):
+        return f"the server has other pixel limits: {others} tokens of images, not {pads}"
+    return ""
+
+
+def _without_repeats(tokens: list[int], pad: int) -> list[int]:
+    return [token for place, token in enumerate(tokens) if token != pad or place == 0 or tokens[place - 1] != pad]
+
+
+def _answers_as_base(
+    model: Any, encoder: Encoder, sample: Any, reply: Reply, stops: set[int], max_new_tokens: int
+) -> bool:
+    if not hasattr(model, "disable_adapter"):
+        return False
+    with model.disable_adapter():
+        tokens, _ = greedy_tokens(model, encoder.processor, sample, max_new_tokens)
+    own = comparable(tokens, reply, encoder.processor.tokenizer, stops)
+    return first_difference(own, reply.tokens, stops) is None
+
+
+def _part(part: Any, encoder: Encoder) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    assert isinstance(part, Image)
+    file = io.BytesIO()
+    open_image(part.value, encoder.policy).save(file, format="PNG")
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
+    }
+
+
+def _read_reply(reply: dict[str, Any], tokenizer: Any) -> Reply:
+    choice = reply["choices"][0]
+    tokens, from_text = choice.get("token_ids"), False
+    given = (choice.get("logprobs") or {}).get("content")
+    logprobs = None if given is None else [float(entry["logprob"]) for entry in given]
+    if tokens is None:
+        tokens, from_text = tokenizer.encode(choice["message"]["content"] or "", add_special_tokens=False), True
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
+    if choice.get("finish_reason") == "stop" and (not tokens or tokens[-1] not in stops):
+        tokens = [*tokens, stops[0]]
+    prompt = reply.get("prompt_token_ids") or choice.get("prompt_token_ids")
+    length = (reply.get("usage") or {}).get("prompt_tokens")
+    return Reply([int(token) for token in tokens], logprobs, prompt, length, from_text)

@@ -1,0 +1,218 @@
+"""`serve-check` agrees with a right server, and finds each fault that is planted in one.
+
+The server is the test's own: plain transformers and peft behind the chat API, with nothing of this package.
+"""
+
+import base64
+import io
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from cases import picture
+from PIL import Image
+
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.evaluation.served import Reply, first_difference, is_tie, prompt_difference
+from qwenvl_ft.export.serving import export
+from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.model.tiny import make_tiny
+from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.tuning.prepare import prepare_model
+
+LLM = {"freeze_llm": False, "freeze_vit": True, "freeze_aligner": True, "lora_rank": 4, "lora_alpha": 16}
+STEPS = 8
+
+
+class PlainServer:
+    """Answers chat requests greedily by plain transformers."""
+
+    def __init__(self, base, adapter=None, processor=None, *, ids=True, logprobs=True, max_pixels=None):
+        from peft import PeftModel
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+        if adapter:
+            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+        self.processor = AutoProcessor.from_pretrained(processor or base)
+        if max_pixels:
+            self.processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": max_pixels}
+        self.ids, self.logprobs, self.asked = ids, logprobs, []
+
+    def models(self):
+        return {"data": [{"id": "tiny", "root": "elsewhere"}]}
+
+    def chat(self, body):
+        self.asked.append(body)
+        inputs = self.processor.apply_chat_template(
+            [{"role": turn["role"], "content": [_part(part) for part in turn["content"]]} for turn in body["messages"]],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with torch.no_grad():
+            done = self.model.generate(**inputs, max_new_tokens=body["max_tokens"], **settings)
+        prompt = inputs["input_ids"][0].tolist()
+        new = done.sequences[0, len(prompt) :].tolist()
+        rows = [row[0].log_softmax(-1) for row in done.logits]
+        tokenizer = self.processor.tokenizer
+        stopped = new[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        choice = {
+            "message": {"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)},
+            "finish_reason": "stop" if stopped else "length",
+        }
+        if self.logprobs:
+            entries = [{"logprob": float(row[token])} for row, token in zip(rows, new, strict=True)]
+            choice["logprobs"] = {"content": entries}
+        reply = {"choices": [choice], "usage": {"prompt_tokens": len(prompt)}}
+        if self.ids:
+            choice["token_ids"], reply["prompt_token_ids"] = new, prompt
+        return reply
+
+
+def _part(part):
+    if part["type"] == "text":
+        return part
+    data = part["image_url"]["url"].partition("base64,")[2]
+    return {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(data)))}
+
+
+@contextmanager
+def serving(server):
+    """Serve on a free port of this machine, and yield the URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send(server.models())
+
+        def do_POST(self):
+            self._send(server.chat(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def _send(self, reply):
+            data = json.dumps(reply).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An adapter that changes answers, with processor and recipe, beside its base model and records to ask."""
+    root = tmp_path_factory.mktemp("trained")
+    make_tiny(root / "base", initializer_range=0.2)
+    model = load_model(root / "base", torch_dtype="float32", attn_impl="sdpa")
+    torch.manual_seed(0)
+    model = prepare_model(model, TunerConfig(**LLM))
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value += torch.randn(value.shape) * 0.1
+    model.save_pretrained(root / "run")
+    load_processor(root / "base", max_pixels=4096).save_pretrained(root / "run")
+    (root / "run" / "recipe.yaml").write_text("template: {system_prompt: Be brief.}\n")
+    export(root / "run", root / "served", "vllm")
+    records = []
+    for number in range(3):
+        picture(160, 128, number).save(root / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A blur."}]
+        records.append({"image": str(root / f"{number}.png"), "conversations": turns})
+    records.append({"conversations": [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]})
+    (root / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+def check(root, server, capsys, *options):
+    """Return the exit code of serve-check, and its result."""
+    arguments = ["--model", str(root / "run"), "--data", str(root / "data.jsonl"), "--json", *options]
+    with serving(server) as url:
+        code = main(["serve-check", "--url", url, "--max-new-tokens", str(STEPS), *arguments])
+    found = capsys.readouterr()
+    return code, json.loads(found.out) if found.out else found.err
+
+
+@pytest.mark.parametrize("given", [{}, {"ids": False}, {"logprobs": False}], ids=str)
+def test_a_server_of_the_export_agrees(trained, capsys, given):
+    server = PlainServer(trained / "base", trained / "served", trained / "served", **given)
+    code, result = check(trained, server, capsys)
+    assert (code, result["agree"], len(result["records"])) == (0, 4, 4)
+    assert {one["first"] for one in result["records"]} == {None}
+    gaps = [one["logprob_gap"] for one in result["records"]]
+    assert gaps == [None] * 4 if given == {"logprobs": False} else max(gap or 0 for gap in gaps) < 1e-4
+    assert given or None not in gaps
+    assert server.asked[0]["temperature"] == 0
+    assert [turn["role"] for turn in server.asked[0]["messages"]] == ["user"]
+
+
+FAULTS = {
+    "without the adapter": ({"adapter": None}, "does not apply the adapter"),
+    "other pixel limits": ({"max_pixels": 65536}, "other pixel limits: 20 tokens of images, not"),
+    "another template": ({"processor": "base", "max_pixels": 4096}, "renders another prompt"),
+    "other pixel limits, without token ids": ({"max_pixels": 65536, "ids": False}, "other pixel limits, another chat"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_planted_fault_is_found(trained, capsys, fault):
+    change, cause = FAULTS[fault]
+    settings = {"adapter": trained / "served", "processor": trained / "served"} | change
+    if settings["processor"] == "base":
+        settings["processor"] = trained / "base"
+    code, result = check(trained, PlainServer(trained / "base", **settings), capsys)
+    assert code == 1
+    assert result["agree"] < 4
+    causes = [one["cause"] for one in result["records"] if not one["agrees"]]
+    assert all(cause in found for found in causes), causes
+    if fault.startswith("other pixel limits"):
+        assert result["records"][3]["agrees"], "the record without an image"
+
+
+def test_the_report_is_for_people(trained, capsys):
+    with serving(PlainServer(trained / "base", None, trained / "served")) as url:
+        arguments = ["--model", str(trained / "run"), "--data", str(trained / "data.jsonl"), "--limit", "1"]
+        code = main(["serve-check", "--url", url, "--max-new-tokens", str(STEPS), *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 1
+    assert lines[0].startswith("DIFFERS")
+    assert lines[-1] == "0 of 1 records agree"
+
+
+def test_no_server_is_one_line(trained, capsys):
+    arguments = ["--model", str(trained / "run"), "--data", str(trained / "data.jsonl")]
+    assert main(["serve-check", "--url", "http://127.0.0.1:9/v1", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "does not answer" in error
+    assert error.count("\n") == 1
+
+
+def test_where_answers_and_prompts_differ(processor):
+    assert first_difference([5, 6, 7], [5, 8], {9}) == 1
+    assert first_difference([5], [5, 6], {9}) == 1
+    assert first_difference([5, 9], [5, 10], {9, 10}) is None
+    assert is_tie(0.05, None, 0.1)
+    assert not is_tie(0.05, 0.3, 0.1), "the tokens before have other probabilities, so it is another model"
+    assert not is_tie(0.2, 0.01, 0.1)
+    tokenizer = processor.tokenizer
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    reply = lambda prompt, count: Reply([], None, prompt, count)  # noqa: E731
+    assert prompt_difference([1, pad, pad, 2], reply([1, pad, 2], 4), tokenizer) == "", "placeholders not expanded"
+    assert "limits: 1 tokens of images, not 2" in prompt_difference([1, pad, pad, 2], reply([1, pad, 2], 3), tokenizer)
+    assert prompt_difference([1, 2], reply(None, None), tokenizer) == ""

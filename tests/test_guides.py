@@ -66,7 +66,7 @@ def test_commands_of_the_pages_exist(page):
     text = page.read_text()
     blocks = "\n".join(re.findall(r"```(?:bash|sh|shell)\n(.*?)```", text, flags=re.DOTALL))
     inline = "\n".join(re.findall(r"`(qwenvl-ft [^`]+)`", text))
-    for command in re.findall(r"\bqwenvl-ft ([a-z]+)", f"{blocks}\n{inline}"):
+    for command in re.findall(r"\bqwenvl-ft ([a-z-]+)", f"{blocks}\n{inline}"):
         assert command in COMMANDS, command
     for script in re.findall(r"\b(?:recipes|examples)/[\w./]+\.(?:sh|py|yaml|ipynb)", text):
         assert (ROOT / script).exists() or Path(script).stem in ("NAME", "mine"), script

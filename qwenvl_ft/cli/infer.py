@@ -64,6 +64,8 @@ def infer(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
+    for folder in adapter or [Path(model)]:
+        say_losses(folder, loaded.config.model_type)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     for number, (source, processor) in enumerate(answerers):
         if adapter:
@@ -94,6 +96,15 @@ def say_frames(images: list[str], policy: Any) -> None:
 
     for shown in unchosen(images, policy):
         typer.echo(f"frame 0 is shown of {shown}; --image-frame chooses another", err=True)
+
+
+def say_losses(folder: Path, model_type: str) -> None:
+    """Say which serving engines would answer without the adapter in a folder, or without a part of it."""
+    from qwenvl_ft.export.engines import silent_losses
+
+    if (folder / "adapter_config.json").is_file():
+        for line in silent_losses(folder, model_type):
+            typer.echo(f"note: {line}", err=True)
 
 
 def ask(model: Any, encoder: Any, asked: dict[str, Any], seed: int, **options: Any) -> tuple[str, float]:

@@ -19,13 +19,15 @@ COMMANDS = {
     "infer": "ask a model about images",
     "score": "score a file of answers: qwenvl-ft score --metric NAME --data FILE [--answers FILE]",
     "merge": "merge an adapter into its base model, for serving",
+    "export": "write what vLLM, SGLang, peft or transformers take, and the command that serves it",
+    "serve-check": "compare the answers of a server with those of the trained model, token by token",
     "prove": "test the promises on your model and data: packed = alone, losses, frozen and saved weights",
     "inspect": "print the contents of a checkpoint: method, weights by part, ranks, sizes",
     "doctor": "report what this machine can train with",
     "bench": "measure data loading, training step, loss, attention; calibrate the planner for this machine",
     "tiny": "write a complete tiny checkpoint of the real architecture, for tests and first steps",
 }
-"""Command -> its line in the help. The command is the function NAME in ``qwenvl_ft/cli/NAME.py``."""
+"""Command -> its line in the help. It is the function NAME in ``qwenvl_ft/cli/NAME.py``, with ``_`` for ``-``."""
 
 FLAGS_PASS = ("recipe", "check", "show", "stats", "prove")
 """Commands that take the flags of recipes besides their own options."""
@@ -62,7 +64,8 @@ def run(name: str, rest: list[str]) -> int:
         from qwenvl_ft.train import main as train
 
         return train(rest)
-    function = getattr(import_module(f"qwenvl_ft.cli.{name}"), name)
+    function_name = name.replace("-", "_")
+    function = getattr(import_module(f"qwenvl_ft.cli.{function_name}"), function_name)
     if name in OWN_OPTIONS:
         return function(rest)
     import typer
@@ -77,7 +80,7 @@ def run(name: str, rest: list[str]) -> int:
 
 def help_text() -> str:
     """Return the help: one line per command."""
-    lines = [f"  {name:<8} {line}" for name, line in COMMANDS.items()]
+    lines = [f"  {name:<11} {line}" for name, line in COMMANDS.items()]
     return "\n".join(
         [
             "Fine-tune Qwen3-VL.",

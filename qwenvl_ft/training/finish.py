@@ -1,9 +1,11 @@
 """Saves the trained model at the end of a run and evaluates it by generation."""
 
 from pathlib import Path
+from typing import Any
 
 from qwenvl_ft.checkpoint.space import written_whole
 from qwenvl_ft.errors import DataError
+from qwenvl_ft.export.engines import silent_losses
 from qwenvl_ft.training.agreement import OtherRankError
 from qwenvl_ft.training.answers import Questions
 from qwenvl_ft.training.callbacks.run_log import RunLog
@@ -29,6 +31,10 @@ def finish(trainer: QwenVLTrainer, questions: Questions | None, run_log: RunLog)
         if trainer.saves_result:
             trainer.save_result()
         trainer.save_state()
+    if trainer.saves_result and trainer.is_world_process_zero() and (folder / "adapter_config.json").is_file():
+        model: Any = trainer.model
+        for line in silent_losses(folder, model.config.model_type):
+            run_log.write(line)
     if questions is None or not questions.section.run_after_training:
         return {}
     saved = f"The trained model is saved in {folder}." if trainer.saves_result else ""

@@ -1,0 +1,324 @@
+"""What `export` writes is applied whole by the rules of the engines' loaders; the rest is refused, or merged."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import landed, sglang_updates, shards_of, vllm_updates
+from run_cases import short_run, write_questions
+from safetensors.torch import load_file, save_file
+
+from qwenvl_ft import train
+from qwenvl_ft.cli.main import main
+from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.export.engines import ENGINES, silent_losses
+from qwenvl_ft.export.merge import merge
+from qwenvl_ft.export.released import require_released
+from qwenvl_ft.export.serving import export, with_system_prompt
+from qwenvl_ft.model.load import load_model, load_processor
+from qwenvl_ft.recipe.load import load_recipe
+from qwenvl_ft.recipe.schema import TunerConfig
+from qwenvl_ft.tuning.prepare import prepare_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LLM = {"freeze_llm": False, "freeze_vit": True, "freeze_aligner": True, "lora_rank": 4, "lora_alpha": 12}
+VISION = LLM | {"freeze_llm": True, "freeze_vit": False, "freeze_aligner": False}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+SAVED = {
+    "LoRA of attention and MLP": ("dense", LLM),
+    "LoRA with `use_rslora`, `rank_pattern`, `alpha_pattern`": (
+        "dense",
+        LLM | {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 5}},
+    ),
+    "LoRA of single projections": ("dense", LLM | {"target_modules": ["v_proj", "up_proj"]}),
+    "LoRA of the language head": ("dense", LLM | {"target_modules": ["lm_head", "q_proj"]}),
+    "LoRA of vision tower or aligner": ("dense", VISION),
+    "LoRA of experts": ("moe", LLM | {"target_parameters": EXPERTS, "alpha_pattern": {"experts.down_proj": 7}}),
+    "LoRA of one matrix of the experts": ("moe", LLM | {"target_parameters": EXPERTS[1:]}),
+    "LoRA of the router": ("moe", LLM | {"target_parameters": ["mlp.gate.weight"]}),
+    "`use_dora`": ("dense", LLM | {"use_dora": True}),
+    "modules in full beside LoRA": ("dense", LLM | {"modules_to_save": ["model.visual.merger"]}),
+    "another method of peft": ("dense", {"train_type": "vera", "vera_rank": 4, **LLM}),
+    "`adapter`, `reft`": ("dense", {"train_type": "adapter", "adapter_length": 4, **LLM}),
+}
+"""Row of the table in docs/inference.md -> (model, tuner section) of an adapter."""
+SERVED = {"vllm": lambda folder: vllm_updates(folder, tower=True), "sglang": lambda folder: sglang_updates(folder)}
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoints, tmp_path_factory):
+    """Map rows to the folder of an adapter whose weights differ from their initial values."""
+    root, folders = tmp_path_factory.mktemp("adapters"), {}
+    for number, (name, (kind, settings)) in enumerate(SAVED.items()):
+        torch.manual_seed(number)
+        model = load_model(checkpoints[kind], torch_dtype="float32", attn_impl="sdpa")
+        model = prepare_model(model, TunerConfig(**settings))
+        with torch.no_grad():
+            for value in model.parameters():
+                if value.requires_grad:
+                    value += torch.randn(value.shape) * 0.05
+        folders[name] = root / str(number)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def changes(adapters, checkpoints, tmp_path_factory):
+    """Return a function from a row to name -> change of each changed weight, from the merged model."""
+    root, known = tmp_path_factory.mktemp("merged"), {}
+
+    def of(name):
+        if name not in known:
+            folder = merge(adapters[name], root / str(len(known))).folder
+            before = load_file(checkpoints[SAVED[name][0]] / "model.safetensors")
+            after = load_file(folder / "model.safetensors")
+            old = {key: before.get(key, before["model.language_model.embed_tokens.weight"]) for key in after}
+            known[name] = {key: after[key] - old[key] for key in after if not torch.equal(after[key], old[key])}
+        return known[name]
+
+    return of
+
+
+def require_same(updates, wanted):
+    nonzero = {name: value for name, value in updates.items() if value.abs().max() > 0}
+    assert nonzero.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(nonzero[name].contiguous(), value, rtol=1e-3, atol=1e-6)
+
+
+def table():
+    """Return row -> engine -> cell of the table in docs/inference.md."""
+    text = (ROOT / "docs/inference.md").read_text()
+    lines = text.partition("| saved | vLLM | SGLang | peft | transformers |")[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[: lines.index("")]]
+    return {cells[0]: dict(zip(ENGINES, cells[1:], strict=True)) for cells in rows}
+
+
+def test_the_table_has_a_row_for_every_case():
+    assert set(table()) == {*SAVED, "whole model, merged model"}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_cell_of_the_table(adapters, changes, tmp_path, name, engine):
+    cell = table()[name][engine]
+    if cell.startswith("applied"):
+        done = export(adapters[name], tmp_path / "out", engine)
+        if engine in SERVED:
+            require_same(SERVED[engine](done.folder), changes(name))
+            flag = re.search(r"`(--[a-z-]+)`", cell)
+            assert done.flags == ([flag[1]] if flag else [])
+            assert all(flag in done.command for flag in done.flags)
+    else:
+        with pytest.raises(CheckpointError, match="--merge" if cell == "after merge" else "peft does not have|merge"):
+            export(adapters[name], tmp_path / "out", engine)
+        assert not list(tmp_path.iterdir()), "a refused export leaves something behind"
+    if cell == "after merge" and engine == "transformers":
+        assert export(adapters[name], tmp_path / "out", engine, merged=True).kind == "model"
+    if cell == "refused":
+        with pytest.raises(CheckpointError):
+            export(adapters[name], tmp_path / "out", engine, merged=True)
+
+
+def test_an_adapter_as_it_was_saved_is_not_applied_whole_and_silent_losses_says_so(adapters, changes):
+    rows = {
+        name: silent_losses(folder, f"qwen3_vl{'_moe' * (SAVED[name][0] == 'moe')}")
+        for name, folder in adapters.items()
+    }
+    assert rows["LoRA of attention and MLP"] == []
+    require_same(vllm_updates(adapters["LoRA of attention and MLP"]), changes("LoRA of attention and MLP"))
+    vision = rows["LoRA of vision tower or aligner"]
+    assert [line.partition(" ")[0] for line in vision] == ["vLLM", "SGLang"]
+    assert "as the base model" in vision[0]
+    assert vllm_updates(adapters["LoRA of vision tower or aligner"]) == {}
+    assert sglang_updates(adapters["LoRA of vision tower or aligner"]) == {}
+    experts = rows["LoRA of experts"]
+    assert len(experts) == 1
+    assert experts[0].startswith("SGLang would answer without the update of")
+    assert not any("experts" in key for key in sglang_updates(adapters["LoRA of experts"], experts=8))
+    scaled = "LoRA with `use_rslora`, `rank_pattern`, `alpha_pattern`"
+    assert "another scaling" in rows[scaled][0]
+    with pytest.raises(LookupError, match="rank of"):
+        sglang_updates(adapters[scaled])
+    with pytest.raises(LookupError, match="half of"):
+        vllm_updates(adapters["LoRA of one matrix of the experts"])
+
+
+def test_peft_reads_the_plain_form_as_the_adapter(adapters, checkpoints, tmp_path):
+    """The stacked form is peft's own, so plain peft is another judge of it."""
+    from peft import PeftModel
+
+    inputs = {"input_ids": torch.arange(5, 45)[None]}
+    for number, name in enumerate(("LoRA of experts", "LoRA of one matrix of the experts")):
+        export(adapters[name], tmp_path / str(number), "vllm")
+        base = load_model(checkpoints["moe"], torch_dtype="float32", attn_impl="sdpa").eval()
+        with torch.no_grad():
+            plain = base(**inputs).logits
+            adapted = PeftModel.from_pretrained(base, tmp_path / str(number)).eval()(**inputs).logits
+            base = load_model(checkpoints["moe"], torch_dtype="float32", attn_impl="sdpa").eval()
+            trained = PeftModel.from_pretrained(base, adapters[name]).eval()(**inputs).logits
+        torch.testing.assert_close(adapted, trained, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(plain, trained, atol=1e-3), "vacuous: the adapter changes nothing"
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("prefix", ["model.language_model."])
+def test_every_tensor_of_a_model_lands_and_fills_the_engines_parameters(checkpoints, tmp_path, kind, prefix):
+    for engine in ("vllm", "sglang", "transformers"):
+        done = export(checkpoints[kind], tmp_path / engine, engine)
+    saved = load_file(done.folder / "model.safetensors")
+    text = [name for name in saved if not name.startswith("model.visual.")]
+    filled, left = landed(text, prefix)
+    config = json.loads((done.folder / "config.json").read_text())
+    assert not left
+    assert filled == shards_of(config)
+    _, left = landed([name.replace("language_model.", "language_model.model.") for name in text], "model.model.")
+    assert left, "vacuous: any name lands"
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+        assert (done.folder / name).is_file(), name
+
+
+FAULTS = {
+    "a name": (lambda saved: saved.update({"model.extra.weight": torch.zeros(1)}), "do not read"),
+    "a missing tensor": (lambda saved: saved.pop("model.visual.pos_embed.weight"), "lacks 1 tensors"),
+    "a second copy of the tied head": (
+        lambda saved: saved.update({"lm_head.weight": saved["model.language_model.embed_tokens.weight"].clone()}),
+        "the first is lm_head.weight",
+    ),
+    "a shape": (
+        lambda saved: saved.update({"model.visual.pos_embed.weight": torch.zeros(4, 4)}),
+        r"has shape \(4, 4\)",
+    ),
+    "a dtype": (
+        lambda saved: saved.update(
+            {"model.visual.pos_embed.weight": saved["model.visual.pos_embed.weight"].bfloat16()}
+        ),
+        "the tensors are bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_engines_would_misread_is_refused(checkpoints, tmp_path, fault):
+    change, message = FAULTS[fault]
+    saved = load_file(checkpoints["dense"] / "model.safetensors")
+    assert require_released(checkpoints["dense"]) == len(saved)
+    change(saved)
+    save_file(saved, tmp_path / "model.safetensors")
+    for name in ("config.json",):
+        (tmp_path / name).write_text((checkpoints["dense"] / name).read_text())
+    with pytest.raises(CheckpointError, match=message):
+        require_released(tmp_path)
+
+
+def test_transposed_experts_and_missing_fields_are_refused(checkpoints, tmp_path):
+    saved = load_file(checkpoints["moe"] / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    saved[name] = saved[name].transpose(1, 2).contiguous()
+    save_file(saved, tmp_path / "model.safetensors")
+    config = json.loads((checkpoints["moe"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="gate_up_proj has shape"):
+        require_released(tmp_path)
+    for field in ("num_experts", "rope_theta", "norm_topk_prob"):
+        text = {key: value for key, value in config["text_config"].items() if key != field}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": text}))
+        with pytest.raises(CheckpointError, match=f"lacks text_config.{field}"):
+            require_released(tmp_path)
+
+
+def test_limits_frames_and_system_prompt_of_training_reach_the_engine(adapters, checkpoints, tmp_path, capsys):
+    trained = tmp_path / "run"
+    trained.mkdir()
+    source = adapters["LoRA of attention and MLP"]
+    for file in source.iterdir():
+        (trained / file.name).write_bytes(file.read_bytes())
+    load_processor(checkpoints["dense"], min_pixels=2048, max_pixels=4096, fps=1.0).save_pretrained(trained)
+    (trained / "recipe.yaml").write_text("template: {system_prompt: \"Say 'so'.\"}\n")
+    assert main(["export", str(trained), str(tmp_path / "out"), "--for", "vllm", "--images-per-prompt", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "--enable-lora --max-lora-rank 8" in printed
+    assert f"--lora-modules out={tmp_path / 'out'}" in printed
+    assert '"images_kwargs": {"size": {"shortest_edge": 2048, "longest_edge": 4096}}' in printed
+    assert '--media-io-kwargs \'{"video": {"fps": 1.0' in printed
+    assert "--limit-mm-per-prompt '{\"image\": 3}'" in printed
+    assert f"--chat-template {tmp_path / 'out' / 'chat_template.jinja'}" in printed
+    written = load_processor(tmp_path / "out")
+    render = lambda messages: written.apply_chat_template(messages, add_generation_prompt=True)  # noqa: E731
+    asked = [{"role": "user", "content": "hi"}]
+    system = [{"role": "system", "content": "Say 'so'."}]
+    assert render(asked) == load_processor(checkpoints["dense"]).apply_chat_template(
+        [*system, *asked], add_generation_prompt=True
+    )
+    other = render([{"role": "system", "content": "Be brief."}, *asked])
+    assert ("Be brief." in other, "so" in other) == (True, False)
+    assert main(["export", str(trained), str(tmp_path / "out2"), "--for", "sglang"]) == 0
+    assert '"image": {"size": {"shortest_edge": 2048, "longest_edge": 4096}}' in capsys.readouterr().out
+
+
+def test_a_system_prompt_with_quotes_and_braces_is_kept():
+    assert '"a {{ b }} \\"c\\""' in with_system_prompt("", 'a {{ b }} "c"')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--for", "vlm"], "unknown --for 'vlm'"),
+        (["--for", "transformers"], "takes whole models. Add --merge"),
+    ],
+)
+def test_errors_are_one_line(adapters, tmp_path, capsys, arguments, message):
+    folder = adapters["LoRA of attention and MLP"]
+    assert main(["export", str(folder), str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_infer_and_the_end_of_a_run_say_what_would_be_left_out(adapters, checkpoints, tmp_path, capsys):
+    folder = adapters["LoRA of vision tower or aligner"]
+    asked = ["--prompt", "Hi.", "--max-new-tokens", "2"]
+    assert main(["infer", "--model", str(folder), *asked]) == 0
+    assert "note: vLLM would answer without the update of" in capsys.readouterr().err
+    assert main(["infer", "--model", str(adapters["LoRA of attention and MLP"]), *asked]) == 0
+    assert "note" not in capsys.readouterr().err
+    data = write_questions(tmp_path, 2)
+    for part, said in (("freeze_vit=false", True), ("freeze_llm=false", False)):
+        tuner = ["tuner.train_type=lora", "tuner.freeze_vit=true", "tuner.freeze_aligner=true", "tuner.freeze_llm=true"]
+        run = short_run(checkpoints["dense"], data, tmp_path / part, *tuner, f"tuner.{part}", "training.max_steps=1")
+        train(load_recipe("base", overrides=run))
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("vLLM would answer without") for line in lines) == said
+
+
+def test_the_reference_tells_one_expert_from_another(adapters, changes, tmp_path):
+    name = "LoRA of experts"
+    folder = export(adapters[name], tmp_path / "out", "sglang").folder
+    saved = load_file(folder / "adapter_model.safetensors")
+    swap = {"experts.0.": "experts.1.", "experts.1.": "experts.0."}
+    turned = {re.sub(r"experts\.[01]\.", lambda found: swap[found[0]], key): value for key, value in saved.items()}
+    save_file(turned, folder / "adapter_model.safetensors")
+    with pytest.raises(AssertionError):
+        require_same(sglang_updates(folder), changes(name))
+
+
+def test_experts_as_earlier_releases_of_peft_saved_them(adapters, changes, tmp_path):
+    """Up to 0.20, peft takes [E, out, in] for [E, in, out]: lora_A has the outputs, lora_B the inputs."""
+    name, old = "LoRA of experts", tmp_path / "old"
+    source = adapters[name]
+    saved, turned, count = load_file(source / "adapter_model.safetensors"), {}, 8
+    for key, value in saved.items():
+        if ".mlp.experts" not in key:
+            turned[key] = value
+        elif "lora_A" in key:
+            rows = value.reshape(count, -1, value.shape[1])  # [E, r, in]
+            turned[key.replace("lora_A", "lora_B")] = rows.permute(2, 1, 0).flatten(1).contiguous()
+        else:
+            columns = value.reshape(value.shape[0], -1, count)  # [out, r, E]
+            turned[key.replace("lora_B", "lora_A")] = columns.permute(2, 1, 0).flatten(0, 1).contiguous()
+    old.mkdir()
+    save_file(turned, old / "adapter_model.safetensors")
+    (old / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+    require_same(vllm_updates(export(old, tmp_path / "out", "vllm").folder), changes(name))

@@ -23,6 +23,7 @@ def build_encoder(recipe: Recipe, processor: Any) -> Encoder:
         system_prompt=template.system_prompt,
         tools=read_tools(template.tools_prompt) if template.tools_prompt else None,
         add_vision_id=template.add_vision_id,
+        enable_thinking=template.enable_thinking,
         policy=MediaPolicy.of(recipe.data),
         max_record_bytes=recipe.data.max_record_bytes,
         raw_pixels=not obstacle(processor.image_processor),

@@ -13,15 +13,17 @@ from tokenizers import Regex
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
 )
-"""Regex by which the tokenizers of Qwen2-VL to Qwen3-VL split a text into words."""
+"""Regexes by which the tokenizers of Qwen2-VL to Qwen3-VL, and of Qwen3.5, split a text into words."""
 ASCII_SPLIT = re.compile(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     re.ASCII,
 )
-"""The same for ASCII text only: beyond ASCII, Python and the tokenizer may use different versions of Unicode."""
+"""What both find in ASCII text. Beyond it, Python and the tokenizer may use different versions of Unicode."""
 MAX_WORDS = 1 << 18
 """Maximum number of words in the cache, about 30 MB."""
 MAX_WORD = 32
@@ -83,15 +85,15 @@ def _splits_as_known(tokenizer: Any, added: Any) -> bool:
         return False
     return (
         _same(tokenizer.normalizer, None, NFC())
-        and _same(tokenizer.pre_tokenizer, *(_splitting(trim) for trim in (False, True)))
+        and _same(tokenizer.pre_tokenizer, *(_splitting(split, trim) for split in SPLITS for trim in (False, True)))
         and type(tokenizer.model).__name__ == "BPE"
         and not tokenizer.model.dropout
     )
 
 
-def _splitting(trim_offsets: bool) -> PreTokenizer:
-    """Build the pre-tokenizer of Qwen2-VL to Qwen3-VL."""
-    words = Split(Regex(SPLIT), behavior="isolated", invert=False)
+def _splitting(split: str, trim_offsets: bool) -> PreTokenizer:
+    """Build a released tokenizer's pre-tokenizer."""
+    words = Split(Regex(split), behavior="isolated", invert=False)
     return Sequence([words, ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets, use_regex=False)])
 
 

@@ -109,6 +109,8 @@ class Encoder:
         system_prompt: used for conversations without a system message.
         tools: function schemas, used for conversations without tools.
         add_vision_id: let the template number the media ("Picture 1: ").
+        enable_thinking: passed to the template; templates of thinking models end a prompt with an empty think block if
+            it is false, as the answers of records without reasoning begin.
         policy: limits on the media that may be opened, and how images are read; None takes the reading that was saved
             with the processor.
         max_record_bytes: a conversation with more text is refused before it is tokenised.
@@ -130,6 +132,7 @@ class Encoder:
         system_prompt: str | None = None,
         tools: list[dict[str, Any]] | None = None,
         add_vision_id: bool = False,
+        enable_thinking: bool = False,
         policy: MediaPolicy | None = None,
         raw_pixels: bool = False,
         turn_weights: bool = True,
@@ -148,6 +151,7 @@ class Encoder:
         self.system_prompt = system_prompt
         self.tools = tools
         self.add_vision_id = add_vision_id
+        self.enable_thinking = enable_thinking
         self.policy = policy or MediaPolicy(reading=saved_reading(processor))
         self.raw_pixels = raw_pixels
         self.turn_weights = turn_weights
@@ -269,6 +273,7 @@ class Encoder:
             "system": self.system_prompt,
             "tools": self.tools,
             "vision_id": self.add_vision_id,
+            "thinking": self.enable_thinking,
             "template": self._template.text,
             "special": self._template.special_tokens,
             "image": without_reading(self.processor.image_processor.to_dict()),
@@ -324,13 +329,14 @@ class Encoder:
         if clips is None:
             clips = [plan_clip(video, self.processor.video_processor, self.policy, source) for video in videos]
         tools = list(conversation.tools or self.tools or ())
-        text = self._template.render(messages, tools, source, invite=invite, add_vision_id=self.add_vision_id)
+        variables = {"add_vision_id": self.add_vision_id, "enable_thinking": self.enable_thinking}
+        text = self._template.render(messages, tools, source, invite=invite, **variables)
         if (size := utf8_bytes(text, self.max_record_bytes)) > self.max_record_bytes:
             raise too_large(str(source), size, self.max_record_bytes, "conversation")
         text = write_times(text, clips, self.processor, source)
         turns = find_turns(text, messages, source)
         require_tools_shown(text, tools, source)
-        spans = supervised_spans(messages, turns)
+        spans = supervised_spans(messages, turns, text, self._template.openings)
         return _Shown(text, spans, weights_of(messages), images, image_grids, videos, clips, several)
 
     def sample(self, draft: Draft, owned: NDArray[np.bool_] | None = None, *, blank: bool = False) -> Sample:

@@ -6,6 +6,9 @@ The rule:
   model to stop, and the newline after the end token if the template writes one.
 - Nothing else is: no system, user or tool turn, and no header (``<|im_start|>assistant`` and its newline), because
   the header is part of the prompt at inference.
+- Nor is what the template writes after the header in a prompt. Those of thinking models write ``<think>`` and a newline
+  there, or an empty think block if ``enable_thinking`` is false. So the reasoning of an answer is supervised with its
+  ``</think>``, and the empty block that the template adds to an answer without reasoning is not.
 - A turn's ``loss_weight`` multiplies the loss of its tokens in training; it does not change which are supervised.
 - An assistant message with ``loss: false`` (or ``loss_weight: 0``) is context only. All of its turn is unsupervised,
   the end token included.
@@ -83,10 +86,22 @@ def _required_texts(message: Message) -> list[str]:
     return [text.strip() for text in texts if text.strip()] + [function_name(call) for call in message.tool_calls]
 
 
-def supervised_spans(messages: Sequence[Message], turns: Sequence[Span]) -> list[Span]:
-    """Select the turns of assistant messages, except those with ``loss: false``."""
+def supervised_spans(
+    messages: Sequence[Message], turns: Sequence[Span], text: str = "", openings: Sequence[str] = ()
+) -> list[Span]:
+    """Select the turns of assistant messages, except those with ``loss: false``.
+
+    Args:
+        text: the rendered text.
+        openings: what the template may write at the begin of an answer in a prompt, the longest first.
+    """
     pairs = zip(messages, turns, strict=True)
-    return [span for message, span in pairs if message.role == "assistant" and message.loss is not False]
+    spans = [span for message, span in pairs if message.role == "assistant" and message.loss is not False]
+    return [(begin + _opening_length(text, begin, openings), end) for begin, end in spans]
+
+
+def _opening_length(text: str, begin: int, openings: Sequence[str]) -> int:
+    return next((len(opening) for opening in openings if text.startswith(opening, begin)), 0)
 
 
 def weights_of(messages: Sequence[Message]) -> list[float]:

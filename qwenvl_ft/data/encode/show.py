@@ -11,10 +11,12 @@ from jinja2 import TemplateError
 from transformers import Qwen3VLProcessor
 
 from qwenvl_ft.data.conversation import Image, Message, Source, Text
-from qwenvl_ft.data.encode.draft import CONTROL, TURN_END, VIDEO_PAD, VISION_END, VISION_START
+from qwenvl_ft.data.encode.draft import CONTROL, TURN, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.data.media.video import Clip
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.upstream.templates import TemplateRenderer, render_with_tools
+
+HEADER = f"{TURN}assistant\n"
 
 
 class ChatTemplate:
@@ -29,26 +31,40 @@ class ChatTemplate:
         self.text = text
         self._tokenizer = tokenizer
         self._render = TemplateRenderer(tokenizer, text)
+        self.openings = tuple(sorted({self._opening(thinking) for thinking in (False, True)}, key=len, reverse=True))
+        """What the template may write after the header of an answer in a prompt, the longest first: ``<think>`` and a
+        newline, or an empty think block; an empty text for templates that write nothing."""
+
+    def _opening(self, thinking: bool) -> str:
+        question: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        options = {"add_vision_id": False, "enable_thinking": thinking}
+        try:
+            prompt = self._render(question, add_generation_prompt=True, **options)
+            return prompt.removeprefix(self._render(question, add_generation_prompt=False, **options)).removeprefix(
+                HEADER
+            )
+        except (TemplateError, TypeError, ValueError):
+            return ""  # each record names the template's error
 
     @property
     def special_tokens(self) -> dict[str, Any]:
         return self._render.special_tokens
 
     def render(
-        self, messages: Sequence[Message], tools: list[Any], source: Source, *, invite: bool, add_vision_id: bool
+        self, messages: Sequence[Message], tools: list[Any], source: Source, *, invite: bool, **variables: bool
     ) -> str:
         """Return the text of all messages, with one placeholder for each image or video.
 
         Args:
             invite: append the header of an assistant turn, for generation.
-            add_vision_id: let the template number the media ("Picture 1: ").
+            variables: of the template: ``add_vision_id`` and ``enable_thinking``.
 
         Raises:
             DataError: a text, tool call or tool holds a control token, or the template rejects the messages.
         """
         chat = [template_message(message, source) for message in messages]
         refuse_control(tools, f"{source}: a tool")
-        options = {"add_generation_prompt": invite, "add_vision_id": add_vision_id}
+        options = {"add_generation_prompt": invite} | variables
         try:
             if tools or any("tool_calls" in message for message in chat):
                 return render_with_tools(self._tokenizer, self.text, chat, tools or None, **options)

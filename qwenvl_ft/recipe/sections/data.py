@@ -10,7 +10,7 @@ from qwenvl_ft.recipe.limits import Count, Fraction, NonNegative, NonNegativeFlo
 class TemplateConfig:
     """From conversations to tokens."""
 
-    template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "qwen"] = "qwen3_vl"
+    template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen2_5_vl", "qwen2_vl", "qwen"] = "qwen3_vl"
     """Template name as in other libraries, for their command lines. The text always comes from the processor's own
     chat template."""
     max_length: Positive = 8192
@@ -43,6 +43,9 @@ class TemplateConfig:
     of them."""
     add_vision_id: bool = False
     """Have the chat template number images and videos (Picture 1: ...)."""
+    enable_thinking: bool = False
+    """For thinking models: whether a prompt asks for reasoning (evaluation and prediction). false ends it with an empty
+    think block, which is how the chat template begins answers of records without reasoning."""
 
 
 @dataclass(kw_only=True)

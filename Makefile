@@ -7,6 +7,7 @@ PYTHON ?= python3
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 DEMO ?= .demo
 DEMO_ARGS ?=
+FAMILY ?= qwen3_vl
 DOCS_VENV ?= .docs-venv
 DOCS ?= build
 PYTEST_ARGS ?=
@@ -42,8 +43,8 @@ lock: ## write the newest version of everything into requirements.lock (needs uv
 	    --extra dev setup.cfg --output-file $(LOCK).new
 	@{ sed -n '/^#/p' requirements.lock; cat $(LOCK).new; } > $(LOCK).made && mv $(LOCK).made $(LOCK) && rm $(LOCK).new
 
-demo: $(STAMP) ## train a tiny Qwen3-VL to read handwritten digits and ask it about new ones (CPU, minutes)
-	@bash examples/digits/demo.sh $(PY) $(DEMO) $(DEMO_ARGS)
+demo: $(STAMP) ## train a tiny model to read handwritten digits and ask it about new ones (CPU, minutes); FAMILY=qwen3_5
+	@FAMILY=$(FAMILY) bash examples/digits/demo.sh $(PY) $(DEMO) $(DEMO_ARGS)
 
 test: $(STAMP) ## run the tests that need no GPU and take no more than half a minute each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not soak" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from cases import picture
+from cases import KINDS, make_kind, picture
 from filelock import FileLock
 
 torch.set_num_threads(1)
@@ -43,16 +43,14 @@ def no_launcher():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Map ``dense`` and ``moe`` to the directory of a tiny checkpoint."""
-    from qwenvl_ft.model.tiny import make_tiny
-
+    """Map each of ``KINDS`` to the directory of a tiny checkpoint."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     with FileLock(root / "tiny.lock"):
-        folders = {kind: root / f"tiny-{kind}" for kind in ("dense", "moe")}
+        folders = {kind: root / f"tiny-{kind}" for kind in KINDS}
         for kind, folder in folders.items():
             if not (folder / "done").exists():
-                make_tiny(folder, moe=kind == "moe")
+                make_kind(folder, kind)
                 (folder / "done").touch()
     return folders
 
@@ -76,7 +74,7 @@ def encoder(processor):
     return Encoder(processor)
 
 
-@pytest.fixture(params=["dense", "moe"])
+@pytest.fixture(params=KINDS)
 def any_model(request, checkpoints):
     """A new float32 model of each architecture, in eval mode."""
     from qwenvl_ft.model.load import load_model

@@ -11,12 +11,13 @@ def tiny(
     moe: Annotated[
         bool, typer.Option("--moe", help="Mixture of experts, like 30B-A3B, instead of a dense model.")
     ] = False,
+    family: Annotated[str, typer.Option(help="Model family: qwen3_vl or qwen3_5.")] = "qwen3_vl",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Write a tiny random Qwen3-VL checkpoint, complete with tokenizer and processor, for tests and trials."""
+    """Write a tiny random checkpoint, complete with tokenizer and processor, for tests and trials."""
     from qwenvl_ft.model.tiny import make_tiny
     from qwenvl_ft.upstream.quiet import quiet
 
     with quiet():
-        made = make_tiny(directory, moe=moe, seed=seed)
+        made = make_tiny(directory, moe=moe, family=family, seed=seed)
     typer.echo(made)

@@ -41,6 +41,8 @@ class Family:
     head: str = "lm_head"
     released_names: tuple[tuple[str, str], ...] = ()
     """Regex and replacement that turn this package's names into those of the released checkpoints."""
+    released_before_5: bool = True
+    """The released checkpoints have experts and config.json as transformers 4.57 wrote them, not as 5 does."""
 
 
 _OLDER = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
@@ -49,12 +51,21 @@ _DEEPSTACK = ("model.visual.merger", "model.visual.deepstack_merger_list")
 FAMILIES = {
     "qwen3_vl": Family(mergers=_DEEPSTACK),
     "qwen3_vl_moe": Family(mergers=_DEEPSTACK, experts=True),
+    "qwen3_5": Family(released_before_5=False),
+    "qwen3_5_moe": Family(experts=True, released_before_5=False),
     "qwen2_5_vl": Family(released_names=_OLDER),
     "qwen2_vl": Family(released_names=_OLDER),
 }
 """``model_type`` of config.json -> its module names."""
 
-ALIASES = {"qwen3moevl": "qwen3_vl_moe", "qwen3vl": "qwen3_vl", "qwen25vl": "qwen2_5_vl", "qwen2vl": "qwen2_vl"}
+ALIASES = {
+    "qwen3moevl": "qwen3_vl_moe",
+    "qwen35vl": "qwen3_5",
+    "qwen36": "qwen3_5",
+    "qwen36moe": "qwen3_5_moe",
+    "qwen38": "qwen3_5",
+    "qwen38moe": "qwen3_5_moe",
+}
 """Other tools' spellings of a model type, reduced to letters and digits -> ``model_type``."""
 
 _LEADING = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.)+")

@@ -14,13 +14,14 @@ from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with
 from qwenvl_ft.model.anatomy import family_of
 from qwenvl_ft.model.choose_attention import resolve_attn_impl
 from qwenvl_ft.model.config import apply_lengths, check_devices, expand_device_map, parse_max_memory
-from qwenvl_ft.model.packed_attention import TEXT_NAME, use_packed_attention
+from qwenvl_ft.model.packed_attention import TEXT_NAME, sample_lengths, use_packed_attention
 from qwenvl_ft.model.patch_embed import PATCH_EMBEDS, use_linear_patch_embed
 from qwenvl_ft.model.placed_media import use_media_places
 from qwenvl_ft.model.processor import set_limits
 from qwenvl_ft.model.quantization import bnb_config, log_quantized, require_kernels, use_trainable_kernels
 from qwenvl_ft.model.released_layout import use_released_layout
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory, require_index
+from qwenvl_ft.upstream.delta_net import restart_at_borders
 from qwenvl_ft.upstream.expert_layout import loading_layout, stored_experts, stored_layout
 from qwenvl_ft.upstream.experts import experts_implementation
 
@@ -107,6 +108,7 @@ def use_packed_rows(model: PreTrainedModel, *, attention: str, patch_embed: str)
     if attention == TEXT_NAME:
         use_packed_attention(model)
     use_media_places(model)
+    restart_at_borders(model, sample_lengths)
     turn_cache_off(model)
 
 
@@ -272,7 +274,8 @@ def _other_shapes(source: str, example: str) -> CheckpointError:
 def _experts_as_stored(plan: LoadPlan) -> AbstractContextManager[None]:
     """Return the context in which transformers loads a model's experts by the layout of their files."""
     config = plan.config
-    if not family_of(config.model_type).experts or getattr(config, "quantization_config", None) is not None:
+    family = family_of(config.model_type)
+    if not (family.experts and family.released_before_5) or getattr(config, "quantization_config", None) is not None:
         return nullcontext()
     folder = local_directory(plan.source)
     if folder is None:

@@ -32,8 +32,8 @@ TORCH = {"gptq": "gptq_torch", "awq": "torch_awq"}
 """Method -> gptqmodel's name of the kernel in plain torch, which can train on a CPU."""
 OVER_PACKED = (*LORAS, "adapter", "reft")
 """Train types that work with layers quantised by GPTQ or AWQ."""
-KEPT = ("lm_head",)
-"""Modules that are never quantised."""
+KEPT = ("lm_head", r"model\.language_model\.layers\.\d+\.(linear_attn\.in_proj_[ab]|mlp\.shared_expert_gate)$")
+"""Modules that are never quantised: the head, and gates of a few outputs, whose errors would grow along a sample."""
 SKIPPED = {
     "vision": r"model\.visual\.(?!merger|deepstack_merger_list)",
     "merger": r"model\.visual\.(merger|deepstack_merger_list)",

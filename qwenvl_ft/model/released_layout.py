@@ -5,7 +5,8 @@ vLLM, SGLang and transformers 4.57 read the released models' layout; transformer
 ``model.language_model.layers`` to ``model.language_model.model.layers``. Under ZeRO-1 and ZeRO-2 a tied language head
 is stored a second time. Its config.json has ``rope_parameters`` and ``num_local_experts`` in place of ``rope_theta``,
 ``rope_scaling`` and ``num_experts``, without which transformers 4.57 does not build the model, and of models of its own
-making no ``norm_topk_prob``, without which vLLM does not.
+making no ``norm_topk_prob``, without which vLLM does not. Families that were released with transformers 5 are stored as
+it stores them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def released_state(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str
     Raises:
         CheckpointError: expert weights have unknown shapes, or are offloaded.
     """
-    transposed = _layout_of(state, model) == "module"
+    transposed = _is_turned(model) and _layout_of(state, model) == "module"
     second = _second_names(model)
     written: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -112,10 +113,16 @@ def _save(
     options |= {"is_main_process": is_main_process, "state_dict": state, "save_original_format": False}
     options.setdefault("max_shard_size", SHARD)
     type(model).save_pretrained(model, save_directory, **options)
-    if is_main_process:
+    if is_main_process and _is_turned(model):
         file = Path(save_directory) / "config.json"
         config = released_config(json.loads(file.read_text(encoding="utf-8")))
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_turned(model: Any) -> bool:
+    """Return True if the released models of this family are stored otherwise than transformers 5 stores them."""
+    kind = model.config.model_type
+    return kind not in FAMILIES or FAMILIES[kind].released_before_5
 
 
 def _released_name(name: str, model_type: str) -> str:
@@ -146,7 +153,7 @@ def _to_module_layout(model: Any, state: dict[str, Any], *_: Any) -> None:
         for stored, name in {_released_name(name, kind): name for name in own}.items():
             if stored in state:
                 state[name] = state.pop(stored)
-    if _layout_of(state, model) == "released":
+    if _is_turned(model) and _layout_of(state, model) == "released":
         for name in [name for name in state if name.endswith(EXPERTS)]:
             state[name] = state[name].transpose(1, 2)
 

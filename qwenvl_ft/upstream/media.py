@@ -32,6 +32,8 @@ from qwenvl_ft.upstream.cache import named
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 from qwenvl_ft.upstream.vision_tables import TABLES, no_tables, vision_tables
 
+KNOWN = ("qwen3_vl", "qwen3_5")
+"""Beginnings of the model types whose classes have the interface above; Qwen3.5's without deepstack features."""
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Medium -> the argument that holds its patches."""
 TEXT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "predicting")
@@ -89,7 +91,7 @@ def place_media(model: nn.Module, borders_suffice: Callable[[Any], bool]) -> int
         inner: Any = module
         inner.visual.register_forward_pre_hook(_without_text_borders, with_kwargs=True)
         classes: tuple[Any, Any] = type(inner), type(inner.config)
-        deep = len(inner.config.vision_config.deepstack_visual_indexes)
+        deep = len(getattr(inner.config.vision_config, "deepstack_visual_indexes", ()))
         if deep < len(inner.language_model.layers) and not differs(*classes):
             inner.register_forward_pre_hook(_Placing(borders_suffice), with_kwargs=True)
             inner.language_model.register_forward_hook(_require_added, with_kwargs=True)
@@ -104,10 +106,10 @@ def placing_model(model: nn.Module) -> Any:
 
 
 def _is_model(module: nn.Module) -> bool:
-    config: Any = getattr(module, "config", None)
-    parts = {name for name, _ in module.named_children()}
-    has_deepstack = hasattr(getattr(config, "vision_config", None), "deepstack_visual_indexes")
-    return has_deepstack and {"visual", "language_model"} <= parts
+    model_type = getattr(getattr(module, "config", None), "model_type", "")
+    return model_type.startswith(KNOWN) and {"visual", "language_model"} <= {
+        name for name, _ in module.named_children()
+    }
 
 
 class _Placing:
@@ -148,7 +150,7 @@ def _features(model: Any, kind: str, kwargs: dict[str, Any]) -> list[Tensor]:
     tables = {name: kwargs[f"{kind}_{name}"] for name in TABLES if f"{kind}_{name}" in kwargs and not no_tables()}
     pixels = kwargs[KINDS[kind]].type(model.visual.dtype)
     output = model.visual(pixels, grid_thw=kwargs[f"{kind}_grid_thw"], return_dict=True, **tables)
-    return [output.pooler_output, *output.deepstack_features]
+    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
 
 
 def _hooked_layers(model: Any) -> list[nn.Module]:
@@ -238,8 +240,9 @@ def _both_ways(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _small(config_class: Any) -> Any:
-    """Return the config of the smallest model with three deepstack features, dense or MoE."""
-    wide, rotary = 8, {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    """Return the config of the smallest model, dense or MoE, with three deepstack features if the class has them."""
+    wide = 8
+    rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     text: dict[str, Any] = {
         "vocab_size": 8,
         "hidden_size": wide,
@@ -263,6 +266,15 @@ def _small(config_class: Any) -> Any:
         "deepstack_visual_indexes": [0, 1, 2],
     }
     text |= experts if "Moe" in config_class.__name__ else {}
+    if config_class.model_type.startswith("qwen3_5"):
+        del vision["deepstack_visual_indexes"]
+        heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
+        text |= heads | {
+            "linear_key_head_dim": wide,
+            "linear_value_head_dim": wide,
+            "shared_expert_intermediate_size": wide,
+        }
+        rotary["partial_rotary_factor"] = 1.0
     return config_class(text_config=text, vision_config=vision, image_token_id=4, video_token_id=5)
 
 

@@ -56,6 +56,7 @@ def features() -> tuple[Feature, ...]:
     """Return all features; imports the libraries whose internals they use."""
     from qwenvl_ft.upstream import (
         attention,
+        delta_net,
         expert_layout,
         layers,
         media,
@@ -66,7 +67,7 @@ def features() -> tuple[Feature, ...]:
         workers,
     )
 
-    modules = attention, expert_layout, layers, media, processors, templates, trainer, vision_tables, workers
+    modules = attention, delta_net, expert_layout, layers, media, processors, templates, trainer, vision_tables, workers
     return tuple(feature for module in modules for feature in module.FEATURES)
 
 

@@ -5,7 +5,7 @@ import copy
 import pyarrow
 import pytest
 import torch
-from cases import picture
+from cases import KINDS, picture
 from PIL import Image as PILImage
 
 from qwenvl_ft.data.collate import QwenVLCollator, vision_fillers
@@ -56,7 +56,7 @@ def refuse(image):
     raise ValueError("Image rows are not contiguous in memory.")
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_those_of_the_processors_pixels(checkpoints, processor, kind):
     samples = {
         raw: [Encoder(processor, raw_pixels=raw)(entry) for entry in (record((64, 96), (120, 50)), record((33, 70)))]

@@ -38,8 +38,8 @@ def test_parts_are_the_modules_upstream_calls_so(family):
     """The reference is the module tree, not names: a parameter belongs to the part from which it is reachable."""
     model_type, model = family
     visual = model.model.visual
-    mergers = [visual.merger, *(visual.deepstack_merger_list if model_type.startswith("qwen3") else [])]
-    assert len(mergers) == (4 if model_type.startswith("qwen3") else 1)
+    mergers = [visual.merger, *(visual.deepstack_merger_list if model_type.startswith("qwen3_vl") else [])]
+    assert len(mergers) == (4 if model_type.startswith("qwen3_vl") else 1)
     expected = {}
     for part, modules in (
         ("vision", [visual]),

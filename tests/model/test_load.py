@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from cases import KINDS
 from loading_cases import edited, last_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -27,7 +28,7 @@ def test_class_follows_config_not_the_name_of_the_directory(checkpoints, tmp_pat
         assert type(load_model(directory)) is expected
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_of_plain_transformers(checkpoints, kind):
     ours = load_model(checkpoints[kind], torch_dtype="float32").state_dict()
     plain = AutoModelForImageTextToText.from_pretrained(checkpoints[kind]).state_dict()

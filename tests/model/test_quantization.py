@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import KINDS
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
@@ -42,15 +43,19 @@ def batch(encoder, mixed_records):
     return {key: value for key, value in row.items() if key not in ("labels", "sources")}
 
 
+KEPT_WHOLE = ("lm_head", "in_proj_a", "in_proj_b", "shared_expert_gate")
+"""Linear layers that are never quantised."""
+
+
 def linears(model, *parts):
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head" and part_of(name) in parts
+        if isinstance(module, nn.Linear) and not name.endswith(KEPT_WHOLE) and part_of(name) in parts
     }
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_language_model_alone_is_quantised(quantized, name, kind):
     model = quantized(name, kind)
@@ -63,7 +68,8 @@ def test_the_language_model_alone_is_quantised(quantized, name, kind):
         if key.rpartition(".")[0] not in linears(model, "llm")
     }
     assert set(others.values()) == {torch.float32}
-    assert "lm_head.weight" in others or kind == "dense"
+    assert "lm_head.weight" in others or not kind.endswith("moe")
+    assert any("in_proj_a" in key for key in others) == kind.startswith("qwen3_5")
 
 
 @pytest.mark.parametrize("parts", [["vision"], ["merger"], ["vision", "llm"], ["vision", "merger", "llm"]])
@@ -72,7 +78,7 @@ def test_named_parts_are_quantised(quantized, parts):
     assert set(quantized_modules(model)) == linears(model, *parts)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "qwen3_5"])
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_four_bits_compute_with_the_nearest_of_sixteen_values(quantized, checkpoints, batch, name, kind):
     """By hand: two weights per byte, each one of 16 values times the largest of its block of 64."""
@@ -105,7 +111,7 @@ def test_the_computing_dtype_and_double_quantisation_are_those_of_the_recipe(che
     assert model.model.visual.blocks[0].mlp.linear_fc1.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "qwen3_5"])
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("train_type", over_quantized())
 def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, name, kind, train_type):
@@ -116,7 +122,9 @@ def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, n
     from qwenvl_ft.tuning.prepare import prepare_model
 
     torch.manual_seed(0)
-    model = prepare_model(quantized(name, kind), TunerConfig(train_type=train_type, lora_dropout=0.0))
+    model = prepare_model(
+        quantized(name, kind), TunerConfig(train_type=train_type, lora_dropout=0.0, fourier_n_frequency=200)
+    )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     optimizer = torch.optim.AdamW(param_groups(model, learning_rate=2e-3))

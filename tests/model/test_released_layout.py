@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import KINDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -20,13 +21,23 @@ from qwenvl_ft.upstream.expert_layout import EXPERTS
 
 ATTENTION = {f"self_attn.{kind}.weight" for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
 NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+DELTA_NET = {f"linear_attn.in_proj_{kind}.weight" for kind in ("qkv", "z", "a", "b")} | {
+    f"linear_attn.{name}" for name in ("conv1d.weight", "A_log", "dt_bias", "norm.weight", "out_proj.weight")
+}
+EXPERT_NAMES = {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 LAYER = {
     "dense": ATTENTION | NORMS | {f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")},
-    "moe": ATTENTION | NORMS | {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"},
+    "moe": ATTENTION | NORMS | EXPERT_NAMES,
+    "qwen3_5": DELTA_NET | NORMS | {f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")},
+    "qwen3_5_moe": DELTA_NET
+    | NORMS
+    | EXPERT_NAMES
+    | {"mlp.shared_expert_gate.weight"}
+    | {f"mlp.shared_expert.{kind}_proj.weight" for kind in ("gate", "up", "down")},
 }
-"""Kind -> names in a layer of the released Qwen3-VL-4B and Qwen3-VL-30B-A3B."""
-TOP = {"dense": set(), "moe": {"lm_head.weight"}}
-"""Kind -> names outside of ``model``: the released 2B and 4B are tied and store no language head."""
+"""Kind -> names in the first layer of the released Qwen3-VL-4B, Qwen3-VL-30B-A3B, Qwen3.5-4B and Qwen3.5-35B-A3B."""
+TOP = {"dense": set(), "moe": {"lm_head.weight"}, "qwen3_5": set(), "qwen3_5_moe": {"lm_head.weight"}}
+"""Kind -> names outside of ``model``: the small dense models are tied and store no language head."""
 SQUARE = {"hidden = 2 inner": {"moe_intermediate_size": 32}, "hidden = inner": {"moe_intermediate_size": 64}}
 """Sizes that make ``gate_up_proj`` or ``down_proj`` square, for a hidden size of 64."""
 
@@ -39,7 +50,7 @@ def transposed(state):
     return {name: value.mT.contiguous() if name.endswith(EXPERTS) else value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_names_shapes_and_config_are_those_of_the_released_models(checkpoints, kind):
     stored = weights(checkpoints[kind])
     prefix = "model.language_model.layers.0."
@@ -48,6 +59,11 @@ def test_names_shapes_and_config_are_those_of_the_released_models(checkpoints, k
     assert outside == TOP[kind]
     assert {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"} <= set(stored)
     text = json.loads((checkpoints[kind] / "config.json").read_text())["text_config"]
+    if kind.startswith("qwen3_5"):
+        assert text["rope_parameters"]["mrope_section"] == [2, 1, 1]
+        if kind == "qwen3_5_moe":
+            assert stored[prefix + "mlp.experts.gate_up_proj"].shape == (8, 2 * 48, 64), "as a Linear, as released"
+        return
     assert text["rope_theta"] == 5_000_000
     assert text["rope_scaling"] == {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}
     assert "rope_parameters" not in text
@@ -58,7 +74,7 @@ def test_names_shapes_and_config_are_those_of_the_released_models(checkpoints, k
         assert stored[prefix + "mlp.experts.down_proj"].shape == (8, 48, 64)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_again_is_the_checkpoint(checkpoints, kind, tmp_path):
     model = load_model(checkpoints[kind], torch_dtype="float32")
     with cache_enabled(model.config):

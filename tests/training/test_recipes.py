@@ -65,12 +65,19 @@ EXTRAS = {"galore": "galore_torch", "qlora_8b": "bitsandbytes"}
 """Recipe -> the optional package that it is for."""
 
 
+def kind_of(model):
+    """Return the tiny checkpoint that stands for a released model."""
+    if "Qwen3.5" in model:
+        return "qwen3_5_moe" if "-A" in model else "qwen3_5"
+    return "moe" if "A3B" in model else "dense"
+
+
 def as_shipped(path, checkpoints, data, folder):
     """Return the overrides without which a recipe cannot run here, and no others."""
     shipped = load_recipe(path)
     sizes = ["training.max_steps=2", *(SMALLER[path.stem] if path.stem in SMALLER else [])]
     val = [f"data.val={data['val']}"] if shipped.data.val else []
-    model = checkpoints["moe" if "A3B" in shipped.model.model else "dense"]
+    model = checkpoints[kind_of(shipped.model.model)]
     return [f"model.model={model}", f"data.train={data['train']}", f"training.output_dir={folder}", *val, *sizes]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from cases import KINDS
 from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.errors import RecipeError
@@ -33,7 +34,7 @@ def test_blocks_are_spread_evenly_and_above_the_deepstack_features(fresh, deep):
     assert insertion_points(fresh(), 4) == [3, 3, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_the_larger_model_gives_the_same_logits_and_features_keep_their_layers(fresh, tuner, batch, kind, count):
     """Hidden states after each old layer are those of the smaller model, and a new block returns its input."""
@@ -56,8 +57,20 @@ def test_the_larger_model_gives_the_same_logits_and_features_keep_their_layers(f
     for before, after in enumerate(old):
         assert torch.equal(kept["plain", before][1], kept["larger", after][1])
     for index in added:
-        assert index > 2, "a block among the layers that take features"
+        assert index > 2 or kind.startswith("qwen3_5"), "a block among the layers that take features"
         assert torch.equal(*kept["larger", index])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_a_block_above_a_delta_net_is_one_that_returns_its_input(fresh, tuner, batch, kind):
+    """Four blocks above four layers, of which the first three have a delta net; a row of several samples."""
+    plain, model = fresh(kind).eval(), prepare_model(fresh(kind), llamapro(tuner, llamapro_num_new_blocks=4)).eval()
+    kinds = model.config.get_text_config().layer_types
+    assert [kinds[index] for index in new_blocks(model)] == ["linear_attention"] * 3 + ["full_attention"]
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+        model.model.language_model.layers[new_blocks(model)[0]].linear_attn.out_proj.weight += 0.1
+        assert not torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-3), "vacuous: it is unused"
 
 
 def test_a_feature_would_lose_its_layer_below_the_third(fresh, tuner, batch, monkeypatch):
@@ -68,18 +81,18 @@ def test_a_feature_would_lose_its_layer_below_the_third(fresh, tuner, batch, mon
         assert not torch.allclose(model(**batch).logits, fresh()(**batch).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_new_block_copies_the_layer_below_it_but_for_what_it_writes(fresh, tuner, kind):
     model = prepare_model(fresh(kind), llamapro(tuner, llamapro_num_new_blocks=1))
     below, block = (dict(model.model.language_model.layers[n].named_parameters()) for n in (3, 4))
-    zero = {name for name, value in block.items() if not value.any()}
+    zero = {name for name, value in block.items() if not value.any() and below[name].any()}
     assert zero == {name for name in block if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))}
-    assert len(zero) == 2
+    assert len(zero) == 2 + (kind == "qwen3_5_moe"), "that has a shared expert"
     assert all(torch.equal(block[name], below[name]) for name in block.keys() - zero)
     assert all(block[name].data_ptr() != below[name].data_ptr() for name in block)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_checkpoint_is_a_plain_model_that_generates_the_same(fresh, tuner, train, batch, tmp_path, kind):
     model = train(prepare_model(fresh(kind), llamapro(tuner, llamapro_num_new_blocks=2))).eval()
     model.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import RECORDS, ListRecords, quiet_arguments, stirred
+from cases import KINDS, RECORDS, ListRecords, quiet_arguments, stirred
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -40,7 +40,9 @@ CHANGES_AT_ONCE = ("consreft",)
 """Its formula replaces a subspace by a constant, so no initialisation keeps the output."""
 
 every_method = pytest.mark.parametrize("name", METHODS)
-both_kinds = pytest.mark.parametrize("kind", ["dense", "moe"])
+BLOCKS = {"dense": [3, 5], "moe": [3, 5], "qwen3_5": [2, 5], "qwen3_5_moe": [2, 5]}
+"""Kind -> the new blocks of LLaMA Pro: Qwen3-VL has none among the layers that take deepstack features."""
+both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_no_weight_of_the_base_model_is_among_the_trained(prepared, fresh, name,
     model = prepared(name, kind)
     trained = {key for key, value in model.named_parameters() if value.requires_grad}
     if name == "llamapro":
-        assert {key.split(".layers.")[1].split(".")[0] for key in trained} == {"3", "5"}
+        assert {int(key.split(".layers.")[1].split(".")[0]) for key in trained} == set(BLOCKS[kind])
         return
     own = {key for key in trained if ".modules_to_save." not in key}
     assert own
@@ -104,7 +106,7 @@ def test_a_saved_method_loads_to_the_same_logits(prepared, fresh, train, logits,
     again = load_model(tmp_path, torch_dtype="float32", attn_impl="sdpa")
     assert torch.equal(logits(again), trained)
     if name == "llamapro":
-        assert json.loads((tmp_path / "config.json").read_text())["llamapro_new_blocks"] == [3, 5]
+        assert json.loads((tmp_path / "config.json").read_text())["llamapro_new_blocks"] == BLOCKS[kind]
     else:
         written = json.loads((tmp_path / "adapter_config.json").read_text())
         kinds = {"adapter": "BOTTLENECK", "reft": "REFT", "longlora": "LORA"}

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from cases import KINDS
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -49,7 +50,7 @@ AGAIN = {
 }
 """Methods that both stages use with the same settings."""
 every_stage = pytest.mark.parametrize("name", FIRST)
-both_kinds = pytest.mark.parametrize("kind", ["dense", "moe"])
+both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def values(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-@both_kinds
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 @every_stage
 def test_the_second_stage_begins_where_the_first_ended(staged, fresh, logits, name, kind):
     _, first, model = staged(FIRST[name], SECOND[name], kind)
@@ -87,7 +88,7 @@ def test_the_second_stage_begins_where_the_first_ended(staged, fresh, logits, na
     assert any(".merger." in name for name in trained)
 
 
-@both_kinds
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 @every_stage
 def test_one_adapter_comes_out_and_plain_peft_loads_it_on_the_base(staged, fresh, train, logits, tmp_path, name, kind):
     folder, first, model = staged(FIRST[name], SECOND[name], kind)
@@ -178,7 +179,7 @@ def test_modules_named_again_train_in_a_frozen_part(staged):
     assert not all(copies.values())
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", AGAIN)
 def test_every_adapter_can_be_gone_on_with(staged, train, logits, fresh, tmp_path, name, kind):
     from qwenvl_ft.model.load import load_model

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import RECORDS, make_trainer, one_step, picture
+from cases import KINDS, RECORDS, make_trainer, one_step, picture
 from rank_cases import in_ranks
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file
@@ -65,7 +65,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("attn_impl", ["packed_sdpa", "sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_row_gives_each_sample_its_own_logits(checkpoints, samples, kind, attn_impl):
     model = load_model(checkpoints[kind], torch_dtype="float32", attn_impl=attn_impl).eval()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_packed_row_gives_each_sample_its_own_logits(checkpoints, samples, kin
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_row_gives_the_gradients_of_its_samples(checkpoints, samples, kind, checkpointing):
     model = load_model(checkpoints[kind], torch_dtype="float32", attn_impl="packed_sdpa").train()
     if checkpointing:
@@ -176,7 +176,7 @@ def question(processor):
     )
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_full_training_freezes_saves_and_serves(checkpoints, data, tmp_path, question, kind):
     start = load_file(checkpoints[kind] / "model.safetensors")
     result = run(
@@ -194,7 +194,8 @@ def test_full_training_freezes_saves_and_serves(checkpoints, data, tmp_path, que
     vision = {name for name in start if "visual." in name and "merger" not in name}
     assert not moved & vision, "a frozen part moved"
     assert any("language_model" in name for name in moved)
-    assert any("deepstack_merger_list" in name for name in moved)
+    assert any("visual.merger" in name for name in moved)
+    assert any("deepstack_merger_list" in name for name in moved) == any("deepstack" in name for name in start)
     model = load_model(str(tmp_path), torch_dtype="float32", attn_impl="packed_sdpa").eval()
     with torch.no_grad():
         own = model.generate(**question, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -63,6 +63,7 @@ class BottleneckTuner(OwnTuner):
 
 
 def output_width(module: nn.Module) -> int:
-    """Return D of an MLP's output: that of its last Linear layer, or the input size of the router of a MoE layer."""
-    linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
-    return linears[-1].out_features if linears else full_shape(module.gate.weight)[-1]  # type: ignore
+    """Return D of an MLP's output: the input size of the router of a MoE layer, else that of its last Linear layer."""
+    if hasattr(module, "gate"):
+        return full_shape(module.gate.weight)[-1]  # type: ignore
+    return [inner for inner in module.modules() if isinstance(inner, nn.Linear)][-1].out_features

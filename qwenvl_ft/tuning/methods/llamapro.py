@@ -12,6 +12,7 @@ feature keeps its layer, in plain transformers too.
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,10 @@ def build_llamapro(model: Any, tuner: TunerConfig) -> nn.Module:
 def new_blocks(model: Any) -> list[int]:
     """Return the indices of the new blocks; empty for a model without any."""
     return list(getattr(model.config, MARK)) if hasattr(model.config, MARK) else []
+
+
+WRITES = re.compile(r"^(self_attn\.o_proj|linear_attn\.out_proj|mlp\.(.+\.)?down_proj)\b")
+"""Matches the parameters of a decoder layer whose products are added to the residual stream."""
 
 
 def insertion_points(model: Any, count: int) -> list[int]:
@@ -118,11 +123,9 @@ def _trainable_modules(model: Any, tuner: TunerConfig) -> list[str]:
 
 def _identity_block(layer: nn.Module) -> nn.Module:
     """Copy a decoder layer and zero the weights that write to the residual stream."""
-    block: Any = copy.deepcopy(layer)
-    written = [block.self_attn.o_proj, block.mlp.experts if hasattr(block.mlp, "experts") else block.mlp.down_proj]
+    block = copy.deepcopy(layer)
     with torch.no_grad():
-        for module in written:
-            for name, parameter in module.named_parameters():
-                if "down_proj" in name or not hasattr(module, "down_proj"):
-                    parameter.zero_()
+        for name, parameter in block.named_parameters():
+            if WRITES.search(name):
+                parameter.zero_()
     return block

@@ -3,11 +3,12 @@
 The trainer is built in `training/build.py`: this module stands below `look/`, which reads data through it.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,9 +27,13 @@ from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.media.reading import save_reading
 from qwenvl_ft.data.plan.dataset import SampleDataset
-from qwenvl_ft.data.plan.epochs import open_epochs
-from qwenvl_ft.data.sources.mixture import joined, load_mixture, load_options
+from qwenvl_ft.data.plan.epochs import Epochs, open_epochs
+from qwenvl_ft.data.plan.windows import StreamOptions, WindowDataset, Windows
+from qwenvl_ft.data.sources.files import default_cache
+from qwenvl_ft.data.sources.mixture import joined, load_mixture, load_options, load_validation, register
 from qwenvl_ft.data.sources.records import Records, load_records
+from qwenvl_ft.data.sources.shards import list_shards
+from qwenvl_ft.data.sources.stream import Stream
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.evaluation.metrics import GEOMETRY
 from qwenvl_ft.model.load import load_model, load_processor, loading_options
@@ -37,6 +42,8 @@ from qwenvl_ft.model.processor import set_template_limits
 from qwenvl_ft.recipe.schema import Recipe, TunerConfig
 from qwenvl_ft.tuning.methods.starts import wants_data
 from qwenvl_ft.tuning.prepare import prepare_model
+
+TRAIN = "data.train"
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +60,23 @@ def build_processor(recipe: Recipe) -> Any:
 
 
 def build_datasets(
-    recipe: Recipe, processor: Any, seed: int | None = None
+    recipe: Recipe, processor: Any, seed: int | None = None, *, stream: StreamOptions | None = None
 ) -> tuple[SampleDataset, SampleDataset | dict[str, SampleDataset] | None]:
     """Return the training samples, and the validation samples if there are any: one set, or several by name.
 
     Args:
         seed: of draws and splits; None is ``training.seed``.
+        stream: how this process takes part in the stream of ``data.streaming``; None reads it alone.
     """
     seed = int(recipe.training.arguments["seed"]) if seed is None else seed
-    train, val = load_mixture(recipe.data, seed)
-    require_known(recipe.data.loss_weights, train.summary(), "data.loss_weights")
     encoder = build_encoder(recipe, processor)
-    train_set = build_dataset(recipe, train, encoder, seed, "data.train", training=True)
+    if recipe.data.streaming:
+        val = load_validation(recipe.data, seed)
+        train_set = build_stream(recipe, encoder, seed, stream or stream_options(recipe))
+    else:
+        train, val = load_mixture(recipe.data, seed)
+        require_known(recipe.data.loss_weights, train.summary(), "data.loss_weights")
+        train_set = build_dataset(recipe, train, encoder, seed, TRAIN, training=True)
     sets = {
         name: build_dataset(recipe, records, encoder, seed, f"data.val.{name}".rstrip("."))
         for name, records in val.items()
@@ -90,6 +102,48 @@ def build_dataset(
     Raises:
         RecipeError: ``template.system_prompt`` is set, but the records are dense captions with prompts of their own.
     """
+    return SampleDataset(
+        build_epochs(recipe, records, encoder, seed, name, training=training),
+        encoder,
+        name=name,
+        left_out=records.left_out() if isinstance(records, Records) else 0,
+        **_measuring(recipe),
+    )
+
+
+def stream_options(recipe: Recipe) -> StreamOptions:
+    """Return how a process reads the recipe's stream alone, from its beginning."""
+    data, output = recipe.data, Path(recipe.training.arguments["output_dir"])
+    run = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    folder = (Path(data.stream_cache) if data.stream_cache else default_cache()) / f"stream-{run}"
+    return StreamOptions(folder, lambda: list_shards(cast(Any, data.train)), data.stream_rounds)
+
+
+def build_stream(recipe: Recipe, encoder: Encoder, seed: int, options: StreamOptions) -> WindowDataset:
+    """Build the samples of a stream; see `build_dataset`."""
+    data = recipe.data
+    register(data)
+    names = {name for name, _ in options.saved.begin.shards or options.listed()}
+    require_known(data.loss_weights, names, "data.loss_weights")
+    stream = Stream(data.stream_window, options.folder, load_options(data, seed))
+
+    def conversations(records: Records) -> Epochs:
+        return build_epochs(recipe, records, encoder, seed, TRAIN, training=True)
+
+    return WindowDataset(Windows(stream, conversations, options), encoder, name=TRAIN, **_measuring(recipe))
+
+
+def _measuring(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a data set by which its samples are measured."""
+    data = recipe.data
+    on_error = "skip" if data.skips_unreadable else "raise"
+    return {"num_proc": data.dataset_num_proc, "on_error": on_error, "max_bad_fraction": data.bad_limit}
+
+
+def build_epochs(
+    recipe: Recipe, records: Any, encoder: Encoder, seed: int, name: str, *, training: bool = False
+) -> Epochs:
+    """Build the conversations of records; see `build_dataset`."""
     data = recipe.data
     epochs = open_epochs(
         records,
@@ -104,15 +158,7 @@ def build_dataset(
             f"template.system_prompt is of no use in {name}: dense captions have their own. Give prompts.system, "
             "and prompts.system_summary for summaries."
         )
-    return SampleDataset(
-        epochs,
-        encoder,
-        name=name,
-        num_proc=data.dataset_num_proc,
-        on_error="skip" if data.skips_unreadable else "raise",
-        max_bad_fraction=data.bad_limit,
-        left_out=records.left_out() if isinstance(records, Records) else 0,
-    )
+    return epochs
 
 
 def asked_conversations(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
@@ -136,7 +182,7 @@ def asked_conversations(recipe: Recipe, encoder: Encoder, seed: int) -> Any:
     if section.data:
         records = load_records(section.data, **load_options(data, seed))
     else:
-        records = joined(load_mixture(data, seed)[1])
+        records = joined(load_validation(data, seed) if data.streaming else load_mixture(data, seed)[1])
     dataset = build_dataset(recipe, records, encoder, seed, "evaluation.data")
     conversations: Any = EpochConversations(dataset.epochs, 0)
     usable = dataset.index[: section.limit].tolist()

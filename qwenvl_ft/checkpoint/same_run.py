@@ -21,6 +21,8 @@ KEPT_SECTIONS = ("template", "prompts", "tuner", "quantization")
 KEPT_KEYS = {
     "model": ("rope_scaling",),
     "data": (
+        "streaming",
+        "stream_window",
         "train_dataset_sample",
         "train_dataset_mix_ratio",
         "images_per_user_turn",
@@ -91,7 +93,7 @@ def require_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
 
 def plan_of(sampler: Any) -> dict[str, Any]:
     """Return the identity of a plan: number and lengths of its samples, and rows of an optimizer step."""
-    key, shape = sampler.dataset.at(0).key(), sampler.shape
+    key, shape = sampler.dataset.at(sampler.dataset.present).key(), sampler.shape
     return {
         "samples": key.samples,
         "lengths": key.lengths,

@@ -200,6 +200,12 @@ READ_IF: tuple[ReadIf, ...] = (
         fix="set data.train_dataset_mix_ratio",
     ),
     ReadIf(
+        keys=("data.stream_window", "data.stream_rounds", "data.stream_cache"),
+        when=lambda recipe: recipe.data.streaming,
+        by=("data.streaming",),
+        fix="set data.streaming=true",
+    ),
+    ReadIf(
         keys=("data.datasets_root",),
         when=lambda recipe: bool(recipe.data.datasets),
         by=("data.datasets",),

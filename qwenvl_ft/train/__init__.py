@@ -61,18 +61,21 @@ def _train(recipe: "Recipe") -> "TrainResult":
     from qwenvl_ft.training.prepare import prepare_run
     from qwenvl_ft.training.run import run
     from qwenvl_ft.training.run_length import require_enough_steps
+    from qwenvl_ft.training.streams import shared_stream
 
     recipe = from_weights_only(recipe)
     args = prepare_run(recipe)
     output_dir = Path(str(args.output_dir))
-    with only_run_of(Agreement.of(args), output_dir, on_rank_0=args.process_index == 0):
+    ranks = Agreement.of(args)
+    with only_run_of(ranks, output_dir, on_rank_0=args.process_index == 0):
         start = resolve_resume(resume_setting(recipe.training.resume_from_checkpoint), output_dir)
         if start.folder is not None:
             require_same_recipe(recipe, start.folder)
         if not recipe.phase:  # the data of all phases were checked before the first one
             check_before_training(recipe)
         processor = assemble.build_processor(recipe)
-        train_set, eval_set = assemble.build_datasets(recipe, processor)
+        stream = shared_stream(recipe, args, ranks, start.folder)
+        train_set, eval_set = assemble.build_datasets(recipe, processor, stream=stream)
         require_enough_steps(recipe, args, train_set)
         questions = build_questions(recipe, train_set.encoder, args.seed)
         model = assemble.build_model(recipe, args, train_set)
@@ -80,7 +83,10 @@ def _train(recipe: "Recipe") -> "TrainResult":
         if start.folder is not None:
             require_same_engine(start.folder, trainer.engine, args.world_size)
             require_same_plan(trainer.plan_sampler(train_set), start.folder, any_rows=bool(args.auto_find_batch_size))
-        return run(trainer, recipe, start, questions)
+        result = run(trainer, recipe, start, questions)
+        if result.stopped_by is None:
+            train_set.close()
+        return result
 
 
 def _train_phases(recipe: "Recipe") -> "TrainResult":

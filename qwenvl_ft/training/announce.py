@@ -91,7 +91,7 @@ def _lines(trainer: QwenVLTrainer) -> Iterator[str]:
         yield line
     sampler = trainer.plan_sampler(trainer.samples)
     if trainer.packing:
-        yield f"packing: {len(sampler.rows(0)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"
+        yield f"packing: {len(sampler.rows(sampler.epoch)):,} rows of {trainer.max_length:,}, {sampler.fill():.1%} full"
     imbalance = sampler.waiting() if sampler.shape.data_ranks > 1 else 0.0
     if imbalance > IMBALANCE:
         advice = "" if sampler.grouped else "; training.train_sampling_strategy=group_by_length groups similar rows"

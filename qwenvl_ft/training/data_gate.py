@@ -50,7 +50,7 @@ def offer(recipe: Recipe, dataset: SampleDataset) -> str:
 
     Before a run only the headers of images are read, so a damaged image stops it when its turn comes.
     """
-    with_media = np.flatnonzero(dataset.at(0).patches)
+    with_media = np.flatnonzero(dataset.at(dataset.present).patches)
     if recipe.data.check_dataset_strategy != "none" or len(with_media) < MANY:
         return ""
     begin = perf_counter()

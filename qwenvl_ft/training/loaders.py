@@ -9,6 +9,7 @@ from qwenvl_ft.data.plan.costs import CostModel
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.packing import RunShape
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
+from qwenvl_ft.data.plan.windows import WindowDataset
 from qwenvl_ft.data.plan.workers import fail_loudly, require_short_tempdir
 from qwenvl_ft.data.share import Share
 from qwenvl_ft.errors import RecipeError
@@ -28,7 +29,7 @@ def media_kinds(datasets: Sequence[SampleDataset]) -> tuple[str, ...]:
 
 def has_media(datasets: Sequence[SampleDataset]) -> bool:
     """Return True if any sample of the first epoch has an image or a video."""
-    return any(bool(dataset.at(0).patches.any()) for dataset in datasets)
+    return any(bool(dataset.at(dataset.present).patches.any()) for dataset in datasets)
 
 
 def are_raw(datasets: Sequence[SampleDataset]) -> bool:
@@ -88,7 +89,8 @@ def build_loader(
     if workers:
         require_short_tempdir()
         options["worker_init_fn"] = fail_loudly
-        options["persistent_workers"] = args.dataloader_persistent_workers
+        stream = isinstance(sampler.dataset, WindowDataset)  # a worker knows the windows that were read when it began
+        options["persistent_workers"] = args.dataloader_persistent_workers and not stream
         options["prefetch_factor"] = args.dataloader_prefetch_factor
         options["multiprocessing_context"] = worker_context(args)
     dataset = sampler.dataset if share is None else sampler.dataset.shared(share)

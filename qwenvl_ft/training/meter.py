@@ -33,7 +33,6 @@ class Meter(TrainerCallback):
         self._first_step = 0
         self._passes = self._tokens = 0
         self._sums: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._wholes: dict[int, tuple[int, int, int]] = {}
 
     def follow(self, sampler: PlanSampler, row_tokens: int | None) -> None:
         """Count by this plan from now on.
@@ -41,7 +40,7 @@ class Meter(TrainerCallback):
         Args:
             row_tokens: tokens that fit into a rank's micro-batch; None if rows are not packed.
         """
-        self.sampler, self._wholes = sampler, {}
+        self.sampler, self._sums = sampler, {}
         self.row_tokens = row_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -87,24 +86,14 @@ class Meter(TrainerCallback):
     def _up_to(self, step: int) -> tuple[int, int, int]:
         """Return micro-batches, tokens and samples from the beginning of training to the end of a step."""
         assert self.sampler is not None
-        epochs, steps = self.sampler.locate(step)
-        whole = [self._whole(epoch) for epoch in range(epochs)]
-        passes, tokens, samples = (sum(column) for column in zip((0, 0, 0), *whole, strict=True))
-        begun = steps * self.args.gradient_accumulation_steps
+        epoch, steps = self.sampler.locate(step)
+        _, passes, tokens, samples = self.sampler.before(epoch)
+        begun = min(steps * self.args.gradient_accumulation_steps, self.sampler.passes(epoch)) if steps else 0
         if begun:
-            running_tokens, running_samples = self._running(epochs)
+            running_tokens, running_samples = self._running(epoch)
             tokens += int(running_tokens[begun - 1])
             samples += int(running_samples[begun - 1])
         return passes + begun, tokens, samples
-
-    def _whole(self, epoch: int) -> tuple[int, int, int]:
-        """Return micro-batches, tokens and samples of an epoch."""
-        assert self.sampler is not None
-        same = self.sampler.dataset.measured_as(epoch)
-        if same not in self._wholes:
-            planned = self.sampler.dataset.at(epoch)
-            self._wholes[same] = self.sampler.passes(epoch), int(planned.tokens.sum()), len(planned)
-        return self._wholes[same]
 
     def _running(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return running sums of tokens and samples over the micro-batches of an epoch."""

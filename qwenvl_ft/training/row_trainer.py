@@ -81,7 +81,7 @@ class RowTrainer(PlannedTrainer):
             )
         self.agreement = Agreement.of(args)
         for dataset in datasets:
-            require_same_samples(dataset, 0, args.world_size)
+            require_same_samples(dataset, dataset.first, args.world_size)
         self.costs = broadcast_from_rank_0(machine_costs(), args.world_size)
 
     def _share_rows(self, model: nn.Module, args: TrainingArguments) -> None:
@@ -195,14 +195,19 @@ class RowTrainer(PlannedTrainer):
 
     def resume_at(self, step: int) -> tuple[int, int]:
         epochs, steps = self.train_sampler.locate(step)
+        if steps == self.train_sampler.steps(epochs):  # the last step of a window
+            return epochs + 1, 0
         return epochs, steps * self.args.gradient_accumulation_steps
 
     def begin_epoch(self, epoch: int) -> EpochLength | None:
-        """Return the epoch's own number of rows; None after the last step, where transformers would train one more."""
+        """Return the epoch's own number of rows; None after the last step, where transformers would train one more, and
+        after the last window of a stream."""
         if self.state.global_step >= self.state.max_steps:
             return None
         dataset = self.train_sampler.dataset
-        self.agreement.together(lambda: dataset.at(epoch))
+        planned = self.agreement.together(lambda: dataset.at(epoch))
         if dataset.measured_as(epoch) == epoch > 0:
             require_same_samples(dataset, epoch, self.args.world_size)
+        if not len(planned):
+            return None
         return EpochLength(self.train_sampler.passes(epoch), self.train_sampler.steps(epoch))

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from qwenvl_ft.data.plan.costs import CostModel
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.sampler import PlanSampler
+from qwenvl_ft.data.plan.windows import WindowDataset
 from qwenvl_ft.recipe.schema import Recipe
 from qwenvl_ft.training.loaders import build_plan
 from qwenvl_ft.tuning.methods import METHODS
@@ -22,6 +23,8 @@ def exact_counts(counts: Counts, args: TrainingArguments, sampler: PlanSampler) 
     batch //= sampler.shape.ranks_per_row  # transformers counts a group's row once for each of its ranks
     if args.max_steps > 0:
         samples //= sampler.shape.ranks_per_row
+    if isinstance(sampler.dataset, WindowDataset):  # an epoch is a window, of at least one step
+        return args.max_steps, epoch_steps, epoch_samples, samples, batch, micro_batches, args.max_steps
     if sampler.dataset.measured_as(1) == 0:  # all epochs have the same lengths
         return epochs, epoch_steps, epoch_samples, samples, batch, micro_batches, steps
     if args.max_steps > 0:

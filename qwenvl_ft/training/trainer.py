@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from qwenvl_ft.checkpoint.same_run import save_plan
+from qwenvl_ft.checkpoint.stream_position import save_position
 from qwenvl_ft.data.conversation import IGNORE
 from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.sampler import EpochLoader, PlanSampler
@@ -226,7 +227,7 @@ class QwenVLTrainer(EvaluatingTrainer):
         Raises:
             DataError: they exceed ``data.max_bad_fraction``; on every rank.
         """
-        return count_bad_samples(self.bad_samples, self.samples, len(self.samples.at(epoch)), self.accelerator)
+        return count_bad_samples(self.bad_samples, self.samples, self.samples.count_for_limit(epoch), self.accelerator)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers' estimate counts neither images nor packing
@@ -282,6 +283,7 @@ class QwenVLTrainer(EvaluatingTrainer):
     def save_beside_optimizer(self, folder: str) -> None:
         if self.args.should_save:
             save_plan(self.train_sampler, Path(folder))
+            save_position(self.train_sampler, Path(folder))
             if isinstance(self.model, TrainedPeftModel):
                 self.model.save_state(Path(folder))
 

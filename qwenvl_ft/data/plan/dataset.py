@@ -50,6 +50,19 @@ class PlanKey(NamedTuple):
     """Hash of everything that a plan depends on: which records are kept, their tokens, patches and videos."""
 
 
+class Totals(NamedTuple):
+    """What a run has trained up to some point, over all ranks."""
+
+    steps: int = 0
+    passes: int = 0
+    """Micro-batches of one rank."""
+    tokens: int = 0
+    samples: int = 0
+
+    def plus(self, more: "Totals") -> "Totals":
+        return Totals(*(own + other for own, other in zip(self, more, strict=True)))
+
+
 @dataclass(frozen=True)
 class Planned:
     """Sizes of an epoch's samples, from which the plan is computed."""
@@ -85,7 +98,7 @@ class Planned:
 class SampleDataset(Dataset[Sample]):
     """The samples of a data set. Records that cannot become a sample (too long, unsupervised) are counted and dropped.
 
-    ``dataset[i]`` encodes the i-th usable conversation of epoch 0, ``dataset[dataset.ticket(epoch, i)]`` that of any
+    ``dataset[i]`` encodes the i-th usable conversation of the `present` epoch, ``dataset[dataset.ticket(epoch, i)]`` that of any
     epoch. ``dataset[~i]`` is the same sample without labels, a filler (see `assign`).
 
     Args:
@@ -102,6 +115,11 @@ class SampleDataset(Dataset[Sample]):
     Raises:
         DataError: no record is usable, a record is malformed, or too many are.
     """
+
+    first = 0
+    """The first epoch of this process; others than 0 only in a stream (`plan.windows`)."""
+    before = Totals()
+    """What the run had trained before its first epoch."""
 
     def __init__(
         self,
@@ -125,7 +143,7 @@ class SampleDataset(Dataset[Sample]):
         self.left_out = left_out
         self.share: Share | None = None
         self._planned: dict[int, Planned] = {}
-        self.at(0)
+        self.at(self.present)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_planned": {}}  # workers need no plan: a `Ticket` tells them enough
@@ -133,6 +151,23 @@ class SampleDataset(Dataset[Sample]):
     def measured_as(self, epoch: int) -> int:
         """Return the first epoch whose samples have the same lengths as those of ``epoch``."""
         return self.epochs.measured_as(epoch)
+
+    def has_begun(self, epoch: int) -> bool:
+        """Return True if an epoch can be planned now; False for a window of a stream that is not read yet."""
+        return True
+
+    @property
+    def present(self) -> int:
+        """The epoch that messages are about, and that identifies the plan in a checkpoint: the first one; of a stream
+        the window that was read last."""
+        return self.first
+
+    def close(self) -> None:
+        """Remove what only this run needs of its data: nothing but the copies of a stream's shards."""
+
+    def count_for_limit(self, epoch: int) -> int:
+        """Return the number of samples of which ``max_bad_fraction`` may be replaced in an epoch."""
+        return len(self.at(epoch))
 
     def at(self, epoch: int) -> Planned:
         """Return the sizes of an epoch's samples; measured on first use.
@@ -160,7 +195,7 @@ class SampleDataset(Dataset[Sample]):
         Raises:
             DataError: a record is malformed.
         """
-        ticket = index if isinstance(index, Ticket) else self.ticket(0, index)
+        ticket = index if isinstance(index, Ticket) else self.ticket(self.present, index)
         return self.epochs.conversation(ticket.epoch, ticket.place)
 
     def ticket(self, epoch: int, index: int) -> Ticket:
@@ -169,11 +204,11 @@ class SampleDataset(Dataset[Sample]):
         return Ticket(epoch, int(planned.index[place]), int(planned.tokens[place]), index < 0)
 
     def __len__(self) -> int:
-        """Return the number of samples of epoch 0."""
-        return len(self.at(0))
+        """Return the number of samples of the present epoch."""
+        return len(self.at(self.present))
 
     def __getitem__(self, index: int | Ticket) -> Sample:
-        ticket = index if isinstance(index, Ticket) else self.ticket(0, index)
+        ticket = index if isinstance(index, Ticket) else self.ticket(self.present, index)
         try:
             return self._sample(ticket)
         except DataError as error:
@@ -188,11 +223,11 @@ class SampleDataset(Dataset[Sample]):
         """Return the samples of a batch; in a `shared` data set, this rank's share of them."""
         if self.share is None:
             return [self[index] for index in indices]
-        return self.row([index if isinstance(index, Ticket) else self.ticket(0, index) for index in indices])
+        return self.row([index if isinstance(index, Ticket) else self.ticket(self.present, index) for index in indices])
 
     def shared(self, share: Share) -> "SampleDataset":
         """Return the same data set for a rank that trains its rows together with others."""
-        other = SampleDataset.__new__(SampleDataset)
+        other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__, share=share)  # the plans too, which a copy for a worker lacks
         return other
 
@@ -245,26 +280,28 @@ class SampleDataset(Dataset[Sample]):
 
     @property
     def index(self) -> NDArray[np.int64]:
-        """int64[S], indices of the usable conversations of epoch 0."""
-        return self.at(0).index
+        """int64[S], indices of the usable conversations of the present epoch."""
+        return self.at(self.present).index
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """int64[S], tokens of each sample of epoch 0."""
-        return self.at(0).tokens
+        """int64[S], tokens of each sample of the present epoch."""
+        return self.at(self.present).tokens
 
     @property
     def media_kinds(self) -> tuple[str, ...]:
         """Kinds of media that every rank must run in every pass: ``image``, and ``video`` if a sample has one."""
-        return ("image", "video") if self.at(0).measured.has_video.any() else ("image",)
+        return ("image", "video") if self.at(self.present).measured.has_video.any() else ("image",)
 
     def summary(self) -> str:
-        """Summarise epoch 0 in one line: samples, tokens, dropped records by reason, truncation."""
-        planned = self.at(0)
+        """Summarise the present epoch in one line: samples, tokens, dropped records by reason, truncation."""
+        return self._summarised(self.name, self.at(self.present))
+
+    def _summarised(self, name: str, planned: Planned) -> str:
         tokens, measured = planned.tokens, planned.measured
         reasons = measured.dropped() | ({"with label false": self.left_out} if self.left_out else {})
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        line = f"{self.name}: {len(planned):,} samples, {int(tokens.sum()):,} tokens, mean {tokens.mean():.0f}"
+        line = f"{name}: {len(planned):,} samples, {int(tokens.sum()):,} tokens, mean {tokens.mean():.0f}"
         line = f"{line}, longest {tokens.max():,}" + (f"; left out: {dropped}" if dropped else "")
         line += f" (the first: {measured.faults[0]})" if measured.faults else ""
         samples, lost, media = measured.cut()
@@ -272,8 +309,8 @@ class SampleDataset(Dataset[Sample]):
         return line + (cut if samples else "")
 
     def remarks(self) -> list[str]:
-        """Return a line for each key of epoch 0's records that nothing reads, and for each data set with images of
-        which the first of several frames is shown."""
-        measured = self.at(0).measured
+        """Return a line for each key of the present epoch's records that nothing reads, and for each data set with images
+        of which the first of several frames is shown."""
+        measured = self.at(self.present).measured
         frames = [first_frame_line(name, *counted) for name, counted in measured.several_frames.items()]
         return [f"{self.name}: {line}" for line in tally_lines(measured.unread) + frames]

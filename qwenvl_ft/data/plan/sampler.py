@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from qwenvl_ft.data.plan.costs import CostModel
-from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
+from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket, Totals
 from qwenvl_ft.data.plan.packing import Batch, RunShape, assign, fill, group_rows, pack_lengths, single_rows
 from qwenvl_ft.data.plan.step_size import StepSize
 
@@ -52,9 +52,9 @@ class PlanSampler(Sampler[list[Ticket]]):
         self.max_length = max_length
         self.seed = seed
         self.shuffle = shuffle
-        self.epoch = 0
+        self.epoch = dataset.first
         self._plans: dict[int, list[list[Batch]]] = {}
-        self._passes: dict[int, int] = {}
+        self._totals: dict[int, Totals] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -81,25 +81,42 @@ class PlanSampler(Sampler[list[Ticket]]):
             self._plans = dict(kept) | {epoch: passes}
         return self._plans[epoch]
 
+    def totals(self, epoch: int) -> Totals:
+        """Return what an epoch trains."""
+        same = self.dataset.measured_as(epoch)
+        if same not in self._totals:
+            planned = self.dataset.at(epoch)
+            passes = -(-len(self.rows(epoch)) // self.shape.rows_per_pass)
+            steps = -(-passes // self.shape.accumulation)
+            self._totals[same] = Totals(steps, passes, int(planned.tokens.sum()), len(planned))
+        return self._totals[same]
+
+    def before(self, epoch: int) -> Totals:
+        """Return what the epochs before one train."""
+        done = self.dataset.before
+        for earlier in range(self.dataset.first, epoch):
+            done = done.plus(self.totals(earlier))
+        return done
+
     def passes(self, epoch: int) -> int:
         """Return the number of batches of an epoch on each rank."""
-        same = self.dataset.measured_as(epoch)
-        if same not in self._passes:
-            self._passes[same] = -(-len(self.rows(epoch)) // self.shape.rows_per_pass)
-        return self._passes[same]
+        return self.totals(epoch).passes
 
     def steps(self, epoch: int) -> int:
         """Return the number of optimizer steps of an epoch."""
-        return -(-self.passes(epoch) // self.shape.accumulation)
+        return self.totals(epoch).steps
 
     def step_size(self, epoch: int) -> StepSize:
         """Return what the optimizer steps of an epoch hold."""
         return StepSize(self.shape, len(self.rows(epoch)), len(self.dataset.at(epoch)), self.packing)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Return (complete epochs, steps done in the next epoch) after ``step`` optimizer steps."""
-        epoch = 0
-        while step >= self.steps(epoch):
+        """Return (complete epochs, steps done in the next epoch) after ``step`` optimizer steps.
+
+        After the last step of an epoch it is (that epoch, all its steps) if the next one cannot be planned yet.
+        """
+        epoch, step = self.dataset.first, step - self.dataset.before.steps
+        while step >= self.steps(epoch) and self.dataset.has_begun(epoch + 1):
             step -= self.steps(epoch)
             epoch += 1
         return epoch, step

@@ -16,6 +16,10 @@ COLUMN = "qwenvl_ft_damage"
 """Column of a damaged file's Arrow copy: why the row cannot be read; null in rows that can be."""
 
 
+class EmptyError(DataError):
+    """A file has no records."""
+
+
 @dataclass(frozen=True)
 class Damage:
     """Rows that cannot be read."""

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from qwenvl_ft.data.sources.coco_files import read_coco
 from qwenvl_ft.data.sources.csv_files import read_table
-from qwenvl_ft.data.sources.damage import COLUMN, Batch, Damage, intact, marked
+from qwenvl_ft.data.sources.damage import COLUMN, Batch, Damage, EmptyError, intact, marked
 from qwenvl_ft.data.sources.json_files import MAX_BYTES, Entry, opens_object, parse_json, read_json, read_jsonl
 from qwenvl_ft.data.sources.tar_files import MEMBERS, read_tar, tar_record
 from qwenvl_ft.errors import DataError, hint, one_line
@@ -192,7 +192,7 @@ def _write(file: DataFile, target: Path, schema: pa.Schema, batches: Iterable[pa
                 writer.write_batch(batch)
                 count += batch.num_rows
         if not count:
-            raise DataError(f"{file} has no records.")
+            raise EmptyError(f"{file} has no records.")
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -33,7 +33,9 @@ def register(data: DataConfig) -> None:
 
 def _rooted(key: str, value: str, root: str | None) -> str:
     """Return the value of an entry; a relative path starts at ``data.datasets_root``."""
-    return value if key == "reader" or not value or root is None else str(Path(root).expanduser() / value)
+    if key == "reader" or not value or root is None or "://" in value:
+        return value
+    return str(Path(root).expanduser() / value)
 
 
 def val_selections(data: DataConfig) -> dict[str, Selection]:
@@ -68,22 +70,46 @@ def load_mixture(data: DataConfig, seed: int) -> tuple[Records, dict[str, Record
     """
     if not data.train:
         raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
+    if data.streaming:
+        raise RecipeError(
+            "data.streaming=true: only training reads a stream. Give some of its shards as files: data.streaming=false "
+            "data.train=shard.tar."
+        )
     register(data)
     options = load_options(data, seed)
     train = load_records(data.train, **options)
     others = load_records(data.train_dataset_mix_ds, **options) if data.train_dataset_mix_ds else None
     if data.train_dataset_mix_ratio and others is None:
         train, others = _first_and_others(train)
-    val = {name: load_records(selection, **options) for name, selection in val_selections(data).items()}
+    val = _given_validation(data, options)
     if data.split_dataset_ratio and not val:
         train, val[""] = train.split(data.split_dataset_ratio, seed)
     if data.train_dataset_sample != ALL:
         train = train.sampled(data.train_dataset_sample, seed)
-    if data.val_dataset_sample != ALL:
-        val = {name: records.sampled(data.val_dataset_sample, seed) for name, records in val.items()}
+    val = _sampled_validation(data, val, seed)
     if data.train_dataset_mix_ratio and others is not None:
         train = train.mixed(others, data.train_dataset_mix_ratio, seed)
     return train, val
+
+
+def load_validation(data: DataConfig, seed: int) -> dict[str, Records]:
+    """Return the validation records of ``data.val`` by name, as `load_mixture` does.
+
+    Raises:
+        DataError: a data set does not exist or cannot be read.
+    """
+    register(data)
+    return _sampled_validation(data, _given_validation(data, load_options(data, seed)), seed)
+
+
+def _given_validation(data: DataConfig, options: dict[str, Any]) -> dict[str, Records]:
+    return {name: load_records(selection, **options) for name, selection in val_selections(data).items()}
+
+
+def _sampled_validation(data: DataConfig, val: dict[str, Records], seed: int) -> dict[str, Records]:
+    if data.val_dataset_sample == ALL:
+        return val
+    return {name: records.sampled(data.val_dataset_sample, seed) for name, records in val.items()}
 
 
 def joined(sets: dict[str, Records]) -> Records:

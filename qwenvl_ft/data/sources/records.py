@@ -53,6 +53,8 @@ class Part:
     """Most bytes of text of a record."""
     large: Mapping[int, int] = field(default_factory=dict)
     """Row -> bytes of the rows with more text."""
+    address: str = ""
+    """Where the file was copied from, for messages; empty if it is no copy."""
 
     def record(self, place: int) -> tuple[Any, Source]:
         """Return a record and its origin; raise DataError if it is damaged."""
@@ -60,6 +62,7 @@ class Part:
         if row in self.large:
             raise too_large(f"{self.file.path}[{row}]", self.large[row], self.max_bytes)
         where, record = self.file.kind.record(row_of(self.table, row), self.file.path, row)
+        where = where.replace(str(self.file.path), self.address, 1) if self.address else where
         if not isinstance(record, dict):
             return record, Source(self.name, where)
         record = self.rules.applied(record)
@@ -213,12 +216,43 @@ def load_records(
             raise DataError(f"data set {name}: {rate * 100:g}% of {size} records is 0 records. Raise the rate.")
         taken = rows_of_files if rate == 1 else split_places(rows_of_files, places)
         for file, table, kept, rows in zip(several, opened_files, rows_of_files, taken, strict=True):
-            root = _media_root(name, entry, file, media_root, media_outside_root)
             if len(rows):
-                options = entry.get("reader"), table, file.state, rows, rules, table.num_rows - len(kept)
-                large = large_rows(table.table, max_record_bytes) if file.kind.has_columns else {}
-                parts.append(Part(name, file, root, *options, image_keys_of(entry), max_record_bytes, large))
+                part = part_of(name, entry, file, table, rules, kept, media_root, media_outside_root, max_record_bytes)
+                parts.append(replace(part, rows=rows))
     return Records(parts)
+
+
+def part_of(
+    name: str,
+    entry: Mapping[str, Any],
+    file: DataFile,
+    table: Table,
+    rules: KeyRules,
+    kept: Rows,
+    media_root: str | None,
+    media_outside_root: str | None,
+    max_record_bytes: int,
+) -> Part:
+    """Return all kept rows of a file; for the settings see `load_records`.
+
+    Args:
+        entry: of the data set, from `find_dataset`.
+        kept: rows that ``rules`` keep.
+    """
+    return Part(
+        name,
+        file,
+        _media_root(name, entry, file, media_root, media_outside_root),
+        entry.get("reader"),
+        table,
+        file.state,
+        kept,
+        rules,
+        table.num_rows - len(kept),
+        image_keys_of(entry),
+        max_record_bytes,
+        large_rows(table.table, max_record_bytes) if file.kind.has_columns else {},
+    )
 
 
 def _limit(root: str) -> str:

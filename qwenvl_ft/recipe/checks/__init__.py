@@ -7,7 +7,7 @@ change, or None. One module per topic; `CHECKS` lists all of them.
 from collections.abc import Callable
 
 from qwenvl_ft.errors import RecipeError
-from qwenvl_ft.recipe.checks import data, evaluation, fields, launcher, memory, method, optimizer
+from qwenvl_ft.recipe.checks import data, evaluation, fields, launcher, memory, method, optimizer, stream
 from qwenvl_ft.recipe.schema import Recipe
 
 Check = Callable[[Recipe], str | None]
@@ -34,6 +34,7 @@ CHECKS: tuple[Check, ...] = (
     data.areas,
     data.datasets,
     data.names_of_validation_sets,
+    stream.settings,
     method.nothing_trains,
     data.packing,
     evaluation.evaluation_data,

@@ -97,6 +97,22 @@ class Sources:
 
 
 @dataclass(kw_only=True)
+class Streaming:
+    """Training data that are read shard by shard, see docs/streaming.md."""
+
+    streaming: bool = False
+    """Read train as a stream of shards (paths, URLs, addresses of object stores, {000..123}, *) and plan one window of
+    records after the other. Needs training.max_steps."""
+    stream_window: Positive = 10_000
+    """Records of a window, which are shuffled, packed and balanced together."""
+    stream_rounds: Positive | None = None
+    """Times to read all shards; null goes on until training.max_steps. Whichever comes first ends the run."""
+    stream_cache: str | None = None
+    """Folder for the copies of the shards of the latest windows, on a local disk; null is a folder beside the caches of
+    datasets."""
+
+
+@dataclass(kw_only=True)
 class MediaLimits:
     """How images are read, and limits for images and videos."""
 
@@ -169,7 +185,7 @@ class BadRecords:
 
 
 @dataclass(kw_only=True)
-class DataConfig(Sources, MediaLimits, DenseCaptions, BadRecords):
+class DataConfig(Sources, Streaming, MediaLimits, DenseCaptions, BadRecords):
     """Data to train and evaluate on."""
 
     @property

@@ -78,13 +78,21 @@ class RunLog(TrainerCallback):
         self.follow(args)
         if not state.is_world_process_zero:
             return
-        size = train_dataloader.batch_sampler.step_size(0)
+        sampler = train_dataloader.batch_sampler
+        size = sampler.step_size(sampler.dataset.present)
         self.write(f"{state.max_steps:,} steps of {size}; from step {state.global_step}")
         if sys.stdout.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
             self.progress = Progress(*columns)
             self.progress.start()
             self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        """Write what each further window of a stream holds; `announce` has written it of the first one."""
+        dataset = train_dataloader.batch_sampler.dataset
+        if state.is_world_process_zero and dataset.present > dataset.first:
+            for line in (dataset.summary(), *dataset.remarks()):
+                self.write(line)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.progress is not None and self.task is not None:

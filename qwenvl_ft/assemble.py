@@ -70,6 +70,7 @@ def build_datasets(
     """
     seed = int(recipe.training.arguments["seed"]) if seed is None else seed
     encoder = build_encoder(recipe, processor)
+    train_set: SampleDataset
     if recipe.data.streaming:
         val = load_validation(recipe.data, seed)
         train_set = build_stream(recipe, encoder, seed, stream or stream_options(recipe))

@@ -14,7 +14,7 @@ from cases import picture
 from run_cases import short_run
 
 
-def jpeg(number, width=64):
+def image_bytes(number, width=64):
     buffer = io.BytesIO()
     picture(width, 64, number).save(buffer, "PNG")
     return buffer.getvalue()
@@ -33,7 +33,7 @@ def write_tar(path, numbers, *, text=False):
             images = 0 if text else 1 + (number % 3 == 0)
             record = {"id": f"r{number}", "conversations": turns(number, images=images)}
             members = [("json", json.dumps(record).encode())]
-            members += [(f"{k}.png" if images > 1 else "png", jpeg(number, 64 + 16 * k)) for k in range(images)]
+            members += [(f"{k}.png" if images > 1 else "png", image_bytes(number, 64 * (1 + k))) for k in range(images)]
             for ending, content in members:
                 entry = tarfile.TarInfo(f"{number:06d}.{ending}")
                 entry.size = len(content)
@@ -47,7 +47,7 @@ def write_parquet(path, numbers):
         {
             "id": f"r{number}",
             "conversations": turns(number),
-            "image": {"bytes": jpeg(number), "path": f"{number}.png"},
+            "image": {"bytes": image_bytes(number), "path": f"{number}.png"},
         }
         for number in numbers
     ]

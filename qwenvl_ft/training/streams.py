@@ -1,4 +1,4 @@
-"""How do the processes of a run take part in one stream? They agree on its shards, and one of each machine reads ahead."""
+"""How do the ranks of a run share a stream? They agree on its shards, and one process of each machine reads ahead."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -98,8 +98,8 @@ class Planned:
 class SampleDataset(Dataset[Sample]):
     """The samples of a data set. Records that cannot become a sample (too long, unsupervised) are counted and dropped.
 
-    ``dataset[i]`` encodes the i-th usable conversation of the `present` epoch, ``dataset[dataset.ticket(epoch, i)]`` that of any
-    epoch. ``dataset[~i]`` is the same sample without labels, a filler (see `assign`).
+    ``dataset[i]`` encodes the i-th usable conversation of the `present` epoch, ``dataset[dataset.ticket(epoch, i)]``
+    that of any epoch. ``dataset[~i]`` is the same sample without labels, a filler (see `assign`).
 
     Args:
         records: `Epochs`, or records that each become one conversation.
@@ -309,8 +309,8 @@ class SampleDataset(Dataset[Sample]):
         return line + (cut if samples else "")
 
     def remarks(self) -> list[str]:
-        """Return a line for each key of the present epoch's records that nothing reads, and for each data set with images
-        of which the first of several frames is shown."""
+        """Return a line for each key of the present epoch's records that nothing reads, and for each data set with
+        images of which the first of several frames is shown."""
         measured = self.at(self.present).measured
         frames = [first_frame_line(name, *counted) for name, counted in measured.several_frames.items()]
         return [f"{self.name}: {line}" for line in tally_lines(measured.unread) + frames]

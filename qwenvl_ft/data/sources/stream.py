@@ -122,7 +122,7 @@ class Stream:
         except EmptyError:
             if not options["skip"]:
                 raise DataError(
-                    f"the shard {address} has no records. Take it away, or set data.on_error=skip to pass over such shards."
+                    f"the shard {address} has no records. Remove it, or set data.on_error=skip to pass over it."
                 ) from None
             logger.warning("left out: %s has no records", address)
             return None

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from cases import picture
 from run_cases import short_run
 
+from qwenvl_ft.data.sources.key_rules import ALL_KEYS
+
 
 def image_bytes(number, width=64):
     buffer = io.BytesIO()
@@ -122,6 +124,24 @@ def served(folder):
     finally:
         server.shutdown()
         server.server_close()
+
+
+WINDOW = 5
+"""Records of a window."""
+LOADING = {"media_root": None, "media_outside_root": None, "rules": ALL_KEYS, "max_record_bytes": 16_000_000}
+
+
+def open_stream(selection, folder, encoder, *, window=WINDOW, rounds=2, saved=None, skip=False, seed=3, **options):
+    """Open a stream as a run without reading ahead does."""
+    from qwenvl_ft.data.plan.epochs import RecordEpochs
+    from qwenvl_ft.data.plan.windows import Saved, StreamOptions, WindowDataset, Windows
+    from qwenvl_ft.data.sources.shards import list_shards
+    from qwenvl_ft.data.sources.stream import Stream
+
+    stream = Stream(window, folder, LOADING | {"seed": seed, "skip": skip})
+    part = StreamOptions(folder, lambda: list_shards(selection), rounds, reads_ahead=False, saved=saved or Saved())
+    windows = Windows(stream, RecordEpochs, part)
+    return WindowDataset(windows, encoder, on_error="skip" if skip else "raise", **options)
 
 
 def stream_run(model, data, output, *more):

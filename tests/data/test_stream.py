@@ -9,32 +9,16 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from stream_cases import served, turns, write_jsonl, write_parquet, write_shards, write_tar
+from stream_cases import WINDOW, open_stream, served, turns, write_jsonl, write_parquet, write_shards, write_tar
 
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset, Totals
-from qwenvl_ft.data.plan.epochs import RecordEpochs
 from qwenvl_ft.data.plan.packing import RunShape
 from qwenvl_ft.data.plan.sampler import PlanSampler
-from qwenvl_ft.data.plan.windows import Begin, Saved, StreamOptions, WindowDataset, Windows
-from qwenvl_ft.data.sources.key_rules import ALL_KEYS
+from qwenvl_ft.data.plan.windows import Begin, Saved
 from qwenvl_ft.data.sources.records import load_records
-from qwenvl_ft.data.sources.shards import list_shards
-from qwenvl_ft.data.sources.stream import ORDER, Stream
+from qwenvl_ft.data.sources.stream import ORDER
 from qwenvl_ft.errors import DataError
-
-WINDOW = 5
-LOADING = {"media_root": None, "media_outside_root": None, "rules": ALL_KEYS, "max_record_bytes": 16_000_000}
-
-
-def open_stream(
-    selection, folder, encoder, *, window=WINDOW, rounds=2, saved=None, skip=False, seed=3, **options
-) -> WindowDataset:
-    """Open a stream as a run without reading ahead does."""
-    stream = Stream(window, folder, LOADING | {"seed": seed, "skip": skip})
-    part = StreamOptions(folder, lambda: list_shards(selection), rounds, reads_ahead=False, saved=saved or Saved())
-    windows = Windows(stream, RecordEpochs, part)
-    return WindowDataset(windows, encoder, on_error="skip" if skip else "raise", **options)
 
 
 def record_ids(dataset, window):

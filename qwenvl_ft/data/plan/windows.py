@@ -235,7 +235,7 @@ class WindowDataset(SampleDataset):
     def close(self) -> None:
         """Remove the copies of shards, at the end of a run."""
         if self._ahead is not None:
-            self._ahead.terminate()
+            self._ahead.kill()
             self._ahead.join()
         if self.windows.options.leads:
             shutil.rmtree(self.windows.stream.folder, ignore_errors=True)

@@ -5,6 +5,7 @@ The trainer is built in `training/build.py`: this module stands below `look/`, w
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -113,19 +114,27 @@ def build_dataset(
 
 
 def stream_options(recipe: Recipe) -> StreamOptions:
-    """Return how a process reads the recipe's stream alone, from its beginning."""
+    """Return how this process reads the recipe's stream from its beginning; it lists the shards by itself."""
     data, output = recipe.data, Path(recipe.training.arguments["output_dir"])
     run = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    folder = (Path(data.stream_cache) if data.stream_cache else default_cache()) / f"stream-{run}"
-    return StreamOptions(folder, lambda: list_shards(cast(Any, data.train)), data.stream_rounds)
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    cache = Path(data.stream_cache).expanduser() if data.stream_cache else default_cache()
+    return StreamOptions(
+        cache / f"stream-{run}" / str(rank - local_rank),  # its processes on this machine have the same one
+        lambda: list_shards(cast(Any, data.train)),
+        data.stream_rounds,
+        leads=local_rank == 0,
+    )
 
 
 def build_stream(recipe: Recipe, encoder: Encoder, seed: int, options: StreamOptions) -> WindowDataset:
     """Build the samples of a stream; see `build_dataset`."""
     data = recipe.data
     register(data)
-    names = {name for name, _ in options.saved.begin.shards or options.listed()}
-    require_known(data.loss_weights, names, "data.loss_weights")
+    begin = options.saved.begin
+    shards = tuple(options.listed()) if begin.shards is None else begin.shards
+    options.saved = options.saved._replace(begin=begin._replace(shards=shards))
+    require_known(data.loss_weights, {shard.name for shard in shards}, "data.loss_weights")
     stream = Stream(data.stream_window, options.folder, load_options(data, seed))
 
     def conversations(records: Records) -> Epochs:

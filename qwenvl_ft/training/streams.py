@@ -1,4 +1,4 @@
-"""How do the ranks of a run share a stream? They agree on its shards, and one process of each machine reads ahead."""
+"""How do the ranks of a run share a stream? They agree on its shards, and on where a resumed run goes on."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,17 +29,10 @@ def shared_stream(
     if not recipe.data.streaming:
         return None
     own = stream_options(recipe)
-    machine = args.process_index - args.local_process_index
 
     def listed() -> Sequence[Shard]:
         """Return the shards that rank 0 sees: of data that grows, another rank may see more."""
         found = ranks.together(lambda: own.listed() if args.process_index == 0 else ())
         return broadcast_from_rank_0(found, args.world_size)
 
-    return replace(
-        own,
-        listed=listed,
-        folder=own.folder / str(machine),
-        leads=args.local_process_index == 0,
-        saved=saved_position(checkpoint),
-    )
+    return replace(own, listed=listed, saved=saved_position(checkpoint))

@@ -239,6 +239,8 @@ class WindowDataset(SampleDataset):
             self._ahead.join()
         if self.windows.options.leads:
             shutil.rmtree(self.windows.stream.folder, ignore_errors=True)
+            with suppress(OSError):  # the folder of the run, which other machines may share
+                self.windows.stream.folder.parent.rmdir()
 
     def summary(self) -> str:
         """Summarise the present window in one line, as `SampleDataset` does an epoch."""

@@ -16,6 +16,7 @@ from qwenvl_ft.data.conversation import Image, Sample
 from qwenvl_ft.data.media.images import image_size
 from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
 from qwenvl_ft.data.plan.packing import pack_lengths, single_rows
+from qwenvl_ft.data.sources.mixture import require_whole
 from qwenvl_ft.look.histogram import Histogram, depth_histogram
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pictures import data_uri, pictures
@@ -149,6 +150,7 @@ def show_recipe(
     """
     from qwenvl_ft.assemble import build_datasets, build_processor
 
+    require_whole(recipe.data)
     processor = build_processor(recipe)
     seed = recipe.training.arguments["seed"]
     train, val = build_datasets(recipe, processor, seed)

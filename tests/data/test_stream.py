@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import stream_memory
 import torch
 from stream_cases import WINDOW, open_stream, served, turns, write_jsonl, write_parquet, write_shards, write_tar
 
@@ -150,12 +151,23 @@ def test_only_the_shards_of_two_windows_stay_on_the_disk(tmp_path, encoder):
             }
             assert kept == needed
             assert len(list((tmp_path / "cache" / "windows").iterdir())) <= 2
+            assert len(dataset._planned) <= 2
+            assert len(dataset.windows.stream._opened) == len(needed)
             most, window = max(most, len(kept)), window + 1
         assert window > 8
         assert most < 6, "nothing was removed"
         assert set(server.requests.values()) == {1}, "a shard was copied twice"
         dataset.close()
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.soak
+def test_memory_is_the_same_for_ten_times_the_records(tiny_dir):
+    """100,000 records are read and planned; each of them as a Python object would take a kilobyte or more."""
+    few, many = (stream_memory.measured(tiny_dir, count) for count in (10_000, 100_000))
+    assert (few["records"], many["records"]) == (10_000, 100_000)
+    assert many["most"] - few["most"] < 60
+    assert many["disk"] < 1.5 * few["disk"]
 
 
 def test_a_process_that_does_not_lead_removes_nothing(web, encoder, tmp_path):

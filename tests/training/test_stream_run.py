@@ -295,11 +295,15 @@ def test_a_key_of_a_stream_is_not_read_without_one(tiny_dir, web, tmp_path):
 
 
 def test_commands_that_read_everything_say_so(tiny_dir, web, tmp_path):
+    """A command that opened the stream would remove shards under a run with the same output_dir."""
     from qwenvl_ft.data.sources.mixture import load_mixture
+    from qwenvl_ft.look.show import show_recipe
 
     recipe = load_recipe(None, stream_run(tiny_dir, web / "000.tar", tmp_path, NO_SAVES))
-    with pytest.raises(RecipeError, match="only training reads a stream"):
-        load_mixture(recipe.data, 0)
+    for command in (lambda: load_mixture(recipe.data, 0), lambda: show_recipe(recipe, tmp_path / "page.html")):
+        with pytest.raises(RecipeError, match="only training reads a stream"):
+            command()
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}-cache"))
 
 
 def test_validation_is_not_streamed(tiny_dir, web, tmp_path):

@@ -65,16 +65,12 @@ def load_mixture(data: DataConfig, seed: int) -> tuple[Records, dict[str, Record
     and ``val_dataset_sample`` draw records, ``train_dataset_mix_ratio`` mixes in others.
 
     Raises:
-        RecipeError: ``data.train`` is not set.
+        RecipeError: ``data.train`` is not set, or is a stream.
         DataError: a data set does not exist or cannot be read, there is nothing to mix in, or a split is empty.
     """
     if not data.train:
         raise RecipeError("data.train is not set. Give a file or a registered name: data.train=my.jsonl.")
-    if data.streaming:
-        raise RecipeError(
-            "data.streaming=true: only training reads a stream. Give some of its shards as files: data.streaming=false "
-            "data.train=shard.tar."
-        )
+    require_whole(data)
     register(data)
     options = load_options(data, seed)
     train = load_records(data.train, **options)
@@ -90,6 +86,15 @@ def load_mixture(data: DataConfig, seed: int) -> tuple[Records, dict[str, Record
     if data.train_dataset_mix_ratio and others is not None:
         train = train.mixed(others, data.train_dataset_mix_ratio, seed)
     return train, val
+
+
+def require_whole(data: DataConfig) -> None:
+    """Raise RecipeError if the training records are a stream, whose shards belong to the run that reads it."""
+    if data.streaming:
+        raise RecipeError(
+            "data.streaming=true: only training reads a stream. Give some of its shards as files: data.streaming=false "
+            "data.train=shard.tar."
+        )
 
 
 def load_validation(data: DataConfig, seed: int) -> dict[str, Records]:

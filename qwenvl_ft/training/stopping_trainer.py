@@ -12,6 +12,7 @@ from qwenvl_ft.checkpoint.complete import PREFIX, checkpoints, missing
 from qwenvl_ft.checkpoint.lock import require_own
 from qwenvl_ft.checkpoint.same_run import NOT_SHARDED
 from qwenvl_ft.checkpoint.space import require_space, size_of, written_whole
+from qwenvl_ft.data.sources.shards import ShardError
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.training.agreement import OtherRankError, only_run_of
 from qwenvl_ft.training.callbacks.signals import Interrupted, SignalCallback
@@ -73,7 +74,7 @@ class StoppingTrainer(RowTrainer):
                     raise
                 saved = self._save_finished_step()
                 if isinstance(error, DataError):
-                    raise DataError(f"{error} {saved}{self._advice()}") from error
+                    raise DataError(f"{error} {saved}{self._advice(error)}") from error
                 if isinstance(error, OtherRankError):
                     raise OtherRankError(f"{error} {saved}") from error
                 if self.is_world_process_zero():
@@ -143,8 +144,10 @@ class StoppingTrainer(RowTrainer):
             self.save_now()
         return f"Step {self.state.global_step} is saved in {self._checkpoint}. "
 
-    def _advice(self) -> str:
-        """Return how to go on after a record that cannot be read."""
+    def _advice(self, error: DataError) -> str:
+        """Return how to go on after a record or a shard that cannot be read."""
+        if isinstance(error, ShardError):
+            return "" if self._begun is None else "Go on with training.resume_from_checkpoint=true when it can be read."
         skips = "set data.on_error=skip if its header can still be read"
         if self.samples.on_error == "skip":
             skips = "raise data.max_bad_fraction"

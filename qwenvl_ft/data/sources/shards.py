@@ -40,6 +40,10 @@ class Shard(NamedTuple):
     address: str
 
 
+class ShardError(DataError):
+    """A shard cannot be copied."""
+
+
 class GoneError(Exception):
     """A shard cannot be had, and a new try would not help."""
 
@@ -86,11 +90,11 @@ def fetch(address: str, folder: Path) -> Path:
     If several processes want the same copy, one makes it while the others wait.
 
     Raises:
-        DataError: there is no such shard, it cannot be copied after several tries, or the disk is full.
+        ShardError: there is no such shard, it cannot be copied after several tries, or the disk is full.
     """
     if not is_remote(address):
         if not Path(address).is_file():
-            raise DataError(f"the shard {address} does not exist.")
+            raise ShardError(f"the shard {address} does not exist.")
         return Path(address)
     place = folder_of(address, folder)
     target = place / _file_name(address)
@@ -100,7 +104,7 @@ def fetch(address: str, folder: Path) -> Path:
             if not target.exists():
                 _copy(address, target)
     except OSError as error:
-        raise DataError(
+        raise ShardError(
             f"the shard {address} cannot be written to {folder}: {error.strerror or error}. Set data.stream_cache to a "
             "folder on a disk with enough space."
         ) from None
@@ -186,7 +190,7 @@ def _copy(address: str, target: Path) -> None:
                 partial.replace(target)
                 return
             except (GoneError, FileNotFoundError, PermissionError) as error:
-                raise DataError(f"the shard {address} cannot be read: {one_line(error)}.") from None
+                raise ShardError(f"the shard {address} cannot be read: {one_line(error)}.") from None
             except (DataError, MemoryError):
                 raise
             except Exception as error:  # of any type: each store has its own
@@ -194,7 +198,7 @@ def _copy(address: str, target: Path) -> None:
                     raise
                 if wait is None:
                     tries = f"after {len(WAITS) + 1} tries"
-                    raise DataError(f"the shard {address} cannot be read {tries}: {one_line(error)}.") from None
+                    raise ShardError(f"the shard {address} cannot be read {tries}: {one_line(error)}.") from None
                 time.sleep(wait)
     finally:
         partial.unlink(missing_ok=True)

@@ -151,7 +151,7 @@ def test_only_the_shards_of_two_windows_stay_on_the_disk(tmp_path, encoder):
             }
             assert kept == needed
             assert len(list((tmp_path / "cache" / "windows").iterdir())) <= 2
-            assert len(dataset._planned) <= 2
+            assert len(dataset.planned_epochs) <= 2
             assert len(dataset.windows.stream._opened) == len(needed)
             most, window = max(most, len(kept)), window + 1
         assert window > 8

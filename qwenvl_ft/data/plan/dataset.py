@@ -142,11 +142,11 @@ class SampleDataset(Dataset[Sample]):
         self.max_bad_fraction = max_bad_fraction
         self.left_out = left_out
         self.share: Share | None = None
-        self._planned: dict[int, Planned] = {}
+        self.planned_epochs: dict[int, Planned] = {}
         self.at(self.present)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_planned": {}}  # workers need no plan: a `Ticket` tells them enough
+        return self.__dict__ | {"planned_epochs": {}}  # workers need no plan: a `Ticket` tells them enough
 
     def measured_as(self, epoch: int) -> int:
         """Return the first epoch whose samples have the same lengths as those of ``epoch``."""
@@ -176,7 +176,7 @@ class SampleDataset(Dataset[Sample]):
             DataError: as for the constructor.
         """
         same = self.measured_as(epoch)
-        if same not in self._planned:
+        if same not in self.planned_epochs:
             measured = measure(
                 EpochConversations(self.epochs, same),
                 self.encoder,
@@ -186,8 +186,8 @@ class SampleDataset(Dataset[Sample]):
             )
             self._check_bad(measured)
             require_some(measured, self.name)
-            self._planned[same] = Planned(measured)
-        return self._planned[same]
+            self.planned_epochs[same] = Planned(measured)
+        return self.planned_epochs[same]
 
     def conversation(self, index: int | Ticket) -> Conversation:
         """Return the conversation that a sample is made from.
@@ -295,9 +295,9 @@ class SampleDataset(Dataset[Sample]):
 
     def summary(self) -> str:
         """Summarise the present epoch in one line: samples, tokens, dropped records by reason, truncation."""
-        return self._summarised(self.name, self.at(self.present))
+        return self.summarised(self.name, self.at(self.present))
 
-    def _summarised(self, name: str, planned: Planned) -> str:
+    def summarised(self, name: str, planned: Planned) -> str:
         tokens, measured = planned.tokens, planned.measured
         reasons = measured.dropped() | ({"with label false": self.left_out} if self.left_out else {})
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())

@@ -190,7 +190,7 @@ class WindowDataset(SampleDataset):
         super().__init__(windows, encoder, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_ahead": None}
+        return self.__dict__ | {"planned_epochs": {}, "_ahead": None}
 
     def at(self, epoch: int) -> Planned:
         """Return the sizes of a window's samples; `ENDED` after the last window.
@@ -198,16 +198,16 @@ class WindowDataset(SampleDataset):
         Raises:
             DataError: a shard or too many records cannot be read, or two whole rounds hold nothing to train on.
         """
-        if epoch not in self._planned:
+        if epoch not in self.planned_epochs:
             window, planned = self._load(epoch)
             if window is None:
                 return planned
-            for old in [other for other in self._planned if other != epoch - 1]:
-                del self._planned[old]
-            self._planned[epoch] = planned
+            for old in [other for other in self.planned_epochs if other != epoch - 1]:
+                del self.planned_epochs[old]
+            self.planned_epochs[epoch] = planned
             self.windows.hold(epoch, window)
             self._read_ahead(epoch + 1)
-        return self._planned[epoch]
+        return self.planned_epochs[epoch]
 
     def has_begun(self, epoch: int) -> bool:
         return epoch <= self.windows.last
@@ -250,7 +250,7 @@ class WindowDataset(SampleDataset):
         place = f"window {number + 1} of up to {self.windows.stream.window:,} records"
         shards = len(window.begin.shards or ())
         where = f"round {window.begin.position.round + 1}, shard {window.begin.position.shard + 1} of {shards:,}"
-        return self._summarised(f"{self.name}: {place} ({where})", self.at(number))
+        return self.summarised(f"{self.name}: {place} ({where})", self.at(number))
 
     def _begin_of(self, epoch: int) -> Begin:
         if epoch in self.windows.held:

@@ -72,7 +72,8 @@ WRONG_FILES = {
         "ignored_keys, image_frame, image_timeout, images_per_user_turn, label, label_pattern, loss_weights, "
         "max_bad_fraction, max_image_pixels, max_record_bytes, media_outside_root, media_root, object_order, "
         "object_pattern, on_error, readers, split_dataset_ratio, stream_cache, stream_rounds, stream_window, "
-        "streaming, summary_ratio, train, train_dataset_mix_ds, train_dataset_mix_ratio, train_dataset_sample, val, val_dataset_sample, video_timeout, window.",
+        "streaming, summary_ratio, train, train_dataset_mix_ds, train_dataset_mix_ratio, "
+        "train_dataset_sample, val, val_dataset_sample, video_timeout, window.",
     ),
     "a misspelt choice": (
         "template: {truncation_strategy: rihgt}",

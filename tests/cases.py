@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
@@ -17,6 +18,9 @@ SHARED = Path(os.environ.get("QWENVL_FT_SHARED", Path(__file__).resolve().parent
 
 KINDS = ("dense", "moe", "qwen3_5", "qwen3_5_moe")
 """Names of the tiny checkpoints: Qwen3-VL and Qwen3.5, each dense and as a mixture of experts."""
+
+MOST_KINDS = [*KINDS[:3], pytest.param(KINDS[3], marks=pytest.mark.soak)]
+"""``KINDS`` for tests of what the last kind has from the two before it."""
 
 
 def make_kind(folder: Path, kind: str) -> Path:

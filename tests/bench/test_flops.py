@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import KINDS
+from cases import MOST_KINDS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -95,7 +95,7 @@ def test_a_gpu_is_known_by_its_name(device, peak):
     assert peak_tflops("Some other device") is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_weights_that_zero_3_holds_in_parts_count_as_whole_ones(checkpoints, kind):
     model = load_model(str(checkpoints[kind]), torch_dtype="float32", attn_impl="sdpa")
     row = Row([40, 24], [24, 16], 9)

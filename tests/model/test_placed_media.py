@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import KINDS
+from cases import MOST_KINDS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenvl_ft.data.collate import QwenVLCollator
@@ -30,7 +30,7 @@ def step(model, batch):
 
 
 @pytest.mark.parametrize("attn_impl", ["packed_sdpa", "sdpa"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_loss_and_gradients_are_those_of_transformers_own_way(checkpoints, samples, kind, attn_impl):
     model = load_model(checkpoints[kind], torch_dtype="float32", attn_impl=attn_impl).train()
     places = MediaPlaces.of(model)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import KINDS
+from cases import MOST_KINDS
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
@@ -55,7 +55,7 @@ def linears(model, *parts):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_language_model_alone_is_quantised(quantized, name, kind):
     model = quantized(name, kind)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import KINDS, RECORDS, make_trainer
+from cases import MOST_KINDS, RECORDS, make_trainer
 from transformers import TrainerCallback
 
 from qwenvl_ft.errors import RecipeError
@@ -47,7 +47,7 @@ def run(folder, checkpoint, encoder, *, seed=7, resume=None, **more):
     return trainer, watch
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_two_layers_train_at_a_time(checkpoints, encoder, tmp_path, kind):
     trainer, watch = run(tmp_path, checkpoints[kind], encoder)
     assert all(len(layers) == 2 for layers in watch.moved)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cases import KINDS
+from cases import MOST_KINDS
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_ft.errors import RecipeError
@@ -135,7 +135,7 @@ def test_a_tied_head_is_the_embedding_and_that_is_said(fresh, caplog):
     assert "lm_head.weight" in free_weights(fresh("moe"), full(freeze_llm=True, trainable_parameters=["lm_head"]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_training_moves_what_is_free_and_no_other_bit(fresh, train, kind):
     settings = full(
         freeze_parameters=["model.layers.1"],

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import KINDS
+from cases import MOST_KINDS
 from run_cases import short_run, write_questions
 from torch import nn
 
@@ -24,7 +24,7 @@ MERGERS = ("model.visual.merger", *(f"model.visual.deepstack_merger_list.{n}" fo
 def every_combination(test):
     """Run a test for every kind of model, and for all eight settings of the flags."""
     names = ["+".join(flag for flag, on in zip(FLAGS, flags, strict=True) if on) or "none" for flags in COMBINATIONS]
-    return pytest.mark.parametrize("kind", KINDS)(pytest.mark.parametrize("frozen", COMBINATIONS, ids=names)(test))
+    return pytest.mark.parametrize("kind", MOST_KINDS)(pytest.mark.parametrize("frozen", COMBINATIONS, ids=names)(test))
 
 
 def flag_of(model):

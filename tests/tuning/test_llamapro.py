@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import KINDS
+from cases import MOST_KINDS
 from transformers import AutoModelForImageTextToText
 
 from qwenvl_ft.errors import RecipeError
@@ -34,7 +34,7 @@ def test_blocks_are_spread_evenly_and_above_the_deepstack_features(fresh, deep):
     assert insertion_points(fresh(), 4) == [3, 3, 3, 4]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_the_larger_model_gives_the_same_logits_and_features_keep_their_layers(fresh, tuner, batch, kind, count):
     """Hidden states after each old layer are those of the smaller model, and a new block returns its input."""
@@ -81,7 +81,7 @@ def test_a_feature_would_lose_its_layer_below_the_third(fresh, tuner, batch, mon
         assert not torch.allclose(model(**batch).logits, fresh()(**batch).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_a_new_block_copies_the_layer_below_it_but_for_what_it_writes(fresh, tuner, kind):
     model = prepare_model(fresh(kind), llamapro(tuner, llamapro_num_new_blocks=1))
     below, block = (dict(model.model.language_model.layers[n].named_parameters()) for n in (3, 4))
@@ -92,7 +92,7 @@ def test_a_new_block_copies_the_layer_below_it_but_for_what_it_writes(fresh, tun
     assert all(block[name].data_ptr() != below[name].data_ptr() for name in block)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_the_checkpoint_is_a_plain_model_that_generates_the_same(fresh, tuner, train, batch, tmp_path, kind):
     model = train(prepare_model(fresh(kind), llamapro(tuner, llamapro_num_new_blocks=2))).eval()
     model.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import KINDS, RECORDS, ListRecords, quiet_arguments, stirred
+from cases import MOST_KINDS, RECORDS, ListRecords, quiet_arguments, stirred
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -42,7 +42,7 @@ CHANGES_AT_ONCE = ("consreft",)
 every_method = pytest.mark.parametrize("name", METHODS)
 BLOCKS = {"dense": [3, 5], "moe": [3, 5], "qwen3_5": [2, 5], "qwen3_5_moe": [2, 5]}
 """Kind -> the new blocks of LLaMA Pro: Qwen3-VL has none among the layers that take deepstack features."""
-both_kinds = pytest.mark.parametrize("kind", KINDS)
+both_kinds = pytest.mark.parametrize("kind", MOST_KINDS)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from cases import KINDS, stirred
+from cases import MOST_KINDS, stirred
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from qwenvl_ft.data.collate import PaddedCollator, QwenVLCollator
@@ -42,7 +42,7 @@ def by_loop(sample, first, last):
     return chosen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
 def test_the_edit_is_the_papers_formula(fresh, tuner, batch, kind, intervention):
     """Hooks on the layers of a plain model, one token at a time, with R from the stored matrix by Gram-Schmidt."""
@@ -136,7 +136,7 @@ def test_a_padded_batch_has_the_loss_of_a_packed_row(fresh, tuner, samples, proc
     torch.testing.assert_close(padded, packed, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_batched_generation_answers_as_one_prompt_alone(fresh, tuner, processor, kind):
     """Left padding in front of the shorter prompt must not take its first position."""
     model = stirred(prepare_model(fresh(kind), tuner(train_type="reft", **TEXT_ONLY)), 0.3).eval()
@@ -193,7 +193,7 @@ def answered(model, inputs, count=6, **options):
     return torch.stack(found.logits, dim=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("positions", ["f2+l3", "l1"])
 def test_generation_edits_the_prompt_alone(fresh, tuner, processor, batch, kind, positions):
     """A single prompt, one with images, and a batch padded on the left give the same results as without a cache."""

@@ -128,6 +128,7 @@ def dry_run(folder, temporary, tiny_dir, *arguments):
     return subprocess.run([RECIPES / "dry_run.sh", *small], cwd=folder, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_dry_run_takes_five_steps_and_keeps_nothing(converted, temporary, tiny_dir):
     done = dry_run(converted, temporary, tiny_dir)

@@ -67,6 +67,7 @@ def assert_same(found, expected, *, tolerance=2e-5):
         assert (found[1][name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name
 
 
+@pytest.mark.soak
 def test_layers_that_an_adapter_wraps_whole_are_compiled_below_it(tiny_dir, batches):
     reft = TunerConfig(train_type="reft", freeze_vit=True, freeze_aligner=True)
     torch.manual_seed(0)
@@ -134,6 +135,7 @@ def test_the_compiled_code_is_what_runs(tiny_dir, batches, checkpointing):
     assert_same(step(model, batches[0]), (expected, gradients))
 
 
+@pytest.mark.soak
 def test_rows_of_other_lengths_are_not_compiled_anew(tiny_dir, batches):
     model = fresh(tiny_dir, checkpointing=True)
     compile_layers(model, backend="aot_eager")

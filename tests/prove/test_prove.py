@@ -184,6 +184,7 @@ def test_a_part_that_should_train_and_does_not_is_found(tiny_dir, monkeypatch):
     assert "gradients, but no change" in rows["merger"].note
 
 
+@pytest.mark.soak
 def test_a_merged_model_with_a_wrong_scale_is_found(tiny_dir, monkeypatch):
     from peft.tuners.lora.layer import Linear
 

@@ -163,8 +163,8 @@ WRONG_FILES = {
     ),
     "the template of another model": (
         "template: {template: llava}",
-        "FILE: template.template: 'llava' is not one of the choices. Known: qwen, qwen2_5_vl, qwen2_vl, qwen3_vl, "
-        "qwen3_vl_moe.",
+        "FILE: template.template: 'llava' is not one of the choices. Known: qwen, qwen2_5_vl, qwen2_vl, qwen3_5, "
+        "qwen3_5_moe, qwen3_vl, qwen3_vl_moe.",
     ),
     "a misspelt tracker": (
         "training: {report_to: tensorbord}",

@@ -180,6 +180,7 @@ def test_a_stronger_layer_may_set_one_of_the_lengths_that_global_max_length_set(
     assert (again.template.max_length, again.model.max_model_len) == (100, None)
 
 
+@pytest.mark.soak
 def test_for_every_pair_of_training_keys_either_order_gives_the_same_recipe():
     """Among them all names of each key. A value of an unlike spelling comes from the alias's own type."""
     types_of = {name: type_of(f"training.{name}") for name in (*own_types("training"), *argument_types())}

@@ -40,6 +40,7 @@ EXPECTED = [
 ]
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_mypy_finds_every_misspelt_key(tmp_path):
     file = tmp_path / "planted.py"

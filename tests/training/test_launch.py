@@ -94,6 +94,7 @@ def test_one_process_by_any_launcher_is_bit_equal(tiny_dir, data, tmp_path, refe
     assert all(torch.equal(weights[name], reference[1][name]) for name in weights)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_deepspeed_runs_in_one_process_without_a_launcher(tiny_dir, data, tmp_path, reference):
     run = start("python", 1, tiny_dir, data, tmp_path, "deepspeed.enabled=true", "deepspeed.config=zero2")
@@ -102,14 +103,14 @@ def test_deepspeed_runs_in_one_process_without_a_launcher(tiny_dir, data, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("accelerate", marks=pytest.mark.soak), "torchrun"])
 def test_two_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, launcher):
     assert_same_run(start(launcher, 2, tiny_dir, data, tmp_path), reference, tiny_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("preset", ["zero2", "zero3"])
+@pytest.mark.parametrize("preset", [pytest.param("zero2", marks=pytest.mark.soak), "zero3"])
 def test_two_sharded_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, preset):
     run = start("torchrun", 2, tiny_dir, data, tmp_path, "deepspeed.enabled=true", f"deepspeed.config={preset}")
     assert_same_run(run, reference, tiny_dir)

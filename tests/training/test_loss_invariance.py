@@ -99,7 +99,9 @@ def run_two(folder, *words):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("packing", "records"), [("single", 8), ("packed", 8), ("single", 7)])
+@pytest.mark.parametrize(
+    ("packing", "records"), [pytest.param("single", 8, marks=pytest.mark.soak), ("packed", 8), ("single", 7)]
+)
 def test_two_processes_give_the_same_loss_gradients_and_eval_loss(tmp_path, tiny_dir, encoder, packing, records):
     """Seven records leave rank 1 without a sample in the last micro-batch: it runs a filler."""
     out = run_two(tmp_path, tiny_dir, packing, str(records))
@@ -108,6 +110,7 @@ def test_two_processes_give_the_same_loss_gradients_and_eval_loss(tmp_path, tiny
     assert abs(out["eval_loss"] - expected[0]) <= 1e-6 * expected[0]
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_processes_that_see_other_data_end_with_one_line_instead_of_waiting(tmp_path, tiny_dir):
     with pytest.raises(RuntimeError, match=r"data: rank 0 sees 8 samples but rank 1 sees 7\. Check that every machine"):

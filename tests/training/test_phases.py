@@ -192,6 +192,7 @@ def interrupt(monkeypatch, phase, step, how):
     monkeypatch.setattr(QwenVLTrainer, "training_step", training_step)
 
 
+@pytest.mark.soak
 @every_kind
 def test_a_run_that_breaks_in_its_second_phase_goes_on_to_the_same_bits(whole, write, tmp_path, monkeypatch, kind):
     path, output = write(KINDS[kind][0], tmp_path / "run"), tmp_path / "run"

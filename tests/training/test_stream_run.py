@@ -201,6 +201,7 @@ def resume_from(saved, step, tiny_dir, data, output, *more, change=None):
     return train(load_recipe(None, [*options, f"training.resume_from_checkpoint={folder}"]))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
 def test_any_step_is_gone_on_from(saved, quiet, tiny_dir, web, tmp_path, step):
     """Steps 1 and 4 are the last of a window, 7 is amid one, 12 is in the third round."""

@@ -10,7 +10,9 @@ from qwenvl_ft.recipe.limits import Count, Fraction, NonNegative, NonNegativeFlo
 class TemplateConfig:
     """From conversations to tokens."""
 
-    template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen2_5_vl", "qwen2_vl", "qwen"] = "qwen3_vl"
+    template: Literal["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen2_5_vl", "qwen2_vl", "qwen"] = (
+        "qwen3_vl"
+    )
     """Template name as in other libraries, for their command lines. The text always comes from the processor's own
     chat template."""
     max_length: Positive = 8192

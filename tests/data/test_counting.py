@@ -25,7 +25,10 @@ def encoded(tokenizer, strings):
 
 @pytest.fixture
 def tokenizer(processor):
-    return Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    copied = Tokenizer.from_str(processor.tokenizer.backend_tokenizer.to_str())
+    copied.no_padding()  # which a call of the processor may have left
+    copied.no_truncation()
+    return copied
 
 
 def test_counts_equal_those_of_the_tokenizer(tokenizer):

@@ -81,7 +81,7 @@ def test_a_rank_without_a_row_repeats_the_cheapest_sample_as_a_filler():
 def test_waiting_is_the_excess_of_the_costliest_rank_over_the_mean():
     lengths, patches = np.array([100, 200, 300, 400, 50]), np.zeros(5, dtype=int)
     planned = SimpleNamespace(tokens=lengths, patches=patches)
-    data = SimpleNamespace(at=lambda epoch: planned, measured_as=lambda epoch: 0)
+    data = SimpleNamespace(at=lambda epoch: planned, measured_as=lambda epoch: 0, first=0)
     costs = CostModel(token_square=0.0)
     sampler = PlanSampler(data, RunShape(2), packing=False, max_length=400, costs=costs)
     sampler._plans[0] = [[[0], [1]], [[2], [3]], [[4], [~0]]]

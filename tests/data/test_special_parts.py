@@ -115,7 +115,7 @@ def test_a_thinking_template_writes_it_as_it_writes_reasoning_content_itself(enc
     assert "<think>\nLate.\n</think>\n\nTwo." in expected
     assert "Early" not in expected
     learned = processor.tokenizer.decode(sample["labels"][sample["labels"] != -100])
-    assert learned == "One.<|im_end|>\n<think>\nLate.\n</think>\n\nTwo.<|im_end|>\n"
+    assert learned == "One.<|im_end|>\nLate.\n</think>\n\nTwo.<|im_end|>\n", "a prompt ends with <think>"
 
 
 def test_tool_calls_and_results_are_the_templates_own(processor):

@@ -7,7 +7,7 @@ import torch
 from tokenizers.normalizers import NFC, NFD
 from tokenizers.pre_tokenizers import ByteLevel
 
-from qwenvl_ft.data.encode.counting import TokenCounter, _same, _splits_as_known, _splitting
+from qwenvl_ft.data.encode.counting import SPLITS, TokenCounter, _same, _splits_as_known, _splitting
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -24,7 +24,9 @@ def test_parts_of_a_tokenizer_pickle_by_all_that_they_are_saved_with():
     one, other = (ByteLevel(add_prefix_space=kind, use_regex=False) for kind in (False, True))
     assert pickle.dumps(one) != pickle.dumps(other)
     assert _same(None, None, NFC())
-    assert _same(_splitting(False), _splitting(True), _splitting(False))
+    known = _splitting(SPLITS[0], False), _splitting(SPLITS[0], True)
+    assert _same(_splitting(SPLITS[0], False), *known)
+    assert not _same(_splitting(SPLITS[1], False), *known)
 
 
 def test_the_tokenizers_splitting_is_known_and_counts_are_fast(processor):

@@ -188,6 +188,7 @@ def change_everything(monkeypatch):
 
 
 def test_everything_that_a_run_may_change_is_set_back_after_an_error_too(monkeypatch):
+    transformers.utils.logging.enable_progress_bar()  # another test may have disabled it
     before, changed = state(), []
 
     def failing():

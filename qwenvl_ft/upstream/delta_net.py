@@ -279,4 +279,3 @@ def _small() -> Any:
 
 
 RESTARTS = Feature(name="packing samples for gated delta-net layers", missing=_leaks)
-FEATURES = (RESTARTS,)

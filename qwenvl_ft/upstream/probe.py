@@ -53,10 +53,12 @@ class Feature:
 
 
 def features() -> tuple[Feature, ...]:
-    """Return all features; imports the libraries whose internals they use."""
+    """Return the features that a run of any model may use; imports the libraries whose internals they use.
+
+    A feature of one model family is required where such a model is loaded, so that no other run imports the family.
+    """
     from qwenvl_ft.upstream import (
         attention,
-        delta_net,
         expert_layout,
         layers,
         media,
@@ -67,7 +69,7 @@ def features() -> tuple[Feature, ...]:
         workers,
     )
 
-    modules = attention, delta_net, expert_layout, layers, media, processors, templates, trainer, vision_tables, workers
+    modules = attention, expert_layout, layers, media, processors, templates, trainer, vision_tables, workers
     return tuple(feature for module in modules for feature in module.FEATURES)
 
 

@@ -191,12 +191,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def gather_as_one(model: nn.Module) -> None:
+def gather_as_one(model: Any) -> None:
     """Let ZeRO-3 gather all weights in a wrapper of single weights when the wrapper's forward begins.
 
     The wrapper itself computes with its LoRA weights and the wrapped weight, before it calls the modules that own them;
     ZeRO-3 gathers a module's weights for that module's own forward only. DeepSpeed's public name for a module whose
-    weights are gathered with those of all modules inside is a leaf.
+    weights are gathered with those of all modules inside is a leaf. DeepSpeed (0.19) takes a leaf's gradients for
+    complete when the gradient of its inputs is, or at once if no input needs one. So that this comes last in the first
+    layer too, the embeddings' output needs a gradient.
 
     Raises:
         RecipeError: the installed peft takes the shape of a partitioned weight for that of the whole.
@@ -207,6 +209,7 @@ def gather_as_one(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _single_weights()):
             set_z3_leaf_module(module, True)
+    model.enable_input_require_grads()
 
 
 def load_onto(model: Any, folder: str, adapter_name: str) -> Any:

@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -142,6 +143,8 @@ class RowTrainer(PlannedTrainer):
             start = Resume(None) if not start else resolve_resume(start, Path(str(self.args.output_dir)))
             if start.folder is None and resume_from_checkpoint:
                 raise CheckpointError(f"output_dir={self.args.output_dir} holds no complete checkpoint to resume from.")
+        if self.sequence is not None:  # dropout and noise differ among the ranks of a row, as among its tokens
+            torch.manual_seed(self.args.seed + self.sequence.place)
         return super().train(str(start.folder) if start.folder else None, *arguments, **options)
 
     def get_train_dataloader(self) -> EpochLoader:

@@ -86,7 +86,8 @@ def trained(folder, checkpoint, encoder, size, engine="ddp", changes=(), **optio
     trainer.save_model(str(folder / "model"))
     dist.barrier()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "evaluated": evaluated, "tokens": trainer.state.log_history[0]["supervised_tokens"]}
+    supervised = trainer.state.log_history[0]["supervised_tokens"]
+    return {"losses": losses, "evaluated": evaluated, "tokens": supervised, "draw": float(torch.rand(()))}
 
 
 def weights(folder):
@@ -112,6 +113,7 @@ class Runs:
             arguments = (folder, self.checkpoint, self.encoder, size, engine, options)
             results = in_ranks(ranks, _trained, *arguments)
             assert all(result["losses"] == results[0]["losses"] for result in results)
+            assert len({result["draw"] for result in results}) == size, "ranks of a row draw the same dropout and noise"
             self.kept[key] = results[0] | {"weights": weights(folder / "model"), "folder": folder}
         return self.kept[key]
 

@@ -11,6 +11,7 @@ from qwenvl_ft.training.ranks import join_ranks, set_single_rank
 from qwenvl_ft.training.trackers import set_tracker_variables
 from qwenvl_ft.upstream.launcher import launcher_shards
 from qwenvl_ft.upstream.probe import fallbacks
+from qwenvl_ft.upstream.restarts import meet_anew
 from qwenvl_ft.upstream.unused import unused
 
 
@@ -28,6 +29,7 @@ def prepare_run(recipe: Recipe) -> TrainingArguments:
     fallbacks()  # the answers are cached
     if recipe.deepspeed.enabled:
         set_single_rank()
+    meet_anew()
     args = build_arguments(recipe)
     join_ranks(args)
     preflight(recipe, args)

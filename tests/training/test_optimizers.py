@@ -211,6 +211,8 @@ REFUSALS = {
     "training.optim=schedule_free_adamw": (FULL, "Set it to constant_with_warmup"),
     "training.use_galore=true": (ADAPTED, "train_type=lora trains adapters"),
     "training.optimizer=galore": (ADAPTED, "trains adapters"),
+    "training.optim=galore_adamw": (FULL, "needs the names of the modules to project"),
+    "training.optim=apollo_adamw": (ADAPTED, "projects the gradients of whole weights"),
     "training.galore_rank=8": (FULL, "is not read with training.use_galore=false"),
     "training.lorap_lr_ratio=16": (FULL, "lorap_lr_ratio=16 is not read with tuner.train_type=full"),
     "training.optimizer=lorap": (FULL, "optimizer=lorap is for LoRA's B matrices"),
@@ -230,6 +232,8 @@ def test_what_cannot_be_together_is_one_line(given):
 def test_the_refused_are_refused_and_no_other():
     for name in OptimizerNames:
         overrides = ["tuner.train_type=full", f"training.optim={name.value}", "training.lr_scheduler_type=constant"]
+        if name.value.startswith(("galore", "apollo")):
+            overrides.append("training.optim_target_modules=[mlp]")
         if name.value in REFUSED:
             with pytest.raises(RecipeError):
                 load_recipe(None, overrides)

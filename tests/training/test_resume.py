@@ -14,7 +14,9 @@ import torch
 from run_cases import saves, short_run, write_questions
 from safetensors.torch import load_file
 
+from qwenvl_ft import train
 from qwenvl_ft.checkpoint.complete import last_checkpoint, missing
+from qwenvl_ft.recipe.load import load_recipe
 
 STEPS = 12
 
@@ -127,3 +129,32 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_ends_at_the_same
     expected, actual = weights(uninterrupted), weights(tmp_path)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert missing(newest) is None, "the damaged checkpoint was not written again"
+
+
+METHODS = {
+    "vera": ["tuner.train_type=vera"],
+    "lisa": ["tuner.train_type=full", "training.lisa_activated_layers=1", "training.lisa_step_interval=3"],
+}
+"""Methods with a state of their own -> settings. For AdaLoRA see test_adalora.py, for optimizers test_optimizers.py."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_with_a_state_of_its_own_resumes_to_the_same_bits(tiny_dir, data, tmp_path, method):
+    settings = [
+        "template.max_length=160",
+        "training.learning_rate=1e-2",
+        "training.max_steps=8",
+        "training.save_strategy=steps",
+        "training.save_steps=4",
+        "training.use_cpu=true",
+        *METHODS[method],
+    ]
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    train(load_recipe(None, short_run(tiny_dir, data, whole, *settings)))
+    shutil.copytree(whole / "checkpoint-4", rest / "checkpoint-4")
+    train(load_recipe(None, short_run(tiny_dir, data, rest, *settings, "training.resume_from_checkpoint=true")))
+    name = "model.safetensors" if (whole / "model.safetensors").exists() else "adapter_model.safetensors"
+    expected, actual, half = (load_file(folder / name) for folder in (whole, rest, whole / "checkpoint-4"))
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    assert not all(torch.equal(half[key], expected[key]) for key in expected), "vacuous: training moves nothing"

@@ -22,7 +22,7 @@ CHECKS: tuple[Check, ...] = (
     method.initialisation,
     evaluation.direction_of_metric,
     optimizer.unsuitable,
-    optimizer.galore,
+    optimizer.low_rank,
     optimizer.lora_plus,
     optimizer.lisa,
     method.quantization,

@@ -30,21 +30,28 @@ def unsuitable(recipe: Recipe) -> str | None:
     return None
 
 
-def galore(recipe: Recipe) -> str | None:
-    """GaLore needs full training, whole gradients and an optimizer with a GaLore variant."""
-    training = recipe.training
-    if not (training.use_galore or training.optimizer == "galore"):
+def low_rank(recipe: Recipe) -> str | None:
+    """GaLore and APOLLO need full training and whole gradients, and the names of the weights that they project."""
+    training, optim = recipe.training, str(argument(recipe, "optim") or "adamw_torch")
+    by_key = training.use_galore or training.optimizer == "galore"
+    if not by_key and not optim.startswith(("galore", "apollo")):
         return None
+    setting = "training.use_galore=true" if by_key else f"training.optim={optim}"
     if recipe.tuner.train_type not in ("full", "llamapro"):
         return (
-            f"training.use_galore=true projects the gradients of whole weights, but tuner.train_type="
+            f"{setting} projects the gradients of whole weights, but tuner.train_type="
             f"{recipe.tuner.train_type} trains adapters. Set tuner.train_type=full, or remove it."
         )
     if recipe.deepspeed.enabled:
-        return "training.use_galore=true needs whole gradients, which DeepSpeed flattens. Set deepspeed.enabled=false."
+        return f"{setting} needs whole gradients, which DeepSpeed flattens. Set deepspeed.enabled=false."
     if (sharding := sharded_by(recipe)) is not None:
-        return f"training.use_galore=true needs whole gradients, which FSDP shards. Remove {sharding}."
-    optim = str(argument(recipe, "optim") or "adamw_torch")
+        return f"{setting} needs whole gradients, which FSDP shards. Remove {sharding}."
+    if not by_key:
+        if argument(recipe, "optim_target_modules") is None:
+            return (
+                f"{setting} needs the names of the modules to project: training.optim_target_modules=[mlp,self_attn]."
+            )
+        return None
     if optim not in GALORE:
         return f"training.use_galore=true works with training.optim={', '.join(GALORE)}; not with {optim}."
     for name in ("optim_args", "optim_target_modules"):

@@ -13,8 +13,8 @@ from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.model.choose_attention import resolve_attn_impl
 from qwenvl_ft.model.load import use_packed_rows
 from qwenvl_ft.model.packed_attention import TEXT_NAME
-from qwenvl_ft.model.tiny import SIZES as TINY
 from qwenvl_ft.model.tiny import make_processor, make_tokenizer
+from qwenvl_ft.model.tiny_kinds import SIZES as TINY
 from qwenvl_ft.recipe.schema import ModelConfig
 
 VOCABULARY = 151_936

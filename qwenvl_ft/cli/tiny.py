@@ -11,7 +11,7 @@ def tiny(
     moe: Annotated[
         bool, typer.Option("--moe", help="Mixture of experts, like 30B-A3B, instead of a dense model.")
     ] = False,
-    family: Annotated[str, typer.Option(help="Model family: qwen3_vl or qwen3_5.")] = "qwen3_vl",
+    family: Annotated[str, typer.Option(help="Model family: qwen3_vl, qwen3_5, qwen2_5_vl or qwen2_vl.")] = "qwen3_vl",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a tiny random checkpoint, complete with tokenizer and processor, for tests and trials."""

@@ -23,7 +23,8 @@ from qwenvl_ft.data.media.video import Clip, plan_clip
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.look.sample import Case
 from qwenvl_ft.model.processor import set_template_limits
-from qwenvl_ft.model.tiny import SIZES, make_processor, make_tokenizer
+from qwenvl_ft.model.tiny import make_processor, make_tokenizer
+from qwenvl_ft.model.tiny_kinds import SIZES
 from qwenvl_ft.recipe.schema import Recipe
 
 RELEASED = {"min_pixels": 65_536, "max_pixels": 16_777_216, "max_video_pixels": 25_165_824}

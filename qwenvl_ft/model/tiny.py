@@ -8,8 +8,6 @@ processor, chat template. Plain transformers loads it with ``from_pretrained``. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -17,100 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_ft.errors import CheckpointError, hint
 from qwenvl_ft.model.released_layout import use_released_layout
+from qwenvl_ft.model.tiny_kinds import KINDS, SIZES, TINY_FAMILIES, Kind
 from qwenvl_ft.upstream.unused import unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-
-SIZES: dict[str, Any] = {
-    "vocab_words": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 32768,
-    "vision_hidden_size": 64,
-    "vision_intermediate_size": 192,
-    "vision_depth": 4,
-    "vision_num_heads": 4,
-    "num_position_embeddings": 256,
-    "deepstack_visual_indexes": (0, 1, 2),
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 48,
-    "initializer_range": 0.02,
-    "min_pixels": 1024,
-    "max_pixels": 65536,
-    "max_video_pixels": 524288,
-}
-"""Sizes that ``make_tiny`` accepts, with their defaults. ``vocab_words`` counts byte-level words, including the 256
-bytes; the special tokens follow. ``deepstack_visual_indexes`` are the ViT blocks that feed a deepstack merger. Pixels
-are areas: of one image, and of a whole video (frames x height x width). A family ignores the sizes of parts that it
-does not have. ``moe_intermediate_size`` is neither
-``hidden_size`` nor half of it: transformers 5 would read square weights of experts transposed."""
-
-_TEXT_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "initializer_range",
-)
-_DENSE_SIZES = ("intermediate_size",)
-_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-_DELTA_NET_SIZES = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What distinguishes the checkpoints of one model type."""
-
-    config: str
-    """Class of transformers."""
-    text_sizes: tuple[str, ...]
-    """Keys of ``SIZES`` in the text model's config."""
-    tokenizer: str = "qwen2.Qwen2Tokenizer"
-    """Class in a module ``transformers.models.MODULE``, whose ``tokenization_MODULE`` has ``PRETOKENIZE_REGEX``."""
-    template: str = "chat_template.jinja"
-    size_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Sizes for which this type has another default."""
-    rope: Mapping[str, Any] = field(default_factory=dict)
-    """Further ``rope_parameters``."""
-    has_deepstack: bool = True
-    released_sections: tuple[int, int, int] = (24, 20, 20)
-    """Frequencies for time, height and width in the released models."""
-
-
-_QWEN3_5: dict[str, Any] = {
-    "tokenizer": "qwen3_5.Qwen3_5Tokenizer",
-    "template": "chat_template_qwen3_5.jinja",
-    "size_defaults": {"head_dim": 32},
-    "rope": {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25},
-    "has_deepstack": False,
-    "released_sections": (11, 11, 10),
-}
-KINDS = {
-    "qwen3_vl": Kind(config="Qwen3VLConfig", text_sizes=_TEXT_SIZES + _DENSE_SIZES),
-    "qwen3_vl_moe": Kind(config="Qwen3VLMoeConfig", text_sizes=_TEXT_SIZES + _DENSE_SIZES + _EXPERT_SIZES),
-    "qwen3_5": Kind(config="Qwen3_5Config", text_sizes=_TEXT_SIZES + _DENSE_SIZES + _DELTA_NET_SIZES, **_QWEN3_5),
-    "qwen3_5_moe": Kind(
-        config="Qwen3_5MoeConfig",
-        text_sizes=_TEXT_SIZES + _EXPERT_SIZES + _DELTA_NET_SIZES + ("shared_expert_intermediate_size",),
-        **_QWEN3_5,
-    ),
-}
-"""``model_type`` -> how to make a tiny checkpoint of it."""
-TINY_FAMILIES = tuple(name for name in KINDS if f"{name}_moe" in KINDS)
-"""Names that `make_tiny` takes as ``family``; each has a dense and a MoE type."""
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -172,10 +81,12 @@ def make_tiny(
         sizes: keys of ``SIZES``.
 
     Raises:
-        CheckpointError: an unknown size or family.
+        CheckpointError: an unknown size or family, or a family without a mixture of experts.
     """
     if family not in TINY_FAMILIES:
         raise CheckpointError(f"there is no tiny checkpoint of the family {family!r}.{hint(family, TINY_FAMILIES)}")
+    if moe and f"{family}_moe" not in KINDS:
+        raise CheckpointError(f"the family {family!r} has no mixture of experts. Drop moe (--moe).")
     for name in sizes:
         if name not in SIZES:
             raise CheckpointError(f"unknown size {name!r} of a tiny checkpoint.{hint(name, SIZES)}")
@@ -184,7 +95,7 @@ def make_tiny(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(size["vocab_words"], kind)
-    make_processor(tokenizer, size, kind.template).save_pretrained(directory)
+    make_processor(tokenizer, size, kind).save_pretrained(directory)
     model = make_model(tokenizer, size, kind, moe=moe, seed=seed)
     use_released_layout(model)
     with unused("deepspeed"):
@@ -233,28 +144,29 @@ def make_tokenizer(vocab_words: int, kind: Kind = KINDS["qwen3_vl"]) -> PreTrain
 
 
 def make_processor(
-    tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], template: str = "chat_template.jinja"
+    tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], kind: Kind = KINDS["qwen3_vl"]
 ) -> ProcessorMixin:
-    """Build Qwen3-VL's processor: patches of 16, merged 2 x 2, mean and std 0.5, and areas suited to small images."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    """Build the processor: patches and normalisation as released, merged 2 x 2, and areas suited to small images."""
+    import transformers
 
     common: dict[str, Any] = {
-        "patch_size": 16,
+        "patch_size": kind.patch_size,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(kind.pixel_mean),
+        "image_std": list(kind.pixel_std),
         "default_to_square": True,
         "data_format": "channels_first",
     }
     image_area = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
     video_area = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_video_pixels"]}
-    return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=image_area, **common),
-        video_processor=Qwen3VLVideoProcessor(size=video_area, **common),
+    made: ProcessorMixin = getattr(transformers, kind.processor)(
+        image_processor=transformers.Qwen2VLImageProcessor(size=image_area, **common),
+        video_processor=getattr(transformers, kind.video_processor)(size=video_area, **common),
         tokenizer=tokenizer,
-        chat_template=files("qwenvl_ft.model").joinpath(template).read_text(encoding="utf-8"),
+        chat_template=files("qwenvl_ft.model").joinpath(kind.template).read_text(encoding="utf-8"),
     )
+    return made
 
 
 def make_model(
@@ -293,30 +205,22 @@ def _text_config(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], kind:
     vocab_size = -(-len(tokenizer) // 64) * 64
     half = int(size["head_dim"] * kind.rope.get("partial_rotary_factor", 1)) // 2
     _, height, width = (half * part // sum(kind.released_sections) for part in kind.released_sections)
-    return {name: size[name] for name in kind.text_sizes} | {
+    control = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {name: size[name] for name in kind.text_sizes} | (control if kind.has_control_ids else {}) | {
         "vocab_size": vocab_size,
         "tie_word_embeddings": not moe,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 5_000_000,
             "mrope_section": [half - height - width, height, width],
-            "mrope_interleaved": True,
             **kind.rope,
         },
     }
 
 
 def _vision_config(size: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    deepstack = {"deepstack_visual_indexes": list(size["deepstack_visual_indexes"])} if kind.has_deepstack else {}
-    return deepstack | {
-        "hidden_size": size["vision_hidden_size"],
-        "intermediate_size": size["vision_intermediate_size"],
-        "depth": size["vision_depth"],
-        "num_heads": size["vision_num_heads"],
-        "out_hidden_size": size["hidden_size"],
-        "num_position_embeddings": size["num_position_embeddings"],
-        "initializer_range": size["initializer_range"],
-        "patch_size": 16,
+    sizes = {name: size[key] for name, key in kind.vision_sizes.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()} | {
+        "patch_size": kind.patch_size,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
         "in_channels": 3,

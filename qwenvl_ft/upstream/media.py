@@ -32,8 +32,8 @@ from qwenvl_ft.upstream.cache import named
 from qwenvl_ft.upstream.probe import Feature, first, lacks, takes
 from qwenvl_ft.upstream.vision_tables import TABLES, no_tables, vision_tables
 
-KNOWN = ("qwen3_vl", "qwen3_5")
-"""Beginnings of the model types whose classes have the interface above; Qwen3.5's without deepstack features."""
+KNOWN = ("qwen3_vl", "qwen3_5", "qwen2_5_vl", "qwen2_vl")
+"""Beginnings of the model types whose classes have the interface above; only Qwen3-VL's with deepstack features."""
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Medium -> the argument that holds its patches."""
 TEXT_ONLY = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "predicting")
@@ -266,8 +266,13 @@ def _small(config_class: Any) -> Any:
         "deepstack_visual_indexes": [0, 1, 2],
     }
     text |= experts if "Moe" in config_class.__name__ else {}
-    if config_class.model_type.startswith("qwen3_5"):
+    kind = config_class.model_type
+    if not kind.startswith("qwen3_vl"):
         del vision["deepstack_visual_indexes"]
+    if kind.startswith("qwen2"):
+        text |= {"bos_token_id": 1, "eos_token_id": 2}
+        vision |= {"embed_dim": wide} if kind == "qwen2_vl" else {"fullatt_block_indexes": [1], "window_size": 8}
+    if kind.startswith("qwen3_5"):
         heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
         text |= heads | {
             "linear_key_head_dim": wide,

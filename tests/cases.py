@@ -23,9 +23,13 @@ MOST_KINDS = [*KINDS[:3], pytest.param(KINDS[3], marks=pytest.mark.soak)]
 """``KINDS`` for tests of what the last kind has from the two before it."""
 
 
+OLDER_KINDS = ("qwen2_vl", "qwen2_5_vl")
+"""Tiny checkpoints of older families: their own patches, template and vision tower."""
+
+
 def make_kind(folder: Path, kind: str) -> Path:
-    """Write one of ``KINDS`` into a folder."""
-    family = "qwen3_5" if kind.startswith("qwen3_5") else "qwen3_vl"
+    """Write one of ``KINDS`` or ``OLDER_KINDS`` into a folder."""
+    family = kind.removesuffix("_moe") if kind.startswith("qwen") else "qwen3_vl"
     return make_tiny(folder, moe=kind.endswith("moe"), family=family)
 
 

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from cases import KINDS, make_kind, picture
+from cases import KINDS, OLDER_KINDS, make_kind, picture
 from filelock import FileLock
 
 torch.set_num_threads(1)
@@ -43,11 +43,11 @@ def no_launcher():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Map each of ``KINDS`` to the directory of a tiny checkpoint."""
+    """Map each of ``KINDS`` and ``OLDER_KINDS`` to the directory of a tiny checkpoint."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     with FileLock(root / "tiny.lock"):
-        folders = {kind: root / f"tiny-{kind}" for kind in KINDS}
+        folders = {kind: root / f"tiny-{kind}" for kind in (*KINDS, *OLDER_KINDS)}
         for kind, folder in folders.items():
             if not (folder / "done").exists():
                 make_kind(folder, kind)

@@ -69,7 +69,8 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
         model_type: if given, config.json must name this type (`canonical_model_type` accepts other spellings).
 
     Raises:
-        CheckpointError: the config is missing, cannot be read, or its ``model_type`` is not supported.
+        CheckpointError: the config is missing or cannot be read, its ``model_type`` is not supported, or its layers
+            attend in sliding windows.
         RecipeError: ``model_type`` names another family.
     """
     from huggingface_hub.errors import StrictDataclassError
@@ -89,6 +90,12 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
             "Remove model.model_type: it is read from the config."
         )
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main")
+        config = AutoConfig.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json of {source} is not valid: {one_line(error)}") from error
+    if "sliding_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise CheckpointError(
+            f"config.json of {source} sets use_sliding_window: layers that see only the last tokens are not supported. "
+            "No released Qwen-VL has them; set use_sliding_window to false if yours was trained without."
+        )
+    return config

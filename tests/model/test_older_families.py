@@ -1,22 +1,25 @@
 """Qwen2-VL and Qwen2.5-VL under the contract: samples, packed rows, windows, parts, runs, merging, and what is refused."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from cases import OLDER_KINDS, picture
 from label_cases import spans
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.conversation import Source
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.errors import DataError
+from qwenvl_ft.errors import CheckpointError, DataError, RecipeError
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.model.sequence_parallel import require_model
 from qwenvl_ft.training.loss import loss_sum, split_labels
 
 SIZES = (250, 130), (64, 64), (120, 250), (28, 56), (230, 230)
@@ -222,3 +225,49 @@ def test_windows_of_a_packed_row_are_those_of_each_image(checkpoints, encoder, k
         expected, others = (tower_by_hand(visual, pixels, grid.tolist(), side) for side in (4, 5))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, others, atol=1e-2), "vacuous: other windows give the same features"
+
+
+# -- checkpoints as released, and what is refused ----------------------------------------------------------------------
+
+
+def changed_config(folder, target, **changes):
+    """Copy a checkpoint with a flat config.json, as these families were released: the text model's keys at the top."""
+    shutil.copytree(folder, target)
+    file = target / "config.json"
+    config = json.loads(file.read_text())
+    text = config.pop("text_config")
+    scaling = text.pop("rope_scaling")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": scaling["mrope_section"]}
+    file.write_text(json.dumps(text | config | changes))
+    return target
+
+
+def test_a_config_as_released_loads_as_the_same_model(checkpoints, kind, encoder, tmp_path):
+    folder = changed_config(checkpoints[kind], tmp_path / "flat")
+    row = inputs(QwenVLCollator()([encoder(record) for record in records()]))
+    with torch.no_grad():
+        nested, flat = (load_model(str(path), torch_dtype="float32")(**row).logits for path in (checkpoints[kind], folder))
+    assert torch.equal(nested, flat)
+    assert "text_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_sliding_windows_of_the_language_model_are_refused(checkpoints, kind, tmp_path):
+    windows = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 16, "layer_types": None}
+    folder = changed_config(checkpoints[kind], tmp_path / "flat", **windows)
+    with pytest.raises(CheckpointError, match=r"sets use_sliding_window: layers .* are not supported"):
+        load_model(str(folder))
+
+
+def test_videos_are_refused_in_one_line(encoder):
+    """The rules for videos differ between versions of transformers: sampled frames, their size, and positions."""
+    record = {"video": [[picture(64, 64, seed) for seed in range(4)]], "conversations": turns("<video>\nWhat?")}
+    with pytest.raises(DataError, match=r"videos need a Qwen3-VL processor, not Qwen2VLVideoProcessor: .* as images"):
+        encoder(record)
+    with pytest.raises(DataError, match="videos need a Qwen3-VL processor"):
+        encoder.length(record)
+
+
+def test_processes_cannot_share_a_row(checkpoints, kind):
+    config = AutoConfig.from_pretrained(checkpoints[kind])
+    with pytest.raises(RecipeError, match=f"=2 is for Qwen3-VL, but the model is a {kind}. Remove the key"):
+        require_model(config, "packed_sdpa", 2)

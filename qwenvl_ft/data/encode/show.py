@@ -12,6 +12,7 @@ from transformers import Qwen3VLProcessor
 
 from qwenvl_ft.data.conversation import Image, Message, Source, Text
 from qwenvl_ft.data.encode.draft import CONTROL, TURN, TURN_END, VIDEO_PAD, VISION_END, VISION_START
+from qwenvl_ft.data.media.refused import no_videos
 from qwenvl_ft.data.media.video import Clip
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.upstream.templates import TemplateRenderer, render_with_tools
@@ -116,7 +117,7 @@ def write_times(text: str, clips: list[Clip], processor: Any, source: Source) ->
     if not clips:
         return text
     if not isinstance(processor, Qwen3VLProcessor):
-        raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(processor).__name__}.")
+        raise no_videos(source, processor)
     pieces = text.split(VISION_START + VIDEO_PAD + VISION_END)
     if len(pieces) != len(clips) + 1:
         raise DataError(f"{source}: {len(clips)} videos, but the chat template renders {len(pieces) - 1}.")

@@ -24,7 +24,7 @@ from qwenvl_ft.data.media.elsewhere import absent
 from qwenvl_ft.data.media.grids import Grid, MediaProcessor, exact_size
 from qwenvl_ft.data.media.images import MediaPolicy, file_of, image_size, medium_name, open_image
 from qwenvl_ft.data.media.patches import resized
-from qwenvl_ft.data.media.refused import MAX_ASPECT, SKIP, require_area, too_thin
+from qwenvl_ft.data.media.refused import MAX_ASPECT, SKIP, no_videos, require_area, too_thin
 from qwenvl_ft.errors import DataError, one_line
 from qwenvl_ft.upstream import processors
 
@@ -86,7 +86,7 @@ def plan_clip(video: Video, processor: VideoProcessor, policy: MediaPolicy, sour
         TooThin: the processor refuses the aspect ratio of its frames.
     """
     if not processors.shows_videos(processor):
-        raise DataError(f"{source}: videos need a Qwen3-VL processor, not {type(processor).__name__}.")
+        raise no_videos(source, processor)
     try:
         footage = _frame_list(video, policy) if isinstance(video.value, (list, tuple)) else _file(video.value, policy)
         indices = _sampled(video, footage, processor)

@@ -24,6 +24,7 @@ from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
 from qwenvl_ft.upstream.delta_net import restart_at_borders
 from qwenvl_ft.upstream.expert_layout import loading_layout, stored_experts, stored_layout
 from qwenvl_ft.upstream.experts import experts_implementation
+from qwenvl_ft.upstream.image_positions import require_image_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -156,6 +157,7 @@ def plan_loading(dir_or_id: str | Path, options: LoadOptions) -> LoadPlan:
     source = str(path or dir_or_id)
     attention = resolve_attn_impl(options.attn_impl, options.torch_dtype)
     config = load_config(source, revision=options.revision, model_type=options.model_type)
+    require_image_positions(config.model_type)
     text_config = config.get_text_config()
     apply_lengths(text_config, rope_scaling=options.rope_scaling, max_model_len=options.max_model_len)
     kwargs = {

@@ -206,15 +206,19 @@ def _text_config(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], kind:
     half = int(size["head_dim"] * kind.rope.get("partial_rotary_factor", 1)) // 2
     _, height, width = (half * part // sum(kind.released_sections) for part in kind.released_sections)
     control = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return {name: size[name] for name in kind.text_sizes} | (control if kind.has_control_ids else {}) | {
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": not moe,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [half - height - width, height, width],
-            **kind.rope,
-        },
-    }
+    return (
+        {name: size[name] for name in kind.text_sizes}
+        | (control if kind.has_control_ids else {})
+        | {
+            "vocab_size": vocab_size,
+            "tie_word_embeddings": not moe,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [half - height - width, height, width],
+                **kind.rope,
+            },
+        }
+    )
 
 
 def _vision_config(size: dict[str, Any], kind: Kind) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL under the contract: samples, packed rows, windows, parts, runs, merging, and what is refused."""
+"""Qwen2-VL and Qwen2.5-VL under the contract: samples, packed rows, attention windows, and what is refused."""
 
 import json
 import re
@@ -31,9 +31,13 @@ def kind(request):
     return request.param
 
 
+def encoder_of(folder, **options):
+    return Encoder(load_processor(str(folder)), **options)
+
+
 @pytest.fixture(scope="module")
 def encoder(checkpoints, kind):
-    return Encoder(load_processor(str(checkpoints[kind])))
+    return encoder_of(checkpoints[kind])
 
 
 def turns(question, answer="It is a blur.\nNo more."):
@@ -55,9 +59,7 @@ def of_processor(processor, record):
     messages = []
     for turn in record["conversations"]:
         parts = [part.strip() for part in re.split("(<image>)", turn["value"])]
-        content = [
-            {"type": "image"} if part == "<image>" else {"type": "text", "text": part} for part in parts if part
-        ]
+        content = [{"type": "image"} if part == "<image>" else {"type": "text", "text": part} for part in parts if part]
         messages.append({"role": roles[turn["from"]], "content": content})
     text = processor.apply_chat_template(messages, tokenize=False)
     return processor(text=[text], images=record.get("image"), return_tensors="pt")
@@ -95,7 +97,7 @@ def video_sample(processor, model, seed):
 
 def test_a_sample_is_what_the_processor_and_the_model_make(checkpoints, kind):
     """Tokens, pixels and grids of transformers' own processor, positions of the model's own ``get_rope_index``."""
-    ours, theirs = Encoder(load_processor(str(checkpoints[kind]))), AutoProcessor.from_pretrained(checkpoints[kind])
+    ours, theirs = encoder_of(checkpoints[kind]), AutoProcessor.from_pretrained(checkpoints[kind])
     model = AutoModelForImageTextToText.from_pretrained(checkpoints[kind])
     for record in records():
         sample, expected = ours(record), of_processor(theirs, record)
@@ -211,11 +213,10 @@ def tower_by_hand(visual, pixels, grid, side):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "packed_sdpa"])
-def test_windows_of_a_packed_row_are_those_of_each_image(checkpoints, encoder, kind, attention):
+def test_windows_of_a_packed_row_are_those_of_each_image(checkpoints, attention):
     """Reference by hand: in blocks with windows, a mask lets patches see those of their own image and window."""
-    if kind != "qwen2_5_vl":
-        pytest.skip("the family has no windows")
-    model = load_model(checkpoints[kind], torch_dtype="float32", attn_impl=attention).eval()
+    folder = checkpoints["qwen2_5_vl"]
+    model, encoder = load_model(folder, torch_dtype="float32", attn_impl=attention).eval(), encoder_of(folder)
     visual, row = model.model.visual, QwenVLCollator()([encoder(record) for record in records()])
     pixels, grid = row["pixel_values"], row["image_grid_thw"]
     with torch.no_grad():
@@ -246,7 +247,9 @@ def test_a_config_as_released_loads_as_the_same_model(checkpoints, kind, encoder
     folder = changed_config(checkpoints[kind], tmp_path / "flat")
     row = inputs(QwenVLCollator()([encoder(record) for record in records()]))
     with torch.no_grad():
-        nested, flat = (load_model(str(path), torch_dtype="float32")(**row).logits for path in (checkpoints[kind], folder))
+        nested, flat = (
+            load_model(str(path), torch_dtype="float32")(**row).logits for path in (checkpoints[kind], folder)
+        )
     assert torch.equal(nested, flat)
     assert "text_config" not in json.loads((folder / "config.json").read_text())
 

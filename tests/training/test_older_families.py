@@ -27,9 +27,9 @@ PLACES = {"vision": ("visual.blocks.", "visual.patch_embed."), "merger": ("visua
 UNFROZEN = [f"tuner.{flag}=false" for flag in FLAGS.values()]
 
 
-@pytest.fixture(params=OLDER_KINDS)
-def kind(request):
-    return request.param
+each_kind = pytest.mark.parametrize("kind", OLDER_KINDS)
+newer_first = pytest.mark.parametrize("kind", [pytest.param(OLDER_KINDS[0], marks=pytest.mark.soak), OLDER_KINDS[1]])
+"""For tests of whole runs, in which the two differ least."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def trainable(model):
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
+@each_kind
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("part", FLAGS)
 def test_one_part_trains_and_the_others_stay(checkpoints, kind, part, method):
@@ -114,14 +115,14 @@ def plain(folder):
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
+@newer_first
 def test_a_full_run_resumes_to_the_same_bits_and_plain_transformers_loads_it(checkpoints, data, kind, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     more = "tuner.train_type=full", "training.activation_checkpointing=true"
     assert run(checkpoints[kind], data, whole, *more).steps == 4
     run(checkpoints[kind], data, again, *more, f"training.resume_from_checkpoint={whole / 'checkpoint-2'}")
     start, middle, end, found = (
-        load_file(folder / "model.safetensors")
-        for folder in (checkpoints[kind], whole / "checkpoint-2", whole, again)
+        load_file(folder / "model.safetensors") for folder in (checkpoints[kind], whole / "checkpoint-2", whole, again)
     )
     assert start.keys() == end.keys()
     assert {name.split(".")[0] for name in end} == {"visual", "model"}, "names of the released models"
@@ -135,6 +136,7 @@ def test_a_full_run_resumes_to_the_same_bits_and_plain_transformers_loads_it(che
     assert not torch.allclose(answers(plain(checkpoints[kind]), whole)[0], logits, atol=1e-2), "vacuous: not trained"
 
 
+@newer_first
 def test_a_lora_run_resumes_and_its_merged_model_answers_alike(checkpoints, data, kind, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     more = "tuner.train_type=lora", "tuner.lora_dropout=0.1", "training.learning_rate=1e-2"

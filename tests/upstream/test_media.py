@@ -4,7 +4,9 @@ import functools
 
 import pytest
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
@@ -17,6 +19,8 @@ from qwenvl_ft.upstream import media, vision_tables
 MODELS = {
     "dense": (modeling_qwen3_vl.Qwen3VLModel, Qwen3VLConfig),
     "moe": (modeling_qwen3_vl_moe.Qwen3VLMoeModel, Qwen3VLMoeConfig),
+    "qwen2_vl": (modeling_qwen2_vl.Qwen2VLModel, Qwen2VLConfig),
+    "qwen2_5_vl": (modeling_qwen2_5_vl.Qwen2_5_VLModel, Qwen2_5_VLConfig),
 }
 
 

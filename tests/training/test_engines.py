@@ -1,4 +1,4 @@
-"""Two ranks train a MoE model as one process does: every engine by every method, the same names and the same values."""
+"""Two ranks train a model as one process does: every engine by every method, the same names and the same values."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import picture
 from launch_cases import launchers
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file
@@ -23,7 +24,17 @@ METHODS = {
     "attention": [*LORA, "tuner.target_modules=[q_proj,k_proj,v_proj,o_proj]"],
     "experts": [*LORA, "tuner.target_regex=^$", "tuner.target_parameters=[experts.gate_up_proj,experts.down_proj]"],
     "routers": [*LORA, "tuner.target_regex=^$", "tuner.target_parameters=[mlp.gate.weight]"],
+    "delta nets": [*LORA, "tuner.target_modules=[in_proj_qkv,in_proj_z,in_proj_a,in_proj_b,out_proj]"],
 }
+ADAPTED = {"experts": "mlp.experts", "routers": "mlp.gate", "attention": "self_attn", "delta nets": "linear_attn"}
+"""Method of LoRA -> a part of the names of all modules that it adapts."""
+METHODS_OF = {
+    "moe": ("full", "attention", "experts", "routers"),
+    "qwen3_5": ("full", "delta nets"),
+    "qwen3_5_moe": ("full", "experts"),
+}
+PACKED = ("qwen3_5", "qwen3_5_moe")
+"""Kinds whose samples share rows; each sample of the others is a row."""
 ENGINES = {
     "ddp": [],
     "fsdp2": ["training.fsdp=full_shard", "training.fsdp_config.version=2"],
@@ -32,22 +43,40 @@ ENGINES = {
 }
 
 
+
+
+def write_mixed(folder):
+    """Write 16 records of text, an image or a video in turn, each longer than the one before."""
+    path = write_questions(folder, 12, text_every=2)
+    for i in range(4):
+        frames = [folder / f"{i}_{k}.jpg" for k in range(4)]
+        for k, frame in enumerate(frames):
+            picture(64, 64, 10 * i + k).save(frame)
+        turns = [{"from": "human", "value": "<video>\nWhat moves?"}, {"from": "gpt", "value": f"number {i} " * (i + 1)}]
+        record = {"id": f"v{i}", "video": [[str(frame) for frame in frames]], "conversations": turns}
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four records, half of them with an image: of every pair of ranks, one has none."""
-    return write_questions(tmp_path_factory.mktemp("moe_data"), 4, text_every=2)
+    """Kind of model -> the file of its records. Of four alone, every pair has one without an image."""
+    alone = write_questions(tmp_path_factory.mktemp("records_alone"), 4, text_every=2)
+    mixed = write_mixed(tmp_path_factory.mktemp("records_mixed"))
+    return {kind: mixed if kind in PACKED else alone for kind in METHODS_OF}
 
 
-def trained(checkpoint, data, folder, methods, engine=None):
-    """Train two steps over all records by each method, in one launch; return method -> the weights that are stored.
+def trained(kind, checkpoints, data, folder, methods, engine=None):
+    """Train two steps by each method, in one launch; return method -> the weights that are stored.
 
     Args:
         engine: a key of `ENGINES` for two ranks, None for one process.
     """
     processes = 1 if engine is None else 2
     common = [
-        "template.max_length=256",
-        "training.packing=false",
+        f"template.max_length={192 if kind in PACKED else 256}",
+        f"training.packing={str(kind in PACKED).lower()}",
         "training.per_device_train_batch_size=1",
         f"training.gradient_accumulation_steps={4 // processes}",
         "training.max_steps=2",
@@ -57,7 +86,10 @@ def trained(checkpoint, data, folder, methods, engine=None):
         "training.save_strategy=no",
         *ENGINES.get(engine, []),
     ]
-    runs = [json.dumps(short_run(checkpoint, data, folder / method, *common, *METHODS[method])) for method in methods]
+    runs = [
+        json.dumps(short_run(checkpoints[kind], data[kind], folder / method, *common, *METHODS[method]))
+        for method in methods
+    ]
     words = launchers(processes)["torchrun"][:-1] if processes > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -87,22 +119,30 @@ def assert_same(weights, alone, checkpoint):
             for name, value in expected.items()
             if method == "full" or "lora_B" in name
         }
-        kinds = {"experts": "mlp.experts", "routers": "mlp.gate", "attention": "self_attn"}
         assert max(moved.values()) > 1e-4, f"vacuous: {method} moves nothing"
-        assert all(kinds.get(method, "") in name for name in moved), method
+        assert all(ADAPTED.get(method, "") in name for name in moved), method
 
 
 @pytest.fixture(scope="module")
 def alone(checkpoints, data, tmp_path_factory):
-    """Method -> what one process stores; all methods."""
-    return trained(checkpoints["moe"], data, tmp_path_factory.mktemp("alone"), METHODS)
+    """Return a function of a kind: method -> what one process stores; all methods."""
+    found = {}
+
+    def of(kind):
+        if kind not in found:
+            found[kind] = trained(kind, checkpoints, data, tmp_path_factory.mktemp(kind), METHODS_OF[kind])
+        return found[kind]
+
+    return of
 
 
 @pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone, tmp_path, engine):
-    assert_same(trained(checkpoints["moe"], data, tmp_path, METHODS, engine), alone, checkpoints["moe"])
+@pytest.mark.parametrize("kind", METHODS_OF)
+def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone, tmp_path, kind, engine):
+    found = trained(kind, checkpoints, data, tmp_path, METHODS_OF[kind], engine)
+    assert_same(found, alone(kind), checkpoints[kind])
 
 
 @pytest.mark.slow
@@ -110,6 +150,6 @@ def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone
 @pytest.mark.parametrize("engine", [pytest.param("fsdp2", marks=pytest.mark.soak), "zero3"])
 def test_experts_that_are_sharded_train_the_adapter_of_one_process(checkpoints, data, tmp_path, engine):
     """Only experts are trained, so no gradient reaches the inputs of the first layer by itself."""
-    expected = trained(checkpoints["moe"], data, tmp_path / "alone", ["experts"])
-    found = trained(checkpoints["moe"], data, tmp_path / "sharded", ["experts"], engine)
+    expected = trained("moe", checkpoints, data, tmp_path / "alone", ["experts"])
+    found = trained("moe", checkpoints, data, tmp_path / "sharded", ["experts"], engine)
     assert_same(found, expected, checkpoints["moe"])

@@ -228,8 +228,8 @@ def coordinate_options(recipe: Recipe, conversations: Any) -> dict[str, Any]:
 
 def build_model(recipe: Recipe, args: TrainingArguments, train_set: SampleDataset) -> nn.Module:
     """Load the model, freeze and adapt it, and set its training precision; adapters start from the run's seed."""
-    set_seed(args.seed)
     model = load_model(_model_path(recipe), loading_options(recipe.model, recipe.quantization))
+    set_seed(args.seed)  # after loading, which draws numbers for delta nets under ZeRO-3 and nowhere else
     batches = None
     if wants_data(recipe.tuner):
         if train_set.encoder.raw_pixels:

@@ -200,6 +200,24 @@ def test_a_release_that_computes_otherwise_is_refused(checkpoints, monkeypatch):
         delta_net._leaks.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_finds_a_leak_in_either_dtype(monkeypatch, dtype):
+    monkeypatch.setattr(delta_net, "trial_place", lambda: (torch.device("cpu"), dtype))
+    trial = delta_net._leaks.__wrapped__
+    assert trial() == ""
+    monkeypatch.setattr(delta_net._Restarting, "_restart", lambda self, module, args, output: output)
+    assert trial() == delta_net.LEAKS
+
+
+def test_the_trial_is_on_the_gpu_of_this_process(monkeypatch):
+    """There transformers calls kernels of flash-linear-attention, if it is installed, that no CPU runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert delta_net.trial_place() == (torch.device("cuda:1"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert delta_net.trial_place() == (torch.device("cpu"), torch.float32)
+
+
 def test_models_without_a_delta_net_get_no_hook(monkeypatch):
     monkeypatch.setattr(delta_net, "RESTARTS", SimpleNamespace(require=lambda key: sys.exit("asked")))
     assert restart_at_borders(nn.Sequential(nn.Linear(2, 2)), sample_lengths) == 0

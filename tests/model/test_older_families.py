@@ -20,6 +20,7 @@ from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.patch_embed import use_raw_patches
 from qwenvl_ft.model.placed_media import MediaPlaces
 from qwenvl_ft.model.sequence_parallel import require_model
+from qwenvl_ft.model.tiny import make_tiny
 from qwenvl_ft.training.loss import loss_sum, split_labels
 
 SIZES = (250, 130), (64, 64), (120, 250), (28, 56), (230, 230)
@@ -274,3 +275,8 @@ def test_processes_cannot_share_a_row(checkpoints, kind):
     config = AutoConfig.from_pretrained(checkpoints[kind])
     with pytest.raises(RecipeError, match=f"=2 is for Qwen3-VL, but the model is a {kind}. Remove the key"):
         require_model(config, "packed_sdpa", 2)
+
+
+def test_a_tiny_mixture_of_experts_is_refused(kind, tmp_path):
+    with pytest.raises(CheckpointError, match=f"the family '{kind}' has no mixture of experts"):
+        make_tiny(tmp_path, family=kind, moe=True)

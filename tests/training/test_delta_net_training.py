@@ -54,7 +54,11 @@ WAYS = {
     "checkpointed and compiled": lambda model: compiled(checkpointed(model, reentrant=False)),
 }
 LONG = [pytest.param("as it is", way, marks=pytest.mark.soak) for way in WAYS if "compiled" in way]
-CASES = [("as it is", way) for way in WAYS if "compiled" not in way] + LONG + [("new blocks", "checkpointed"), ("adapted", "checkpointed")]
+CASES = (
+    [("as it is", way) for way in WAYS if "compiled" not in way]
+    + LONG
+    + [("new blocks", "checkpointed"), ("adapted", "checkpointed")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def test_a_packed_row_gives_the_loss_and_gradients_of_its_samples(checkpoints, s
 def test_without_restarts_no_way_gives_them(checkpoints, samples, way, monkeypatch):
     monkeypatch.setattr(delta_net._Restarting, "_fold", lambda self, mixer, hidden: None)
     model = load_model(checkpoints["qwen3_5"], torch_dtype="float32", attn_impl="sdpa").train()
-    loss, expected = gradients(model, [QwenVLCollator()([sample]) for sample in samples])
+    _, expected = gradients(model, [QwenVLCollator()([sample]) for sample in samples])
     model = WAYS[way](model)
     _, grads = gradients(model, [QwenVLCollator(places=MediaPlaces.of(model))(samples)])
     name = next(name for name in expected if name.endswith("conv1d.weight"))

@@ -43,8 +43,6 @@ ENGINES = {
 }
 
 
-
-
 def write_mixed(folder):
     """Write 16 records of text, an image or a video in turn, each longer than the one before."""
     path = write_questions(folder, 12, text_every=2)

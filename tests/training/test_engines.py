@@ -65,13 +65,12 @@ def data(tmp_path_factory):
     return {kind: mixed if kind in PACKED else alone for kind in METHODS_OF}
 
 
-def trained(kind, checkpoints, data, folder, methods, engine=None):
-    """Train two steps by each method, in one launch; return method -> the weights that are stored.
+def settings(kind, checkpoints, data, folder, method, engine=None, processes=1):
+    """Return the JSON list of a run's settings: two steps over all records.
 
     Args:
-        engine: a key of `ENGINES` for two ranks, None for one process.
+        engine: a key of `ENGINES`, or None.
     """
-    processes = 1 if engine is None else 2
     common = [
         f"template.max_length={192 if kind in PACKED else 256}",
         f"training.packing={str(kind in PACKED).lower()}",
@@ -84,16 +83,29 @@ def trained(kind, checkpoints, data, folder, methods, engine=None):
         "training.save_strategy=no",
         *ENGINES.get(engine, []),
     ]
-    runs = [
-        json.dumps(short_run(checkpoints[kind], data[kind], folder / method, *common, *METHODS[method]))
-        for method in methods
-    ]
+    return json.dumps(short_run(checkpoints[kind], data[kind], folder, *common, *METHODS[method]))
+
+
+def launch(processes, *runs):
+    """Train the runs one after the other, in one launch."""
     words = launchers(processes)["torchrun"][:-1] if processes > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, *words, str(SCRIPT), *runs], capture_output=True, text=True, timeout=900, env=env, check=False
-    )
+    command = [sys.executable, *words, str(SCRIPT), *runs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+
+
+def trained(kind, checkpoints, data, folder, methods, engine=None):
+    """Train by each method on two ranks of an engine, or in one process; return method -> the weights that are stored.
+
+    Args:
+        engine: a key of `ENGINES` for two ranks, None for one process.
+    """
+    processes = 1 if engine is None else 2
+    launch(
+        processes,
+        *(settings(kind, checkpoints, data, folder / method, method, engine, processes) for method in methods),
+    )
     return {method: stored(folder / method) for method in methods}
 
 
@@ -144,10 +156,9 @@ def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("engine", [pytest.param("fsdp2", marks=pytest.mark.soak), "zero3"])
-def test_experts_that_are_sharded_train_the_adapter_of_one_process(checkpoints, data, tmp_path, engine):
-    """Only experts are trained, so no gradient reaches the inputs of the first layer by itself."""
-    expected = trained("moe", checkpoints, data, tmp_path / "alone", ["experts"])
-    found = trained("moe", checkpoints, data, tmp_path / "sharded", ["experts"], engine)
+def test_experts_alone_train_under_zero_3(checkpoints, data, tmp_path):
+    """No gradient reaches the inputs of the first layer by itself. One process shards too."""
+    engines = (None, "zero3")
+    launch(1, *(settings("moe", checkpoints, data, tmp_path / str(engine), "experts", engine) for engine in engines))
+    expected, found = ({"experts": stored(tmp_path / str(engine))} for engine in engines)
     assert_same(found, expected, checkpoints["moe"])

@@ -30,3 +30,7 @@ def test_a_prepared_model_computes_as_before_afterwards():
         assert not torch.equal(prepared(value), expected), "vacuous: nothing was wrapped"
     assert torch.equal(model(value), expected)
     assert "forward" not in vars(model)
+    with forward_restored(model):
+        again = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+        assert not torch.equal(again(value), expected), "the next trainer of the same model computes without autocast"
+    assert torch.equal(model(value), expected)

@@ -17,9 +17,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.adapters.base import OwnLayer
 from qwenvl_ft.model.anatomy import family_of
 from qwenvl_ft.upstream.attention import attention_of, without_compiling
+from qwenvl_ft.upstream.delta_net import MIXER
 from qwenvl_ft.upstream.layers import (
     COMPILED,
     allow_recompiling,
@@ -59,10 +61,16 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
         The number of layers. Compilation happens in the first passes.
 
     Raises:
-        RecipeError: the installed transformers or torch has layers that cannot be compiled one by one.
+        RecipeError: the installed transformers or torch has layers that cannot be compiled one by one, or the model has
+            gated delta nets: torch 2.15 computes strides for their backward pass that are not those of its tensors.
     """
     COMPILED.require("training.torch_compile=true")
     inner = _inner(model)
+    if any(hasattr(layer, MIXER) for layer in _layers(inner)):
+        raise RecipeError(
+            f"training.torch_compile=true does not work with the gated delta nets of {inner.config.model_type}. "
+            "Set training.torch_compile=false."
+        )
     name = attention_of(inner.config.get_text_config())
     if name in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, without_compiling(ALL_ATTENTION_FUNCTIONS[name]))

@@ -99,7 +99,7 @@ def test_a_packed_row_gives_the_loss_and_gradients_of_its_samples(checkpoints, s
 def test_without_restarts_no_way_gives_them(checkpoints, samples, way, monkeypatch):
     monkeypatch.setattr(delta_net._Restarting, "_fold", lambda self, mixer, hidden: None)
     model = load_model(checkpoints["qwen3_5"], torch_dtype="float32", attn_impl="sdpa").train()
-    loss, expected = gradients(model, [QwenVLCollator()([sample]) for sample in samples])
+    _, expected = gradients(model, [QwenVLCollator()([sample]) for sample in samples])
     model = WAYS[way](model)
     _, grads = gradients(model, [QwenVLCollator(places=MediaPlaces.of(model))(samples)])
     name = next(name for name in expected if name.endswith("conv1d.weight"))

@@ -228,8 +228,8 @@ def _leaks() -> str:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
-            model: Any = Qwen3_5TextModel(_small()).to(device, dtype).eval()
-            return _difference(model)
+            model: Any = Qwen3_5TextModel(_small())
+            return _difference(model.to(device, dtype).eval())
     except Exception as error:
         return f"fails on a tiny Qwen3.5 when a packed row is tried ({type(error).__name__}: {one_line(error, 80)})"
 

@@ -36,13 +36,15 @@ def contents(model, groups):
     return dict(placed)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize(
     "settings",
     [{"train_type": "full"}, {}, {"use_dora": True}, {"modules_to_save": ["merger"]}, ALIGNER_ONLY],
     ids=["full", "lora", "dora", "mixed", "aligner"],
 )
 def test_every_trained_parameter_is_in_the_group_of_its_part(fresh, tuner, kind, settings):
+    if settings is ALIGNER_ONLY and kind.startswith("qwen3_5"):
+        settings = ALIGNER_ONLY | {"modules_to_save": ["model.visual.merger"]}
     model = prepare_model(fresh(kind), tuner(**settings))
     groups = param_groups(model, **GIVEN)
     placed = contents(model, groups)
@@ -55,17 +57,18 @@ def test_every_trained_parameter_is_in_the_group_of_its_part(fresh, tuner, kind,
     assert all(group["params"] for group in groups), "an empty group"
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", MOST_KINDS)
 def test_what_decays_is_what_decays_in_transformers(fresh, kind):
     """Trainer's own rule: all parameters except biases and normalisation layers."""
     model = fresh(kind)
     norms = [module for module in {type(m) for m in model.modules()} if "Norm" in module.__name__]
-    assert len(norms) == 2, "LayerNorm in the vision tower, RMSNorm in the language model"
+    gated = kind.startswith("qwen3_5")
+    assert len(norms) == 2 + gated, "LayerNorm in the vision tower, RMSNorm in the language model and in delta nets"
     reference = set(get_parameter_names(model, norms, ["bias"]))
     placed = contents(model, param_groups(model, **GIVEN))
     decays = {name for name, group in placed.items() if group["name"].endswith("/decay")}
     assert decays == reference & placed.keys()
-    for name in ("model.visual.blocks.0.norm1.weight", "model.language_model.layers.0.self_attn.q_norm.weight"):
+    for name in ("model.visual.blocks.0.norm1.weight", "model.language_model.layers.3.self_attn.q_norm.weight"):
         assert placed[name]["name"].endswith("/no_decay")
 
 

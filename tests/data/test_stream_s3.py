@@ -1,11 +1,9 @@
-"""A stream from an object store: listing, reading and resuming over S3, against a server of moto.
-
-They need the extra ``s3``, which is not among the locked packages: botocore wants an older python-dateutil.
-"""
+"""A stream from an object store: listing, reading and reading ahead over S3, by s3fs against a server of the tests."""
 
 import os
 
 import pytest
+from s3_cases import object_store
 from stream_cases import open_stream, write_shards
 
 from qwenvl_ft.data.plan.dataset import SampleDataset
@@ -15,32 +13,25 @@ from qwenvl_ft.data.sources.shards import fetch, list_shards
 from qwenvl_ft.errors import DataError
 
 s3fs = pytest.importorskip("s3fs")
-moto_server = pytest.importorskip("moto.server")
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """The address of a bucket with three shards, and the folder that they were uploaded from."""
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+def store(tmp_path_factory):
+    """The root of a server with a bucket of three shards, and its requests so far."""
+    root = tmp_path_factory.mktemp("s3")
+    write_shards(root / "bucket" / "train", shards=3)
     before = dict(os.environ)
-    os.environ.update(settings)
-    folder = tmp_path_factory.mktemp("s3")
-    store = s3fs.S3FileSystem(skip_instance_cache=True)
-    store.mkdir("bucket")
-    for name in write_shards(folder, shards=3):
-        store.put_file(str(folder / name), f"bucket/train/{name}")
-    yield "s3://bucket/train", folder
+    with object_store(root) as (settings, requests):
+        os.environ.update(settings)
+        yield root, requests
     os.environ.clear()
     os.environ.update(before)
-    server.stop()
+
+
+@pytest.fixture
+def bucket(store):
+    """The address of the shards, and the folder that the server reads."""
+    return "s3://bucket/train", store[0] / "bucket" / "train"
 
 
 def test_a_bucket_is_listed_by_its_pattern(bucket):
@@ -50,9 +41,22 @@ def test_a_bucket_is_listed_by_its_pattern(bucket):
         list_shards(f"{address}/*.parquet")
 
 
-def test_an_object_is_copied_whole(bucket, tmp_path):
+def test_an_object_is_copied_whole_and_once(bucket, store, tmp_path):
     address, folder = bucket
-    assert fetch(f"{address}/001.tar", tmp_path).read_bytes() == (folder / "001.tar").read_bytes()
+    before = store[1]["GET bucket/train/001.tar"]
+    for _ in range(2):
+        assert fetch(f"{address}/001.tar", tmp_path).read_bytes() == (folder / "001.tar").read_bytes()
+    assert store[1]["GET bucket/train/001.tar"] == before + 1
+
+
+def test_a_shard_of_a_later_round_is_listed(bucket):
+    address, folder = bucket
+    (folder / "new.tar").write_bytes((folder / "000.tar").read_bytes())
+    try:
+        assert f"{address}/new.tar" in [shard.address for shard in list_shards(f"{address}/*.tar")]
+    finally:
+        (folder / "new.tar").unlink()
+    assert len(list_shards(f"{address}/*.tar")) == 3
 
 
 def test_an_object_or_bucket_that_is_missing_is_one_error(bucket, tmp_path, monkeypatch):

@@ -92,11 +92,13 @@ def require_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def plan_of(sampler: Any) -> dict[str, Any]:
-    """Return the identity of a plan: number and lengths of its samples, and rows of an optimizer step."""
-    key, shape = sampler.dataset.at(sampler.dataset.present).key(), sampler.shape
+    """Return the identity of a plan: number and lengths of its samples, rows of an optimizer step, a stream's data."""
+    dataset, shape = sampler.dataset, sampler.shape
+    key = dataset.at(dataset.present).key()
     return {
         "samples": key.samples,
         "lengths": key.lengths,
+        "data": dataset.identity(dataset.present),
         "rows_per_step": shape.rows_per_pass * shape.accumulation,
     }
 
@@ -113,7 +115,7 @@ def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False)
         any_rows: ignore the number of rows, which ``auto_find_batch_size`` takes from the checkpoint.
 
     Raises:
-        CheckpointError: the samples or the number of rows of a step differ.
+        CheckpointError: the samples, the records of a stream's window or the number of rows of a step differ.
     """
     path = checkpoint / PLAN
     if not path.is_file():
@@ -130,6 +132,12 @@ def require_same_plan(sampler: Any, checkpoint: Path, *, any_rows: bool = False)
             f"{prefix}data.train has {now['samples']:,} samples and had {before['samples']:,}"
             + (", with different lengths" if before["samples"] == now["samples"] else "")
             + ". Give the data that the run began with, or start a new run in another training.output_dir."
+        )
+    if before.get("data", now["data"]) != now["data"]:  # a checkpoint of an earlier release says nothing
+        raise CheckpointError(
+            f"{prefix}the window that it stands in has as many records of the same lengths, but other ones: a shard of "
+            "the stream has changed, or the saved position. Put the original shards back, or start a new run in "
+            "another training.output_dir."
         )
 
 

@@ -15,6 +15,9 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     show: Annotated[int, typer.Option(help="Examples to print of each fault.")] = 3,
     processes: Annotated[int, typer.Option(help="GPUs of the planned run, to compute its steps.")] = 1,
+    records: Annotated[
+        int, typer.Option(help="Of a stream (data.streaming), the number of first records to look at.", min=1)
+    ] = 1_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all cases.")] = False,
 ) -> None:
     """Check every record before training. The exit code is 0, or 1 if something is wrong; the last lines say so.
@@ -26,11 +29,14 @@ def check(
 
     from qwenvl_ft.look.check import check_recipe
     from qwenvl_ft.look.check_report import closing, text
+    from qwenvl_ft.look.first_records import first_records_line
     from qwenvl_ft.look.selection import target_recipe
 
     reports = {}
     for phase, recipe in target_recipe(words).by_phase().items():
-        report = check_recipe(recipe, allow=allow or [], processes=processes, quiet=as_json)
+        if line := first_records_line(recipe, records):
+            typer.echo(line, err=as_json)
+        report = check_recipe(recipe, allow=allow or [], processes=processes, quiet=as_json, records=records)
         reports[phase] = report
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(report, show))

@@ -15,6 +15,9 @@ def show(
     rows: Annotated[int, typer.Option(help="Number of packed rows to show, from the start of the epoch.", min=0)] = 2,
     epoch: Annotated[int, typer.Option(help="Epoch, from 0, whose packing and augmentation are shown.", min=0)] = 0,
     split: Annotated[str, typer.Option(help="train, val, or val.NAME if there are several validation sets.")] = "train",
+    records: Annotated[
+        int, typer.Option(help="Of a stream (data.streaming), the most records of a window.", min=1)
+    ] = 1_000,
     units: Annotated[
         str, typer.Option(help="Units of coordinates in answers: norm1000, norm100, unit (0 to 1), pixels, or auto.")
     ] = "auto",
@@ -23,6 +26,7 @@ def show(
 
     A recipe with phases gives one page per phase, for example show_phase_1_simple.html.
     """
+    from qwenvl_ft.look.first_records import first_records_line
     from qwenvl_ft.look.placing import check_units
     from qwenvl_ft.look.selection import target_recipe
     from qwenvl_ft.look.show import show_recipe
@@ -30,5 +34,7 @@ def show(
     check_units(units)
     for phase, recipe in target_recipe(words).by_phase().items():
         page = out.with_stem(f"{out.stem}_{phase}") if phase else out
-        line = show_recipe(recipe, page, split=split, samples=samples, rows=rows, epoch=epoch, units=units, title=phase)
-        typer.echo(line)
+        if line := first_records_line(recipe, records):
+            typer.echo(line)
+        how = {"split": split, "samples": samples, "rows": rows, "epoch": epoch, "units": units, "records": records}
+        typer.echo(show_recipe(recipe, page, title=phase, **how))

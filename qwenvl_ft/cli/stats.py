@@ -13,17 +13,23 @@ def stats(
     out: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
     split: Annotated[str, typer.Option(help="train, val, or val.NAME if there are several validation sets.")] = "train",
     show: Annotated[int, typer.Option(help="Maximum number of entries per table.", min=0)] = 10,
+    records: Annotated[
+        int, typer.Option(help="Of a stream (data.streaming), the number of first records to look at.", min=1)
+    ] = 1_000,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Count tokens, images, answers and objects, and measure diversity. Tokens need a recipe or --model DIR."""
     import json
 
+    from qwenvl_ft.look.first_records import first_records_line
     from qwenvl_ft.look.selection import target_recipe
     from qwenvl_ft.look.stats import count_recipe, text, write_page
 
     by_phase = {}
     for phase, recipe in target_recipe(words).by_phase().items():
-        counted = count_recipe(recipe, split=split, quiet=as_json)
+        if line := first_records_line(recipe, records):
+            typer.echo(line, err=as_json)
+        counted = count_recipe(recipe, split=split, quiet=as_json, records=records)
         by_phase[phase] = counted.to_json()
         if not as_json:
             typer.echo((f"\n{phase}\n" if phase else "") + text(counted, show))

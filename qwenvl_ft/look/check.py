@@ -15,9 +15,11 @@ import numpy as np
 from qwenvl_ft.data.dense.groups import DenseGroups
 from qwenvl_ft.data.media.images import MediaPolicy
 from qwenvl_ft.data.plan.walk import walk
+from qwenvl_ft.data.sources.records import Records
 from qwenvl_ft.data.unread import Tally, tally
 from qwenvl_ft.errors import unknown_name
 from qwenvl_ft.look.faults import ERROR, IMAGE, MODEL, PARTS, REASONS, WARNING, Fault
+from qwenvl_ft.look.first_records import FIRST, first_records
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.one_record import Inspected, Inspector
 from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers
@@ -172,9 +174,15 @@ def _split_to_json(split: Split) -> dict[str, Any]:
 
 
 def check_recipe(
-    recipe: Recipe, *, allow: Iterable[str] = (), processes: int = 1, num_proc: int | None = None, quiet: bool = False
+    recipe: Recipe,
+    *,
+    allow: Iterable[str] = (),
+    processes: int = 1,
+    num_proc: int | None = None,
+    quiet: bool = False,
+    records: int = FIRST,
 ) -> Report:
-    """Check every record that a recipe trains or evaluates on.
+    """Check every record that a recipe trains or evaluates on; of a stream the first ones, without a forecast.
 
     Without ``model.model`` nothing is tokenized; everything else is checked, by Qwen3-VL's rules.
 
@@ -183,19 +191,33 @@ def check_recipe(
         processes: GPUs of the planned run, from which the number of steps follows.
         num_proc: worker processes; None is ``data.dataset_num_proc``, limited to the number of cores.
         quiet: show no progress bar.
+        records: number of records of a stream (``data.streaming``) that are checked.
 
     Raises:
         RecipeError: a reason in ``allow`` is unknown, there is no data, or the recipe's model or template is wrong.
     """
     levels = _levels(recipe.template.truncation_strategy, allow)
-    workers = num_proc or sensible_workers(recipe)
+    how = {"num_proc": num_proc or sensible_workers(recipe), "quiet": quiet}
+    with first_records(recipe, records) as first:
+        return _checked(recipe, first, levels, processes, how)
+
+
+def _checked(
+    recipe: Recipe, first: Records | None, levels: dict[str, str], processes: int, how: dict[str, Any]
+) -> Report:
+    """Check a recipe's records; see `check_recipe`.
+
+    Args:
+        first: those of its stream, if it has one.
+        how: options of `walk`.
+    """
     encoder, policy = optional_encoder(recipe), MediaPolicy.of(recipe.data)
     reference = encoder or reference_encoder(recipe)
     sample_options = SampleOptions.of(recipe)
     start = perf_counter()
     report = Report({}, [], levels, recipe.model.model)
     first_seen: dict[str, FirstSeen] = {}
-    for name, opened in open_splits(recipe, num_proc=workers).items():
+    for name, opened in open_splits(recipe, num_proc=how["num_proc"], first=first).items():
         report.faults += opened.faults
         split, first_seen[name] = Split(name), FirstSeen(first_seen[TRAIN] if TRAIN in first_seen else None)
         for part in opened.parts:
@@ -210,10 +232,8 @@ def check_recipe(
                     epochs=epochs,
                     summaries=sample_options.summaries,
                 )
-                report.faults += _check_records(
-                    split, first_seen[name], records, inspector, num_proc=workers, quiet=quiet
-                )
-        if split.samples:
+                report.faults += _check_records(split, first_seen[name], records, inspector, **how)
+        if split.samples and not (recipe.data.streaming and name == TRAIN):
             split.forecast = forecast(recipe, *zip(*split.samples, strict=True), processes=processes)
         report.splits[name] = split
     report.seconds = perf_counter() - start

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.sources.mixture import load_mixture, load_options, val_selections
-from qwenvl_ft.data.sources.records import Selection, load_records
+from qwenvl_ft.data.sources.mixture import load_mixture, load_options, load_validation, val_selections
+from qwenvl_ft.data.sources.records import Records, Selection, load_records
 from qwenvl_ft.data.sources.registry import find_dataset, is_pattern, matching_files, parse_selection
 from qwenvl_ft.errors import DataError, RecipeError, hint
 from qwenvl_ft.look.faults import Fault
@@ -49,10 +49,13 @@ def sensible_workers(recipe: Recipe) -> int:
     return min(recipe.data.dataset_num_proc, os.cpu_count() or 1)
 
 
-def open_splits(recipe: Recipe, *, num_proc: int) -> dict[str, Opened]:
+def open_splits(recipe: Recipe, *, num_proc: int, first: Records | None = None) -> dict[str, Opened]:
     """Return ``train`` and each validation set (``val`` or ``val.NAME``) -> the records that training would use.
 
     If a file cannot be opened, nothing is sampled, held out or mixed: the records of all others are returned.
+
+    Args:
+        first: the first records of a stream, from `first_records`; they are ``train``.
 
     Raises:
         RecipeError: the recipe has no training data.
@@ -60,12 +63,12 @@ def open_splits(recipe: Recipe, *, num_proc: int) -> dict[str, Opened]:
     """
     data, seed = replace(recipe.data, on_error="skip"), recipe.training.arguments["seed"]
     try:
-        train, val = load_mixture(data, seed)
+        train, val = load_mixture(data, seed) if first is None else (first, load_validation(data, seed))
         return {TRAIN: Opened([train])} | {split_name(name): Opened([records]) for name, records in val.items()}
     except DataError:
         pass
     options = load_options(data, seed) | {"num_proc": num_proc}
-    splits = {TRAIN: open_selection(data.train, options)}
+    splits = {TRAIN: open_selection(data.train, options) if first is None else Opened([first])}
     if data.train_dataset_mix_ds:
         mixed = open_selection(data.train_dataset_mix_ds, options)
         splits[TRAIN] = Opened(splits[TRAIN].parts + mixed.parts, splits[TRAIN].faults + mixed.faults)

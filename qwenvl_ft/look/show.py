@@ -16,7 +16,9 @@ from qwenvl_ft.data.conversation import Image, Sample
 from qwenvl_ft.data.media.images import image_size
 from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
 from qwenvl_ft.data.plan.packing import pack_lengths, single_rows
-from qwenvl_ft.data.sources.mixture import require_whole
+from qwenvl_ft.data.plan.windows import WindowDataset
+from qwenvl_ft.errors import DataError
+from qwenvl_ft.look.first_records import FIRST, first_windows
 from qwenvl_ft.look.histogram import Histogram, depth_histogram
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pictures import data_uri, pictures
@@ -133,14 +135,16 @@ def show_recipe(
     epoch: int = 0,
     units: str = AUTO,
     title: str = "",
+    records: int = FIRST,
 ) -> Path:
-    """Write the page for a recipe's data.
+    """Write the page for a recipe's data. An epoch of a stream (``data.streaming``) is one of its windows.
 
     Args:
         split: ``train``, ``val``, or ``val.NAME`` if there are several validation sets.
         samples: number of samples to show, spread evenly over the data.
         rows: number of rows to show, from the start of the epoch.
         units: unit of coordinates in answers: norm1000, norm100, unit (0 to 1), pixels (of the stored image), or auto.
+        records: most records of a stream's window.
 
     Returns:
         ``target``.
@@ -150,17 +154,37 @@ def show_recipe(
     """
     from qwenvl_ft.assemble import build_datasets, build_processor
 
-    require_whole(recipe.data)
     processor = build_processor(recipe)
+    with first_windows(recipe, records) as (shown, stream):
+        train, val = build_datasets(shown, processor, recipe.training.arguments["seed"], stream=stream)
+        page = _page(shown, train, val, split, samples, rows, epoch, units, title)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def _page(
+    recipe: Recipe,
+    train: SampleDataset,
+    val: SampleDataset | dict[str, SampleDataset] | None,
+    split: str,
+    samples: int,
+    rows: int,
+    epoch: int,
+    units: str,
+    title: str,
+) -> str:
     seed = recipe.training.arguments["seed"]
-    train, val = build_datasets(recipe, processor, seed)
     evaluated = val if isinstance(val, dict) else {"": val} if val is not None else {}
     dataset = find_split({TRAIN: train} | {split_name(name): records for name, records in evaluated.items()}, split)
     at = epoch if split == TRAIN else 0
+    for window in range(at + 1 if isinstance(dataset, WindowDataset) else 0):  # a stream is read in order
+        if not len(dataset.at(window)):
+            raise DataError(f"--epoch {epoch}: the stream ends after {window} windows, the first is 0.")
     chosen = spread(len(dataset.at(at)), samples)
     plan = epoch_rows(recipe, dataset, seed, at, shuffle=split == TRAIN)
     cards = [card(dataset, dataset.ticket(at, k), f"Sample {k}", emitted_units(recipe), units) for k in chosen]
-    page = render(
+    return render(
         "show.html.jinja",
         title=title or "What the model sees",
         split=split,
@@ -177,9 +201,6 @@ def show_recipe(
         ],
         count_of=count_of,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
 
 
 def spread(count: int, wanted: int) -> list[int]:

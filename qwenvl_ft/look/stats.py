@@ -18,10 +18,11 @@ from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, QwenVLError
 from qwenvl_ft.look.check_report import bars
+from qwenvl_ft.look.first_records import FIRST, first_records
 from qwenvl_ft.look.forecast import histogram, quantiles
 from qwenvl_ft.look.objects import all_objects
 from qwenvl_ft.look.page import render
-from qwenvl_ft.look.readable import TRAIN, find_split, open_splits, optional_encoder, sensible_workers
+from qwenvl_ft.look.readable import TRAIN, Opened, find_split, open_splits, optional_encoder, sensible_workers
 from qwenvl_ft.look.sample import GroupInspector, SampleOptions
 from qwenvl_ft.recipe.schema import Recipe
 
@@ -191,16 +192,26 @@ def shortened(text: str) -> str:
     return f"{text[:LONGEST_TEXT]}... ({xxhash.xxh3_64_hexdigest(text.encode(errors='surrogatepass'))[:8]})"
 
 
-def count_recipe(recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = None, quiet: bool = False) -> Counted:
-    """Count all records that a recipe selects, including those that training drops.
+def count_recipe(
+    recipe: Recipe, *, split: str = TRAIN, num_proc: int | None = None, quiet: bool = False, records: int = FIRST
+) -> Counted:
+    """Count all records that a recipe selects, including those that training drops; of a stream the first ones.
 
     Without ``model.model`` no tokens are counted.
+
+    Args:
+        records: number of records of a stream (``data.streaming``) that are counted.
 
     Raises:
         RecipeError: the recipe has no data, or no such split.
     """
     workers = num_proc or sensible_workers(recipe)
-    opened = find_split(open_splits(recipe, num_proc=workers), split)
+    with first_records(recipe, records) as first:
+        opened = find_split(open_splits(recipe, num_proc=workers, first=first), split)
+        return _counted(recipe, opened, split, workers, quiet)
+
+
+def _counted(recipe: Recipe, opened: Opened, split: str, workers: int, quiet: bool) -> Counted:
     policy, encoder, sample_options = MediaPolicy.of(recipe.data), optional_encoder(recipe), SampleOptions.of(recipe)
     total = Counted()
     for fault in opened.faults:

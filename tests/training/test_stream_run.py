@@ -220,6 +220,58 @@ def test_another_position_than_the_saved_one_is_refused(saved, tiny_dir, web, tm
         resume_from(saved, 7, tiny_dir, web / "*.tar", tmp_path / "refused", change=elsewhere)
 
 
+def write_alike(path, numbers, letter="r"):
+    """Write records of text that have the same length."""
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "it is so"}]
+    path.write_text("".join(json.dumps({"id": f"{letter}{k % 10}", "conversations": turns}) + "\n" for k in numbers))
+
+
+@pytest.fixture(scope="module")
+def alike(tiny_dir, tmp_path_factory):
+    """Two shards of records that all have the same length, and a run over them that saves after each step."""
+    folder = tmp_path_factory.mktemp("alike")
+    for number in range(2):
+        write_alike(folder / f"{number}.jsonl", range(12))
+    each = ("training.save_strategy=steps", "training.save_steps=1", "training.save_total_limit=99")
+    options = stream_run(tiny_dir, folder / "*.jsonl", folder / "run", *each, "training.max_steps=5")
+    train(load_recipe(None, options))
+    return folder
+
+
+def test_another_position_is_refused_where_all_windows_have_the_same_lengths(alike, tiny_dir, tmp_path):
+    """The lengths alone cannot tell; the shards' bytes and the rows of the window can."""
+
+    def elsewhere(position):
+        position["begin"]["position"]["record"] -= 2
+
+    data, more = alike / "*.jsonl", "training.max_steps=5"
+    resume_from(alike / "run", 3, tiny_dir, data, tmp_path / "same", more, change=lambda position: None)
+    before = json.loads((alike / "run" / "checkpoint-3" / "plan.json").read_text())
+    with pytest.raises(CheckpointError, match=r"has as many records of the same lengths, but other ones"):
+        resume_from(alike / "run", 3, tiny_dir, data, tmp_path / "refused", more, change=elsewhere)
+
+    def of_an_earlier_release(position):
+        elsewhere(position)
+        plan = tmp_path / "old" / "checkpoint-3" / "plan.json"
+        plan.write_text(json.dumps({key: value for key, value in before.items() if key != "data"}))
+
+    resume_from(alike / "run", 3, tiny_dir, data, tmp_path / "old", more, change=of_an_earlier_release)
+
+
+def test_a_shard_of_other_records_of_the_same_lengths_is_refused(alike, tiny_dir, tmp_path):
+    options = stream_run(tiny_dir, alike / "*.jsonl", tmp_path / "probe", "training.max_steps=5")
+    kept = {path: path.read_bytes() for path in alike.glob("*.jsonl")}
+    try:
+        for path in kept:
+            write_alike(path, range(12), letter="s")
+            assert len(path.read_bytes()) == len(kept[path])
+        with pytest.raises(CheckpointError, match="Put the original shards back"):
+            resume_from(alike / "run", 3, tiny_dir, alike / "*.jsonl", tmp_path / "run", *options[-1:])
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
 def test_a_finished_stream_that_is_resumed_saves_its_model(tiny_dir, web, tmp_path):
     each = ("data.stream_rounds=1", "training.max_steps=99", "training.save_strategy=steps", "training.save_steps=1")
     options = stream_run(tiny_dir, web / "*.tar", tmp_path / "run", *each)
@@ -283,15 +335,12 @@ def test_a_key_of_a_stream_is_not_read_without_one(tiny_dir, web, tmp_path):
         load_recipe(None, [*plain, "data.stream_window=8"])
 
 
-def test_commands_that_read_everything_say_so(tiny_dir, web, tmp_path):
-    """A command that opened the stream would remove shards under a run with the same output_dir."""
+def test_what_reads_everything_refuses_a_stream(tiny_dir, web, tmp_path):
     from qwenvl_ft.data.sources.mixture import load_mixture
-    from qwenvl_ft.look.show import show_recipe
 
     recipe = load_recipe(None, stream_run(tiny_dir, web / "000.tar", tmp_path, NO_SAVES))
-    for command in (lambda: load_mixture(recipe.data, 0), lambda: show_recipe(recipe, tmp_path / "page.html")):
-        with pytest.raises(RecipeError, match="only training reads a stream"):
-            command()
+    with pytest.raises(RecipeError, match="only training, check, stats and show read a stream"):
+        load_mixture(recipe.data, 0)
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}-cache"))
 
 

@@ -165,6 +165,10 @@ class SampleDataset(Dataset[Sample]):
     def close(self) -> None:
         """Remove what only this run needs of its data: nothing but the copies of a stream's shards."""
 
+    def identity(self, epoch: int) -> str:
+        """Return a hash of an epoch's records, if they are known by more than the plan; else an empty text."""
+        return ""
+
     def count_for_limit(self, epoch: int) -> int:
         """Return the number of samples of which ``max_bad_fraction`` may be replaced in an epoch."""
         return len(self.at(epoch))

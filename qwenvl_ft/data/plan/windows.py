@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 
 from qwenvl_ft.data.conversation import Conversation
 from qwenvl_ft.data.dense.groups import EpochConversations
@@ -26,7 +27,7 @@ from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import Planned, SampleDataset, Totals
 from qwenvl_ft.data.plan.epochs import Epochs, Raw
 from qwenvl_ft.data.plan.lengths import BAD, COLUMNS, Lengths, measure, require_some
-from qwenvl_ft.data.sources.records import Records
+from qwenvl_ft.data.sources.records import Part, Records
 from qwenvl_ft.data.sources.shards import Shard
 from qwenvl_ft.data.sources.stream import Position, Stream
 from qwenvl_ft.errors import DataError
@@ -80,6 +81,8 @@ class Window:
     epochs: Epochs
     """Its conversations."""
     addresses: list[str]
+    identity: str
+    """Hash of its records: the bytes of their shards, and which rows of them."""
     left_out: int = 0
     """Records that were left out for their label."""
 
@@ -152,7 +155,8 @@ class Windows:
             if parts:
                 records = Records(parts)
                 addresses = [part.address for part in parts]
-                return Window(begin, end, self._conversations(records), addresses, sum(part.left_out for part in parts))
+                left_out = sum(part.left_out for part in parts)
+                return Window(begin, end, self._conversations(records), addresses, _identity(parts), left_out)
             if begin.position == Position(begin.position.round):
                 raise DataError(f"none of the {len(shards)} shards has a record.")
             begin = begin._replace(position=end, shards=None)
@@ -167,6 +171,15 @@ class Windows:
         for folder in (self.stream.folder / "windows").glob("*") if self.options.leads else ():
             if folder.name not in map(str, self.held):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _identity(parts: Sequence[Part]) -> str:
+    """Return a hash of the rows of shards, whatever their addresses are."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part.digest.encode())
+        digest.update(np.asarray(part.rows, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 class WindowDataset(SampleDataset):
@@ -215,6 +228,9 @@ class WindowDataset(SampleDataset):
     @property
     def present(self) -> int:
         return self.windows.last
+
+    def identity(self, epoch: int) -> str:
+        return self.windows.held[epoch].identity
 
     def count_for_limit(self, epoch: int) -> int:
         return max(len(self.at(epoch)), self.windows.stream.window)

@@ -92,8 +92,8 @@ def require_whole(data: DataConfig) -> None:
     """Raise RecipeError if the training records are a stream, whose shards belong to the run that reads it."""
     if data.streaming:
         raise RecipeError(
-            "data.streaming=true: only training reads a stream. Give some of its shards as files: data.streaming=false "
-            "data.train=shard.tar."
+            "data.streaming=true: only training, check, stats and show read a stream. Give some of its shards as "
+            "files: data.streaming=false data.train=shard.tar."
         )
 
 

@@ -55,6 +55,8 @@ class Part:
     """Row -> bytes of the rows with more text."""
     address: str = ""
     """Where the file was copied from, for messages; empty if it is no copy."""
+    digest: str = ""
+    """Hash of the bytes of a shard; empty for a file that is no shard."""
 
     def record(self, place: int) -> tuple[Any, Source]:
         """Return a record and its origin; raise DataError if it is damaged."""

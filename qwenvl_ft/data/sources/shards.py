@@ -16,6 +16,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xxhash
 from filelock import FileLock
 
 from qwenvl_ft.data.sources.registry import DATASETS, FILES, UNLISTED, find_dataset, matching_files
@@ -29,6 +30,8 @@ FINAL = (400, 401, 403, 404, 410)
 """Answers of a web server after which a new try is of no use."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a disk that takes nothing more."""
+READ_BYTES = 4 * 1024 * 1024
+"""Bytes of a shard that are hashed at a time."""
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -109,6 +112,15 @@ def fetch(address: str, folder: Path) -> Path:
             "folder on a disk with enough space."
         ) from None
     return target
+
+
+def digest_of(path: Path) -> str:
+    """Return a hash of a shard's bytes, at the speed of the disk."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def drop(address: str, folder: Path) -> None:

@@ -18,7 +18,7 @@ from qwenvl_ft.data.sources.damage import EmptyError
 from qwenvl_ft.data.sources.files import find_file, open_tables
 from qwenvl_ft.data.sources.records import Part, part_of
 from qwenvl_ft.data.sources.registry import DATASETS, UNLISTED
-from qwenvl_ft.data.sources.shards import Shard, fetch, folder_of
+from qwenvl_ft.data.sources.shards import Shard, digest_of, fetch, folder_of
 from qwenvl_ft.errors import DataError
 
 ORDER = 5
@@ -130,4 +130,4 @@ class Stream:
         rules = options["rules"]
         roots = options["media_root"], options["media_outside_root"]
         part = part_of(name, entry, file, table, rules, rules.rows(table), *roots, limit)
-        return replace(part, address=address)
+        return replace(part, address=address, digest=digest_of(file.path))

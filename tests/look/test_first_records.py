@@ -106,5 +106,5 @@ def test_show_shows_the_windows_of_training(tiny_dir, web, tmp_path, capsys):
         shown = {record for record in ids if f"&#34;id&#34;: &#34;{record}&#34;" in text}
         assert shown == set(expected)
     assert main(["show", *overrides, "--out", str(page), "--epoch", "9", "data.stream_rounds=1"]) == 2
-    assert "the stream ends after 5 windows" in capsys.readouterr().err
+    assert "the stream ends after 4 windows, the first is 0" in capsys.readouterr().err
     assert not list(tmp_path.glob("run-cache/*")), "copies are left behind"

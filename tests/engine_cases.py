@@ -76,6 +76,8 @@ def vllm_updates(folder, *, tower=False):
         pairs.setdefault(match[1], {})[match[2]] = value
     updates = {}
     for module, pair in pairs.items():
+        if module.endswith(".in_proj_z") and module.replace("_z", "_qkv") not in pairs:
+            raise LookupError(f"rows of {module}")
         if module.startswith("model.visual.") and not tower:
             continue
         scaled = module.replace(".experts.base_layer", ".experts.gate_up_proj")
@@ -125,6 +127,8 @@ def sglang_updates(folder, experts=0):
             if end == "q_proj" and "v_proj" not in beside:
                 raise LookupError("v_proj")
             if end == "up_proj" and "gate_proj" not in beside:
+                continue
+            if end.startswith("in_proj_"):  # its joined weight is made of in_proj_q, _k, _v and _z
                 continue
             routed = ".experts." in module or module.endswith(".experts")
             if not matches or (experts and ".mlp." in module and not routed):

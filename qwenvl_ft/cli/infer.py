@@ -64,8 +64,9 @@ def infer(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
-    for folder in adapter or [Path(model)]:
+    for folder, (_, processor) in zip(adapter or [Path(model)], answerers, strict=True):
         say_losses(folder, loaded.config.model_type)
+        say_thinking(folder, processor)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     for number, (source, processor) in enumerate(answerers):
         if adapter:
@@ -105,6 +106,16 @@ def say_losses(folder: Path, model_type: str) -> None:
     if (folder / "adapter_config.json").is_file():
         for line in silent_losses(folder, model_type):
             typer.echo(f"note: {line}", err=True)
+
+
+def say_thinking(folder: Path, processor: Any) -> None:
+    """Say how a server renders prompts as the training run in a folder, if its chat template has a switch."""
+    import shlex
+
+    from qwenvl_ft.export.serving import thinking_flag, thinking_of
+
+    if flag := thinking_flag(thinking_of(folder, processor)):
+        typer.echo(f"note: serve it with {shlex.join(flag)}, as it was trained", err=True)
 
 
 def ask(model: Any, encoder: Any, asked: dict[str, Any], seed: int, **options: Any) -> tuple[str, float]:

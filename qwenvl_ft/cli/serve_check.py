@@ -89,6 +89,6 @@ def report(found: list[Any], videos: int) -> list[str]:
         mark = "agrees" if one.agrees else "DIFFERS"
         lines.append(f"{mark}  {one.source}: {alike} of {one.tokens} tokens{close}{ending}")
     agree = sum(one.agrees for one in found)
-    left = f"; {videos} with videos were not asked" if videos else ""
+    left = f"; {videos} with videos were not asked: servers sample frames by rules of their own" if videos else ""
     lines.append(f"{agree} of {len(found)} records agree{left}")
     return lines

@@ -1,7 +1,8 @@
 """What serving engines do with the models and adapters that this package saves, read from their loaders.
 
-Read: vLLM 0.32 and 0.33 (``lora/``, ``models/qwen3_vl.py``, ``models/qwen3_vl_moe.py``), SGLang 0.5.23 (the same
-names), peft 0.21, transformers 5.24. tests/engine_cases.py states the rules of the loaders again in code.
+Read: vLLM 0.32 and 0.33 (``lora/``, ``models/qwen3_vl.py``, ``models/qwen3_vl_moe.py``), vLLM 0.32
+(``models/qwen3_5.py``), SGLang 0.5.23 (files of the same names), peft 0.21, transformers 5.24. tests/engine_cases.py
+states the rules of the loaders again in code.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ APPLIED, LOST, REFUSED, UNTRIED = "applied", "lost", "refused", "untried"
 engine ends with an error; its loader has a way for it that was not seen to work."""
 ATTENTION = r"\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj$"
 MLP = r"\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj$"
+DELTA_NET = r"\.language_model\.layers\.\d+\.linear_attn\.(in_proj_(qkv|z|b|a)|out_proj)$"
+DELTA_NET_OUT = r"\.language_model\.layers\.\d+\.linear_attn\.out_proj$"
+"""SGLang joins in_proj_q, in_proj_k, in_proj_v and in_proj_z. It has no place for in_proj_qkv, which the models have,
+nor for in_proj_a and in_proj_b."""
+SHARED_EXPERT = r"\.mlp\.shared_expert(\.(gate|up|down)_proj|_gate)$"
 HEAD, EMBEDDING, VISION, ROUTER = r"^lm_head$", r"\.embed_tokens$", r"\.visual\.", r"\.mlp\.gate$"
 TOWER = "--enable-tower-connector-lora"
 
@@ -55,6 +61,14 @@ ENGINES = {
         rules={
             "qwen3_vl": ((MLP, APPLIED), *_VLLM),
             "qwen3_vl_moe": ((EXPERTS.pattern, APPLIED), (ROUTER, UNTRIED), *_VLLM),
+            "qwen3_5": ((MLP, APPLIED), (DELTA_NET, APPLIED), *_VLLM),
+            "qwen3_5_moe": (
+                (EXPERTS.pattern, APPLIED),
+                (ROUTER, UNTRIED),
+                (SHARED_EXPERT, UNTRIED),
+                (DELTA_NET, APPLIED),
+                *_VLLM,
+            ),
         },
     ),
     "sglang": Engine(
@@ -65,6 +79,13 @@ ENGINES = {
         rules={
             "qwen3_vl": ((MLP, APPLIED), *_SGLANG),
             "qwen3_vl_moe": ((EXPERTS.pattern, APPLIED), *_SGLANG),
+            "qwen3_5": ((MLP, APPLIED), (DELTA_NET_OUT, APPLIED), *_SGLANG),
+            "qwen3_5_moe": (
+                (EXPERTS.pattern, APPLIED),
+                (SHARED_EXPERT, UNTRIED),
+                (DELTA_NET_OUT, APPLIED),
+                *_SGLANG,
+            ),
         },
     ),
     "peft": Engine(title="peft", form="saved", models=False),

@@ -38,9 +38,10 @@ TOGETHER = (
     ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    ("linear_attn.in_proj_qkv.weight", "linear_attn.in_proj_z.weight"),
 )
 """Ends of names of weights that engines join. A part without an update gets one of zeros: SGLang would leave out the
-others or fail, and vLLM fails for experts."""
+others or fail, and vLLM fails for experts, and for in_proj_z alone."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,20 @@ def scaling(config: dict[str, Any], weight: str, rank: int) -> float:
     name = weight.removesuffix(".weight")
     alpha = {name: config["lora_alpha"], **patterns}[pattern_of(patterns, name)]
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def plain_shapes(shapes: dict[str, tuple[int, ...]], *, turned: bool) -> dict[str, tuple[int, ...]]:
+    """Return shapes of released weights with those of experts as [E, in, out].
+
+    Args:
+        turned: True if the family stores its experts so; others store them as [E, out, in].
+    """
+    if turned:
+        return shapes
+    return {
+        name: (shape[0], shape[2], shape[1]) if name.endswith(EXPERT_WEIGHTS) and len(shape) == 3 else shape
+        for name, shape in shapes.items()
+    }
 
 
 def completed(pairs: dict[str, Pair], shapes: dict[str, tuple[int, ...]]) -> dict[str, Pair]:

@@ -23,12 +23,26 @@ VISION = (
     "depth hidden_size intermediate_size num_heads out_hidden_size num_position_embeddings patch_size "
     "temporal_patch_size spatial_merge_size deepstack_visual_indexes"
 )
+DELTA_NET = (
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps "
+    "max_position_embeddings rope_parameters layer_types linear_conv_kernel_dim linear_key_head_dim "
+    "linear_num_key_heads linear_num_value_heads linear_value_head_dim"
+)
+"""Text of a model with delta nets."""
+PLAIN_VISION = VISION.removesuffix(" deepstack_visual_indexes")
 FIELDS: dict[str, dict[str, str]] = {
     "qwen3_vl": {"": TOP, "text_config": TEXT, "vision_config": VISION},
     "qwen3_vl_moe": {
         "": TOP,
         "text_config": f"{TEXT} num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob",
         "vision_config": VISION,
+    },
+    "qwen3_5": {"": TOP, "text_config": f"{DELTA_NET} intermediate_size", "vision_config": PLAIN_VISION},
+    "qwen3_5_moe": {
+        "": TOP,
+        "text_config": f"{DELTA_NET} num_experts num_experts_per_tok moe_intermediate_size "
+        "shared_expert_intermediate_size",
+        "vision_config": PLAIN_VISION,
     },
 }
 """``model_type`` -> section of config.json ("" is its top) -> fields that vLLM 0.33 or SGLang 0.5.23 read and the

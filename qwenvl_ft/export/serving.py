@@ -22,7 +22,7 @@ from typing import Any
 from qwenvl_ft.errors import CheckpointError, unknown_name
 from qwenvl_ft.export.engines import ENGINES, Engine, fate_of, rules_of
 from qwenvl_ft.export.merge import merge, require_new, trained_over
-from qwenvl_ft.export.plain_lora import completed, read_config, read_plain, write_plain
+from qwenvl_ft.export.plain_lora import completed, plain_shapes, read_config, read_plain, write_plain
 from qwenvl_ft.export.released import require_released
 from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths
 from qwenvl_ft.model.anatomy import family_of
@@ -58,6 +58,8 @@ class Exported:
     """Flags without which the engine would leave out a part."""
     notes: list[str] = field(default_factory=list)
     """What a user has to know, in sentences."""
+    thinking: bool | None = None
+    """``enable_thinking`` of the training run; None if the chat template has no such switch."""
     command: str = ""
     """Starts the engine; empty for libraries."""
 
@@ -110,6 +112,7 @@ def export(
             shutil.copy2(folder / "recipe.yaml", partial / "recipe.yaml")
         _save_processor(folder, partial, base)
         result.notes += _notes(folder, adapter)
+        result.thinking = thinking_of(folder, load_processor(partial))
         result.command = start_command(result, partial, media_per_prompt or {})
     return result
 
@@ -122,7 +125,24 @@ def start_command(exported: Exported, folder: Path, media_per_prompt: dict[str, 
     """
     if exported.engine not in COMMANDS:
         return ""
-    return shlex.join(COMMANDS[exported.engine](exported, load_processor(folder), media_per_prompt))
+    words = COMMANDS[exported.engine](exported, load_processor(folder), media_per_prompt)
+    return shlex.join([*words, *thinking_flag(exported.thinking)])
+
+
+def thinking_of(folder: Path, processor: Any) -> bool | None:
+    """Return the ``template.enable_thinking`` of a run, by the recipe beside its model.
+
+    None if there is no recipe, or if the chat template renders the same either way.
+    """
+    template = saved_recipe(folder).get("template") or {}
+    if "enable_thinking" not in template or "enable_thinking" not in str(processor.chat_template):
+        return None
+    return bool(template["enable_thinking"])
+
+
+def thinking_flag(thinking: bool | None) -> list[str]:
+    """Return the words by which vLLM and SGLang render prompts as in training, unless a request says otherwise."""
+    return [] if thinking is None else ["--default-chat-template-kwargs", json.dumps({"enable_thinking": thinking})]
 
 
 def _vllm(exported: Exported, processor: Any, media_per_prompt: dict[str, int]) -> list[str]:
@@ -178,7 +198,8 @@ def _export_adapter(folder: Path, partial: Path, target: Path, engine: Engine, n
             f"{engine.title} would compute other positions. Add --merge."
         )
     config = load_config(source, revision=revision)
-    rules, shapes, names = rules_of(engine, config.model_type), released_shapes(config), family_of(config.model_type)
+    rules, names = rules_of(engine, config.model_type), family_of(config.model_type)
+    shapes = plain_shapes(released_shapes(config), turned=names.released_before_5)
     shapes.setdefault(f"{names.head}.weight", shapes[f"{names.embeddings}.weight"])  # a tied head is not stored
     try:
         lora = read_plain(folder, shapes)

@@ -96,7 +96,7 @@ def released_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     for name, value in model.state_dict().items():
         shape = tuple(value.shape)
         if name not in second:
-            turned = (shape[0], shape[2], shape[1]) if name.endswith(EXPERTS) else shape
+            turned = (shape[0], shape[2], shape[1]) if name.endswith(EXPERTS) and _is_turned(model) else shape
             shapes[_released_name(name, config.model_type)] = turned
     return shapes
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from qwenvl_ft.tuning.prepare import prepare_model
 ROOT = Path(__file__).resolve().parents[2]
 LLM = {"freeze_llm": False, "freeze_vit": True, "freeze_aligner": True, "lora_rank": 4, "lora_alpha": 12}
 VISION = LLM | {"freeze_llm": True, "freeze_vit": False, "freeze_aligner": False}
+SHARED = r"model\.language_model\.layers\.\d+\.mlp\.shared_expert\.(gate|up|down)_proj"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SAVED = {
     "LoRA of attention and MLP": ("dense", LLM),
@@ -38,6 +40,16 @@ SAVED = {
     "LoRA of experts": ("moe", LLM | {"target_parameters": EXPERTS, "alpha_pattern": {"experts.down_proj": 7}}),
     "LoRA of one matrix of the experts": ("moe", LLM | {"target_parameters": EXPERTS[1:]}),
     "LoRA of the router": ("moe", LLM | {"target_parameters": ["mlp.gate.weight"]}),
+    "Qwen3.5: LoRA of full attention, MLP and the delta nets' `out_proj`": (
+        "qwen3_5",
+        LLM | {"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", "out_proj"]},
+    ),
+    "Qwen3.5: LoRA of the delta nets' input": (
+        "qwen3_5",
+        LLM | {"target_modules": ["in_proj_z", "in_proj_a", "k_proj"]},
+    ),
+    "Qwen3.5 MoE: LoRA of experts": ("qwen3_5_moe", LLM | {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
+    "Qwen3.5 MoE: LoRA of the shared expert": ("qwen3_5_moe", LLM | {"target_regex": SHARED}),
     "`use_dora`": ("dense", LLM | {"use_dora": True}),
     "modules in full beside LoRA": ("dense", LLM | {"modules_to_save": ["model.visual.merger"]}),
     "another method of peft": ("dense", {"train_type": "vera", "vera_rank": 4, **LLM}),
@@ -107,7 +119,10 @@ def test_each_cell_of_the_table(adapters, changes, tmp_path, name, engine):
     if cell.startswith("applied"):
         done = export(adapters[name], tmp_path / "out", engine)
         if engine in SERVED:
-            require_same(SERVED[engine](done.folder), changes(name))
+            updates = SERVED[engine](done.folder)
+            if SAVED[name][0] == "qwen3_5_moe":  # stores its experts as [E, out, in]
+                updates = {key: value.transpose(1, 2) if "experts" in key else value for key, value in updates.items()}
+            require_same(updates, changes(name))
             flag = re.search(r"`(--[a-z-]+)`", cell)
             assert done.flags == ([flag[1]] if flag else [])
             assert all(flag in done.command for flag in done.flags)
@@ -124,7 +139,7 @@ def test_each_cell_of_the_table(adapters, changes, tmp_path, name, engine):
 
 def test_an_adapter_as_it_was_saved_is_not_applied_whole_and_silent_losses_says_so(adapters, changes):
     rows = {
-        name: silent_losses(folder, f"qwen3_vl{'_moe' * (SAVED[name][0] == 'moe')}")
+        name: silent_losses(folder, {"dense": "qwen3_vl", "moe": "qwen3_vl_moe"}.get(SAVED[name][0], SAVED[name][0]))
         for name, folder in adapters.items()
     }
     assert rows["LoRA of attention and MLP"] == []
@@ -256,6 +271,57 @@ def test_limits_frames_and_system_prompt_of_training_reach_the_engine(adapters, 
     assert ("Be brief." in other, "so" in other) == (True, False)
     assert main(["export", str(trained), str(tmp_path / "out2"), "--for", "sglang"]) == 0
     assert '"image": {"size": {"shortest_edge": 2048, "longest_edge": 4096}}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_thinking_switch_of_training_reaches_the_engine(adapters, tmp_path, capsys, thinking):
+    """A server that renders by the template's own default would end the prompt otherwise than training did."""
+    trained = tmp_path / "run"
+    shutil.copytree(adapters["Qwen3.5: LoRA of the delta nets' input"], trained)
+    base = json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"]
+    load_processor(base).save_pretrained(trained)
+    (trained / "recipe.yaml").write_text(f"template: {{enable_thinking: {str(thinking).lower()}}}\n")
+    flag = f"--default-chat-template-kwargs '{{\"enable_thinking\": {str(thinking).lower()}}}'"
+    assert main(["export", str(trained), str(tmp_path / "out"), "--for", "vllm"]) == 0
+    assert flag in capsys.readouterr().out
+    assert main(["infer", "--model", str(trained), "--prompt", "Hi.", "--max-new-tokens", "1"]) == 0
+    assert f"note: serve it with {flag}" in capsys.readouterr().err
+    assert main(["export", str(trained), str(tmp_path / "whole"), "--for", "sglang", "--merge"]) == 0
+    assert flag in capsys.readouterr().out
+    render = load_processor(tmp_path / "out").apply_chat_template
+    asked = [{"role": "user", "content": "hi"}]
+    rendered = {value: render(asked, add_generation_prompt=True, enable_thinking=value) for value in (False, True)}
+    assert rendered[False] != rendered[True], "vacuous: the switch changes nothing"
+
+
+def test_a_template_without_the_switch_gets_no_flag(adapters, checkpoints, tmp_path, capsys):
+    trained = tmp_path / "run"
+    shutil.copytree(adapters["LoRA of attention and MLP"], trained)
+    load_processor(checkpoints["dense"]).save_pretrained(trained)
+    (trained / "recipe.yaml").write_text("template: {enable_thinking: false}\n")
+    assert main(["export", str(trained), str(tmp_path / "out"), "--for", "vllm"]) == 0
+    assert "enable_thinking" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_a_qwen3_5_model_is_released_as_it_was_saved(checkpoints, tmp_path, kind):
+    """Its experts are stored as [E, out, in], otherwise than those of Qwen3-VL, and it has no deepstack."""
+    done = export(checkpoints[kind], tmp_path / "out", "vllm")
+    saved = load_file(done.folder / "model.safetensors")
+    assert require_released(done.folder) == len(saved)
+    config = json.loads((done.folder / "config.json").read_text())
+    for field in ("linear_conv_kernel_dim", "rope_parameters"):
+        text = {key: value for key, value in config["text_config"].items() if key != field}
+        (done.folder / "config.json").write_text(json.dumps(config | {"text_config": text}))
+        with pytest.raises(CheckpointError, match=f"lacks text_config.{field}"):
+            require_released(done.folder)
+    if kind == "qwen3_5_moe":
+        (done.folder / "config.json").write_text(json.dumps(config))
+        name = next(name for name in saved if name.endswith("experts.gate_up_proj"))
+        (done.folder / "model.safetensors").unlink()
+        save_file(saved | {name: saved[name].transpose(1, 2).contiguous()}, done.folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match="gate_up_proj has shape"):
+            require_released(done.folder)
 
 
 def test_a_system_prompt_with_quotes_and_braces_is_kept():

@@ -142,6 +142,38 @@ def test_two_ranks_train_the_weights_of_one(tiny_dir, web, tmp_path):
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-4, atol=1e-5)
 
 
+ENGINES = {
+    "shared rows": ("training.sequence_parallel_size=2", "training.gradient_accumulation_steps=2"),
+    "FSDP2": ("training.fsdp=full_shard", "training.fsdp_config.version=2"),
+    "ZeRO-2": ("training.deepspeed=zero2",),
+}
+"""How two processes share a run -> its overrides; without shared rows each has a row of its own."""
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dir, web, tmp_path_factory):
+    """The overrides of a run of two rounds without dropout, and one process's run of it."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    more = (NO_SAVES, "tuner.lora_dropout=0", "data.stream_rounds=2", "training.max_steps=99")
+    options = stream_run(tiny_dir, web / "*.tar", output, *more)
+    train(load_recipe(None, options))
+    return options, output
+
+
+@pytest.mark.distributed
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_of_each_engine_train_the_weights_of_one(alone, tmp_path, engine):
+    options, output = alone
+    two = [*options, f"training.output_dir={tmp_path / 'two'}", f"data.stream_cache={tmp_path / 'two-cache'}"]
+    two += ["training.gradient_accumulation_steps=1", "training.use_cpu=true", "training.ddp_backend=gloo"]
+    steps = in_ranks(2, train_rank, [*two, *ENGINES[engine]])
+    assert steps[0] == steps[1] == len(logged(output, "loss"))
+    assert logged(output, "supervised_tokens") == logged(tmp_path / "two", "supervised_tokens")
+    assert_equal(weights(output), weights(tmp_path / "two"), rtol=1e-3, atol=1e-4)
+    assert max(value.abs().max() for name, value in weights(output).items() if "lora_B" in name) > 1e-2, "vacuous"
+
+
 # -- going on ------------------------------------------------------------------------------------------------------
 
 

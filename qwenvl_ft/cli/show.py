@@ -1,7 +1,7 @@
 """``qwenvl-ft show RECIPE|FILE ...``: writes an HTML page of what the model will see."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,5 +36,12 @@ def show(
         page = out.with_stem(f"{out.stem}_{phase}") if phase else out
         if line := first_records_line(recipe, records):
             typer.echo(line)
-        how = {"split": split, "samples": samples, "rows": rows, "epoch": epoch, "units": units, "records": records}
+        how: dict[str, Any] = {
+            "split": split,
+            "samples": samples,
+            "rows": rows,
+            "epoch": epoch,
+            "units": units,
+            "records": records,
+        }
         typer.echo(show_recipe(recipe, page, title=phase, **how))

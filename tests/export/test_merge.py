@@ -42,6 +42,7 @@ BY_PEFT = {
 """Name -> (class of peft's config, its fields)."""
 CASES = [(name, "dense") for name in (*BY_RECIPE, *BY_PEFT)]
 CASES += [(name, "moe") for name in ("lora", "dora beside full mergers", "longlora with embeddings", "experts")]
+CASES += [(name, kind) for name in ("lora", "the language head") for kind in ("qwen3_5", "qwen3_5_moe")]
 READER = """
 import json, sys, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -59,7 +59,7 @@ def bench_fit(size: str, *, row_length: int, rounds: int = 2, trains_vision: boo
     model = random_model(make_config(size), load_recipe(None, settings).model, device).train()
     if not trains_vision:
         model.model.visual.requires_grad_(False)
-    processor = bench_processor()
+    processor = bench_processor(size)
     use_raw_patches(model, processor.image_processor)
     encoder, collator = Encoder(processor, raw_pixels=True), QwenVLCollator()
     features, seconds = [], []

@@ -5,6 +5,10 @@ attention's backward pass, not pairs of tokens that do not attend to each other,
 not gradients of frozen weights. An image enters the patch embedding once, not repeated in time. A product of [m, k] and
 [k, n] is 2 m n k floating-point operations.
 
+A gated delta net is counted as its kernels compute it, in chunks of 64 tokens, each sample beginning with a chunk of its
+own: pairs of tokens of a chunk, and the state that passes from a chunk to the next. The slots that folding a row
+(upstream/delta_net.py) leaves empty are padding, and not counted.
+
 Letters: L tokens of a sample, F patches of an image (or frame), K supervised tokens.
 """
 
@@ -18,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from qwenvl_ft.model.anatomy import canonical_name, part_of
+from qwenvl_ft.upstream.delta_net import CHUNK, MIXER
 from qwenvl_ft.upstream.whole import full_shape
 
 PEAK_TFLOPS = {
@@ -56,17 +61,20 @@ FLOW = (
 )
 """Modules in the order of the forward pass; the captured number orders the layers."""
 IN_LAYER = (
-    r"\.(norm1?|input_layernorm)$",
-    r"\.(attn\.qkv|[qkv]_proj)(\.|$)",
-    r"\.[qk]_norm$",
-    r"\.(attn\.proj|o_proj)(\.|$)",
+    r"(?<!linear_attn)\.(norm1?|input_layernorm)$",
+    r"\.(attn\.qkv|[qkv]_proj|in_proj_\w+)(\.|$)",
+    r"\.([qk]_norm|conv1d|linear_attn)$",
+    r"\.linear_attn\.norm$",
+    r"\.(attn\.proj|o_proj|out_proj)(\.|$)",
     r"\.(norm2|post_attention_layernorm)$",
-    r"\.(linear_fc1|gate_proj|up_proj|gate|experts)(\.|$)",
+    r"\.(linear_fc1|gate_proj|up_proj|gate|experts|shared_expert_gate)(\.|$)",
     r"\.(linear_fc2|down_proj)(\.|$)",
 )
 """Modules in order within a layer or merger. Modules in one pattern have the same input."""
 ATTENTION = 1
 """Index in `IN_LAYER` of queries, keys and values."""
+RECURRENCE = 2
+"""Index in `IN_LAYER` of what a gated delta net applies to queries, keys and values: its convolution and its decay."""
 
 
 def peak_tflops(device_name: str) -> float | None:
@@ -118,12 +126,35 @@ class Attention:
     """True if queries, keys or values need a gradient."""
 
 
+@dataclass(frozen=True)
+class Recurrence:
+    """The products of one gated delta net, each of which is one sum over a chunk or the state for all heads.
+
+    A pair of tokens of a chunk takes two products of keys, one of values and, to solve the chunk's triangular system,
+    one of both. A token after the first chunk reads the state twice; one before the last chunk is added to it.
+    """
+
+    heads: int
+    """Heads of values; those of queries and keys are repeated."""
+    key: int
+    value: int
+    """Size of a head."""
+    grad: bool
+    """True if queries, keys, values, strengths or decays need a gradient."""
+
+    def multiplications(self, counts: Counter[str]) -> int:
+        """Return the multiplications of a forward pass."""
+        pairs = (3 * self.key + 2 * self.value) * counts["chunk pair"]
+        return self.heads * (pairs + self.key * self.value * (2 * counts["reader"] + counts["writer"]))
+
+
 @dataclass
 class Work:
     """All matrix work of a model."""
 
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
+    recurrences: list[Recurrence] = field(default_factory=list)
     merged: int = 4
     """Patches per image token of the language model."""
 
@@ -131,7 +162,7 @@ class Work:
         """Return the FLOPs of forward and backward pass over rows, by kind.
 
         Returns:
-            ``text``, ``vision``, ``head`` and the two ``attention`` s; ``total``.
+            ``text``, ``vision``, ``head`` and the two ``attention`` s; ``delta nets`` if there are any; ``total``.
         """
         counts, pairs = _counted(rows, self.merged)
         totals: Counter[str] = Counter()
@@ -142,6 +173,8 @@ class Work:
         for layer in self.attentions:
             kind = "text attention" if layer.unit == "token" else "vision attention"
             totals[kind] += 4 * layer.width * pairs[layer.unit] * (3 if layer.grad else 1)
+        for net in self.recurrences:
+            totals["delta nets"] += 2 * net.multiplications(counts) * (3 if net.grad else 1)
         return dict(totals) | {"total": sum(totals.values())}
 
 
@@ -154,13 +187,23 @@ def _counted(rows: Iterable[Row], merged: int) -> tuple[Counter[str], Counter[st
         counts["supervised"] += row.supervised
         counts["patch"] += sum(row.frames)
         counts["merged"] += sum(row.frames) // merged
-        pairs["token"] += sum(length * (length + 1) // 2 for length in row.samples)
+        pairs["token"] += sum(map(_causal, row.samples))
         pairs["patch"] += sum(patches * patches for patches in row.frames)
+        for length in row.samples:
+            whole, rest = divmod(length - 1, CHUNK)  # the last chunk has 1 to CHUNK tokens
+            counts["chunk pair"] += whole * _causal(CHUNK) + _causal(rest + 1)
+            counts["reader"] += max(length - CHUNK, 0)
+            counts["writer"] += whole * CHUNK
     return counts, pairs
 
 
+def _causal(tokens: int) -> int:
+    """Return the number of pairs of a token and itself or one before it."""
+    return tokens * (tokens + 1) // 2
+
+
 def model_work(model: nn.Module) -> Work:
-    """Return the matrix work of a dense or MoE Qwen3-VL, fully trained or with LoRA; weights may be on the meta device.
+    """Return the matrix work of a dense or MoE model, fully trained or with LoRA; weights may be on the meta device.
 
     A weight needs a gradient if it is trainable, an input if any earlier module is trainable.
     """
@@ -179,8 +222,12 @@ def model_work(model: nn.Module) -> Work:
         for name, module in modules:
             work.products += _products(name, module, before, active)
         before |= any(p.requires_grad for _, module in modules for p in module.parameters(recurse=False))
-        if place[2] == ATTENTION:
-            unit, width = _unit(modules[0][0]), text.num_attention_heads * text.head_dim
+        names = [name for name, _ in modules]
+        if place[2] == RECURRENCE and any(name.endswith(f".{MIXER}") for name in names):
+            sizes = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
+            work.recurrences.append(Recurrence(*sizes, before))
+        if place[2] == ATTENTION and not any(f".{MIXER}." in name for name in names):
+            unit, width = _unit(names[0]), text.num_attention_heads * text.head_dim
             work.attentions.append(Attention(unit, width if unit == "token" else vision.hidden_size, before))
     return work
 

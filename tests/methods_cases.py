@@ -44,6 +44,8 @@ BASES = {
     "int8": {"quantization_bit": 8},
 }
 """Name -> the recipe's quantization section; computes in float32 so that values can be compared."""
+DEEPSTACK = "model.visual.deepstack_merger_list"
+"""Module that only Qwen3-VL has."""
 NO_FIXED_START = {"start": "random by design"}
 CASES = {
     "full": Case({"train_type": "full"}),
@@ -63,7 +65,7 @@ CASES = {
     ),
     "lora, dropout": Case({"lora_dropout": 0.2}, {"packs": "other dropout masks"}),
     "lora, all biases": Case({"lora_bias": "all"}),
-    "lora, aligner in full": Case({"modules_to_save": ["model.visual.merger", "model.visual.deepstack_merger_list"]}),
+    "lora, aligner in full": Case({"modules_to_save": ["model.visual.merger", DEEPSTACK]}),
     "lora, router too": Case(
         {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]},
     ),
@@ -136,5 +138,7 @@ MOE_ONLY_KEYS = ("target_parameters",)
 
 def tuner_of(case: Case, kind: str) -> TunerConfig:
     unfrozen = {"freeze_llm": False, "freeze_vit": False, "freeze_aligner": False, "lora_dropout": 0.0}
-    settings = {k: v for k, v in case.tuner.items() if kind == "moe" or k not in MOE_ONLY_KEYS}
+    settings = {k: v for k, v in case.tuner.items() if kind.endswith("moe") or k not in MOE_ONLY_KEYS}
+    if kind.startswith("qwen3_5") and "modules_to_save" in settings:
+        settings["modules_to_save"] = [name for name in settings["modules_to_save"] if name != DEEPSTACK]
     return TunerConfig(**(unfrozen | settings))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from cases import ListRecords, picture, quiet_arguments
+from cases import ListRecords, make_kind, picture, quiet_arguments
 from methods_cases import BASES, CASES, COLUMNS, KINDS, Case, tuner_of
 from methods_shipped import check_shipped
 from peft import PeftModel
@@ -30,7 +30,6 @@ from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.export.merge import merge
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.load import load_model, load_processor
-from qwenvl_ft.model.tiny import make_tiny
 from qwenvl_ft.recipe.schema import QuantizationConfig
 from qwenvl_ft.training.callbacks.lisa import LisaCallback
 from qwenvl_ft.training.loss import loss_sum, split_labels
@@ -50,7 +49,7 @@ BEGIN, END = "<!-- by make methods -->", "<!-- end -->"
 @cache
 def checkpoint(kind: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"qwenvl-ft-methods-{os.getpid()}" / kind
-    return make_tiny(folder, moe=kind == "moe")
+    return make_kind(folder, kind)
 
 
 @cache
@@ -286,7 +285,7 @@ def tried(name: str, kind: str) -> dict[str, str]:
         assert not close(expected, logits(fresh(kind, case.bits)), 1e-3), "vacuous: nothing was learned"
         found["loads"] = check_loads(model, kind, expected, folder / "saved", case.bits)
         found["merges"] = check_merges(kind, exact, folder / "saved", case.bits)
-        experts = experts_of(model) if kind == "moe" else "none"
+        experts = experts_of(model) if kind.endswith("moe") else "none"
         found["packs"] = check_packs(model)
         found["recomputes"] = check_recomputes(model)
         whole, model = training(case, kind, folder / "run")

@@ -3,7 +3,11 @@
 Activations are counted as autograd saves them for the backward pass. Without an engine, trained weights, gradients and
 both AdamW moments are in float32, frozen weights and activations in 16 bits. DeepSpeed keeps weights and gradients in
 16 bits beside master weights and moments in float32, also 16 bytes, and divides them over the GPUs. A row that several
-GPUs share is divided too. Not included: the CUDA context (about 0.5 GiB), fragmentation, and temporary results within
+GPUs share is divided too.
+
+The two kinds of layers of a Qwen3.5 are counted separately: while it is recomputed, the larger one counts. A gated delta
+net saves what torch's own kernel saves, which is more than flash-linear-attention does, for a row that is one sample.
+Folding (upstream/delta_net.py) a row of several samples into a rectangle adds slots without a token. Not included: the CUDA context (about 0.5 GiB), fragmentation, and temporary results within
 one operation, such as the buffers of an exchange between GPUs.
 """
 
@@ -108,7 +112,7 @@ def memory(size: str, train_type: str, row_length: int, *, image_share: float = 
     patches = int(tokens * image_share) * vision.spatial_merge_size**2
     full, wide = train_type == "full", 4 if train_type == "full" and run.engine == "none" else 2
     held = text.num_hidden_layers * tokens * text.hidden_size * wide
-    towers = [kept_by_text_layer(model, tokens, run.ranks_per_row)]
+    towers = list(kept_by_text_layers(model, tokens, run.ranks_per_row).values())
     if full:
         held += vision.depth * patches * vision.hidden_size * wide
         towers.append(kept_by_vision_block(model, patches))
@@ -131,7 +135,8 @@ def _of_parameters(model: nn.Module, run: Run) -> dict[str, float]:
         each = {"weights": 4 * trained + 2 * frozen, "gradients": 4 * trained, "optimizer": 8 * trained}
         return {name: held / GIB for name, held in (each | {"copies": 2 * trained}).items()}
     divides_weights, divides_state = ENGINES[run.engine]
-    layer = sum(p.numel() for p in _find(model, "language_model.layers.0").parameters())
+    layers = _find(model, "language_model.layers").children()
+    layer = max(sum(p.numel() for p in one.parameters()) for one in layers)
     embeddings = sum(p.numel() for p in _find(model, "embed_tokens").parameters())
     state = run.gpus if divides_state else 1
     return {
@@ -149,17 +154,28 @@ def _prepared(size: str, train_type: str) -> nn.Module:
     return prepare_model(_meta_model(size, recipe.model), recipe.tuner).to(torch.bfloat16)
 
 
-def kept_by_text_layer(model: nn.Module, tokens: int, ranks_per_row: int = 1) -> int:
-    """Return the bytes that autograd saves for a decoder layer over ``tokens`` tokens of one GPU.
+def kept_by_text_layers(model: nn.Module, tokens: int, ranks_per_row: int = 1) -> dict[str, int]:
+    """Return the bytes that autograd saves over ``tokens`` tokens of one GPU: kind of decoder layer -> bytes of one.
 
     Args:
         ranks_per_row: GPUs with as many tokens each, with which attention exchanges heads for tokens.
     """
-    layer: Any = _find(model, "language_model.layers.0")
-    weight = layer.input_layernorm.weight
-    angles = weight.new_empty(1, tokens, layer.self_attn.head_dim)
-    hidden = weight.new_empty(1, tokens, weight.shape[0])
-    return kept(layer, hidden, position_embeddings=(angles, angles), ranks_per_row=ranks_per_row)
+    config = next(module.config for module in model.modules() if hasattr(module, "config")).get_text_config()
+    found = {}
+    for kind, number in first_layers(config).items():
+        layer: Any = _find(model, f"language_model.layers.{number}")
+        weight = layer.input_layernorm.weight
+        hidden = weight.new_empty(1, tokens, weight.shape[0])
+        width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1))
+        angles = weight.new_empty(1, tokens, width)
+        found[kind] = kept(layer, hidden, position_embeddings=(angles, angles), ranks_per_row=ranks_per_row)
+    return found
+
+
+def first_layers(config: Any) -> dict[str, int]:
+    """Return the kinds of decoder layers -> the number of the first layer of each."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    return {kind: kinds.index(kind) for kind in kinds}
 
 
 def kept_by_vision_block(model: nn.Module, patches: int) -> int:

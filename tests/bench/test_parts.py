@@ -10,7 +10,7 @@ import torch
 from qwenvl_ft.bench.data import bench_data
 from qwenvl_ft.bench.fit import fitted, keep, row_shapes
 from qwenvl_ft.bench.growth import grow_records, label_heights, plot_records
-from qwenvl_ft.bench.memory import FUSED, kept, memory
+from qwenvl_ft.bench.memory import FUSED, _prepared, first_layers, kept, kept_by_text_layers, memory
 from qwenvl_ft.bench.parts import bench_attention
 from qwenvl_ft.bench.sizes import bench_processor
 from qwenvl_ft.cli.main import main
@@ -19,6 +19,8 @@ from qwenvl_ft.data.plan.dataset import SampleDataset
 from qwenvl_ft.data.plan.packing import RunShape
 from qwenvl_ft.data.plan.sampler import PlanSampler
 from qwenvl_ft.errors import BenchError, DataError
+from qwenvl_ft.model.load import load_model
+from qwenvl_ft.upstream.attention import set_attention
 
 
 def test_the_data_path_is_measured_beside_its_floor(tmp_path):
@@ -70,6 +72,33 @@ def test_saved_activations_are_counted_as_on_a_real_device(tiny_model):
         counted[device] = kept(layer.to(device), hidden, position_embeddings=(angles, angles))
     assert counted["cpu"] == pytest.approx(counted["meta"], rel=0.05)
     assert counted["meta"] > 10 * 40 * 64 * 4, "vacuous: hardly more than the input"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_both_kinds_of_layers_are_counted_as_on_a_real_device(checkpoints, kind):
+    model = load_model(str(checkpoints[kind]), torch_dtype="float32", attn_impl="sdpa").train()
+    if kind.endswith("moe"):
+        model.set_experts_implementation("grouped_mm")
+    text = model.model.language_model
+    first = first_layers(text.config)
+    assert first == {"linear_attention": 0, "full_attention": 3}
+    measured = {}
+    for name, number in first.items():
+        hidden, angles = torch.zeros(1, 200, 64), torch.zeros(1, 200, 8)
+        measured[name] = kept(text.layers[number], hidden, position_embeddings=(angles, angles))
+    set_attention(text.config, FUSED)
+    counted = kept_by_text_layers(model.to("meta"), 200)
+    for name, size in measured.items():
+        assert counted[name] == pytest.approx(size, rel=0.05), name
+    assert counted["linear_attention"] > 1.3 * counted["full_attention"], "vacuous: one kind would do"
+
+
+def test_the_larger_kind_of_layer_is_the_one_that_counts():
+    found = memory("qwen3.5-tiny", "lora", 4096)
+    kinds = kept_by_text_layers(_prepared("qwen3.5-tiny", "lora"), 4096)
+    assert found.layer == pytest.approx(2 * max(kinds.values()) / 2**30)
+    assert found.layer > 1.3 * 2 * min(kinds.values()) / 2**30, "vacuous: both are equal"
+    assert found.checkpoints == pytest.approx(4 * 4096 * 64 * 2 / 2**30)
 
 
 def test_memory_follows_from_the_number_of_weights():

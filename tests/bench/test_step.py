@@ -54,6 +54,14 @@ def test_the_command_prints_json_of_a_lora_step_with_a_setting_of_the_recipe(cap
     assert 0 < printed["mfu"] < 1
 
 
+def test_the_command_measures_gated_delta_nets(capsys):
+    words = ["--size", "qwen3.5-tiny", "--row-length", "256", "--steps", "1", "--warmup", "1", "--json"]
+    assert main(["bench", "step", *words]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["model_flops"]["delta nets"] > 0
+    assert printed["attention"] == "packed_sdpa"
+
+
 def test_the_model_is_prepared_like_a_loaded_one(monkeypatch, tiny_dir):
     """Media are placed by the workers, or it would measure another path."""
     kept = []

@@ -8,7 +8,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 SIZE = Annotated[
-    str, typer.Option(help="Model size: tiny, mini, 2b, 4b, 8b or 30b-a3b, with random weights; nothing is downloaded.")
+    str,
+    typer.Option(
+        help="Model size: tiny, mini, 2b, 4b, 8b, 30b-a3b, or of Qwen3.5 qwen3.5-tiny, qwen3.5-0.8b, -2b, -4b, -9b, "
+        "-27b, -35b-a3b, -122b-a10b, -397b-a17b, with random weights; nothing is downloaded."
+    ),
 ]
 SETTINGS = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Further recipe settings, as for training.")

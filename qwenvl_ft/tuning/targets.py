@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
+GATES = re.compile(r"\.(linear_attn\.in_proj_[ab]|mlp\.shared_expert_gate)$")
+"""Linear layers that compute a gate, with one output or one for each head: strength, decay and
+shared expert of a Qwen3.5. Like the routers they get an adapter only if they are named. Many methods cannot
+adapt so few outputs."""
 
 
 def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     """Return the full names of the Linear modules that get an adapter.
 
     Only unfrozen parts are searched, and ``modules_to_save`` are left out. ``all-linear`` means all of them except the
-    language head. ``target_regex`` must match a whole name and replaces ``target_modules``; ``^$`` selects none.
+    language head and `GATES`. ``target_regex`` must match a whole name and replaces ``target_modules``; ``^$`` selects none.
 
     Raises:
         RecipeError: a name or the pattern matches none of these modules.
@@ -45,7 +49,7 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     chosen: set[str] = set()
     for wanted in tuner.target_modules:
         if wanted == ALL_LINEAR:
-            chosen |= set(free) - _heads(model)
+            chosen |= {name for name in free if not GATES.search(name)} - _heads(model)
             continue
         hits = _matches(wanted, free)
         if not hits:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from qwenvl_ft.recipe.schema import TunerConfig
 
 KINDS = ("dense", "moe")
+FAMILIES = {"Qwen3.5": "qwen3_5", "Qwen3.5 MoE": "qwen3_5_moe"}
+"""Column -> kind of model, for which a cell says whether all other columns are as for Qwen3-VL."""
+NOT_RUN = "not run"
 COLUMNS = {
     "start": "before training, the model computes the same as the base model",
     "isolated": "training changes every trainable weight and leaves every other weight bit-identical",

@@ -10,6 +10,7 @@ import copy
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 from cases import ListRecords, make_kind, picture, quiet_arguments
-from methods_cases import BASES, CASES, COLUMNS, KINDS, Case, tuner_of
+from methods_cases import BASES, CASES, COLUMNS, FAMILIES, KINDS, Case, tuner_of
 from methods_shipped import check_shipped
 from peft import PeftModel
 from transformers import PrinterCallback
@@ -26,7 +27,7 @@ from qwenvl_ft.assemble import start_batches
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.data.plan.dataset import SampleDataset
-from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.errors import CheckpointError, RecipeError, one_line
 from qwenvl_ft.export.merge import merge
 from qwenvl_ft.model.adapters import register_adapters
 from qwenvl_ft.model.load import load_model, load_processor
@@ -309,11 +310,24 @@ def row(name: str) -> str:
     """Return a Markdown row of the table. A cell that differs between the architectures shows both, dense first."""
     torch.set_num_threads(1)
     both = {kind: tried(name, kind) for kind in KINDS}
-    return f"| {name} | " + " | ".join(joined(both, column) for column in COLUMNS) + " |"
+    cells = [joined(both, column) for column in COLUMNS]
+    cells += [as_others(lambda kind=kind: tried(name, kind), both) for kind in FAMILIES.values()]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def as_others(try_it: Callable[[], dict[str, str]], both: dict[str, dict[str, str]]) -> str:
+    """Return the cell of another family: yes, the columns that differ from a dense Qwen3-VL, or the refusal."""
+    try:
+        found = try_it()
+    except RecipeError as error:
+        return f"no: {one_line(error)}"
+    other = [column for column in COLUMNS if column != "experts" and found[column] != both["dense"][column]]
+    return f"no: {', '.join(other)}" if other else "yes"
 
 
 def table(rows: list[str]) -> str:
-    return "\n".join(["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
+    columns = [*COLUMNS, *FAMILIES]
+    return "\n".join(["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *rows])
 
 
 def joined(both: dict[str, dict[str, str]], column: str) -> str:

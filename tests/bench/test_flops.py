@@ -105,7 +105,9 @@ def test_a_step_of_gated_delta_nets_costs_what_torch_counts(checkpoints, kind, s
     assert [product.size for product in short] == [4 * channels] * 3
     own = sum(int(2 * product.size * length) * (1 + product.weight_grad + product.input_grad) for product in short)
     causal = flops["text attention"]
-    everything = flops["total"] - flops["delta nets"] - own - causal + causal * length**2 // (length * (length + 1) // 2)
+    everything = (
+        flops["total"] - flops["delta nets"] - own - causal + causal * length**2 // (length * (length + 1) // 2)
+    )
     assert counter.get_total_flops() - convolutions - nets == everything
     assert all(net.grad for net in work.recurrences)
 

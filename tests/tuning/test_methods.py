@@ -3,8 +3,10 @@
 import methods_table
 import pytest
 import torch
-from methods_table import CASES, COLUMNS, GUIDE, joined, table, tried, written
+from methods_cases import FAMILIES, NOT_RUN
+from methods_table import CASES, COLUMNS, GUIDE, as_others, joined, table, tried, written
 
+from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.optimizer import param_groups
 
@@ -18,9 +20,9 @@ def documented():
     rows = {}
     for line in lines[start + 2 :]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != len(COLUMNS) + 1:
+        if len(cells) != len(COLUMNS) + len(FAMILIES) + 1:
             break
-        rows[cells[0]] = dict(zip(COLUMNS, cells[1:], strict=True))
+        rows[cells[0]] = dict(zip([*COLUMNS, *FAMILIES], cells[1:], strict=True))
     return rows
 
 
@@ -73,7 +75,9 @@ def test_the_table_has_a_row_for_every_method_and_no_other():
 def test_what_cannot_hold_has_a_reason_and_nothing_else_is_a_no():
     for name, row in documented().items():
         for column, cell in row.items():
-            if column != "experts":
+            if column in FAMILIES:
+                assert cell in ("yes", NOT_RUN) or cell.startswith("no: "), f"{name}: {column}"
+            elif column != "experts":
                 expected = f"no: {CASES[name].cannot[column]}" if column in CASES[name].cannot else "yes"
                 assert cell == expected, f"{name}: {column}"
 
@@ -87,6 +91,18 @@ def test_cells_of_both_architectures_are_joined():
     same = {"dense": {"isolated": "yes", "experts": "none"}, "moe": {"isolated": "yes", "experts": "trained"}}
     assert (joined(same, "isolated"), joined(same, "experts")) == ("yes", "trained")
     assert joined({"dense": {"isolated": "yes"}, "moe": {"isolated": "no"}}, "isolated") == "yes / no"
+
+
+def test_a_cell_of_another_family_names_what_differs_and_why_it_was_refused():
+    base = dict.fromkeys(COLUMNS, "yes") | {"merges": "no: changes no weight", "experts": "none"}
+    both = {"dense": base, "moe": base}
+    assert as_others(lambda: base | {"experts": "trained"}, both) == "yes"
+    assert as_others(lambda: base | {"learns": "no", "merges": "yes"}, both) == "no: learns, merges"
+
+    def refused():
+        raise RecipeError("too narrow")
+
+    assert as_others(refused, both) == "no: too narrow"
 
 
 def test_the_table_takes_the_place_of_the_last_one():

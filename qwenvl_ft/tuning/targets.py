@@ -16,6 +16,7 @@ from torch import nn
 from qwenvl_ft.errors import RecipeError, hint
 from qwenvl_ft.model.anatomy import current_name, part_of
 from qwenvl_ft.model.quantization import is_linear
+from qwenvl_ft.recipe.methods import WITH_LORA
 from qwenvl_ft.tuning.freeze_flags import freeze_flags_of, frozen_parts
 from qwenvl_ft.upstream.whole import full_shape
 
@@ -25,17 +26,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
+ROUTERS = re.compile(r"\.mlp\.shared_expert_gate$")
+"""Linear layers with one output, which weighs the shared expert of a Qwen3.5. Like routers, they must be named."""
 GATES = re.compile(r"\.(linear_attn\.in_proj_[ab]|mlp\.shared_expert_gate)$")
-"""Linear layers that compute a gate, with one output or one for each head: strength, decay and
-shared expert of a Qwen3.5. Like the routers they get an adapter only if they are named. Many methods cannot
-adapt so few outputs."""
+"""The same, and the gates of delta nets, which have one output for each head. Only LoRA that does not start from the
+base weights adapts so few whatever its rank."""
 
 
 def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     """Return the full names of the Linear modules that get an adapter.
 
     Only unfrozen parts are searched, and ``modules_to_save`` are left out. ``all-linear`` means all of them except the
-    language head and `GATES`. ``target_regex`` must match a whole name and replaces ``target_modules``; ``^$`` selects none.
+    language head and `ROUTERS`, for other methods than plain LoRA also `GATES`. ``target_regex`` must match a whole name
+    and replaces ``target_modules``; ``^$`` selects none.
 
     Raises:
         RecipeError: a name or the pattern matches none of these modules.
@@ -46,10 +49,11 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     free = [name for name in linears if part_of(name) not in frozen and not inside(name, saved)]
     if tuner.target_regex is not None:
         return _by_regex(tuner.target_regex, linears, free, frozen)
+    left_out = ROUTERS if tuner.train_type in WITH_LORA and plain_start(tuner) else GATES
     chosen: set[str] = set()
     for wanted in tuner.target_modules:
         if wanted == ALL_LINEAR:
-            chosen |= {name for name in free if not GATES.search(name)} - _heads(model)
+            chosen |= {name for name in free if not left_out.search(name)} - _heads(model)
             continue
         hits = _matches(wanted, free)
         if not hits:

@@ -40,8 +40,8 @@ class Targets:
     """Modules that get an adapter."""
 
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Modules that get an adapter: all-linear (every Linear layer of the unfrozen parts but gates and the
-    language head) or endings of module names."""
+    """Modules that get an adapter: all-linear (every Linear layer of the unfrozen parts but the language
+    head and, for most methods, gates) or endings of module names."""
     target_regex: str | None = None
     """Regex for the full names of modules that get an adapter, instead of target_modules; '^$' selects none."""
     target_parameters: list[str] | None = None

@@ -5,8 +5,8 @@ attention's backward pass, not pairs of tokens that do not attend to each other,
 not gradients of frozen weights. An image enters the patch embedding once, not repeated in time. A product of [m, k] and
 [k, n] is 2 m n k floating-point operations.
 
-A gated delta net is counted as its kernels compute it, in chunks of 64 tokens, each sample beginning with a chunk of its
-own: pairs of tokens of a chunk, and the state that passes from a chunk to the next. The slots that folding a row
+A gated delta net is counted as its kernels compute it, in chunks of 64 tokens, each sample beginning with a chunk of
+its own: pairs of tokens of a chunk, and the state that passes from a chunk to the next. The slots that folding a row
 (upstream/delta_net.py) leaves empty are padding, and not counted.
 
 Letters: L tokens of a sample, F patches of an image (or frame), K supervised tokens.

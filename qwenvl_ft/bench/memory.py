@@ -5,10 +5,12 @@ both AdamW moments are in float32, frozen weights and activations in 16 bits. De
 16 bits beside master weights and moments in float32, also 16 bytes, and divides them over the GPUs. A row that several
 GPUs share is divided too.
 
-The two kinds of layers of a Qwen3.5 are counted separately: while it is recomputed, the larger one counts. A gated delta
-net saves what torch's own kernel saves, which is more than flash-linear-attention does, for a row that is one sample.
-Folding (upstream/delta_net.py) a row of several samples into a rectangle adds slots without a token. Not included: the CUDA context (about 0.5 GiB), fragmentation, and temporary results within
-one operation, such as the buffers of an exchange between GPUs.
+The two kinds of layers of a Qwen3.5 are counted separately: while it is recomputed, the larger one counts. A gated
+delta net saves what torch's own kernel saves, which is more than flash-linear-attention does, for a row that is one
+sample. Folding (upstream/delta_net.py) a row of several samples into a rectangle adds slots without a token.
+
+Not included: the CUDA context (about 0.5 GiB), fragmentation, and temporary results within one operation, such as the
+buffers of an exchange between GPUs.
 """
 
 from dataclasses import asdict, dataclass

@@ -13,6 +13,7 @@ Not included: the CUDA context (about 0.5 GiB), fragmentation, and temporary res
 buffers of an exchange between GPUs.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import lcm
@@ -162,7 +163,8 @@ def kept_by_text_layers(model: nn.Module, tokens: int, ranks_per_row: int = 1) -
     Args:
         ranks_per_row: GPUs with as many tokens each, with which attention exchanges heads for tokens.
     """
-    config = next(module.config for module in model.modules() if hasattr(module, "config")).get_text_config()
+    modules: Iterator[Any] = model.modules()
+    config = next(module.config for module in modules if hasattr(module, "config")).get_text_config()
     found = {}
     for kind, number in first_layers(config).items():
         layer: Any = _find(model, f"language_model.layers.{number}")

@@ -138,7 +138,7 @@ def make_config(name: str) -> Any:
 
     size = size_of(name)
     ids = _tokenizer(name).convert_tokens_to_ids
-    vision = {
+    vision: dict[str, Any] = {
         "hidden_size": size.vision_hidden,
         "intermediate_size": size.vision_mlp,
         "depth": size.vision_layers,
@@ -200,7 +200,7 @@ def write_size(name: str, folder: Path) -> None:
 def bench_processor(name: str = "tiny", *, min_pixels: int = 1024, max_pixels: int = 1 << 24) -> Any:
     """Return a size's processor: the tiny checkpoint's tokenizer and template, and areas of images in pixels."""
     areas = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    return make_processor(_tokenizer(name), TINY | areas, KINDS[size_of(name).kind].template)
+    return make_processor(_tokenizer(name), TINY | areas, KINDS[size_of(name).kind])
 
 
 def random_model(config: Any, section: ModelConfig, device: torch.device) -> Any:

@@ -37,8 +37,8 @@ def adapter_targets(model: nn.Module, tuner: TunerConfig) -> list[str]:
     """Return the full names of the Linear modules that get an adapter.
 
     Only unfrozen parts are searched, and ``modules_to_save`` are left out. ``all-linear`` means all of them except the
-    language head and `ROUTERS`, for other methods than plain LoRA also `GATES`. ``target_regex`` must match a whole name
-    and replaces ``target_modules``; ``^$`` selects none.
+    language head and `ROUTERS`, for other methods than plain LoRA also `GATES`. ``target_regex`` must match a whole
+    name and replaces ``target_modules``; ``^$`` selects none.
 
     Raises:
         RecipeError: a name or the pattern matches none of these modules.

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-
 ATTRIBUTES = ("forward", "_is_accelerate_prepared")
 
 

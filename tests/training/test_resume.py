@@ -138,8 +138,16 @@ METHODS = {
 """Methods with a state of their own -> settings. For AdaLoRA see test_adalora.py, for optimizers test_optimizers.py."""
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_with_a_state_of_its_own_resumes_to_the_same_bits(tiny_dir, data, tmp_path, method):
+CASES = [*(("dense", method) for method in METHODS), ("qwen3_5", "lora")]
+CASES += [
+    pytest.param("qwen3_5", "lisa", marks=pytest.mark.soak),
+    pytest.param("qwen3_5_moe", "lora", marks=pytest.mark.soak),
+]
+METHODS["lora"] = ["tuner.train_type=lora", "tuner.lora_dropout=0.1", "tuner.freeze_vit=false"]
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_a_method_or_family_with_a_state_of_its_own_resumes_to_the_same_bits(checkpoints, data, tmp_path, kind, method):
     settings = [
         "template.max_length=160",
         "training.learning_rate=1e-2",
@@ -150,9 +158,11 @@ def test_a_method_with_a_state_of_its_own_resumes_to_the_same_bits(tiny_dir, dat
         *METHODS[method],
     ]
     whole, rest = tmp_path / "whole", tmp_path / "rest"
-    train(load_recipe(None, short_run(tiny_dir, data, whole, *settings)))
+    train(load_recipe(None, short_run(checkpoints[kind], data, whole, *settings)))
     shutil.copytree(whole / "checkpoint-4", rest / "checkpoint-4")
-    train(load_recipe(None, short_run(tiny_dir, data, rest, *settings, "training.resume_from_checkpoint=true")))
+    train(
+        load_recipe(None, short_run(checkpoints[kind], data, rest, *settings, "training.resume_from_checkpoint=true"))
+    )
     name = "model.safetensors" if (whole / "model.safetensors").exists() else "adapter_model.safetensors"
     expected, actual, half = (load_file(folder / name) for folder in (whole, rest, whole / "checkpoint-4"))
     assert expected.keys() == actual.keys()

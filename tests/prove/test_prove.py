@@ -19,6 +19,7 @@ from qwenvl_ft.prove.subject import build_subject
 from qwenvl_ft.prove.table import FAILED, OK, SKIPPED, UNCLEAR, Report, Row
 from qwenvl_ft.training.prepare import prepare_run
 from qwenvl_ft.training.trainer import QwenVLTrainer
+from qwenvl_ft.upstream import delta_net
 
 FEW = {"samples": 3, "steps": 1, "new_tokens": 4}
 
@@ -73,6 +74,17 @@ def test_all_weights_of_a_mixture_of_experts_in_16_bits(checkpoints):
         "llm",
     }
     assert "float32" in report.facts["reference"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_gated_delta_nets_are_proven_and_their_leak_is_found(checkpoints, monkeypatch, kind):
+    words = (checkpoints[kind], "model.torch_dtype=float32")
+    report = proven(*words)
+    assert report.ok, report.text()
+    monkeypatch.setattr(delta_net._Restarting, "_fold", lambda self, mixer, hidden: None)
+    report = proven(*words, skip=("saved", "split"))
+    assert {row.verdict for row in report.rows if row.check == "packed = alone"} == {FAILED}
 
 
 @pytest.mark.soak

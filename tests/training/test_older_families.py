@@ -136,7 +136,8 @@ def test_a_full_run_resumes_to_the_same_bits_and_plain_transformers_loads_it(che
     assert not torch.allclose(answers(plain(checkpoints[kind]), whole)[0], logits, atol=1e-2), "vacuous: not trained"
 
 
-@newer_first
+@pytest.mark.soak
+@each_kind
 def test_a_lora_run_resumes_and_its_merged_model_answers_alike(checkpoints, data, kind, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     more = "tuner.train_type=lora", "tuner.lora_dropout=0.1", "training.learning_rate=1e-2"

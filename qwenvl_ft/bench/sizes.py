@@ -159,8 +159,6 @@ def make_config(name: str) -> Any:
 def _text(size: Size) -> dict[str, Any]:
     """Return the fields of the language model's config."""
     kind = KINDS[size.kind]
-    half = int(size.head_dim * kind.rope.get("partial_rotary_factor", 1)) // 2
-    _, height, width = (half * part // sum(kind.released_sections) for part in kind.released_sections)
     text: dict[str, Any] = {
         "vocab_size": size.vocabulary,
         "hidden_size": size.hidden,
@@ -170,13 +168,7 @@ def _text(size: Size) -> dict[str, Any]:
         "head_dim": size.head_dim,
         "max_position_embeddings": 262_144,
         "tie_word_embeddings": size.tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5_000_000,
-            "mrope_section": [half - height - width, height, width],
-            "mrope_interleaved": True,
-            **kind.rope,
-        },
+        "rope_parameters": kind.rope_parameters(size.head_dim),
     }
     known = {
         "intermediate_size": size.mlp,

@@ -203,8 +203,6 @@ def make_model(
 def _text_config(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], kind: Kind, *, moe: bool) -> dict[str, Any]:
     # As in the released models, the table is longer than the tokenizer: rounded up to a multiple of 64.
     vocab_size = -(-len(tokenizer) // 64) * 64
-    half = int(size["head_dim"] * kind.rope.get("partial_rotary_factor", 1)) // 2
-    _, height, width = (half * part // sum(kind.released_sections) for part in kind.released_sections)
     control = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     return (
         {name: size[name] for name in kind.text_sizes}
@@ -212,11 +210,7 @@ def _text_config(tokenizer: PreTrainedTokenizerBase, size: dict[str, Any], kind:
         | {
             "vocab_size": vocab_size,
             "tie_word_embeddings": not moe,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [half - height - width, height, width],
-                **kind.rope,
-            },
+            "rope_parameters": kind.rope_parameters(size["head_dim"]),
         }
     )
 

@@ -97,6 +97,12 @@ class Kind:
     released_sections: tuple[int, int, int] = (24, 20, 20)
     """Frequencies for time, height and width in the released models."""
 
+    def rope_parameters(self, head_dim: int) -> dict[str, Any]:
+        """Return the config's ``rope_parameters``, with the released shares of a head's frequencies."""
+        half = int(head_dim * self.rope.get("partial_rotary_factor", 1)) // 2
+        _, height, width = (half * part // sum(self.released_sections) for part in self.released_sections)
+        return {"rope_type": "default", "mrope_section": [half - height - width, height, width], **self.rope}
+
 
 _QWEN3_5: dict[str, Any] = {
     "tokenizer": "qwen3_5.Qwen3_5Tokenizer",

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from qwenvl_ft.look import FIRST
+
 
 def check(
     words: Annotated[
@@ -17,7 +19,7 @@ def check(
     processes: Annotated[int, typer.Option(help="GPUs of the planned run, to compute its steps.")] = 1,
     records: Annotated[
         int, typer.Option(help="Of a stream (data.streaming), the number of first records to look at.", min=1)
-    ] = 1_000,
+    ] = FIRST,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all cases.")] = False,
 ) -> None:
     """Check every record before training. The exit code is 0, or 1 if something is wrong; the last lines say so.

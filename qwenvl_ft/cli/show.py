@@ -1,9 +1,11 @@
 """``qwenvl-ft show RECIPE|FILE ...``: writes an HTML page of what the model will see."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from qwenvl_ft.look import FIRST
 
 
 def show(
@@ -17,7 +19,7 @@ def show(
     split: Annotated[str, typer.Option(help="train, val, or val.NAME if there are several validation sets.")] = "train",
     records: Annotated[
         int, typer.Option(help="Of a stream (data.streaming), the most records of a window.", min=1)
-    ] = 1_000,
+    ] = FIRST,
     units: Annotated[
         str, typer.Option(help="Units of coordinates in answers: norm1000, norm100, unit (0 to 1), pixels, or auto.")
     ] = "auto",
@@ -36,12 +38,15 @@ def show(
         page = out.with_stem(f"{out.stem}_{phase}") if phase else out
         if line := first_records_line(recipe, records):
             typer.echo(line)
-        how: dict[str, Any] = {
-            "split": split,
-            "samples": samples,
-            "rows": rows,
-            "epoch": epoch,
-            "units": units,
-            "records": records,
-        }
-        typer.echo(show_recipe(recipe, page, title=phase, **how))
+        written = show_recipe(
+            recipe,
+            page,
+            split=split,
+            samples=samples,
+            rows=rows,
+            epoch=epoch,
+            units=units,
+            title=phase,
+            records=records,
+        )
+        typer.echo(written)

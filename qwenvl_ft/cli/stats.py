@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from qwenvl_ft.look import FIRST
+
 
 def stats(
     words: Annotated[
@@ -15,7 +17,7 @@ def stats(
     show: Annotated[int, typer.Option(help="Maximum number of entries per table.", min=0)] = 10,
     records: Annotated[
         int, typer.Option(help="Of a stream (data.streaming), the number of first records to look at.", min=1)
-    ] = 1_000,
+    ] = FIRST,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Count tokens, images, answers and objects, and measure diversity. Tokens need a recipe or --model DIR."""

@@ -18,8 +18,9 @@ from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.sources.records import Records
 from qwenvl_ft.data.unread import Tally, tally
 from qwenvl_ft.errors import unknown_name
+from qwenvl_ft.look import FIRST
 from qwenvl_ft.look.faults import ERROR, IMAGE, MODEL, PARTS, REASONS, WARNING, Fault
-from qwenvl_ft.look.first_records import FIRST, first_records
+from qwenvl_ft.look.first_records import first_records
 from qwenvl_ft.look.forecast import Forecast, forecast, histogram
 from qwenvl_ft.look.one_record import Inspected, Inspector
 from qwenvl_ft.look.readable import TRAIN, open_splits, optional_encoder, sensible_workers

@@ -19,9 +19,6 @@ from qwenvl_ft.data.sources.stream import Position, Stream
 from qwenvl_ft.errors import DataError
 from qwenvl_ft.recipe.schema import Recipe
 
-FIRST = 1_000
-"""Records of a stream that a command looks at unless it is told otherwise."""
-
 
 def first_records_line(recipe: Recipe, count: int) -> str:
     """Return the line that says how much of a stream a command looks at; empty without ``data.streaming``."""
@@ -41,7 +38,6 @@ def first_records(recipe: Recipe, count: int) -> Iterator[Records | None]:
         yield None
         return
     data, seed = replace(recipe.data, on_error="skip"), recipe.training.arguments["seed"]
-    register(data)
     with _own_folder(recipe) as folder:
         shards = list_shards(cast(Any, data.train))
         parts, _ = Stream(count, folder, load_options(data, seed)).read(Position(), shards)

@@ -18,7 +18,8 @@ from qwenvl_ft.data.plan.dataset import SampleDataset, Ticket
 from qwenvl_ft.data.plan.packing import pack_lengths, single_rows
 from qwenvl_ft.data.plan.windows import WindowDataset
 from qwenvl_ft.errors import DataError
-from qwenvl_ft.look.first_records import FIRST, first_windows
+from qwenvl_ft.look import FIRST
+from qwenvl_ft.look.first_records import first_windows
 from qwenvl_ft.look.histogram import Histogram, depth_histogram
 from qwenvl_ft.look.page import render
 from qwenvl_ft.look.pictures import data_uri, pictures

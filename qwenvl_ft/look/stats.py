@@ -17,8 +17,9 @@ from qwenvl_ft.data.media.images import MediaPolicy, image_size, stored_mode
 from qwenvl_ft.data.plan.walk import walk
 from qwenvl_ft.data.readers import read_record
 from qwenvl_ft.errors import DataError, QwenVLError
+from qwenvl_ft.look import FIRST
 from qwenvl_ft.look.check_report import bars
-from qwenvl_ft.look.first_records import FIRST, first_records
+from qwenvl_ft.look.first_records import first_records
 from qwenvl_ft.look.forecast import histogram, quantiles
 from qwenvl_ft.look.objects import all_objects
 from qwenvl_ft.look.page import render

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 ROUTERS = re.compile(r"\.mlp\.shared_expert_gate$")
 """Linear layers with one output, which weighs the shared expert of a Qwen3.5. Like routers, they must be named."""
-GATES = re.compile(r"\.(linear_attn\.in_proj_[ab]|mlp\.shared_expert_gate)$")
+GATES = re.compile(rf"\.linear_attn\.in_proj_[ab]$|{ROUTERS.pattern}")
 """The same, and the gates of delta nets, which have one output for each head. Only LoRA that does not start from the
 base weights adapts so few whatever its rank."""
 

@@ -1,5 +1,6 @@
 """Helpers for several tests: pictures, records in memory, a trainer over them, changed weights."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -123,3 +124,12 @@ def stirred(model, scale):
             if value.requires_grad:
                 value += torch.randn_like(value) * scale
     return model
+
+
+def without_hooks(model):
+    """Copy a model and remove all hooks of its modules."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    return plain

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from marked_pages import write_between
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextModel
 
@@ -22,7 +23,7 @@ from qwenvl_ft.upstream.delta_net import restart_at_borders
 
 TOKENS, SAMPLES, HEADS, HIDDEN = 8192, 32, 1, 256
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-BEGIN, END = "<!-- by tests/delta_net_time.py -->", "<!-- end of delta_net_time.py -->"
+BEGIN, END = "<!-- by tests/delta_net_time.py -->", "<!-- end -->"
 
 
 def small_model() -> Qwen3_5TextModel:
@@ -107,9 +108,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if arguments.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        table = "\n".join(lines)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_between(PAGE, BEGIN, END, "\n".join(lines))
 
 
 if __name__ == "__main__":

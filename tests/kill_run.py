@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from marked_pages import write_between
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file
 
@@ -305,11 +306,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join([head, "", HEADER, "| --- " * HEADER.count(" | ") + "| --- |", *(row.cells() for row in rows)])
 
 
-def write(rows: list[Row]) -> None:
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main() -> int:
     from qwenvl_ft.model.tiny import make_tiny
 
@@ -332,7 +328,7 @@ def main() -> int:
             print(rows[-1].cells(), flush=True)
     print(f"\n{table(rows).splitlines()[0]}")
     if arguments.write:
-        write(rows)
+        write_between(PAGE, BEGIN, END, table(rows))
     return int(len(rows) < arguments.seeds or any(row.wrong for row in rows))
 
 

@@ -50,6 +50,17 @@ def write_records(folder):
     return folder
 
 
+EVALUATED_TWICE = (
+    "template.max_length=160",
+    "training.learning_rate=1e-3",
+    "training.logging_steps=1",
+    "training.max_steps=4",
+    "training.eval_strategy=steps",
+    "training.eval_steps=2",
+)
+"""Overrides of a run of four steps with an evaluation after every second one."""
+
+
 def short_run(model, data, output, *more):
     """Return the overrides that short runs share, then ``more``: float32, no dataloader workers, no reports."""
     return [

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import psutil
+from marked_pages import write_between
 from stream_cases import open_stream, served, write_jsonl
 
 COUNTS, SHARD, WINDOW = (10_000, 100_000), 1_000, 2_000
@@ -92,8 +93,7 @@ def main() -> None:
         rows = [measured(model, count) for count in COUNTS]
     print(table(rows))
     if arguments.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_between(PAGE, BEGIN, END, table(rows))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 Reference: transformers' own forward of each sample alone, without any hook of this package.
 """
 
-import copy
-
 import pytest
 import torch
-from cases import gradient_tolerance, stirred
+from cases import gradient_tolerance, stirred, without_hooks
 
 from qwenvl_ft.data.collate import QwenVLCollator
 from qwenvl_ft.errors import RecipeError
@@ -69,14 +67,6 @@ def alone(sample):
     """Return the batch of a sample without borders, which transformers refuses without the kernels that use them."""
     batch = QwenVLCollator()([sample])
     return {name: value for name, value in batch.items() if not name.startswith(("cu_seq_lens", "max_length"))}
-
-
-def without_hooks(model):
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    return plain
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.soak)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import OLDER_KINDS, picture
-from run_cases import short_run, write_questions
+from run_cases import EVALUATED_TWICE, short_run, write_questions
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -44,12 +44,7 @@ def run(model, data, folder, *more):
         data,
         folder,
         f"data.val={data}",
-        "template.max_length=160",
-        "training.learning_rate=1e-3",
-        "training.logging_steps=1",
-        "training.max_steps=4",
-        "training.eval_strategy=steps",
-        "training.eval_steps=2",
+        *EVALUATED_TWICE,
         "training.save_strategy=steps",
         "training.save_steps=2",
         *UNFROZEN,

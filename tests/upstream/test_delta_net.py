@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import gradient_tolerance
+from cases import gradient_tolerance, without_hooks
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
@@ -27,15 +27,6 @@ ROWS = {
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_5_moe"])
 def text_model(request, checkpoints):
     return load_model(checkpoints[request.param], torch_dtype="float32", attn_impl="sdpa").model.language_model
-
-
-def without_hooks(model):
-    """Copy a text model and remove all its hooks."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    return plain
 
 
 def row_of(model, lengths):

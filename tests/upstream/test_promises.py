@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import KINDS, RECORDS, make_trainer, one_step, picture
 from rank_cases import in_ranks
-from run_cases import short_run, write_questions
+from run_cases import EVALUATED_TWICE, short_run, write_questions
 from safetensors.torch import load_file
 from sequence_cases import assert_exact, model_of, over_rows
 
@@ -47,12 +47,7 @@ def settings(model, data, folder, *more):
         data,
         folder,
         f"data.val={data}",
-        "template.max_length=160",
-        "training.learning_rate=1e-3",
-        "training.logging_steps=1",
-        "training.max_steps=4",
-        "training.eval_strategy=steps",
-        "training.eval_steps=2",
+        *EVALUATED_TWICE,
         *more,
     )
 

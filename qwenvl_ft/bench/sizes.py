@@ -122,7 +122,7 @@ SIZES = {
     "qwen3.5-122b-a10b": _qwen3_5(3072, 48, (32, 2), 64, 1024, _APART, **_EXPERTS),
     "qwen3.5-397b-a17b": _qwen3_5(4096, 60, (32, 2), 64, 1024, _APART, experts=512, experts_per_token=10),
 }
-"""Name -> dimensions; except for the tiny ones and mini, as in the released config.json files."""
+"""Name -> dimensions; those of the released Qwen3-VL by their config.json files, of Qwen3.5 by the model cards."""
 
 
 def size_of(name: str) -> Size:

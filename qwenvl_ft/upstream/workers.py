@@ -20,6 +20,8 @@ from typing import Any
 from qwenvl_ft.upstream.probe import Feature, lacks
 
 HOOK = "_on_queue_feeder_error"
+STDERR = 2
+"""File descriptor of the standard error stream."""
 
 
 def end_with_lost_items() -> None:
@@ -29,8 +31,11 @@ def end_with_lost_items() -> None:
 
 
 def _end(error: Exception, item: Any) -> None:
-    traceback.print_exception(error)
-    os._exit(1)
+    """Print the error and exit, also where ``sys.stderr`` is closed or its lock was held when this process forked."""
+    try:
+        os.write(STDERR, "".join(traceback.format_exception(error)).encode())
+    finally:
+        os._exit(1)
 
 
 @cache

@@ -77,12 +77,13 @@ def build_plan(
 
 
 def build_loader(
-    sampler: PlanSampler, args: TrainingArguments, collator: Any, share: Share | None = None
+    sampler: PlanSampler, args: TrainingArguments, collator: Any, share: Share | None = None, *, epochs: bool
 ) -> EpochLoader:
     """Return the loader of a plan, with the workers that ``args`` asks for.
 
     Args:
         share: this rank's share of the rows, if several ranks train them together.
+        epochs: keep the workers from one iteration to the next, if ``args`` says so.
     """
     workers = args.dataloader_num_workers
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and args.n_gpu > 0}
@@ -90,7 +91,7 @@ def build_loader(
         require_short_tempdir()
         options["worker_init_fn"] = fail_loudly
         stream = isinstance(sampler.dataset, WindowDataset)  # a worker knows the windows that were read when it began
-        options["persistent_workers"] = args.dataloader_persistent_workers and not stream
+        options["persistent_workers"] = epochs and args.dataloader_persistent_workers and not stream
         options["prefetch_factor"] = args.dataloader_prefetch_factor
         options["multiprocessing_context"] = worker_context(args)
     dataset = sampler.dataset if share is None else sampler.dataset.shared(share)

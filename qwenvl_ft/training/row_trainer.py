@@ -30,6 +30,7 @@ from qwenvl_ft.upstream.arguments import is_reentrant
 from qwenvl_ft.upstream.attention import attention_of
 from qwenvl_ft.upstream.media import placing_model
 from qwenvl_ft.upstream.trainer import EpochLength, PlannedTrainer
+from qwenvl_ft.upstream.workers import end_workers
 
 
 class RowTrainer(PlannedTrainer):
@@ -145,16 +146,20 @@ class RowTrainer(PlannedTrainer):
                 raise CheckpointError(f"output_dir={self.args.output_dir} holds no complete checkpoint to resume from.")
         if self.sequence is not None:  # dropout and noise differ among the ranks of a row, as among its tokens
             torch.manual_seed(self.args.seed + self.sequence.place)
-        return super().train(str(start.folder) if start.folder else None, *arguments, **options)
+        try:
+            return super().train(str(start.folder) if start.folder else None, *arguments, **options)
+        finally:
+            if self.callback_handler.train_dataloader is not None:
+                end_workers(self.callback_handler.train_dataloader)
 
     def get_train_dataloader(self) -> EpochLoader:
-        return self._loader(self.plan_sampler(self.samples))
+        return self._loader(self.plan_sampler(self.samples), epochs=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochLoader:
         if isinstance(eval_dataset, str):
             eval_dataset = cast(dict[str, Any], self.eval_dataset)[eval_dataset]
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        return self._loader(self.plan_sampler(cast(SampleDataset, dataset), training=False))
+        return self._loader(self.plan_sampler(cast(SampleDataset, dataset), training=False), epochs=False)
 
     def plan_sampler(self, dataset: SampleDataset, *, training: bool = True) -> PlanSampler:
         """Return this rank's plan over a data set: shuffled by epoch for training, in a fixed order for evaluation."""
@@ -169,8 +174,8 @@ class RowTrainer(PlannedTrainer):
             ranks_per_row=self.sequence_parallel_size,
         )
 
-    def _loader(self, sampler: PlanSampler) -> EpochLoader:
-        return build_loader(sampler, self.args, self._collator(), self.share)
+    def _loader(self, sampler: PlanSampler, *, epochs: bool) -> EpochLoader:
+        return build_loader(sampler, self.args, self._collator(), self.share, epochs=epochs)
 
     def _collator(self) -> QwenVLCollator | PaddedCollator:
         if self.padding_free:

@@ -1,5 +1,7 @@
 """auto_find_batch_size reduces a batch that does not fit; the run equals one that asked for the smaller batch."""
 
+import multiprocessing
+
 import pytest
 import torch
 from cases import make_trainer
@@ -62,6 +64,18 @@ def test_workers_start_the_way_that_is_asked_for(tiny_dir, encoder, tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
     loader = make_trainer(tmp_path, tiny_dir, encoder, **options).get_train_dataloader()
     assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_no_worker_outlives_the_training_or_an_evaluation(tiny_dir, encoder, tmp_path):
+    """Else the run waits five seconds for each loader when its memory is freed."""
+    before = set(multiprocessing.active_children())
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "num_train_epochs": 2}
+    trainer = make_trainer(tmp_path, tiny_dir, encoder, eval_strategy="epoch", **options)
+    trainer.train()
+    assert trainer.callback_handler.train_dataloader.persistent_workers, "vacuous: they end with their epoch"
+    assert set(multiprocessing.active_children()) == before
+    trainer.evaluate()
+    assert set(multiprocessing.active_children()) == before
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (16, 4, 3), (128, 8, 8)])

@@ -1,10 +1,12 @@
-"""upstream/workers.py: a queue calls its hook for items that cannot be pickled; without the hook nothing breaks."""
+"""upstream/workers.py: a lost item ends its worker, and persistent workers end when they are asked to."""
 
 import multiprocessing
 import multiprocessing.queues
 
+from torch.utils.data import DataLoader
+
 from qwenvl_ft.upstream import workers
-from qwenvl_ft.upstream.workers import LOUD, end_with_lost_items
+from qwenvl_ft.upstream.workers import LOUD, PROMPT, end_with_lost_items, end_workers
 
 
 def put(queue, item, ends):
@@ -52,3 +54,15 @@ def test_a_python_without_the_hook_says_so_and_goes_on(monkeypatch):
     monkeypatch.undo()
     workers._no_hook.cache_clear()
     assert LOUD.missing() == ""
+
+
+def test_persistent_workers_end_at_once_and_the_loader_starts_new_ones():
+    loader = DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    assert PROMPT.missing() == ""
+    for _ in range(2):
+        assert len(list(loader)) == 2
+        children = multiprocessing.active_children()
+        assert len(children) == 1, "vacuous: the worker does not outlive its epoch"
+        end_workers(loader)
+        assert not children[0].is_alive()
+        assert children[0].exitcode == 0, "it was killed"

@@ -52,6 +52,8 @@ class Engine:
     """False if it computes lora_alpha / r for every layer, whatever use_rslora and the patterns say."""
     stacked_experts: bool = True
     """False if it leaves out experts in peft's form."""
+    takes_bare_videos: bool = True
+    """False if it is not known to find a video whose placeholder has no vision tokens around it."""
 
 
 ENGINES = {
@@ -76,6 +78,7 @@ ENGINES = {
         form="per_expert",
         reads_scaling=False,
         stacked_experts=False,
+        takes_bare_videos=False,
         rules={
             "qwen3_vl": ((MLP, APPLIED), *_SGLANG),
             "qwen3_vl_moe": ((EXPERTS.pattern, APPLIED), *_SGLANG),

@@ -4,7 +4,7 @@
 
 Nothing is written that the engine would leave out in silence (`engines`); such an adapter needs ``--merge``. Beside the
 weights there are the processor of the training run, in the files of old and new releases, and a chat template that has
-the system prompt of training as its default.
+the system prompt of training as its default and writes videos as in training.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwenvl_ft.data.encode.draft import VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.errors import CheckpointError, unknown_name
 from qwenvl_ft.export.engines import ENGINES, Engine, fate_of, rules_of
 from qwenvl_ft.export.merge import merge, require_new, trained_over
@@ -30,6 +31,7 @@ from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.model.released_layout import released_shapes
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
 from qwenvl_ft.recipe.provenance import saved_recipe
+from qwenvl_ft.upstream.processors import shows_videos
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "recipe.yaml")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -110,7 +112,7 @@ def export(
             require_released(partial)
         if (folder / "recipe.yaml").is_file() and not (partial / "recipe.yaml").exists():
             shutil.copy2(folder / "recipe.yaml", partial / "recipe.yaml")
-        _save_processor(folder, partial, base)
+        _save_processor(folder, partial, base, chosen)
         result.notes += _notes(folder, adapter)
         result.thinking = thinking_of(folder, load_processor(partial))
         result.command = start_command(result, partial, media_per_prompt or {})
@@ -234,16 +236,20 @@ def _require_peft(folder: Path) -> None:
         )
 
 
-def _save_processor(folder: Path, partial: Path, base: str | None) -> None:
-    """Write the processor for old and new releases; the chat template gets the system prompt of training.
+def _save_processor(folder: Path, partial: Path, base: str | None, engine: Engine) -> None:
+    """Write the processor for old and new releases; the chat template becomes that of training.
 
-    transformers 5 writes both image processors into processor_config.json, where older releases do not look.
+    transformers 5 writes both image processors into processor_config.json, where older releases do not look. Since
+    5.10 it keeps the vision tokens that a template writes around a video, in addition to those around each frame pair.
+    Training has no such pair (data/encode/show.py), so the template gets none; 4.57 to 5.9 take that too.
     """
     has_own = any((folder / name).is_file() for name in PROCESSOR_FILES)
     processor = load_processor(folder if has_own or not base else base)
     system_prompt = (saved_recipe(folder).get("template") or {}).get("system_prompt")
     if system_prompt:
         processor.chat_template = with_system_prompt(processor.chat_template, system_prompt)
+    if engine.takes_bare_videos and shows_videos(processor.video_processor):
+        processor.chat_template = processor.chat_template.replace(VISION_START + VIDEO_PAD + VISION_END, VIDEO_PAD)
     processor.save_pretrained(partial)
     processor.image_processor.save_pretrained(partial)
     processor.video_processor.save_pretrained(partial)

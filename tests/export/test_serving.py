@@ -5,14 +5,19 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from cases import picture
 from engine_cases import landed, sglang_updates, shards_of, vllm_updates
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLProcessor
+from video_cases import asked
 
 from qwenvl_ft import train
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import CheckpointError
 from qwenvl_ft.export.engines import ENGINES, silent_losses
 from qwenvl_ft.export.merge import merge
@@ -322,6 +327,28 @@ def test_a_qwen3_5_model_is_released_as_it_was_saved(checkpoints, tmp_path, kind
         save_file(saved | {name: saved[name].transpose(1, 2).contiguous()}, done.folder / "model.safetensors")
         with pytest.raises(CheckpointError, match="gate_up_proj has shape"):
             require_released(done.folder)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers", "sglang"])
+def test_videos_are_written_as_in_training(checkpoints, tmp_path, engine):
+    """Processors since transformers 5.10 keep the vision tokens of a template; training has none around a video."""
+    folder = export(checkpoints["dense"], tmp_path / "out", engine).folder
+    frames = [picture(64, 48, seed) for seed in range(5)]
+    question = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}
+
+    def plain_tokens(processor):
+        text = processor.apply_chat_template([question], add_generation_prompt=True)
+        metadata = [{"fps": 2.0, "frames_indices": list(range(5)), "total_num_frames": 5}]
+        pixels = [np.stack([np.asarray(frame) for frame in frames])]
+        made = processor(text=[text], videos=pixels, video_metadata=metadata, do_sample_frames=False)
+        return list(made["input_ids"][0])
+
+    trained = Encoder(load_processor(checkpoints["dense"])).prompt(asked(frames))["input_ids"].tolist()
+    exported = load_processor(folder)
+    keeps = hasattr(Qwen3VLProcessor, "replace_video_token")
+    assert (plain_tokens(exported) == trained) == (engine != "sglang" or not keeps)
+    assert Encoder(exported).prompt(asked(frames))["input_ids"].tolist() == trained
+    assert (plain_tokens(load_processor(checkpoints["dense"])) != trained) == keeps, "vacuous: nothing changes"
 
 
 def test_a_system_prompt_with_quotes_and_braces_is_kept():

@@ -106,10 +106,11 @@ def refuse_control(value: Any, where: str) -> None:
 
 
 def write_times(text: str, clips: list[Clip], processor: Any, source: Source) -> str:
-    """Replace each video's one placeholder with a time and a placeholder for each frame pair.
+    """Replace each video's one placeholder, with or without vision tokens, by a time and a placeholder per frame pair.
 
     The released models were trained on ``<0.3 seconds><|vision_start|>...<|vision_end|>`` with nothing around it, as
-    the processors of transformers 4.57 to 5.9 write it. Later processors keep an outer pair of vision tokens.
+    the processors of transformers 4.57 to 5.9 write it. Later processors keep an outer pair of vision tokens, unless
+    the template has none, as that of an export.
 
     Raises:
         DataError: the processor is not Qwen3-VL's, or the template left out or added a video.
@@ -118,7 +119,7 @@ def write_times(text: str, clips: list[Clip], processor: Any, source: Source) ->
         return text
     if not isinstance(processor, Qwen3VLProcessor):
         raise no_videos(source, processor)
-    pieces = text.split(VISION_START + VIDEO_PAD + VISION_END)
+    pieces = text.replace(VISION_START + VIDEO_PAD + VISION_END, VIDEO_PAD).split(VIDEO_PAD)
     if len(pieces) != len(clips) + 1:
         raise DataError(f"{source}: {len(clips)} videos, but the chat template renders {len(pieces) - 1}.")
     written, step = [pieces[0]], processor.video_processor.temporal_patch_size

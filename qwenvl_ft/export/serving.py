@@ -31,7 +31,7 @@ from qwenvl_ft.model.load import load_processor
 from qwenvl_ft.model.released_layout import released_shapes
 from qwenvl_ft.model.source import PROCESSOR_FILES, load_config, local_directory
 from qwenvl_ft.recipe.provenance import saved_recipe
-from qwenvl_ft.upstream.processors import shows_videos
+from qwenvl_ft.upstream.processors import frame_cap, shows_videos
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "recipe.yaml")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -113,8 +113,9 @@ def export(
         if (folder / "recipe.yaml").is_file() and not (partial / "recipe.yaml").exists():
             shutil.copy2(folder / "recipe.yaml", partial / "recipe.yaml")
         _save_processor(folder, partial, base, chosen)
-        result.notes += _notes(folder, adapter)
-        result.thinking = thinking_of(folder, load_processor(partial))
+        processor = load_processor(partial)
+        result.notes += _notes(folder, adapter, result, processor)
+        result.thinking = thinking_of(folder, processor)
         result.command = start_command(result, partial, media_per_prompt or {})
     return result
 
@@ -154,8 +155,10 @@ def _vllm(exported: Exported, processor: Any, media_per_prompt: dict[str, int]) 
         words += ["--enable-lora", "--max-lora-rank", str(largest), *exported.flags]
         words += ["--lora-modules", f"{exported.folder.name}={exported.folder}"]
         words += ["--chat-template", str(exported.folder / "chat_template.jinja")]
-        areas = {"images_kwargs": {"size": _area(processor.image_processor)}}
+        areas: dict[str, Any] = {"images_kwargs": {"size": _area(processor.image_processor)}}
         areas["videos_kwargs"] = {"size": _area(processor.video_processor)}
+        if frame_cap(processor.video_processor) is not None:
+            areas["videos_kwargs"]["cap_pixels_per_frame"] = True
         words += ["--mm-processor-kwargs", json.dumps(areas)]
     sampling = {name: getattr(processor.video_processor, name) for name in VLLM_SAMPLING}
     if sampling != VLLM_SAMPLING:
@@ -255,7 +258,7 @@ def _save_processor(folder: Path, partial: Path, base: str | None, engine: Engin
     processor.video_processor.save_pretrained(partial)
 
 
-def _notes(folder: Path, adapter: bool) -> list[str]:
+def _notes(folder: Path, adapter: bool, exported: Exported, processor: Any) -> list[str]:
     notes, template = [], saved_recipe(folder).get("template") or {}
     if template.get("system_prompt"):
         notes.append("The chat template begins with the system prompt of training; a request's own replaces it.")
@@ -263,6 +266,12 @@ def _notes(folder: Path, adapter: bool) -> list[str]:
         notes.append("The model was trained with tools: requests must send them (tools).")
     if adapter and (bits := trained_over(folder).quantization_bit) is not None:
         notes.append(f"The adapter was trained over {bits}-bit weights; on 16-bit weights its answers can differ.")
+    cap = frame_cap(processor.video_processor)
+    if exported.kind == "adapter" and exported.engine == "vllm" and cap is not None:
+        notes.append(
+            f"A frame of a video had at most {cap} tokens in training. vLLM takes this number from the base model's "
+            "processor alone: set max_video_tokens there, or add --merge."
+        )
     return notes
 
 

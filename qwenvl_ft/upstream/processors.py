@@ -153,6 +153,14 @@ def set_frame_cap(processor: Any, tokens: int) -> None:
         processor.cap_pixels_per_frame = True
 
 
+def frame_cap(processor: Any) -> int | None:
+    """Return the most tokens of a frame; None without a cap.
+
+    A call of a processor can turn the cap on (``cap_pixels_per_frame``), but the number is that of the processor alone.
+    """
+    return int(processor.max_video_tokens) if _caps(processor) else None
+
+
 def video_patches(processor: Any, clips: Sequence[torch.Tensor], rates: Sequence[float]) -> Any:
     """Process frames that are sampled and resized already.
 

@@ -27,6 +27,7 @@ from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import TunerConfig
 from qwenvl_ft.tuning.prepare import prepare_model
+from qwenvl_ft.upstream.processors import CAP
 
 ROOT = Path(__file__).resolve().parents[2]
 LLM = {"freeze_llm": False, "freeze_vit": True, "freeze_aligner": True, "lora_rank": 4, "lora_alpha": 12}
@@ -349,6 +350,22 @@ def test_videos_are_written_as_in_training(checkpoints, tmp_path, engine):
     assert (plain_tokens(exported) == trained) == (engine != "sglang" or not keeps)
     assert Encoder(exported).prompt(asked(frames))["input_ids"].tolist() == trained
     assert (plain_tokens(load_processor(checkpoints["dense"])) != trained) == keeps, "vacuous: nothing changes"
+
+
+def test_a_cap_on_frames_reaches_vllm_or_a_note_says_what_does_not(adapters, checkpoints, tmp_path, capsys):
+    if CAP.missing():
+        pytest.skip(CAP.missing())
+    trained = tmp_path / "run"
+    shutil.copytree(adapters["LoRA of attention and MLP"], trained)
+    printed = []
+    for number, limits in enumerate(({}, {"video_frame_max_pixels": 12 * 32 * 32})):
+        load_processor(checkpoints["dense"], **limits).save_pretrained(trained)
+        assert main(["export", str(trained), str(tmp_path / str(number)), "--for", "vllm"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert '"cap_pixels_per_frame": true' in printed[1]
+    assert "A frame of a video had at most 12 tokens in training." in printed[1]
+    assert "cap_pixels_per_frame" not in printed[0]
+    assert "A frame of a video" not in printed[0]
 
 
 def test_a_system_prompt_with_quotes_and_braces_is_kept():

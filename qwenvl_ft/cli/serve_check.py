@@ -9,7 +9,10 @@ import typer
 def serve_check(
     url: Annotated[str, typer.Option(help="API of an OpenAI-compatible server: http://127.0.0.1:8000/v1.")],
     model: Annotated[Path, typer.Option(help="Folder of the trained model: a run, a checkpoint or a merged model.")],
-    data: Annotated[str, typer.Option(help="Records, written as in data.train.")],
+    data: Annotated[
+        str,
+        typer.Option(help="Records, written as in data.train. Videos need vLLM with --trust-request-mm-kwargs."),
+    ],
     served_name: Annotated[str | None, typer.Option(help="Name of the served model, if there are several.")] = None,
     limit: Annotated[int, typer.Option(help="Number of records that are asked.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 64,
@@ -33,30 +36,31 @@ def serve_check(
     from qwenvl_ft.data.sources.key_rules import KEEP_TRUE, KeyRules
     from qwenvl_ft.data.sources.records import load_records
     from qwenvl_ft.errors import DataError
-    from qwenvl_ft.evaluation.served import Server, compare, without_videos
+    from qwenvl_ft.evaluation.served import Server, compare
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     records = load_records(data, seed=0, rules=KeyRules((), KEEP_TRUE))
     chosen = [read_record(*records[place]) for place in range(min(limit, len(records)))]
-    asked = without_videos(chosen)
-    if not asked:
-        raise DataError(f"{data}: the first {limit} records have videos only, which this command does not ask about.")
     server = Server(url, served_name, str(model))
     loaded, ((_, processor),) = load(str(model), [], torch_dtype=torch_dtype, attn_impl=attn_impl)
-    found = compare(
+    found, left = compare(
         loaded,
         trained_encoder(model, processor),
         server,
-        asked,
+        chosen,
         max_new_tokens=max_new_tokens,
         tie_margin=tie_margin,
     )
+    if not found:
+        raise DataError(f"{data}: the server cannot be asked about any record: {'; '.join(_reasons(left)) or 'none'}.")
     agree = sum(one.agrees for one in found)
     if as_json:
-        typer.echo(json.dumps({"agree": agree, "records": [asdict(one) for one in found]}, ensure_ascii=False))
+        not_asked = [{"source": source, "reason": reason} for source, reason in left]
+        result = {"agree": agree, "records": [asdict(one) for one in found], "not_asked": not_asked}
+        typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        for line in report(found, len(chosen) - len(asked)):
+        for line in report(found, left):
             typer.echo(line)
     if agree < len(found):
         raise typer.Exit(1)
@@ -77,8 +81,12 @@ def trained_encoder(folder: Path, processor: Any) -> Any:
     )
 
 
-def report(found: list[Any], videos: int) -> list[str]:
-    """Return the lines that describe a comparison."""
+def report(found: list[Any], left: list[tuple[str, str]]) -> list[str]:
+    """Return the lines that describe a comparison.
+
+    Args:
+        left: (source, reason) of each record that was not asked.
+    """
     lines = []
     for one in found:
         alike = one.tokens if one.first is None else one.first
@@ -89,6 +97,12 @@ def report(found: list[Any], videos: int) -> list[str]:
         mark = "agrees" if one.agrees else "DIFFERS"
         lines.append(f"{mark}  {one.source}: {alike} of {one.tokens} tokens{close}{ending}")
     agree = sum(one.agrees for one in found)
-    left = f"; {videos} with videos were not asked: servers sample frames by rules of their own" if videos else ""
-    lines.append(f"{agree} of {len(found)} records agree{left}")
-    return lines
+    return [*lines, *(f"not asked  {line}" for line in _reasons(left)), f"{agree} of {len(found)} records agree"]
+
+
+def _reasons(left: list[tuple[str, str]]) -> list[str]:
+    """Return a text for each reason why records were not asked, with their number and the first of them."""
+    records: dict[str, list[str]] = {}
+    for source, reason in left:
+        records.setdefault(reason, []).append(source)
+    return [f"{len(sources)} with videos, from {sources[0]}: {reason}" for reason, sources in records.items()]

@@ -1,29 +1,34 @@
 """Does a server answer as the trained model does? Asks both the same prompts greedily, and compares token by token.
 
-The server gets the messages of a record, with images as PNG. It renders them by its own chat template and resizes them
-by its own limits, as it does for any client. The trained model is run by transformers, on prompts that are encoded as
-in training.
+The server gets the messages of a record (asked.py). It renders them by its own chat template and resizes media by its
+own limits, as it does for any client. The trained model is run by transformers, on prompts that are encoded as in
+training.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from qwenvl_ft.data.conversation import Conversation, Image, Text, Video
+from qwenvl_ft.data.conversation import Conversation
+from qwenvl_ft.data.encode.draft import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.data.encode.encoder import Encoder
-from qwenvl_ft.data.media.images import open_image
 from qwenvl_ft.errors import CheckpointError, one_line
+from qwenvl_ft.evaluation.asked import Asked, NotAsked, asked_of
 from qwenvl_ft.evaluation.generate import STOP_TOKENS, greedy_tokens
 
 WAIT_SECONDS = 600
-PAD = "<|image_pad|>"
+TRUST = "--trust-request-mm-kwargs"
+"""vLLM refuses ``media_io_kwargs`` of a request without this flag (0.32)."""
+PADS = {IMAGE_PAD: "images", VIDEO_PAD: "videos"}
+GROUP = re.compile(rf"<(\d+\.\d) seconds>{re.escape(VISION_START + VIDEO_PAD + VISION_END)}")
+"""A group of frames in a prompt whose pads are not repeated, with its time in seconds."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,22 @@ class Server:
         self.url = url.rstrip("/")
         self.name = name or self._only_model(folder.rstrip("/"))
 
-    def ask(
-        self, messages: list[dict[str, Any]], max_new_tokens: int, tokenizer: Any, tools: list[Any] | None = None
-    ) -> Reply:
-        """Return the greedy answer to messages.
+    def ask(self, asked: Asked, max_new_tokens: int, tokenizer: Any, tools: list[Any] | None = None) -> Reply:
+        """Return the greedy answer to a question.
 
         Raises:
+            NotAsked: the server does not take the frames of its videos.
             CheckpointError: the server refuses, or its reply is not one of the API.
         """
+        frames = asked.media_io_kwargs
+        if frames and self.maker != "vllm":
+            raise NotAsked(
+                f"only vLLM takes the frames that training shows; this server is {self.maker or 'another one'}, and "
+                "would sample a video by its own rules"
+            )
         body = {
             "model": self.name,
-            "messages": messages,
+            "messages": asked.messages,
             "max_tokens": max_new_tokens,
             "temperature": 0,
             "repetition_penalty": 1.0,  # a generation_config.json that a server reads may set others
@@ -95,8 +105,14 @@ class Server:
             "logprobs": True,
             "top_logprobs": 1,
             "return_token_ids": True,  # vLLM and SGLang
-        } | ({"tools": tools} if tools else {})
-        reply = self._call("chat/completions", body)
+        }
+        body |= ({"tools": tools} if tools else {}) | ({"media_io_kwargs": frames} if frames else {})
+        try:
+            reply = self._call("chat/completions", body)
+        except CheckpointError as error:
+            if frames and "media_io_kwargs" in str(error):
+                raise NotAsked(f"start vLLM with {TRUST}, or it takes no frames that a client has chosen") from error
+            raise
         try:
             return _read_reply(reply, tokenizer)
         except (KeyError, IndexError, TypeError) as error:
@@ -104,10 +120,20 @@ class Server:
                 f"the reply of {self.url} is not one of the OpenAI API: {type(error).__name__} {error}"
             ) from error
 
+    @cached_property
+    def maker(self) -> str:
+        """Who made the server, by its list of models: ``vllm``, ``sglang``, ...; empty if it does not say so."""
+        makers = {str(entry.get("owned_by") or "") for entry in self._models}
+        return makers.pop() if len(makers) == 1 else ""
+
+    @cached_property
+    def _models(self) -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = self._call("models")["data"]
+        return models
+
     def _only_model(self, folder: str) -> str:
-        entries = self._call("models")["data"]
-        names = [entry["id"] for entry in entries]
-        own = [entry["id"] for entry in entries if folder and folder in (entry.get("root"), entry["id"])]
+        names = [entry["id"] for entry in self._models]
+        own = [entry["id"] for entry in self._models if folder and folder in (entry.get("root"), entry["id"])]
         chosen = own or names
         if len(chosen) != 1:
             raise CheckpointError(f"{self.url} serves {', '.join(names) or 'nothing'}. Choose one: --served-name NAME.")
@@ -137,11 +163,14 @@ def compare(
     *,
     max_new_tokens: int = 64,
     tie_margin: float = 0.1,
-) -> list[Compared]:
-    """Ask both about each conversation without videos; see `asked_of`.
+) -> tuple[list[Compared], list[tuple[str, str]]]:
+    """Ask both about each conversation; see `asked_of`.
 
     Args:
         tie_margin: two tokens whose log-probabilities are closer than this, in nats, are a tie: rounding decides.
+
+    Returns:
+        The results, and (source, reason) of each record that the server could not be asked about.
 
     Raises:
         CheckpointError: see `Server`.
@@ -149,11 +178,17 @@ def compare(
     """
     tokenizer = encoder.processor.tokenizer
     stops = {tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS}
-    found = []
+    found: list[Compared] = []
+    left: list[tuple[str, str]] = []
     for conversation in conversations:
+        source = str(conversation.source)
         sample = encoder.prompt(conversation)
+        try:
+            reply = server.ask(asked_of(conversation, encoder), max_new_tokens, tokenizer, encoder.tools)
+        except NotAsked as reason:
+            left.append((source, str(reason)))
+            continue
         tokens, logprobs = greedy_tokens(model, encoder.processor, sample, max_new_tokens)
-        reply = server.ask(asked_of(conversation, encoder), max_new_tokens, tokenizer, encoder.tools)
         own = comparable(tokens, reply, tokenizer, stops)
         first = first_difference(own, reply.tokens, stops)
         alike = len(own) if first is None else first
@@ -162,32 +197,14 @@ def compare(
             gap = float(logprobs[first, own[first]] - logprobs[first, reply.tokens[first]])
         pairs = enumerate((reply.logprobs or [])[:alike]) if own == tokens else ()
         differences = [abs(given - float(logprobs[place, tokens[place]])) for place, given in pairs]
-        ours = sample["input_ids"].tolist()
-        prompt = prompt_difference(ours, reply, tokenizer)
+        prompt = prompt_difference(sample["input_ids"].tolist(), reply, tokenizer)
         largest = max(differences, default=None)
         agrees = not prompt and (first is None or is_tie(gap, largest, tie_margin))
         cause = prompt
         if not agrees and not prompt and _answers_as_base(model, encoder, sample, reply, stops, max_new_tokens):
             cause = "the server answers as the base model does: it does not apply the adapter"
-        source = str(conversation.source)
         found.append(Compared(source, len(own), first, gap, largest, cause, agrees))
-    return found
-
-
-def asked_of(conversation: Conversation, encoder: Encoder) -> list[dict[str, Any]]:
-    """Return the messages before the last answer in the form of the OpenAI API.
-
-    The system prompt of training is not among them: the server has it in its chat template, or lacks it.
-    """
-    turns = list(conversation.messages)
-    if turns and turns[-1].role == "assistant":
-        turns.pop()
-    return [{"role": turn.role, "content": [_part(part, encoder) for part in turn.content]} for turn in turns]
-
-
-def without_videos(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Return the conversations without videos: servers sample frames by rules of their own."""
-    return [conversation for conversation in conversations if not conversation.media(Video)]
+    return found, left
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int], stops: set[int]) -> int | None:
@@ -218,31 +235,55 @@ def is_tie(gap: float, logprob_gap: float | None, margin: float) -> bool:
 
 def prompt_difference(ours: list[int], reply: Reply, tokenizer: Any) -> str:
     """Return how the prompt that the server has rendered differs from the trained model's; empty if it does not."""
-    count = reply.prompt_length
-    if reply.prompt is None:
+    count, theirs = reply.prompt_length, reply.prompt
+    if theirs is None:
         if count is None or count == len(ours):
             return ""
         return (
             f"the server's prompt has {count} tokens, the trained model's {len(ours)}: it has other pixel limits, "
-            "another chat template or another system prompt"
+            "another chat template, another system prompt or other frames of a video"
         )
-    pad = tokenizer.convert_tokens_to_ids(PAD)
-    own_text, other_text = _without_repeats(ours, pad), _without_repeats(reply.prompt, pad)
+    pads = {tokenizer.convert_tokens_to_ids(pad): name for pad, name in PADS.items()}
+    own_text, other_text = _without_repeats(ours, pads), _without_repeats(theirs, pads)
     if own_text != other_text:
         place = first_difference(own_text, other_text, set()) or 0
         own, other = (repr(tokenizer.decode(text[place : place + 8])) for text in (own_text, other_text))
-        return (
+        return _frame_difference(tokenizer.decode(own_text), tokenizer.decode(other_text)) or (
             f"the server renders another prompt (chat template, or the system prompt of training): {other} where the "
             f"trained model has {own}"
         )
-    pads, others = ours.count(pad), reply.prompt.count(pad)
-    if pads != others and count != len(ours):
-        return f"the server has other pixel limits: {others} tokens of images, not {pads}"
+    for pad, name in pads.items() if count != len(ours) else ():
+        own_count, other_count = ours.count(pad), theirs.count(pad)
+        if own_count != other_count:
+            return f"the server has other pixel limits: {other_count} tokens of {name}, not {own_count}"
     return ""
 
 
-def _without_repeats(tokens: list[int], pad: int) -> list[int]:
-    return [token for place, token in enumerate(tokens) if token != pad or place == 0 or tokens[place - 1] != pad]
+def _frame_difference(own: str, other: str) -> str:
+    """Return how two prompts differ if only the groups of frames of their videos do; else an empty text.
+
+    Args:
+        own, other: without repeated pads.
+    """
+    inner = re.sub(f"{re.escape(VISION_START)}((?:{GROUP.pattern})+){re.escape(VISION_END)}", r"\1", other)
+    if inner == own:
+        return (
+            "the server writes a second pair of vision tokens around each video, as transformers does since 5.10: use "
+            "the chat template of qwenvl-ft export --for vllm"
+        )
+    if GROUP.sub("", inner) != GROUP.sub("", own):
+        return ""
+    times, others = GROUP.findall(own), GROUP.findall(inner)
+    shown = ", ".join(f"{time} s" for time in others[:4]), ", ".join(f"{time} s" for time in times[:4])
+    return (
+        f"the server shows other frames of a video, or at other times: {len(others)} groups at {shown[0]}, where the "
+        f"trained model has {len(times)} at {shown[1]}"
+    )
+
+
+def _without_repeats(tokens: list[int], pads: Collection[int]) -> list[int]:
+    before = [-1, *tokens]
+    return [token for token, last in zip(tokens, before, strict=False) if token != last or token not in pads]
 
 
 def _answers_as_base(
@@ -254,18 +295,6 @@ def _answers_as_base(
         tokens, _ = greedy_tokens(model, encoder.processor, sample, max_new_tokens)
     own = comparable(tokens, reply, encoder.processor.tokenizer, stops)
     return first_difference(own, reply.tokens, stops) is None
-
-
-def _part(part: Any, encoder: Encoder) -> dict[str, Any]:
-    if isinstance(part, Text):
-        return {"type": "text", "text": part.text}
-    assert isinstance(part, Image)
-    file = io.BytesIO()
-    open_image(part.value, encoder.policy).save(file, format="PNG")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
-    }
 
 
 def _read_reply(reply: dict[str, Any], tokenizer: Any) -> Reply:

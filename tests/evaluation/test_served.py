@@ -10,10 +10,12 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from cases import picture
 from PIL import Image
+from video_cases import asked, film
 
 from qwenvl_ft.cli.main import main
 from qwenvl_ft.evaluation.served import Reply, first_difference, is_tie, prompt_difference
@@ -30,7 +32,19 @@ STEPS = 8
 class PlainServer:
     """Answers chat requests greedily by plain transformers."""
 
-    def __init__(self, base, adapter=None, processor=None, *, ids=True, logprobs=True, max_pixels=None):
+    def __init__(
+        self,
+        base,
+        adapter=None,
+        processor=None,
+        *,
+        ids=True,
+        logprobs=True,
+        max_pixels=None,
+        video=None,
+        maker="vllm",
+        thinking=False,
+    ):
         from peft import PeftModel
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -40,20 +54,39 @@ class PlainServer:
         self.processor = AutoProcessor.from_pretrained(processor or base)
         if max_pixels:
             self.processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": max_pixels}
-        self.ids, self.logprobs, self.asked = ids, logprobs, []
+        self.video = video or {}
+        if "max_pixels" in self.video:
+            self.processor.video_processor.size = {"shortest_edge": 1024, "longest_edge": self.video["max_pixels"]}
+        self.ids, self.logprobs, self.maker, self.thinking, self.asked = ids, logprobs, maker, thinking, []
 
     def models(self):
-        return {"data": [{"id": "tiny", "root": "elsewhere"}]}
+        return {"data": [{"id": "tiny", "root": "elsewhere", "owned_by": self.maker}]}
 
     def chat(self, body):
+        """Answer as vLLM does, which takes frames of a video in ``media_io_kwargs``."""
         self.asked.append(body)
-        inputs = self.processor.apply_chat_template(
-            [{"role": turn["role"], "content": [_part(part) for part in turn["content"]]} for turn in body["messages"]],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        )
+        if self.video.get("trusts") is False and "media_io_kwargs" in body:
+            raise PermissionError("Per-request media_io_kwargs are disabled by default")
+        messages = [
+            {"role": turn["role"], "content": [_part(part) for part in turn["content"]]} for turn in body["messages"]
+        ]
+        videos = [part["video"] for turn in messages for part in turn["content"] if part["type"] == "video"]
+        images = [part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"]
+        chosen = {} if self.video.get("ignores") else body.get("media_io_kwargs", {}).get("video", {})
+        metadata = [
+            {
+                "fps": chosen.get("fps", 1.0),
+                "frames_indices": list(chosen.get("frames_indices", range(len(frames)))),
+                "total_num_frames": len(frames),
+            }
+            for frames in videos
+        ]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=self.thinking)
+        media = {"images": images} if images else {}
+        if self.video.get("backwards"):
+            videos = [frames[::-1].copy() for frames in videos]
+        media |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}
+        inputs = self.processor(text=[text], return_tensors="pt", **media)
         settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         with torch.no_grad():
             done = self.model.generate(**inputs, max_new_tokens=body["max_tokens"], **settings)
@@ -78,8 +111,11 @@ class PlainServer:
 def _part(part):
     if part["type"] == "text":
         return part
-    data = part["image_url"]["url"].partition("base64,")[2]
-    return {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(data)))}
+    kind = part["type"].removesuffix("_url")
+    start, _, data = part[part["type"]]["url"].partition("base64,")
+    images = [Image.open(io.BytesIO(base64.b64decode(frame))) for frame in data.split(",")]
+    assert (kind, start) in {("image", "data:image/png;"), ("video", "data:video/jpeg;")}
+    return {"type": kind, kind: images[0] if kind == "image" else np.stack([np.asarray(image) for image in images])}
 
 
 @contextmanager
@@ -91,11 +127,14 @@ def serving(server):
             self._send(server.models())
 
         def do_POST(self):
-            self._send(server.chat(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            try:
+                self._send(server.chat(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            except PermissionError as error:
+                self._send({"error": {"message": str(error)}}, 400)
 
-        def _send(self, reply):
+        def _send(self, reply, code=200):
             data = json.dumps(reply).encode()
-            self.send_response(200)
+            self.send_response(code)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -140,9 +179,25 @@ def trained(tmp_path_factory):
     return root
 
 
-def check(root, server, capsys, *options):
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """Whole models of two families with their exports, and records that ask about videos."""
+    root = tmp_path_factory.mktemp("filmed")
+    for family in ("qwen3_vl", "qwen3_5"):
+        make_tiny(root / family, family=family, initializer_range=0.2)
+        export(root / family, root / f"{family}-served", "vllm")
+    long, short = str(film(root / "long.mp4")), str(film(root / "short.mp4", frames=13, size=(72, 80)))
+    frames = [str(root / f"{number}.png") for number in range(5)]
+    for number, path in enumerate(frames):
+        picture(64, 48, number).save(path)
+    records = [asked(long), asked(frames), asked(short, short, images=frames[:1]), asked(), asked(long, short)]
+    (root / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+def check(root, server, capsys, *options, model="run"):
     """Return the exit code of serve-check, and its result."""
-    arguments = ["--model", str(root / "run"), "--data", str(root / "data.jsonl"), "--json", *options]
+    arguments = ["--model", str(root / model), "--data", str(root / "data.jsonl"), "--json", *options]
     with serving(server) as url:
         code = main(["serve-check", "--url", url, "--max-new-tokens", str(STEPS), *arguments])
     found = capsys.readouterr()
@@ -183,6 +238,85 @@ def test_each_planted_fault_is_found(trained, capsys, fault):
     assert all(cause in found for found in causes), causes
     if fault.startswith("other pixel limits"):
         assert result["records"][3]["agrees"], "the record without an image"
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_videos_are_asked_about_with_the_frames_of_training(filmed, capsys, family):
+    """A file, an odd number of frames, and a video twice beside an image; two videos that differ are not asked."""
+    server = PlainServer(filmed / f"{family}-served")
+    code, result = check(filmed, server, capsys, model=family)
+    assert (code, result["agree"], len(result["records"])) == (0, 4, 4)
+    assert max(one["logprob_gap"] for one in result["records"]) < 1e-4
+    (left,) = result["not_asked"]
+    assert left["source"].endswith("data.jsonl:5")
+    assert "show different frames" in left["reason"]
+    chosen = server.asked[0]["media_io_kwargs"]["video"]
+    assert (chosen["fps"], chosen["frames_indices"]) == (10.0, [0, 6, 12, 17, 23, 29])
+    assert "media_io_kwargs" not in server.asked[3]
+
+
+VIDEO_FAULTS = {
+    "other pixel limits": ({"video": {"max_pixels": 16384}}, "other pixel limits: 6 tokens of videos, not 18"),
+    "frames at a rate of its own": (
+        {"video": {"ignores": True}},
+        "other frames of a video, or at other times: 3 groups at 0.5 s, 2.5 s, 4.5 s, where the trained model has 3 at "
+        "0.3 s, 1.4 s, 2.6 s",
+    ),
+    "frames in another order": ({"video": {"backwards": True}}, ""),
+    "a template with vision tokens around a video": ({"processor": "qwen3_vl"}, "a second pair of vision tokens"),
+    "other pixel limits, without token ids": (
+        {"video": {"max_pixels": 16384}, "ids": False},
+        "other frames of a video",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", VIDEO_FAULTS)
+def test_each_planted_fault_of_videos_is_found(filmed, capsys, fault):
+    change, cause = VIDEO_FAULTS[fault]
+    if "processor" in change:
+        change = {"processor": filmed / change["processor"]}
+    server = PlainServer(filmed / "qwen3_vl-served", **change)
+    code, result = check(filmed, server, capsys, model="qwen3_vl")
+    assert code == 1
+    assert not result["records"][0]["agrees"]
+    assert cause in result["records"][0]["cause"]
+    assert bool(cause) == bool(result["records"][0]["cause"]), "the prompts are equal, and only the pixels differ"
+    assert result["records"][3]["agrees"], "the record without a video"
+
+
+SERVERS = {
+    "SGLang": ({"maker": "sglang"}, "only vLLM takes the frames that training shows; this server is sglang"),
+    "an unnamed server": ({"maker": None}, "this server is another one"),
+    "vLLM without trust": ({"video": {"trusts": False}}, "start vLLM with --trust-request-mm-kwargs"),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_records_with_videos_that_a_server_does_not_take_are_counted(filmed, capsys, name):
+    settings, reason = SERVERS[name]
+    server = PlainServer(filmed / "qwen3_vl-served", **settings)
+    code, result = check(filmed, server, capsys, model="qwen3_vl")
+    assert (code, result["agree"], len(result["records"])) == (0, 1, 1)
+    assert [left["source"][-1] for left in result["not_asked"]] == ["1", "2", "3", "5"]
+    assert all(reason in left["reason"] for left in result["not_asked"][:3])
+    code, error = check(filmed, server, capsys, "--limit", "2", model="qwen3_vl")
+    assert code == 2
+    assert "cannot be asked about any record: 2 with videos, from " in error
+    assert reason in error
+
+
+def test_the_report_counts_what_was_not_asked(filmed, capsys):
+    with serving(PlainServer(filmed / "qwen3_vl-served", maker="sglang")) as url:
+        arguments = ["--model", str(filmed / "qwen3_vl"), "--data", str(filmed / "data.jsonl")]
+        code = main(["serve-check", "--url", url, "--max-new-tokens", str(STEPS), *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0
+    data = filmed / "data.jsonl"
+    assert lines[0].startswith(f"agrees  {data}:4")
+    assert lines[1].startswith(f"not asked  3 with videos, from {data}:1: only vLLM")
+    assert lines[2].startswith(f"not asked  1 with videos, from {data}:5: its videos show different frames")
+    assert lines[3] == "1 of 1 records agree"
 
 
 def test_the_report_is_for_people(trained, capsys):

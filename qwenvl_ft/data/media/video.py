@@ -98,13 +98,12 @@ def plan_clip(video: Video, processor: VideoProcessor, policy: MediaPolicy, sour
     return Clip(tuple(indices.tolist()), footage.rate, (footage.height, footage.width), grid)
 
 
-def clip_pixels(video: Video, clip: Clip, processor: VideoProcessor, policy: MediaPolicy, source: Source) -> Tensor:
-    """Return the clip's frames uint8[F, 3, H, W], each resized as soon as it is decoded.
+def clip_frames(video: Video, clip: Clip, policy: MediaPolicy, source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Yield the clip's frames uint8[height, width, 3], in the size of the video.
 
     Raises:
         DataError: a frame cannot be decoded, or the file takes longer than ``policy.video_timeout``.
     """
-    height, width = clip.grid[1] * processor.patch_size, clip.grid[2] * processor.patch_size
     if isinstance(video.value, (list, tuple)):
         frames: Iterator[NDArray[np.uint8]] = (np.array(open_image(video.value[k], policy)) for k in clip.indices)
     else:
@@ -114,7 +113,6 @@ def clip_pixels(video: Video, clip: Clip, processor: VideoProcessor, policy: Med
             policy.video_timeout,
             lambda arrived: _late(value, policy, (arrived, count)),
         )
-    resized_frames = []
     try:
         for frame in frames:
             if frame.shape[:2] != clip.size:
@@ -122,10 +120,24 @@ def clip_pixels(video: Video, clip: Clip, processor: VideoProcessor, policy: Med
                     f"video {medium_name(video.value)} has a frame of (height, width) {frame.shape[:2]}, but its "
                     f"header says {clip.size}. Was it changed?"
                 )
-            resized_frames.append(resized(torch.from_numpy(frame).permute(2, 0, 1), height, width, processor))
+            yield frame
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
-    return torch.stack(resized_frames)
+
+
+def clip_pixels(video: Video, clip: Clip, processor: VideoProcessor, policy: MediaPolicy, source: Source) -> Tensor:
+    """Return the clip's frames uint8[F, 3, H, W], each resized as soon as it is decoded.
+
+    Raises:
+        DataError: see `clip_frames`.
+    """
+    height, width = clip.grid[1] * processor.patch_size, clip.grid[2] * processor.patch_size
+    return torch.stack(
+        [
+            resized(torch.from_numpy(frame).permute(2, 0, 1), height, width, processor)
+            for frame in clip_frames(video, clip, policy, source)
+        ]
+    )
 
 
 def sample_frames(total: int, rate: float, fps: float, min_frames: int, max_frames: int) -> NDArray[np.int64]:

@@ -78,6 +78,7 @@ def trained_encoder(folder: Path, processor: Any) -> Any:
         system_prompt=template.get("system_prompt"),
         tools=read_tools(template["tools_prompt"]) if template.get("tools_prompt") else None,
         add_vision_id=bool(template.get("add_vision_id")),
+        enable_thinking=bool(template.get("enable_thinking")),
     )
 
 

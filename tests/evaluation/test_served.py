@@ -6,6 +6,7 @@ The server is the test's own: plain transformers and peft behind the chat API, w
 import base64
 import io
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -253,6 +254,16 @@ def test_videos_are_asked_about_with_the_frames_of_training(filmed, capsys, fami
     chosen = server.asked[0]["media_io_kwargs"]["video"]
     assert (chosen["fps"], chosen["frames_indices"]) == (10.0, [0, 6, 12, 17, 23, 29])
     assert "media_io_kwargs" not in server.asked[3]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_thinking_switch_of_the_run_is_that_of_its_prompts(filmed, tmp_path, capsys, thinking):
+    shutil.copytree(filmed / "qwen3_5", tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(f"template: {{enable_thinking: {str(thinking).lower()}}}\n")
+    (tmp_path / "data.jsonl").write_text(json.dumps(asked()) + "\n")
+    for served in (False, True):
+        code, _ = check(tmp_path, PlainServer(filmed / "qwen3_5-served", thinking=served), capsys)
+        assert code == (served != thinking)
 
 
 VIDEO_FAULTS = {

@@ -129,7 +129,7 @@ CASES = {
     "randlora": Case({"train_type": "randlora", "peft_options": {"r": 16}}),
     "road": Case({"train_type": "road", "peft_options": {"group_size": 16}}, rate=1e-1),
     "shira": Case({"train_type": "shira", "peft_options": {"r": 4}}),
-    "tinylora": Case({"train_type": "tinylora", "peft_options": {"r": 8, "u": 256}}, rate=3e-1),
+    "tinylora": Case({"train_type": "tinylora", "peft_options": {"r": 8, "u": 512}}, rate=3e-1),
     "vblora": Case(
         {"train_type": "vblora", "peft_options": {"vector_length": 16, "num_vectors": 32}}, NO_FIXED_START, rate=3e-2
     ),

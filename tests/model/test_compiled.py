@@ -96,7 +96,15 @@ def test_layers_of_other_ranks_are_all_compiled(tiny_dir, batches, monkeypatch):
             step(model, batches[0])
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("dense", False), ("dense", True), ("moe", True), ("lora", True)])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        pytest.param("dense", False, marks=pytest.mark.soak),
+        pytest.param("dense", True, marks=pytest.mark.soak),
+        ("moe", True),
+        ("lora", True),
+    ],
+)
 def test_loss_and_gradients_are_those_of_plain_layers(checkpoints, batches, kind, checkpointing):
     torch.manual_seed(0)
     model = fresh(checkpoints["moe" if kind == "moe" else "dense"], checkpointing=checkpointing, lora=kind == "lora")

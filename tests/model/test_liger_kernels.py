@@ -42,6 +42,7 @@ def differs(found, expected, tolerance=2e-5):
     return names + ["loss"] * (found["loss"] != pytest.approx(expected["loss"], rel=1e-6))
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @needs_liger
 class TestUnderTheInterpreter:

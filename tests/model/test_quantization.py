@@ -78,7 +78,7 @@ def test_named_parts_are_quantised(quantized, parts):
     assert set(quantized_modules(model)) == linears(model, *parts)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "qwen3_5"])
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_four_bits_compute_with_the_nearest_of_sixteen_values(quantized, checkpoints, batch, name, kind):
     """By hand: two weights per byte, each one of 16 values times the largest of its block of 64."""
@@ -111,7 +111,7 @@ def test_the_computing_dtype_and_double_quantisation_are_those_of_the_recipe(che
     assert model.model.visual.blocks[0].mlp.linear_fc1.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "qwen3_5"])
+@pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("train_type", over_quantized())
 def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, name, kind, train_type):

@@ -155,6 +155,7 @@ def test_every_method_trains_the_weights_of_one_process(checkpoints, data, alone
     assert_same(found, alone(kind), checkpoints[kind])
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_experts_alone_train_under_zero_3(checkpoints, data, tmp_path):
     """No gradient reaches the inputs of the first layer by itself. One process shards too."""

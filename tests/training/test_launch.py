@@ -133,7 +133,9 @@ def test_compiled_layers_of_two_processes_train_the_same_weights(tiny_dir, data,
     assert_same_run(run, reference, tiny_dir)
 
 
-@pytest.mark.parametrize(("launcher", "processes"), [("accelerate", 1), ("torchrun", 2), ("python", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "processes"), [pytest.param("accelerate", 1, marks=pytest.mark.soak), ("torchrun", 2), ("python", 1)]
+)
 def test_a_users_error_is_the_last_line_or_says_that_the_launchers_traceback_follows(launcher, processes):
     command = [PYTHON, *launchers(processes)[launcher], "qwenvl_ft.train", "modle.model=x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ, check=False)

@@ -100,7 +100,12 @@ def run_two(folder, *words):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("packing", "records"), [pytest.param("single", 8, marks=pytest.mark.soak), ("packed", 8), ("single", 7)]
+    ("packing", "records"),
+    [
+        pytest.param("single", 8, marks=pytest.mark.soak),
+        ("packed", 8),
+        pytest.param("single", 7, marks=pytest.mark.soak),
+    ],
 )
 def test_two_processes_give_the_same_loss_gradients_and_eval_loss(tmp_path, tiny_dir, encoder, packing, records):
     """Seven records leave rank 1 without a sample in the last micro-batch: it runs a filler."""

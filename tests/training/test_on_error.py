@@ -59,7 +59,7 @@ def test_a_workers_error_is_the_same_line_as_without_workers(tiny_dir, damaged, 
     assert "Traceback" not in messages[1]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_skip_trains_by_the_same_plan_as_if_the_record_had_no_labels(
     tiny_dir, damaged, tmp_path, monkeypatch, caplog, workers
 ):

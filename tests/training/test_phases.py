@@ -108,7 +108,7 @@ def same(first, second, file):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.soak), "lora"])
 def test_phases_train_the_same_bits_as_runs_by_hand(whole, tiny_dir, data, tmp_path, kind):
     """The same phases as separate runs, with each phase's settings and the result of the one before given by hand."""
     text, folders = KINDS[kind]

@@ -82,9 +82,9 @@ def as_shipped(path, checkpoints, data, folder):
 
 
 def cases():
-    """Return the recipes; those with DeepSpeed take minutes, so one stands for them outside of ``make soak``."""
+    """Return the recipes; those with DeepSpeed take minutes, which other tests spend on DeepSpeed."""
     for path in RECIPES:
-        is_long = load_recipe(path).deepspeed.enabled and path.stem != "lora_30b_a3b"
+        is_long = load_recipe(path).deepspeed.enabled
         yield pytest.param(path, id=path.stem, marks=[pytest.mark.soak] if is_long else [])
 
 

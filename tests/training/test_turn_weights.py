@@ -103,6 +103,7 @@ def test_any_split_gives_the_weighted_mean_by_hand(tiny_dir, data, processor, sa
     assert by_hand(tiny_dir, processor, samples, weighted=False) != pytest.approx(expected, rel=1e-3), "vacuous"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_same_mean_where_one_of_them_has_no_weights(

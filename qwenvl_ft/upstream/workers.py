@@ -1,9 +1,9 @@
 """Ends dataloader workers: at once where a batch cannot be pickled, and with the training that they were started for.
 
-A lost batch: relies on ``multiprocessing.queues.Queue._on_queue_feeder_error(error, item)``, a static method that the standard
-library has for `concurrent.futures` to override, Python 3.7 to 3.14. It runs in the queue's feeder thread. By default
-it prints the error, and the queue continues without the item. There is no public way to catch the error, because the
-queue pickles items later, in that thread.
+A lost batch: relies on ``multiprocessing.queues.Queue._on_queue_feeder_error(error, item)``, a static method that the
+standard library has for `concurrent.futures` to override, Python 3.7 to 3.14. It runs in the queue's feeder thread. By
+default it prints the error, and the queue continues without the item. There is no public way to catch the error,
+because the queue pickles items later, in that thread.
 
 If it is missing, the error about a lost batch is only printed, and the run waits for the batch (`LOUD`).
 

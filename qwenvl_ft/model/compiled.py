@@ -21,7 +21,6 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.adapters.base import OwnLayer
 from qwenvl_ft.model.anatomy import family_of
 from qwenvl_ft.upstream.attention import attention_of, without_compiling
-from qwenvl_ft.upstream.delta_net import MIXER
 from qwenvl_ft.upstream.layers import (
     COMPILED,
     allow_recompiling,
@@ -32,6 +31,8 @@ from qwenvl_ft.upstream.layers import (
     restore_forward,
 )
 
+DELTA_NET = "linear_attention"
+"""Name in ``layer_types`` of a text model's config for layers with a gated delta net."""
 RECOMPILES = 8
 """Number of times that a layer may be recompiled for rows of another kind."""
 
@@ -49,6 +50,23 @@ class CompiledForward:
         return call_layer(self.layer, self.compiled, hidden, options)
 
 
+def require_compilable(config: Any) -> None:
+    """Check that the layers of a model can be compiled, before its weights are loaded.
+
+    Args:
+        config: the model's.
+
+    Raises:
+        RecipeError: it has gated delta nets: torch 2.15 computes strides for their backward pass that are not those of
+            its tensors.
+    """
+    if DELTA_NET in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise RecipeError(
+            f"training.torch_compile=true does not work with the gated delta nets of {config.model_type}. "
+            "Set training.torch_compile=false."
+        )
+
+
 def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | None = None) -> int:
     """Compile the language model's layers in place, inside any wrappers (adapters, sharding).
 
@@ -61,16 +79,12 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
         The number of layers. Compilation happens in the first passes.
 
     Raises:
-        RecipeError: the installed transformers or torch has layers that cannot be compiled one by one, or the model has
-            gated delta nets: torch 2.15 computes strides for their backward pass that are not those of its tensors.
+        RecipeError: the installed transformers or torch has layers that cannot be compiled one by one, or the model
+            cannot, see `require_compilable`.
     """
     COMPILED.require("training.torch_compile=true")
     inner = _inner(model)
-    if any(hasattr(layer, MIXER) for layer in _layers(inner)):
-        raise RecipeError(
-            f"training.torch_compile=true does not work with the gated delta nets of {inner.config.model_type}. "
-            "Set training.torch_compile=false."
-        )
+    require_compilable(inner.config)
     name = attention_of(inner.config.get_text_config())
     if name in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, without_compiling(ALL_ATTENTION_FUNCTIONS[name]))

@@ -20,6 +20,7 @@ from qwenvl_ft.data.augment.pipeline import Augmenter
 from qwenvl_ft.data.dense.options import DenseOptions
 from qwenvl_ft.errors import QwenVLError, RecipeError, one_line
 from qwenvl_ft.model.adapters.load import trained_lengths
+from qwenvl_ft.model.compiled import require_compilable
 from qwenvl_ft.model.config import skeleton
 from qwenvl_ft.model.liger_kernels import require_liger
 from qwenvl_ft.model.load import loading_options, plan_loading
@@ -32,6 +33,7 @@ from qwenvl_ft.tuning.methods import METHODS
 from qwenvl_ft.tuning.stages import Earlier
 from qwenvl_ft.upstream.layers import COMPILED
 from qwenvl_ft.upstream.probe import installed
+from qwenvl_ft.upstream.trainer import COMPILING
 from qwenvl_ft.upstream.unused import unused
 
 NEEDS_MODEL = ("galore", "apollo", "lomo", "adalomo")
@@ -284,6 +286,8 @@ def try_model(recipe: Recipe) -> None:
         )
     if (size := recipe.training.sequence_parallel_size) > 1:
         require_model(plan.config, plan.attention, size)
+    if any(recipe.training.arguments.get(key) for key in COMPILING):
+        require_compilable(plan.config)
     if recipe.tuner.resume_from_checkpoint:
         require_saved_weights("tuner.resume_from_checkpoint", Path(recipe.tuner.resume_from_checkpoint).expanduser())
     earlier = Earlier.of(recipe.tuner)

@@ -12,8 +12,10 @@ from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.compiled import compile_layers
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.model.placed_media import MediaPlaces
+from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import TunerConfig
 from qwenvl_ft.training.loss import loss_sum, split_labels
+from qwenvl_ft.training.preflight import try_model
 from qwenvl_ft.tuning.methods.llamapro import new_blocks
 from qwenvl_ft.tuning.prepare import prepare_model
 from qwenvl_ft.upstream import delta_net
@@ -133,3 +135,13 @@ def test_compiling_them_is_refused_in_one_line(checkpoints):
     with pytest.raises(RecipeError, match=r"gated delta nets of qwen3_5\. Set training\.torch_compile=false") as caught:
         compile_layers(model, backend="aot_eager")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["torch_compile=true", "torch_compile_backend=aot_eager"])
+def test_compiling_them_is_refused_before_weights_are_loaded(checkpoints, key):
+    def tried(kind):
+        try_model(load_recipe(None, [f"model.model={checkpoints[kind]}", f"training.{key}"]))
+
+    with pytest.raises(RecipeError, match=r"gated delta nets of qwen3_5\."):
+        tried("qwen3_5")
+    tried("dense")

@@ -98,7 +98,8 @@ def main() -> None:
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     base = medians["one row without, which leaks"]
     lines = [
-        f"{TOKENS:,} tokens of {SAMPLES} samples, the longest of {max(lengths)}; {time.strftime('%Y-%m-%d')}, "
+        f"{TOKENS:,} tokens of {SAMPLES} samples, the longest of {max(lengths)}; one layer with {HEADS} key head, "
+        f"{2 * HEADS} value heads and hidden size {HIDDEN}; {time.strftime('%Y-%m-%d')}, "
         f"{torch.get_num_threads()} threads of a {platform.machine()} CPU, torch {torch.__version__.split('+')[0]}, "
         f"transformers {transformers.__version__}. With restarts the row is off by at most {off:.0e}.",
         "",

@@ -6,7 +6,7 @@ _TRANSFORMERS_KEPT = {
     "training.padding_free": f"{_SAME_RESULT}, and no padding is computed",
     "training.activation_checkpointing": f"{_SAME_RESULT}, in less memory",
     "training.dataloader_num_workers": f"{_SAME_RESULT}; auto uses the cores that there are",
-    "training.dataloader_persistent_workers": f"{_SAME_RESULT}; workers start once",
+    "training.dataloader_persistent_workers": f"{_SAME_RESULT}; workers of training start once",
     "training.report_to": "all would start every tracker that is installed",
     "training.optim": f"{_SAME_RESULT}; the fused kernel computes the same update faster",
 }

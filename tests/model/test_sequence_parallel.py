@@ -202,9 +202,10 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(tiny_dir, case):
     assert str(error.value) == message
 
 
-def test_other_models_are_refused_in_one_line():
-    with pytest.raises(RecipeError, match="=2 is for Qwen3-VL, but the model is a qwen2_vl"):
-        require_model(AutoConfig.for_model("qwen2_vl"), "packed_sdpa", 2)
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_5", "qwen3_5_moe"])
+def test_other_models_are_refused_in_one_line(model_type):
+    with pytest.raises(RecipeError, match=f"=2 is for Qwen3-VL, but the model is a {model_type}\\. Remove the key"):
+        require_model(AutoConfig.for_model(model_type), "packed_sdpa", 2)
 
 
 def test_a_number_of_processes_that_cannot_be_divided_is_refused_in_one_line():

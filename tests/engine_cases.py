@@ -1,5 +1,8 @@
 """The rules by which vLLM 0.33 and SGLang 0.5.23 load models and adapters, stated again after reading their loaders.
 
+The tensors of delta nets, shared experts and vision towers follow vLLM 0.32 alone (qwen3_5.py, qwen3_next.py,
+qwen3_vl.py).
+
 A rule that leaves a tensor out does so here too; an error of an engine is a LookupError here. Updates are returned as
 name of a released weight -> what is added to it.
 """
@@ -11,48 +14,78 @@ import re
 import torch
 from safetensors.torch import load_file
 
+PREFIXES = {"model.visual.": "visual.", "model.language_model.": "", "lm_head.": "lm_head."}
+"""Where a stored name begins -> where it begins in the engines' model, without ``language_model.model.``."""
+STACKED = {
+    r"(self_attn\.)([qkv])_proj": r"\1qkv_proj=\2",
+    r"(mlp\.|shared_expert\.)gate_proj": r"\1gate_up_proj=0",
+    r"(mlp\.|shared_expert\.)up_proj": r"\1gate_up_proj=1",
+    r"(experts\.)gate_up_proj": r"\1w13=w1,w3",
+    r"(experts\.)down_proj": r"\1w2=w2",
+    r"(linear_attn\.)in_proj_qkv": r"\1in_proj_qkvz=0,1,2",
+    r"(linear_attn\.)in_proj_z": r"\1in_proj_qkvz=3",
+    r"(linear_attn\.)in_proj_b": r"\1in_proj_ba=0",
+    r"(linear_attn\.)in_proj_a": r"\1in_proj_ba=1",
+}
+"""End of a stored name -> parameter that joins several, and the shards of it that are filled."""
+
 
 def shards_of(config):
-    """Return parameter of the engines' text model -> the shards that fill it, for all layers and the head."""
+    """Return parameter of the engines' model -> the shards that fill it: tower, aligner, all layers and the head."""
     text = config["text_config"]
-    wanted = {"embed_tokens": {"whole"}, "norm": {"whole"}}
-    if not config["tie_word_embeddings"]:
-        wanted["lm_head"] = {"whole"}
+    whole = ["embed_tokens", "norm", *_tower(config["vision_config"])]
+    whole += [] if config["tie_word_embeddings"] else ["lm_head"]
+    wanted = {}
     for number in range(text["num_hidden_layers"]):
         layer = f"layers.{number}."
-        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-            wanted[layer + name] = {"whole"}
-        wanted[layer + "self_attn.qkv_proj"] = {"q", "k", "v"}
-        wanted[layer + "self_attn.o_proj"] = {"whole"}
-        if "num_experts" in text:
-            wanted[layer + "mlp.gate"] = {"whole"}
-            wanted[layer + "mlp.experts.w13"], wanted[layer + "mlp.experts.w2"] = {"w1 and w3"}, {"w2"}
+        whole += [layer + "input_layernorm", layer + "post_attention_layernorm"]
+        if text.get("layer_types", {number: ""})[number] == "linear_attention":
+            wanted[layer + "linear_attn.in_proj_qkvz"], wanted[layer + "linear_attn.in_proj_ba"] = (
+                set("0123"),
+                set("01"),
+            )
+            whole += [f"{layer}linear_attn.{name}" for name in ("conv1d", "dt_bias", "A_log", "norm", "out_proj")]
         else:
-            wanted[layer + "mlp.gate_up_proj"], wanted[layer + "mlp.down_proj"] = {"0", "1"}, {"whole"}
-    return wanted
+            wanted[layer + "self_attn.qkv_proj"] = set("qkv")
+            whole += [f"{layer}self_attn.{name}" for name in ("q_norm", "k_norm", "o_proj")]
+        mlp = layer + "mlp."
+        if "num_experts" in text:
+            whole.append(mlp + "gate")
+            wanted[mlp + "experts.w13"], wanted[mlp + "experts.w2"] = {"w1", "w3"}, {"w2"}
+            if "shared_expert_intermediate_size" not in text:
+                continue
+            whole.append(mlp + "shared_expert_gate")
+            mlp += "shared_expert."
+        wanted[mlp + "gate_up_proj"] = set("01")
+        whole.append(mlp + "down_proj")
+    return wanted | {name: {"whole"} for name in whole}
 
 
-def landed(names, model_prefix):
-    """Return (parameter -> shards, names that land nowhere) of a model's text weights.
+def _tower(vision):
+    """Return the parameters of vision tower and aligner; nothing is joined that is stored apart."""
+    linears = ["visual.patch_embed.proj"]
+    for number in range(vision["depth"]):
+        parts = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")
+        linears += [f"visual.blocks.{number}.{part}" for part in parts]
+    mergers = [f"deepstack_merger_list.{number}" for number, _ in enumerate(vision.get("deepstack_visual_indexes", ()))]
+    for merger in ("merger", *mergers):
+        linears += [f"visual.{merger}.{part}" for part in ("norm", "linear_fc1", "linear_fc2")]
+    return ["visual.pos_embed", *linears, *(f"{name}.bias" for name in linears)]
 
-    Args:
-        model_prefix: where the stored names have the text model; engines replace it.
-    """
+
+def landed(names):
+    """Return (parameter -> shards, names that land nowhere) of a model's weights."""
     filled, left = {}, []
     for name in names:
-        own = name.removesuffix(".weight")
-        if own != "lm_head":
-            if not own.startswith(model_prefix):
-                left.append(name)
-                continue
-            own = own.removeprefix(model_prefix)
-        joined = re.sub(r"self_attn\.([qkv])_proj$", r"self_attn.qkv_proj=\1", own)
-        joined = re.sub(r"mlp\.gate_proj$", "mlp.gate_up_proj=0", joined)
-        joined = re.sub(r"mlp\.up_proj$", "mlp.gate_up_proj=1", joined)
-        joined = re.sub(r"mlp\.experts\.gate_up_proj$", "mlp.experts.w13=w1 and w3", joined)
-        joined = re.sub(r"mlp\.experts\.down_proj$", "mlp.experts.w2=w2", joined)
-        parameter, _, shard = joined.partition("=")
-        filled.setdefault(parameter, set()).add(shard or "whole")
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            left.append(name)
+            continue
+        own = (PREFIXES[prefix] + name.removeprefix(prefix)).removesuffix(".weight")
+        for end, joined in STACKED.items():
+            own = re.sub(f"{end}$", joined, own)
+        parameter, _, shards = own.partition("=")
+        filled.setdefault(parameter, set()).update(shards.split(",") if shards else ["whole"])
     return filled, left
 
 

@@ -66,7 +66,7 @@ def infer(
     loaded, answerers = load(model, adapter or [], torch_dtype=torch_dtype, attn_impl=attn_impl)
     for folder, (_, processor) in zip(adapter or [Path(model)], answerers, strict=True):
         say_losses(folder, loaded.config.model_type)
-        say_thinking(folder, processor)
+        say_switches(folder, processor)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     for number, (source, processor) in enumerate(answerers):
         if adapter:
@@ -108,13 +108,13 @@ def say_losses(folder: Path, model_type: str) -> None:
             typer.echo(f"note: {line}", err=True)
 
 
-def say_thinking(folder: Path, processor: Any) -> None:
-    """Say how a server renders prompts as the training run in a folder, if its chat template has a switch."""
+def say_switches(folder: Path, processor: Any) -> None:
+    """Say how a server renders prompts as the training run in a folder, if its chat template has switches."""
     import shlex
 
-    from qwenvl_ft.export.serving import thinking_flag, thinking_of
+    from qwenvl_ft.export.chat_template import switches_flag, switches_of
 
-    if flag := thinking_flag(thinking_of(folder, processor)):
+    if flag := switches_flag(switches_of(folder, processor)):
         typer.echo(f"note: serve it with {shlex.join(flag)}, as it was trained", err=True)
 
 

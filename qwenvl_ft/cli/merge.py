@@ -44,14 +44,17 @@ def merge(
     logging.disable_progress_bar()
     options: dict[str, Any] = {"base": base, "torch_dtype": torch_dtype, "max_shard_size": max_shard_size}
     if quant_method is None:
-        typer.echo(merged_line(merge_adapter(checkpoint, out, **options)))
+        done = merge_adapter(checkpoint, out, **options)
+        for line in (merged_line(done), *done.notes):
+            typer.echo(line)
         return
     check_quantization(quant_method, quant_bits, dataset)
     target = require_new(out)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as whole:
-        source = checkpoint
+        source, notes = checkpoint, []
         if (checkpoint / "adapter_config.json").is_file():
-            source = merge_adapter(checkpoint, whole, **options).folder
+            done = merge_adapter(checkpoint, whole, **options)
+            source, notes = done.folder, done.notes
         require_no_quantization(str(source))
         quantize(
             source,
@@ -65,6 +68,8 @@ def merge(
         )
     size = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 2**20
     typer.echo(f"{target}: {quant_method}, {quant_bits} bits in groups of {group_size}, {size:,.1f} MiB")
+    for line in notes:
+        typer.echo(line)
 
 
 def merged_line(done: "Merged") -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.export.chat_template import write_videos
 from qwenvl_ft.export.released import require_released
 from qwenvl_ft.model.adapters.load import base_of_adapter, trained_lengths, with_adapter
 from qwenvl_ft.model.load import load_model, load_processor
@@ -46,6 +47,8 @@ class Merged:
     """Size of the weights on disk."""
     untied: bool
     """True if the language head no longer shares the embedding's weight."""
+    notes: list[str]
+    """What a user has to know, in sentences."""
 
 
 def merge(
@@ -57,6 +60,8 @@ def merge(
     max_shard_size: str = "5GB",
 ) -> Merged:
     """Write the merged model, its processor and its generation config to a new folder.
+
+    The chat template writes videos as in training (`write_videos`).
 
     Args:
         checkpoint: an adapter's folder.
@@ -91,7 +96,9 @@ def merge(
     shutil.rmtree(partial, ignore_errors=True)
     with unused("deepspeed"):
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
-    (load_processor(folder) if has_processor else load_processor(source, revision=revision)).save_pretrained(partial)
+    processor = load_processor(folder) if has_processor else load_processor(source, revision=revision)
+    notes = write_videos(processor, pair=False)
+    processor.save_pretrained(partial)
     require_released(partial)
     if target.exists():
         target.rmdir()
@@ -104,6 +111,7 @@ def merge(
         dtype=str(dtype).removeprefix("torch."),
         mebibytes=sum(path.stat().st_size for path in target.glob("*.safetensors")) / 2**20,
         untied=untied,
+        notes=notes,
     )
 
 

@@ -4,7 +4,7 @@
 
 Nothing is written that the engine would leave out in silence (`engines`); such an adapter needs ``--merge``. Beside the
 weights there are the processor of the training run, in the files of old and new releases, and a chat template that has
-the system prompt of training as its default and writes videos as in training.
+the system prompt of training as its default and writes videos as in training (chat_template.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwenvl_ft.data.encode.draft import VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.errors import CheckpointError, unknown_name
+from qwenvl_ft.export.chat_template import switches_flag, switches_of, with_system_prompt, write_videos
 from qwenvl_ft.export.engines import ENGINES, Engine, fate_of, rules_of
 from qwenvl_ft.export.merge import merge, require_new, trained_over
 from qwenvl_ft.export.plain_lora import completed, plain_shapes, read_config, read_plain, write_plain
@@ -38,10 +38,6 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank accepts."""
 VLLM_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
 """How vLLM samples the frames of a video for these models; it reads no saved processor for that."""
-SYSTEM = """{%- if not messages or messages[0].role != 'system' %}
-    {%- set messages = [{'role': 'system', 'content': SYSTEM_PROMPT}] + messages %}
-{%- endif %}
-"""
 
 
 @dataclass
@@ -60,8 +56,8 @@ class Exported:
     """Flags without which the engine would leave out a part."""
     notes: list[str] = field(default_factory=list)
     """What a user has to know, in sentences."""
-    thinking: bool | None = None
-    """``enable_thinking`` of the training run; None if the chat template has no such switch."""
+    switches: dict[str, bool] = field(default_factory=dict)
+    """Variables of the chat template that a server has to set as the training run did."""
     command: str = ""
     """Starts the engine; empty for libraries."""
 
@@ -112,10 +108,10 @@ def export(
             require_released(partial)
         if (folder / "recipe.yaml").is_file() and not (partial / "recipe.yaml").exists():
             shutil.copy2(folder / "recipe.yaml", partial / "recipe.yaml")
-        _save_processor(folder, partial, base, chosen)
+        result.notes += _save_processor(folder, partial, base, chosen)
         processor = load_processor(partial)
         result.notes += _notes(folder, adapter, result, processor)
-        result.thinking = thinking_of(folder, processor)
+        result.switches = switches_of(folder, processor)
         result.command = start_command(result, partial, media_per_prompt or {})
     return result
 
@@ -129,23 +125,7 @@ def start_command(exported: Exported, folder: Path, media_per_prompt: dict[str, 
     if exported.engine not in COMMANDS:
         return ""
     words = COMMANDS[exported.engine](exported, load_processor(folder), media_per_prompt)
-    return shlex.join([*words, *thinking_flag(exported.thinking)])
-
-
-def thinking_of(folder: Path, processor: Any) -> bool | None:
-    """Return the ``template.enable_thinking`` of a run, by the recipe beside its model.
-
-    None if there is no recipe, or if the chat template renders the same either way.
-    """
-    template = saved_recipe(folder).get("template") or {}
-    if "enable_thinking" not in template or "enable_thinking" not in str(processor.chat_template):
-        return None
-    return bool(template["enable_thinking"])
-
-
-def thinking_flag(thinking: bool | None) -> list[str]:
-    """Return the words by which vLLM and SGLang render prompts as in training, unless a request says otherwise."""
-    return [] if thinking is None else ["--default-chat-template-kwargs", json.dumps({"enable_thinking": thinking})]
+    return shlex.join([*words, *switches_flag(exported.switches)])
 
 
 def _vllm(exported: Exported, processor: Any, media_per_prompt: dict[str, int]) -> list[str]:
@@ -181,11 +161,6 @@ def _sglang(exported: Exported, processor: Any, media_per_prompt: dict[str, int]
 
 COMMANDS = {"vllm": _vllm, "sglang": _sglang}
 """Engine -> function that builds the words of its command."""
-
-
-def with_system_prompt(template: str, system_prompt: str) -> str:
-    """Return a chat template that begins conversations without a system message with this one."""
-    return SYSTEM.replace("SYSTEM_PROMPT", json.dumps(system_prompt, ensure_ascii=False)) + template
 
 
 def _export_adapter(folder: Path, partial: Path, target: Path, engine: Engine, name: str, base: str | None) -> Exported:
@@ -239,23 +214,21 @@ def _require_peft(folder: Path) -> None:
         )
 
 
-def _save_processor(folder: Path, partial: Path, base: str | None, engine: Engine) -> None:
-    """Write the processor for old and new releases; the chat template becomes that of training.
+def _save_processor(folder: Path, partial: Path, base: str | None, engine: Engine) -> list[str]:
+    """Write the processor for old and new releases, with the chat template of training; return notes for the user.
 
-    transformers 5 writes both image processors into processor_config.json, where older releases do not look. Since
-    5.10 it keeps the vision tokens that a template writes around a video, in addition to those around each frame pair.
-    Training has no such pair (data/encode/show.py), so the template gets none; 4.57 to 5.9 take that too.
+    transformers 5 writes both image processors into processor_config.json, where older releases do not look.
     """
     has_own = any((folder / name).is_file() for name in PROCESSOR_FILES)
     processor = load_processor(folder if has_own or not base else base)
+    notes = write_videos(processor, pair=not engine.takes_bare_videos)
     system_prompt = (saved_recipe(folder).get("template") or {}).get("system_prompt")
     if system_prompt:
         processor.chat_template = with_system_prompt(processor.chat_template, system_prompt)
-    if engine.takes_bare_videos and shows_videos(processor.video_processor):
-        processor.chat_template = processor.chat_template.replace(VISION_START + VIDEO_PAD + VISION_END, VIDEO_PAD)
     processor.save_pretrained(partial)
     processor.image_processor.save_pretrained(partial)
     processor.video_processor.save_pretrained(partial)
+    return notes
 
 
 def _notes(folder: Path, adapter: bool, exported: Exported, processor: Any) -> list[str]:
@@ -271,6 +244,11 @@ def _notes(folder: Path, adapter: bool, exported: Exported, processor: Any) -> l
         notes.append(
             f"A frame of a video had at most {cap} tokens in training. vLLM takes this number from the base model's "
             "processor alone: set max_video_tokens there, or add --merge."
+        )
+    if exported.engine == "sglang" and shows_videos(processor.video_processor):
+        notes.append(
+            "SGLang can show a video to the model otherwise than training did: it gets the chat template with vision "
+            "tokens around a video, resizes frames by rules of its own, and ignores template.video_frame_max_pixels."
         )
     return notes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import picture
+from cases import KINDS, picture
 from engine_cases import landed, sglang_updates, shards_of, vllm_updates
 from run_cases import short_run, write_questions
 from safetensors.torch import load_file, save_file
@@ -17,12 +17,14 @@ from video_cases import asked
 
 from qwenvl_ft import train
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.encode.draft import VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import CheckpointError
+from qwenvl_ft.export.chat_template import PAIR, with_system_prompt
 from qwenvl_ft.export.engines import ENGINES, silent_losses
 from qwenvl_ft.export.merge import merge
 from qwenvl_ft.export.released import require_released
-from qwenvl_ft.export.serving import export, with_system_prompt
+from qwenvl_ft.export.serving import export
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.recipe.load import load_recipe
 from qwenvl_ft.recipe.schema import TunerConfig
@@ -184,21 +186,22 @@ def test_peft_reads_the_plain_form_as_the_adapter(adapters, checkpoints, tmp_pat
         assert not torch.allclose(plain, trained, atol=1e-3), "vacuous: the adapter changes nothing"
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("prefix", ["model.language_model."])
-def test_every_tensor_of_a_model_lands_and_fills_the_engines_parameters(checkpoints, tmp_path, kind, prefix):
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_a_model_lands_and_fills_the_engines_parameters(checkpoints, tmp_path, kind):
     for engine in ("vllm", "sglang", "transformers"):
         done = export(checkpoints[kind], tmp_path / engine, engine)
-    saved = load_file(done.folder / "model.safetensors")
-    text = [name for name in saved if not name.startswith("model.visual.")]
-    filled, left = landed(text, prefix)
-    config = json.loads((done.folder / "config.json").read_text())
-    assert not left
-    assert filled == shards_of(config)
-    _, left = landed([name.replace("language_model.", "language_model.model.") for name in text], "model.model.")
-    assert left, "vacuous: any name lands"
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
-        assert (done.folder / name).is_file(), name
+        names = list(load_file(done.folder / "model.safetensors"))
+        wanted = shards_of(json.loads((done.folder / "config.json").read_text()))
+        filled, left = landed(names)
+        assert not left
+        assert filled == wanted
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+            assert (done.folder / name).is_file(), name
+    for name in names:
+        assert landed([other for other in names if other != name])[0] != wanted, f"vacuous: {name} may be missing"
+        assert landed([*names, name.replace("model.", "model.model.", 1) + "2"]) != (wanted, []), (
+            "vacuous: any name lands"
+        )
 
 
 FAULTS = {
@@ -279,15 +282,25 @@ def test_limits_frames_and_system_prompt_of_training_reach_the_engine(adapters, 
     assert '"image": {"size": {"shortest_edge": 2048, "longest_edge": 4096}}' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("thinking", [False, True])
-def test_the_thinking_switch_of_training_reaches_the_engine(adapters, tmp_path, capsys, thinking):
-    """A server that renders by the template's own default would end the prompt otherwise than training did."""
+SWITCHES = {
+    "no thinking": ("enable_thinking: false", {"enable_thinking": False}),
+    "thinking": ("enable_thinking: true, add_vision_id: false", {"enable_thinking": True}),
+    "numbered media": ("add_vision_id: true", {"add_vision_id": True}),
+    "both": ("add_vision_id: true, enable_thinking: false", {"enable_thinking": False, "add_vision_id": True}),
+}
+"""Name -> (section ``template`` of a recipe, what a server must be told)."""
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_switches_of_training_reach_the_engine(adapters, tmp_path, capsys, name):
+    """A server that renders by the template's own defaults would write another prompt than training did."""
+    section, switches = SWITCHES[name]
     trained = tmp_path / "run"
     shutil.copytree(adapters["Qwen3.5: LoRA of the delta nets' input"], trained)
     base = json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"]
     load_processor(base).save_pretrained(trained)
-    (trained / "recipe.yaml").write_text(f"template: {{enable_thinking: {str(thinking).lower()}}}\n")
-    flag = f"--default-chat-template-kwargs '{{\"enable_thinking\": {str(thinking).lower()}}}'"
+    (trained / "recipe.yaml").write_text(f"template: {{{section}}}\n")
+    flag = f"--default-chat-template-kwargs '{json.dumps(switches)}'"
     assert main(["export", str(trained), str(tmp_path / "out"), "--for", "vllm"]) == 0
     assert flag in capsys.readouterr().out
     assert main(["infer", "--model", str(trained), "--prompt", "Hi.", "--max-new-tokens", "1"]) == 0
@@ -295,18 +308,24 @@ def test_the_thinking_switch_of_training_reaches_the_engine(adapters, tmp_path, 
     assert main(["export", str(trained), str(tmp_path / "whole"), "--for", "sglang", "--merge"]) == 0
     assert flag in capsys.readouterr().out
     render = load_processor(tmp_path / "out").apply_chat_template
-    asked = [{"role": "user", "content": "hi"}]
-    rendered = {value: render(asked, add_generation_prompt=True, enable_thinking=value) for value in (False, True)}
-    assert rendered[False] != rendered[True], "vacuous: the switch changes nothing"
+    shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}]
+    for switch, value in switches.items():
+        told, other = (render(shown, add_generation_prompt=True, **{switch: is_on}) for is_on in (value, not value))
+        assert told != other, "vacuous: the switch changes nothing"
+    switches = {"enable_thinking": False} | switches
+    encoder = Encoder(load_processor(base), **switches)
+    ids = encoder.prompt(asked(images=[picture(64, 48)], question="hi"))["input_ids"].tolist()
+    text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", encoder.processor.tokenizer.decode(ids))
+    assert text == render(shown, add_generation_prompt=True, **switches)
 
 
 def test_a_template_without_the_switch_gets_no_flag(adapters, checkpoints, tmp_path, capsys):
     trained = tmp_path / "run"
     shutil.copytree(adapters["LoRA of attention and MLP"], trained)
     load_processor(checkpoints["dense"]).save_pretrained(trained)
-    (trained / "recipe.yaml").write_text("template: {enable_thinking: false}\n")
+    (trained / "recipe.yaml").write_text("template: {enable_thinking: false, add_vision_id: false}\n")
     assert main(["export", str(trained), str(tmp_path / "out"), "--for", "vllm"]) == 0
-    assert "enable_thinking" not in capsys.readouterr().out
+    assert "--default-chat-template-kwargs" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
@@ -330,26 +349,70 @@ def test_a_qwen3_5_model_is_released_as_it_was_saved(checkpoints, tmp_path, kind
             require_released(done.folder)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers", "sglang"])
-def test_videos_are_written_as_in_training(checkpoints, tmp_path, engine):
+@pytest.mark.parametrize("row", ["LoRA of attention and MLP", "Qwen3.5: LoRA of the delta nets' input"])
+@pytest.mark.parametrize("engine", [*ENGINES, "merge"])
+def test_videos_are_written_as_in_training(adapters, checkpoints, tmp_path, engine, row):
     """Processors since transformers 5.10 keep the vision tokens of a template; training has none around a video."""
-    folder = export(checkpoints["dense"], tmp_path / "out", engine).folder
+    source, base = adapters[row], checkpoints[SAVED[row][0]]
+    if engine == "merge":
+        folder = merge(source, tmp_path / "out").folder
+    else:
+        folder = export(source if engine == "peft" else base, tmp_path / "out", engine).folder
     frames = [picture(64, 48, seed) for seed in range(5)]
     question = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}
 
     def plain_tokens(processor):
-        text = processor.apply_chat_template([question], add_generation_prompt=True)
+        text = processor.apply_chat_template([question], add_generation_prompt=True, enable_thinking=False)
         metadata = [{"fps": 2.0, "frames_indices": list(range(5)), "total_num_frames": 5}]
         pixels = [np.stack([np.asarray(frame) for frame in frames])]
         made = processor(text=[text], videos=pixels, video_metadata=metadata, do_sample_frames=False)
         return list(made["input_ids"][0])
 
-    trained = Encoder(load_processor(checkpoints["dense"])).prompt(asked(frames))["input_ids"].tolist()
-    exported = load_processor(folder)
+    released, exported = load_processor(base), load_processor(folder)
+    trained = Encoder(released).prompt(asked(frames))["input_ids"].tolist()
     keeps = hasattr(Qwen3VLProcessor, "replace_video_token")
     assert (plain_tokens(exported) == trained) == (engine != "sglang" or not keeps)
+    assert (plain_tokens(released) != trained) == keeps, "vacuous: nothing changes"
     assert Encoder(exported).prompt(asked(frames))["input_ids"].tolist() == trained
-    assert (plain_tokens(load_processor(checkpoints["dense"])) != trained) == keeps, "vacuous: nothing changes"
+    for part in ("input_ids", "labels"):
+        assert torch.equal(Encoder(exported)(asked(frames))[part], Encoder(released)(asked(frames))[part])
+    assert (PAIR in exported.chat_template) == (engine == "sglang")
+
+
+def test_sglang_gets_the_released_template_of_a_merged_model_too(adapters, checkpoints, tmp_path, capsys):
+    merged = merge(adapters["LoRA of attention and MLP"], tmp_path / "merged").folder
+    assert PAIR not in load_processor(merged).chat_template
+    assert main(["export", str(merged), str(tmp_path / "out"), "--for", "sglang"]) == 0
+    assert "SGLang can show a video to the model otherwise than training did" in capsys.readouterr().out
+    assert load_processor(tmp_path / "out").chat_template == load_processor(checkpoints["dense"]).chat_template
+    assert main(["export", str(merged), str(tmp_path / "vllm"), "--for", "vllm"]) == 0
+    said = capsys.readouterr().out
+    assert "SGLang" not in said
+    assert "left as it is" not in said
+    processor = load_processor(merged)
+    processor.chat_template = processor.chat_template.replace(VIDEO_PAD, "<|video_' + 'pad|>")
+    processor.save_pretrained(merged)
+    assert main(["export", str(merged), str(tmp_path / "pieces"), "--for", "sglang"]) == 0
+    assert "SGLang may not find the videos of a prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_a_template_whose_videos_cannot_be_changed_is_named(adapters, checkpoints, tmp_path, capsys, command):
+    """The text with which a released template writes a video may be in several pieces in another one."""
+    trained = tmp_path / "run"
+    shutil.copytree(adapters["LoRA of attention and MLP"], trained)
+    processor = load_processor(checkpoints["dense"])
+    released = processor.chat_template
+    pieces = released.replace(PAIR, "' + '".join((VISION_START, VIDEO_PAD, VISION_END)))
+    images_only = released.replace(PAIR, "")
+    assert released not in (pieces, images_only)
+    for number, (template, named) in enumerate(((pieces, True), (released, False), (images_only, False))):
+        processor.chat_template = template
+        processor.save_pretrained(trained)
+        out = tmp_path / str(number)
+        assert main([command, str(trained), str(out), *(["--for", "vllm"] if command == "export" else [])]) == 0
+        assert ("The chat template was left as it is" in capsys.readouterr().out) == named
+        assert (load_processor(out).chat_template == template) == (template != released)
 
 
 def test_a_cap_on_frames_reaches_vllm_or_a_note_says_what_does_not(adapters, checkpoints, tmp_path, capsys):

@@ -28,10 +28,14 @@ OLDER_KINDS = ("qwen2_vl", "qwen2_5_vl")
 """Tiny checkpoints of older families: their own patches, template and vision tower."""
 
 
-def make_kind(folder: Path, kind: str) -> Path:
+FOR_4_BITS = {"shared_expert_intermediate_size": 64}
+"""A multiple of 64, as in the released models: bitsandbytes' 4-bit kernel for CPUs computes other layers wrong."""
+
+
+def make_kind(folder: Path, kind: str, **sizes: int) -> Path:
     """Write one of ``KINDS`` or ``OLDER_KINDS`` into a folder."""
     family = kind.removesuffix("_moe") if kind.startswith("qwen") else "qwen3_vl"
-    return make_tiny(folder, moe=kind.endswith("moe"), family=family)
+    return make_tiny(folder, moe=kind.endswith("moe"), family=family, **sizes)
 
 
 def gradient_tolerance(name: str) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from cases import ListRecords, make_kind, picture, quiet_arguments
+from cases import FOR_4_BITS, ListRecords, make_kind, picture, quiet_arguments
 from methods_cases import BASES, CASES, COLUMNS, FAMILIES, KINDS, Case, tuner_of
 from methods_shipped import check_shipped
 from peft import PeftModel
@@ -50,7 +50,7 @@ BEGIN, END = "<!-- by make methods -->", "<!-- end -->"
 @cache
 def checkpoint(kind: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"qwenvl-ft-methods-{os.getpid()}" / kind
-    return make_kind(folder, kind)
+    return make_kind(folder, kind, **FOR_4_BITS)
 
 
 @cache

@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 64,
+    "shared_expert_intermediate_size": 48,
     "initializer_range": 0.02,
     "min_pixels": 1024,
     "max_pixels": 65536,
@@ -41,9 +41,7 @@ bytes; the special tokens follow. ``deepstack_visual_indexes`` are the ViT block
 ``window_size`` is the side of Qwen2.5-VL's attention windows in pixels, as in the released models;
 ``fullatt_block_indexes`` are the ViT blocks without windows. Pixels are areas: of one image, and of a whole video
 (frames x height x width). A family ignores the sizes of parts that it does not have. ``moe_intermediate_size`` is
-neither ``hidden_size`` nor half of it: transformers 5 would read square weights of experts transposed.
-``shared_expert_intermediate_size`` is a multiple of 64, as in the released models: in 4 bits, bitsandbytes' kernel for
-CPUs computes other layers wrong or not at all."""
+neither ``hidden_size`` nor half of it: transformers 5 would read square weights of experts transposed."""
 
 _TEXT = (
     "hidden_size",

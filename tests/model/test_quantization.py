@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import MOST_KINDS
+from cases import FOR_4_BITS, MOST_KINDS, make_kind
 from torch import nn
 
 from qwenvl_ft.errors import RecipeError
@@ -25,12 +25,13 @@ SETTINGS = {
 
 @pytest.fixture
 def quantized(checkpoints):
-    def load(name="nf4", kind="dense", **more):
+    def load(name="nf4", kind="dense", checkpoint=None, **more):
         settings = SETTINGS[name] | more
         if settings["quantization_bit"] == 4:
             settings |= {"bnb_4bit_comp_dtype": "float32"}
         section = QuantizationConfig(**settings)
-        return load_model(checkpoints[kind], torch_dtype="float32", attn_impl="sdpa", quantization=section).eval()
+        folder = checkpoint or checkpoints[kind]
+        return load_model(folder, torch_dtype="float32", attn_impl="sdpa", quantization=section).eval()
 
     return load
 
@@ -80,10 +81,11 @@ def test_named_parts_are_quantised(quantized, parts):
 
 @pytest.mark.parametrize("kind", MOST_KINDS)
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_four_bits_compute_with_the_nearest_of_sixteen_values(quantized, checkpoints, batch, name, kind):
+def test_four_bits_compute_with_the_nearest_of_sixteen_values(quantized, tmp_path, batch, name, kind):
     """By hand: two weights per byte, each one of 16 values times the largest of its block of 64."""
-    model = quantized(name, kind, bnb_4bit_use_double_quant=False)
-    plain = load_model(checkpoints[kind], torch_dtype="float32", attn_impl="sdpa").eval()
+    checkpoint = make_kind(tmp_path, kind, **FOR_4_BITS)
+    model = quantized(name, checkpoint=checkpoint, bnb_4bit_use_double_quant=False)
+    plain = load_model(checkpoint, torch_dtype="float32", attn_impl="sdpa").eval()
     with torch.no_grad():
         base = plain(**batch).logits
         for module in quantized_modules(model):

@@ -8,8 +8,7 @@ training.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,18 +16,15 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from qwenvl_ft.data.conversation import Conversation
-from qwenvl_ft.data.encode.draft import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import CheckpointError, one_line
 from qwenvl_ft.evaluation.asked import Asked, NotAsked, asked_of
+from qwenvl_ft.evaluation.differences import first_difference, prompt_difference
 from qwenvl_ft.evaluation.generate import STOP_TOKENS, greedy_tokens
 
 WAIT_SECONDS = 600
 TRUST = "--trust-request-mm-kwargs"
 """vLLM refuses ``media_io_kwargs`` of a request without this flag (0.32)."""
-PADS = {IMAGE_PAD: "images", VIDEO_PAD: "videos"}
-GROUP = re.compile(rf"<(\d+\.\d) seconds>{re.escape(VISION_START + VIDEO_PAD + VISION_END)}")
-"""A group of frames in a prompt whose pads are not repeated, with its time in seconds."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,7 @@ def compare(
             gap = float(logprobs[first, own[first]] - logprobs[first, reply.tokens[first]])
         pairs = enumerate((reply.logprobs or [])[:alike]) if own == tokens else ()
         differences = [abs(given - float(logprobs[place, tokens[place]])) for place, given in pairs]
-        prompt = prompt_difference(sample["input_ids"].tolist(), reply, tokenizer)
+        prompt = prompt_difference(sample["input_ids"].tolist(), reply.prompt, reply.prompt_length, tokenizer)
         largest = max(differences, default=None)
         agrees = not prompt and (first is None or is_tie(gap, largest, tie_margin))
         cause = prompt
@@ -205,18 +201,6 @@ def compare(
             cause = "the server answers as the base model does: it does not apply the adapter"
         found.append(Compared(source, len(own), first, gap, largest, cause, agrees))
     return found, left
-
-
-def first_difference(ours: Sequence[int], theirs: Sequence[int], stops: set[int]) -> int | None:
-    """Return the place of the first token that differs; all stop tokens are the same one.
-
-    Example:
-        ``[5, 6, 7]`` and ``[5, 8]`` differ at 1; ``[5]`` and ``[5, 6]`` at 1.
-    """
-    for place, (own, other) in enumerate(zip(ours, theirs, strict=False)):
-        if own != other and not (own in stops and other in stops):
-            return place
-    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
 def comparable(tokens: list[int], reply: Reply, tokenizer: Any, stops: set[int]) -> list[int]:
@@ -231,59 +215,6 @@ def comparable(tokens: list[int], reply: Reply, tokenizer: Any, stops: set[int])
 def is_tie(gap: float, logprob_gap: float | None, margin: float) -> bool:
     """Return True if rounding may have decided between two tokens: they and those before are about as likely."""
     return gap <= margin and (logprob_gap or 0.0) <= margin
-
-
-def prompt_difference(ours: list[int], reply: Reply, tokenizer: Any) -> str:
-    """Return how the prompt that the server has rendered differs from the trained model's; empty if it does not."""
-    count, theirs = reply.prompt_length, reply.prompt
-    if theirs is None:
-        if count is None or count == len(ours):
-            return ""
-        return (
-            f"the server's prompt has {count} tokens, the trained model's {len(ours)}: it has other pixel limits, "
-            "another chat template, another system prompt or other frames of a video"
-        )
-    pads = {tokenizer.convert_tokens_to_ids(pad): name for pad, name in PADS.items()}
-    own_text, other_text = _without_repeats(ours, pads), _without_repeats(theirs, pads)
-    if own_text != other_text:
-        place = first_difference(own_text, other_text, set()) or 0
-        own, other = (repr(tokenizer.decode(text[place : place + 8])) for text in (own_text, other_text))
-        return _frame_difference(tokenizer.decode(own_text), tokenizer.decode(other_text)) or (
-            f"the server renders another prompt (chat template, or the system prompt of training): {other} where the "
-            f"trained model has {own}"
-        )
-    for pad, name in pads.items() if count != len(ours) else ():
-        own_count, other_count = ours.count(pad), theirs.count(pad)
-        if own_count != other_count:
-            return f"the server has other pixel limits: {other_count} tokens of {name}, not {own_count}"
-    return ""
-
-
-def _frame_difference(own: str, other: str) -> str:
-    """Return how two prompts differ if only the groups of frames of their videos do; else an empty text.
-
-    Args:
-        own, other: without repeated pads.
-    """
-    inner = re.sub(f"{re.escape(VISION_START)}((?:{GROUP.pattern})+){re.escape(VISION_END)}", r"\1", other)
-    if inner == own:
-        return (
-            "the server writes a second pair of vision tokens around each video, as transformers does since 5.10: use "
-            "the chat template of qwenvl-ft export --for vllm"
-        )
-    if GROUP.sub("", inner) != GROUP.sub("", own):
-        return ""
-    times, others = GROUP.findall(own), GROUP.findall(inner)
-    shown = ", ".join(f"{time} s" for time in others[:4]), ", ".join(f"{time} s" for time in times[:4])
-    return (
-        f"the server shows other frames of a video, or at other times: {len(others)} groups at {shown[0]}, where the "
-        f"trained model has {len(times)} at {shown[1]}"
-    )
-
-
-def _without_repeats(tokens: list[int], pads: Collection[int]) -> list[int]:
-    before = [-1, *tokens]
-    return [token for token, last in zip(tokens, before, strict=False) if token != last or token not in pads]
 
 
 def _answers_as_base(

@@ -19,7 +19,8 @@ from PIL import Image
 from video_cases import asked, film
 
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.evaluation.served import Reply, first_difference, is_tie, prompt_difference
+from qwenvl_ft.evaluation.differences import first_difference, prompt_difference
+from qwenvl_ft.evaluation.served import is_tie
 from qwenvl_ft.export.serving import export
 from qwenvl_ft.model.load import load_model, load_processor
 from qwenvl_ft.model.tiny import make_tiny
@@ -71,6 +72,8 @@ class PlainServer:
         messages = [
             {"role": turn["role"], "content": [_part(part) for part in turn["content"]]} for turn in body["messages"]
         ]
+        for turn in messages if self.video.get("first") else ():
+            turn["content"].sort(key=lambda part: part["type"] == "text")
         videos = [part["video"] for turn in messages for part in turn["content"] if part["type"] == "video"]
         images = [part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"]
         chosen = {} if self.video.get("ignores") else body.get("media_io_kwargs", {}).get("video", {})
@@ -296,6 +299,17 @@ def test_each_planted_fault_of_videos_is_found(filmed, capsys, fault):
     assert result["records"][3]["agrees"], "the record without a video"
 
 
+def test_videos_that_a_server_moves_to_the_front_are_another_prompt(filmed, tmp_path, capsys):
+    """Their frames and times are those of training, so the cause must not be other frames."""
+    record = asked(str(filmed / "long.mp4")) | {"conversations": [{"from": "human", "value": "What moves? <video>"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    for first in (False, True):
+        server = PlainServer(filmed / "qwen3_vl-served", video={"first": first})
+        code, result = check(tmp_path, server, capsys, model=filmed / "qwen3_vl")
+        assert code == first
+    assert "renders another prompt" in result["records"][0]["cause"]
+
+
 SERVERS = {
     "SGLang": ({"maker": "sglang"}, "only vLLM takes the frames that training shows; this server is sglang"),
     "an unnamed server": ({"maker": None}, "this server is another one"),
@@ -357,7 +371,7 @@ def test_where_answers_and_prompts_differ(processor):
     assert not is_tie(0.2, 0.01, 0.1)
     tokenizer = processor.tokenizer
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    reply = lambda prompt, count: Reply([], None, prompt, count)  # noqa: E731
-    assert prompt_difference([1, pad, pad, 2], reply([1, pad, 2], 4), tokenizer) == "", "placeholders not expanded"
-    assert "limits: 1 tokens of images, not 2" in prompt_difference([1, pad, pad, 2], reply([1, pad, 2], 3), tokenizer)
-    assert prompt_difference([1, 2], reply(None, None), tokenizer) == ""
+    ours = [1, pad, pad, 2]
+    assert prompt_difference(ours, [1, pad, 2], 4, tokenizer) == "", "placeholders not expanded"
+    assert "limits: 1 tokens of images, not 2" in prompt_difference(ours, [1, pad, 2], 3, tokenizer)
+    assert prompt_difference([1, 2], None, None, tokenizer) == ""

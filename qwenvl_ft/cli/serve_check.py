@@ -106,4 +106,4 @@ def _reasons(left: list[tuple[str, str]]) -> list[str]:
     records: dict[str, list[str]] = {}
     for source, reason in left:
         records.setdefault(reason, []).append(source)
-    return [f"{len(sources)} with videos, from {sources[0]}: {reason}" for reason, sources in records.items()]
+    return [f"{len(sources)} from {sources[0]} on: {reason}" for reason, sources in records.items()]

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image as PILImage
 
-from qwenvl_ft.data.conversation import Conversation, Part, Text, Video
-from qwenvl_ft.data.encode.encoder import Encoder
+from qwenvl_ft.data.conversation import Conversation, Image, Limits, Message, Part, Text, Video
+from qwenvl_ft.data.encode.encoder import Encoder, without_answer
 from qwenvl_ft.data.media.images import open_image
 from qwenvl_ft.data.media.video import Clip, clip_frames, plan_clip
 from qwenvl_ft.errors import DataError
@@ -35,27 +36,45 @@ class Asked:
     """Without the system prompt of training: the server has it in its chat template, or lacks it."""
     media_io_kwargs: dict[str, Any] | None = None
     """Which frames of which videos the messages hold; None if they hold no video."""
+    tools: list[dict[str, Any]] | None = None
+    """Function schemas of the record, or else of the encoder."""
 
 
 def asked_of(conversation: Conversation, encoder: Encoder) -> Asked:
     """Return the question of a record; it holds the frames of the videos, so its size is that of their PNG files.
 
     Raises:
-        NotAsked: its videos show different frames.
-        DataError: a medium cannot be read.
+        NotAsked: a medium has limits of its own, or its videos show different frames.
+        DataError: a medium cannot be read, or nothing precedes the answer.
     """
-    turns = conversation.messages
-    if turns and turns[-1].role == "assistant":
-        turns = turns[:-1]
-    shown = Conversation(turns, conversation.source)
+    shown = without_answer(conversation)
     videos, processor = shown.media(Video), encoder.processor.video_processor
+    if any(medium.limits != Limits() for medium in shown.media(Image) + videos):
+        raise NotAsked("the record has pixel limits of its own, which a request cannot carry")
     clips = [plan_clip(video, processor, encoder.policy, shown.source) for video in videos]
     chosen = _media_io_kwargs(clips)  # before any frame is decoded
     parts = (_video(video, clip, encoder, conversation) for video, clip in zip(videos, clips, strict=True))
-    return Asked(
-        [{"role": turn.role, "content": [_part(part, parts, encoder) for part in turn.content]} for turn in turns],
-        chosen,
-    )
+    messages = [
+        _message(turn, [_part(part, parts, encoder) for part in turn.content if part != Text("")])
+        for turn in shown.messages
+    ]
+    return Asked(messages, chosen, list(shown.tools or encoder.tools or ()) or None)
+
+
+def _message(turn: Message, content: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a message of the API; without empty texts, before whose tool calls templates write a line break."""
+    calls = [call.get("function") or call for call in turn.tool_calls]
+    written = [
+        {"id": f"call_{number}", "type": "function", "function": {"name": call["name"], "arguments": _json(call)}}
+        for number, call in enumerate(calls)
+    ]
+    return {"role": turn.role, "content": content} | ({"tool_calls": written} if written else {})
+
+
+def _json(call: dict[str, Any]) -> str:
+    """Return the arguments of a call as JSON text, as the API has them."""
+    arguments = call["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _media_io_kwargs(clips: list[Clip]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from qwenvl_ft.data.conversation import Conversation
+from qwenvl_ft.data.conversation import Conversation, Video
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import CheckpointError, one_line
 from qwenvl_ft.evaluation.asked import Asked, NotAsked, asked_of
@@ -24,7 +24,7 @@ from qwenvl_ft.evaluation.generate import STOP_TOKENS, greedy_tokens
 
 WAIT_SECONDS = 600
 TRUST = "--trust-request-mm-kwargs"
-"""vLLM refuses ``media_io_kwargs`` of a request without this flag (0.32)."""
+"""vLLM (0.32) refuses ``media_io_kwargs`` of a request without this flag, and its error names the flag."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,30 @@ class Server:
         """
         self.url = url.rstrip("/")
         self.name = name or self._only_model(folder.rstrip("/"))
+        self._refusal = ""
 
-    def ask(self, asked: Asked, max_new_tokens: int, tokenizer: Any, tools: list[Any] | None = None) -> Reply:
-        """Return the greedy answer to a question.
+    def require_frames_taken(self) -> None:
+        """Check whether frames of a video that a client has chosen can be sent.
+
+        Raises:
+            NotAsked: the server is not vLLM, or has refused such frames in an earlier request.
+        """
+        if self.maker != "vllm":
+            self._refusal = (
+                "only vLLM takes the frames of videos that training shows; this server is "
+                f"{self.maker or 'another one'}, and would sample a video by its own rules"
+            )
+        if self._refusal:
+            raise NotAsked(self._refusal)
+
+    def ask(self, asked: Asked, max_new_tokens: int, tokenizer: Any) -> Reply:
+        """Return the greedy answer to a question; see `require_frames_taken` for one with videos.
 
         Raises:
             NotAsked: the server does not take the frames of its videos.
             CheckpointError: the server refuses, or its reply is not one of the API.
         """
-        frames = asked.media_io_kwargs
-        if frames and self.maker != "vllm":
-            raise NotAsked(
-                f"only vLLM takes the frames that training shows; this server is {self.maker or 'another one'}, and "
-                "would sample a video by its own rules"
-            )
+        frames, tools = asked.media_io_kwargs, asked.tools
         body = {
             "model": self.name,
             "messages": asked.messages,
@@ -103,11 +113,14 @@ class Server:
             "return_token_ids": True,  # vLLM and SGLang
         }
         body |= ({"tools": tools} if tools else {}) | ({"media_io_kwargs": frames} if frames else {})
+        if tools and self.maker == "vllm":  # which shows tools all the same, and wants a parser for any other choice
+            body["tool_choice"] = "none"
         try:
             reply = self._call("chat/completions", body)
         except CheckpointError as error:
-            if frames and "media_io_kwargs" in str(error):
-                raise NotAsked(f"start vLLM with {TRUST}, or it takes no frames that a client has chosen") from error
+            if frames and TRUST in str(error):
+                self._refusal = f"start vLLM with {TRUST}, or it takes no frames of videos that a client has chosen"
+                raise NotAsked(self._refusal) from error
             raise
         try:
             return _read_reply(reply, tokenizer)
@@ -178,12 +191,14 @@ def compare(
     left: list[tuple[str, str]] = []
     for conversation in conversations:
         source = str(conversation.source)
-        sample = encoder.prompt(conversation)
         try:
-            reply = server.ask(asked_of(conversation, encoder), max_new_tokens, tokenizer, encoder.tools)
+            if conversation.media(Video):  # before any frame is decoded
+                server.require_frames_taken()
+            reply = server.ask(asked_of(conversation, encoder), max_new_tokens, tokenizer)
         except NotAsked as reason:
             left.append((source, str(reason)))
             continue
+        sample = encoder.prompt(conversation)
         tokens, logprobs = greedy_tokens(model, encoder.processor, sample, max_new_tokens)
         own = comparable(tokens, reply, tokenizer, stops)
         first = first_difference(own, reply.tokens, stops)

@@ -67,10 +67,13 @@ class PlainServer:
     def chat(self, body):
         """Answer as vLLM does, which takes frames of a video in ``media_io_kwargs``."""
         self.asked.append(body)
-        if self.video.get("trusts") is False and "media_io_kwargs" in body:
-            raise PermissionError("Per-request media_io_kwargs are disabled by default")
+        if "media_io_kwargs" in body and (refusal := self.video.get("refuses")):
+            raise PermissionError(refusal)
+        if "tools" in body and self.maker == "vllm" and body.get("tool_choice", "auto") != "none":
+            raise PermissionError('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser')
         messages = [
-            {"role": turn["role"], "content": [_part(part) for part in turn["content"]]} for turn in body["messages"]
+            turn | {"content": [_part(part) for part in turn["content"]], "tool_calls": _calls(turn)}
+            for turn in body["messages"]
         ]
         for turn in messages if self.video.get("first") else ():
             turn["content"].sort(key=lambda part: part["type"] == "text")
@@ -85,7 +88,9 @@ class PlainServer:
             }
             for frames in videos
         ]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=self.thinking)
+        text = self.processor.apply_chat_template(
+            messages, tools=body.get("tools"), add_generation_prompt=True, enable_thinking=self.thinking
+        )
         media = {"images": images} if images else {}
         if self.video.get("backwards"):
             videos = [frames[::-1].copy() for frames in videos]
@@ -120,6 +125,12 @@ def _part(part):
     images = [Image.open(io.BytesIO(base64.b64decode(frame))) for frame in data.split(",")]
     assert (kind, start) in {("image", "data:image/png;"), ("video", "data:video/jpeg;")}
     return {"type": kind, kind: images[0] if kind == "image" else np.stack([np.asarray(image) for image in images])}
+
+
+def _calls(turn):
+    """Return the calls of tools with arguments as objects, which servers make of the API's texts."""
+    calls = [call["function"] for call in turn.get("tool_calls", [])]
+    return [{"function": call | {"arguments": json.loads(call["arguments"])}} for call in calls]
 
 
 @contextmanager
@@ -269,6 +280,53 @@ def test_the_thinking_switch_of_the_run_is_that_of_its_prompts(filmed, tmp_path,
         assert code == (served != thinking)
 
 
+def tool(name):
+    parameters = {"type": "object", "properties": {"part": {"type": "string"}}}
+    return {"type": "function", "function": {"name": name, "description": "Measures.", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("maker", ["vllm", "sglang"])
+def test_tools_are_those_of_the_record_or_else_of_the_run(filmed, tmp_path, capsys, maker):
+    """The last record also has a call of a tool and its result before the answer."""
+    shutil.copytree(filmed / "qwen3_vl", tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps({"template": {"tools_prompt": [tool("weigh")]}}))
+    question, answer = {"role": "user", "content": "How long?"}, {"role": "assistant", "content": "Six."}
+    call = {"type": "function", "function": {"name": "measure", "arguments": {"part": "é"}}}
+    called = [
+        question,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "6"},
+        answer,
+    ]
+    records = [
+        {"messages": [question, answer]},
+        {"messages": [question, answer], "tools": [tool("measure")]},
+        {"messages": called, "tools": [tool("measure")]},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    server = PlainServer(filmed / "qwen3_vl-served", maker=maker)
+    code, result = check(tmp_path, server, capsys)
+    assert (code, [one["cause"] for one in result["records"]]) == (0, ["", "", ""])
+    assert [body["tools"][0]["function"]["name"] for body in server.asked] == ["weigh", "measure", "measure"]
+
+
+def test_records_with_limits_of_their_own_are_not_asked(filmed, tmp_path, capsys):
+    image = {"type": "image", "image": str(filmed / "0.png"), "max_pixels": 2048}
+    video = {"type": "video", "video": str(filmed / "long.mp4"), "max_pixels": 2048}
+    text = {"type": "text", "text": "What is it?"}
+    answer = {"role": "assistant", "content": "It."}
+    records = [{"messages": [{"role": "user", "content": [medium, text]}, answer]} for medium in (image, video)]
+    records.append({"messages": [{"role": "user", "content": [{**image, "max_pixels": None}, text]}, answer]})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    server = PlainServer(filmed / "qwen3_vl-served")
+    code, result = check(tmp_path, server, capsys, model=filmed / "qwen3_vl")
+    assert (code, result["agree"], len(server.asked)) == (0, 1, 1)
+    assert [left["source"][-1] for left in result["not_asked"]] == ["1", "2"]
+    assert {left["reason"] for left in result["not_asked"]} == {
+        "the record has pixel limits of its own, which a request cannot carry"
+    }
+
+
 VIDEO_FAULTS = {
     "other pixel limits": ({"video": {"max_pixels": 16384}}, "other pixel limits: 6 tokens of videos, not 18"),
     "frames at a rate of its own": (
@@ -310,10 +368,14 @@ def test_videos_that_a_server_moves_to_the_front_are_another_prompt(filmed, tmp_
     assert "renders another prompt" in result["records"][0]["cause"]
 
 
+DISABLED = (  # vLLM 0.32
+    "Per-request media_io_kwargs are disabled by default because they can change multimodal media loading resource "
+    "usage. Start the server with --trust-request-mm-kwargs only when clients are trusted."
+)
 SERVERS = {
-    "SGLang": ({"maker": "sglang"}, "only vLLM takes the frames that training shows; this server is sglang"),
+    "SGLang": ({"maker": "sglang"}, "only vLLM takes the frames of videos that training shows; this server is sglang"),
     "an unnamed server": ({"maker": None}, "this server is another one"),
-    "vLLM without trust": ({"video": {"trusts": False}}, "start vLLM with --trust-request-mm-kwargs"),
+    "vLLM without trust": ({"video": {"refuses": DISABLED}}, "start vLLM with --trust-request-mm-kwargs"),
 }
 
 
@@ -324,24 +386,41 @@ def test_records_with_videos_that_a_server_does_not_take_are_counted(filmed, cap
     code, result = check(filmed, server, capsys, model="qwen3_vl")
     assert (code, result["agree"], len(result["records"])) == (0, 1, 1)
     assert [left["source"][-1] for left in result["not_asked"]] == ["1", "2", "3", "5"]
-    assert all(reason in left["reason"] for left in result["not_asked"][:3])
+    assert all(reason in left["reason"] for left in result["not_asked"])
+    assert len(server.asked) == (2 if name.startswith("vLLM") else 1), "frames are sent once at most"
     code, error = check(filmed, server, capsys, "--limit", "2", model="qwen3_vl")
     assert code == 2
-    assert "cannot be asked about any record: 2 with videos, from " in error
+    assert "cannot be asked about any record: 2 from " in error
     assert reason in error
 
 
+def test_no_frame_is_decoded_for_a_server_that_takes_none(filmed, tmp_path, capsys):
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(asked(*paths)) + "\n" for paths in ((), ["damaged.mp4"])))
+    for maker, expected in (("sglang", 0), ("vllm", 2)):
+        server = PlainServer(filmed / "qwen3_vl-served", maker=maker)
+        code, _ = check(tmp_path, server, capsys, model=filmed / "qwen3_vl")
+        assert code == expected
+
+
+def test_another_refusal_of_frames_is_shown_as_the_server_said_it(filmed, capsys):
+    server = PlainServer(filmed / "qwen3_vl-served", video={"refuses": "media_io_kwargs: fps is no number"})
+    code, error = check(filmed, server, capsys, model="qwen3_vl")
+    assert code == 2
+    assert "media_io_kwargs: fps is no number" in error
+    assert "--trust-request-mm-kwargs" not in error
+
+
 def test_the_report_counts_what_was_not_asked(filmed, capsys):
-    with serving(PlainServer(filmed / "qwen3_vl-served", maker="sglang")) as url:
+    with serving(PlainServer(filmed / "qwen3_vl-served", video={"refuses": DISABLED})) as url:
         arguments = ["--model", str(filmed / "qwen3_vl"), "--data", str(filmed / "data.jsonl")]
         code = main(["serve-check", "--url", url, "--max-new-tokens", str(STEPS), *arguments])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
     data = filmed / "data.jsonl"
     assert lines[0].startswith(f"agrees  {data}:4")
-    assert lines[1].startswith(f"not asked  3 with videos, from {data}:1: only vLLM")
-    assert lines[2].startswith(f"not asked  1 with videos, from {data}:5: its videos show different frames")
-    assert lines[3] == "1 of 1 records agree"
+    assert lines[1].startswith(f"not asked  4 from {data}:1 on: start vLLM with --trust-request-mm-kwargs")
+    assert lines[2] == "1 of 1 records agree"
 
 
 def test_the_report_is_for_people(trained, capsys):

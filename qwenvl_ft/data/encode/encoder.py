@@ -84,7 +84,7 @@ def _counted(shown: _Shown, processor: Any, tokenizer: TextTokenizer, source: So
     return tokens, sum(t * h * w for _, _, grids in media for t, h, w in grids)
 
 
-def _without_answer(conversation: Conversation) -> Conversation:
+def without_answer(conversation: Conversation) -> Conversation:
     """Return a conversation without its last assistant turn, if it ends with one.
 
     Raises:
@@ -289,7 +289,7 @@ class Encoder:
         return tokenizer_fingerprint(self.processor.tokenizer)
 
     def _prompt_draft(self, record: dict[str, Any] | Conversation, media_root: str | None) -> Draft:
-        return self._draft(_without_answer(self.conversation(record, media_root)), invite=True)
+        return self._draft(without_answer(self.conversation(record, media_root)), invite=True)
 
     def _draft(
         self, conversation: Conversation, *, invite: bool = False, image_grids: list[Grid] | None = None

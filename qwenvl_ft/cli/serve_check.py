@@ -11,11 +11,14 @@ def serve_check(
     model: Annotated[Path, typer.Option(help="Folder of the trained model: a run, a checkpoint or a merged model.")],
     data: Annotated[
         str,
-        typer.Option(help="Records, written as in data.train. Videos need vLLM with --trust-request-mm-kwargs."),
+        typer.Option(
+            help="Records, written as in data.train and read as the run's recipe says. Videos need vLLM with "
+            "--trust-request-mm-kwargs."
+        ),
     ],
     served_name: Annotated[str | None, typer.Option(help="Name of the served model, if there are several.")] = None,
-    limit: Annotated[int, typer.Option(help="Number of records that are asked.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Number of records that are asked.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 64,
     tie_margin: Annotated[
         float, typer.Option(help="Two tokens whose log-probabilities are closer than this, in nats, are a tie.")
     ] = 0.1,
@@ -34,13 +37,17 @@ def serve_check(
     from qwenvl_ft.cli.infer import load
     from qwenvl_ft.data.readers import read_record
     from qwenvl_ft.data.sources.key_rules import KEEP_TRUE, KeyRules
+    from qwenvl_ft.data.sources.mixture import load_options, register
     from qwenvl_ft.data.sources.records import load_records
     from qwenvl_ft.errors import DataError
     from qwenvl_ft.evaluation.served import Server, compare
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    records = load_records(data, seed=0, rules=KeyRules((), KEEP_TRUE))
+    section = trained_data(model)
+    register(section)
+    rules = {"rules": KeyRules(tuple(section.ignored_keys), KEEP_TRUE)}
+    records = load_records(data, **load_options(section, seed=0) | rules)
     chosen = [read_record(*records[place]) for place in range(min(limit, len(records)))]
     server = Server(url, served_name, str(model))
     loaded, ((_, processor),) = load(str(model), [], torch_dtype=torch_dtype, attn_impl=attn_impl)
@@ -66,19 +73,40 @@ def serve_check(
         raise typer.Exit(1)
 
 
+def trained_data(folder: Path) -> Any:
+    """Return the section ``data`` of the recipe beside a trained model, without keys that only other releases have."""
+    from qwenvl_ft.recipe.provenance import saved_recipe
+    from qwenvl_ft.recipe.sections import field_names
+    from qwenvl_ft.recipe.sections.data import DataConfig
+
+    saved = saved_recipe(folder).get("data") or {}
+    return DataConfig(**{key: saved[key] for key in field_names(DataConfig) if key in saved})
+
+
 def trained_encoder(folder: Path, processor: Any) -> Any:
-    """Return an encoder with the system prompt and tools that the recipe beside a trained model has."""
+    """Return an encoder by the recipe beside a trained model.
+
+    It has the system prompt, tools, vision ids, thinking switch and limits on media of the run. Images deeper than 8
+    bits are read as the processor says.
+    """
+    from dataclasses import replace
+
     from qwenvl_ft.data.encode.encoder import Encoder
     from qwenvl_ft.data.encode.tools_prompt import read_tools
+    from qwenvl_ft.data.media.images import MediaPolicy
+    from qwenvl_ft.data.media.reading import Reading, saved_reading
     from qwenvl_ft.recipe.provenance import saved_recipe
 
-    template = saved_recipe(folder).get("template") or {}
+    template, data = saved_recipe(folder).get("template") or {}, trained_data(folder)
+    reading = Reading(image_frame=data.image_frame).over(saved_reading(processor))
     return Encoder(
         processor,
         system_prompt=template.get("system_prompt"),
         tools=read_tools(template["tools_prompt"]) if template.get("tools_prompt") else None,
         add_vision_id=bool(template.get("add_vision_id")),
         enable_thinking=bool(template.get("enable_thinking")),
+        policy=replace(MediaPolicy.of(data), reading=reading),
+        max_record_bytes=data.max_record_bytes,
     )
 
 

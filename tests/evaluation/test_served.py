@@ -327,6 +327,30 @@ def test_records_with_limits_of_their_own_are_not_asked(filmed, tmp_path, capsys
     }
 
 
+def test_records_are_read_as_the_recipe_of_the_run_says(filmed, tmp_path, capsys):
+    """A registered data set, a path that starts at the media root, and the limit on images."""
+    shutil.copytree(filmed / "qwen3_vl", tmp_path / "run")
+    (tmp_path / "data.jsonl").write_text(json.dumps(asked(images=["0.png"])) + "\n")
+    data = {"media_root": str(filmed), "datasets": {"own_serve": {"annotation_path": str(tmp_path / "data.jsonl")}}}
+    server = PlainServer(filmed / "qwen3_vl-served")
+    for more, expected, said in (({}, 0, None), ({"max_image_pixels": 3000}, 2, "data.max_image_pixels")):
+        (tmp_path / "run" / "recipe.yaml").write_text(json.dumps({"data": data | more | {"of_another_release": 1}}))
+        code, result = check(tmp_path, server, capsys, "--data", "own_serve")
+        assert code == expected, result
+        assert said is None or said in result
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    code, error = check(tmp_path, server, capsys)
+    assert code == 2
+    assert "0.png" in error, "vacuous: the image is found without the media root"
+
+
+@pytest.mark.parametrize("option", ["--limit", "--max-new-tokens"])
+def test_numbers_below_1_are_refused(option, capsys):
+    arguments = ["--url", "http://127.0.0.1:9/v1", "--model", "m", "--data", "d.jsonl"]
+    assert main(["serve-check", *arguments, option, "0"]) == 2
+    assert option in capsys.readouterr().err
+
+
 VIDEO_FAULTS = {
     "other pixel limits": ({"video": {"max_pixels": 16384}}, "other pixel limits: 6 tokens of videos, not 18"),
     "frames at a rate of its own": (

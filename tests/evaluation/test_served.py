@@ -19,6 +19,7 @@ from PIL import Image
 from video_cases import asked, film
 
 from qwenvl_ft.cli.main import main
+from qwenvl_ft.data.sources.registry import DATASETS
 from qwenvl_ft.evaluation.differences import first_difference, prompt_difference
 from qwenvl_ft.evaluation.served import is_tie
 from qwenvl_ft.export.serving import export
@@ -327,8 +328,9 @@ def test_records_with_limits_of_their_own_are_not_asked(filmed, tmp_path, capsys
     }
 
 
-def test_records_are_read_as_the_recipe_of_the_run_says(filmed, tmp_path, capsys):
+def test_records_are_read_as_the_recipe_of_the_run_says(filmed, tmp_path, capsys, monkeypatch):
     """A registered data set, a path that starts at the media root, and the limit on images."""
+    monkeypatch.setitem(DATASETS, "own_serve", {})  # removed at the end
     shutil.copytree(filmed / "qwen3_vl", tmp_path / "run")
     (tmp_path / "data.jsonl").write_text(json.dumps(asked(images=["0.png"])) + "\n")
     data = {"media_root": str(filmed), "datasets": {"own_serve": {"annotation_path": str(tmp_path / "data.jsonl")}}}

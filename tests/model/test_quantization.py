@@ -114,7 +114,7 @@ def test_the_computing_dtype_and_double_quantisation_are_those_of_the_recipe(che
 
 
 @pytest.mark.parametrize("kind", MOST_KINDS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["nf4", *(pytest.param(name, marks=pytest.mark.soak) for name in ("fp4", "int8"))])
 @pytest.mark.parametrize("train_type", over_quantized())
 def test_an_adapter_trains_over_it_saves_and_loads(quantized, batch, tmp_path, name, kind, train_type):
     from peft import PeftModel

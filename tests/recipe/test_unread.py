@@ -89,7 +89,11 @@ def test_a_given_key_that_is_not_read_is_an_error_that_names_it_and_its_conditio
             load_recipe(write("mine.yaml", text(key, value)))
 
 
-@pytest.mark.parametrize(("entry", "key"), CASES, ids=name_of)
+SOME = [case if place % 4 == 0 else pytest.param(*case, marks=pytest.mark.soak) for place, case in enumerate(CASES)]
+"""``CASES``, of which every fourth is tried outside of ``make soak``."""
+
+
+@pytest.mark.parametrize(("entry", "key"), SOME, ids=name_of)
 def test_a_key_of_a_base_or_below_a_stronger_decision_falls_away(entry, key, write):
     value, decisive = value_for(key), deciding(entry, key)
     file = write("weak.yaml", text(key, value))

@@ -101,9 +101,10 @@ def test_deepspeed_runs_in_one_process_without_a_launcher(tiny_dir, data, tmp_pa
     assert_same_run(run, reference, tiny_dir)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", [pytest.param("accelerate", marks=pytest.mark.soak), "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_processes_train_the_same_weights(tiny_dir, data, tmp_path, reference, launcher):
     assert_same_run(start(launcher, 2, tiny_dir, data, tmp_path), reference, tiny_dir)
 

@@ -93,6 +93,7 @@ def test_one_window_a_round_trains_the_weights_of_an_ordinary_run(tiny_dir, tmp_
     assert differ(weights(smaller), weights(plain)), "vacuous: the windows do not matter"
 
 
+@pytest.mark.soak
 def test_shards_on_this_machine_train_the_same_as_over_http(quiet, tiny_dir, web, tmp_path):
     """Shards are named by different addresses, in the same order; three workers make the samples."""
     more = (NO_SAVES, "training.dataloader_num_workers=3")
@@ -270,6 +271,7 @@ def alike(tiny_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.soak
 def test_another_position_is_refused_where_all_windows_have_the_same_lengths(alike, tiny_dir, tmp_path):
     """The lengths alone cannot tell; the shards' bytes and the rows of the window can."""
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cases import MOST_KINDS
+from cases import KINDS, MOST_KINDS
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -179,7 +179,7 @@ def test_modules_named_again_train_in_a_frozen_part(staged):
     assert not all(copies.values())
 
 
-@pytest.mark.parametrize("kind", MOST_KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS[1:])])
 @pytest.mark.parametrize("name", AGAIN)
 def test_every_adapter_can_be_gone_on_with(staged, train, logits, fresh, tmp_path, name, kind):
     from qwenvl_ft.model.load import load_model

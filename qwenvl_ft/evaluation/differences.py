@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from qwenvl_ft.data.encode.draft import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from qwenvl_ft.data.encode.draft import ENCLOSED_VIDEO, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 PADS = {IMAGE_PAD: "images", VIDEO_PAD: "videos"}
-GROUP = re.compile(rf"<(\d+\.\d) seconds>{re.escape(VISION_START + VIDEO_PAD + VISION_END)}")
+GROUP = re.compile(rf"<(\d+\.\d) seconds>{re.escape(ENCLOSED_VIDEO)}")
 """A group of frames in a prompt whose pads are not repeated, with its time in seconds."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from qwenvl_ft.data.encode.draft import VIDEO_PAD, VISION_END, VISION_START
+from qwenvl_ft.data.encode.draft import ENCLOSED_VIDEO, VIDEO_PAD
 from qwenvl_ft.recipe.provenance import saved_recipe
 from qwenvl_ft.upstream.processors import shows_videos
 from qwenvl_ft.upstream.templates import render_with_tools
@@ -25,8 +25,6 @@ SYSTEM = """{%- if not messages or messages[0].role != 'system' %}
 SWITCHES = {"enable_thinking": None, "add_vision_id": False}
 """Key of ``template`` in a recipe and variable of chat templates -> what all templates take it for if a server does not
 set it; None if that differs."""
-PAIR = VISION_START + VIDEO_PAD + VISION_END
-"""A video with vision tokens around it."""
 DOUBLE = (
     "a server with transformers 5.10 or later may show the model two vision tokens around a video that training never "
     "showed it"
@@ -49,14 +47,14 @@ def write_videos(processor: Any, *, pair: bool) -> list[str]:
     if not isinstance(template, str) or not shows_videos(processor.video_processor):
         return []
     rendered = _rendered(processor, template)
-    if rendered is not None and (VIDEO_PAD not in rendered or (PAIR in rendered) == pair):
+    if rendered is not None and (VIDEO_PAD not in rendered or (ENCLOSED_VIDEO in rendered) == pair):
         return []
-    bare = template.replace(PAIR, VIDEO_PAD)
-    changed = bare.replace(VIDEO_PAD, PAIR) if pair else bare
+    bare = template.replace(ENCLOSED_VIDEO, VIDEO_PAD)
+    changed = bare.replace(VIDEO_PAD, ENCLOSED_VIDEO) if pair else bare
     if changed != template:
         processor.chat_template = changed
         return []
-    held, risk = (VIDEO_PAD, "SGLang may not find the videos of a prompt") if pair else (PAIR, DOUBLE)
+    held, risk = (VIDEO_PAD, "SGLang may not find the videos of a prompt") if pair else (ENCLOSED_VIDEO, DOUBLE)
     return [f"The chat template was left as it is, because it does not hold {held} in one piece: {risk}."]
 
 

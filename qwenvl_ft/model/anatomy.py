@@ -16,6 +16,7 @@ from qwenvl_ft.errors import CheckpointError, RecipeError, hint
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig
 
 PARTS = {
     "vision": r"(^|\.)visual\.(?!(merger|deepstack_merger_list)(\.|$))|(^|\.)visual$",
@@ -91,6 +92,11 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise CheckpointError(f"model type {model_type!r} is not supported.{hint(model_type, FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the kind of each decoder layer, as transformers names it; empty if the config does not tell them apart."""
+    return tuple(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def canonical_model_type(name: str) -> str:

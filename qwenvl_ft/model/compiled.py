@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenvl_ft.errors import RecipeError
 from qwenvl_ft.model.adapters.base import OwnLayer
-from qwenvl_ft.model.anatomy import family_of
+from qwenvl_ft.model.anatomy import family_of, layer_kinds
 from qwenvl_ft.upstream.attention import attention_of, without_compiling
 from qwenvl_ft.upstream.layers import (
     COMPILED,
@@ -60,7 +60,7 @@ def require_compilable(config: Any) -> None:
         RecipeError: it has gated delta nets: torch 2.15 computes strides for their backward pass that are not those of
             its tensors.
     """
-    if DELTA_NET in (getattr(config.get_text_config(), "layer_types", None) or ()):
+    if DELTA_NET in layer_kinds(config):
         raise RecipeError(
             f"training.torch_compile=true does not work with the gated delta nets of {config.model_type}. "
             "Set training.torch_compile=false."

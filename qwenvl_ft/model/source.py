@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenvl_ft.errors import CheckpointError, RecipeError, one_line
-from qwenvl_ft.model.anatomy import canonical_model_type, family_of
+from qwenvl_ft.model.anatomy import canonical_model_type, family_of, layer_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,7 +93,7 @@ def load_config(source: str, *, revision: str | None = None, model_type: str | N
         config = AutoConfig.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json of {source} is not valid: {one_line(error)}") from error
-    if "sliding_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+    if "sliding_attention" in layer_kinds(config):
         raise CheckpointError(
             f"config.json of {source} sets use_sliding_window: layers that see only the last tokens are not supported. "
             "No released Qwen-VL has them; set use_sliding_window to false if yours was trained without."

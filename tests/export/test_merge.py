@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.encode.draft import VIDEO_PAD
+from qwenvl_ft.data.encode.draft import ENCLOSED_VIDEO, VIDEO_PAD
 from qwenvl_ft.errors import CheckpointError
-from qwenvl_ft.export.chat_template import PAIR
 from qwenvl_ft.export.merge import merge
 from qwenvl_ft.model.load import load_model
 from qwenvl_ft.recipe.schema import TunerConfig
@@ -151,7 +150,7 @@ def test_the_folder_is_that_of_a_released_model(merged, tiny_dir, processor):
     for name in ("generation_config.json", "tokenizer.json"):
         assert (folder / name).read_text() == (tiny_dir / name).read_text()
     template = (tiny_dir / "chat_template.jinja").read_text()
-    assert (folder / "chat_template.jinja").read_text() == template.replace(PAIR, VIDEO_PAD) != template
+    assert (folder / "chat_template.jinja").read_text() == template.replace(ENCLOSED_VIDEO, VIDEO_PAD) != template
     expected = processor.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert json.loads((folder / "text.json").read_text()) == expected
     written, base = (json.loads((path / "config.json").read_text()) for path in (folder, tiny_dir))

@@ -17,10 +17,10 @@ from video_cases import asked
 
 from qwenvl_ft import train
 from qwenvl_ft.cli.main import main
-from qwenvl_ft.data.encode.draft import VIDEO_PAD, VISION_END, VISION_START
+from qwenvl_ft.data.encode.draft import ENCLOSED_VIDEO, VIDEO_PAD, VISION_END, VISION_START
 from qwenvl_ft.data.encode.encoder import Encoder
 from qwenvl_ft.errors import CheckpointError
-from qwenvl_ft.export.chat_template import PAIR, with_system_prompt
+from qwenvl_ft.export.chat_template import with_system_prompt
 from qwenvl_ft.export.engines import ENGINES, silent_losses
 from qwenvl_ft.export.merge import merge
 from qwenvl_ft.export.released import require_released
@@ -376,12 +376,12 @@ def test_videos_are_written_as_in_training(adapters, checkpoints, tmp_path, engi
     assert Encoder(exported).prompt(asked(frames))["input_ids"].tolist() == trained
     for part in ("input_ids", "labels"):
         assert torch.equal(Encoder(exported)(asked(frames))[part], Encoder(released)(asked(frames))[part])
-    assert (PAIR in exported.chat_template) == (engine == "sglang")
+    assert (ENCLOSED_VIDEO in exported.chat_template) == (engine == "sglang")
 
 
 def test_sglang_gets_the_released_template_of_a_merged_model_too(adapters, checkpoints, tmp_path, capsys):
     merged = merge(adapters["LoRA of attention and MLP"], tmp_path / "merged").folder
-    assert PAIR not in load_processor(merged).chat_template
+    assert ENCLOSED_VIDEO not in load_processor(merged).chat_template
     assert main(["export", str(merged), str(tmp_path / "out"), "--for", "sglang"]) == 0
     assert "SGLang can show a video to the model otherwise than training did" in capsys.readouterr().out
     assert load_processor(tmp_path / "out").chat_template == load_processor(checkpoints["dense"]).chat_template
@@ -403,8 +403,8 @@ def test_a_template_whose_videos_cannot_be_changed_is_named(adapters, checkpoint
     shutil.copytree(adapters["LoRA of attention and MLP"], trained)
     processor = load_processor(checkpoints["dense"])
     released = processor.chat_template
-    pieces = released.replace(PAIR, "' + '".join((VISION_START, VIDEO_PAD, VISION_END)))
-    images_only = released.replace(PAIR, "")
+    pieces = released.replace(ENCLOSED_VIDEO, "' + '".join((VISION_START, VIDEO_PAD, VISION_END)))
+    images_only = released.replace(ENCLOSED_VIDEO, "")
     assert released not in (pieces, images_only)
     for number, (template, named) in enumerate(((pieces, True), (released, False), (images_only, False))):
         processor.chat_template = template

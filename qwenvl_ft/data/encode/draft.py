@@ -17,6 +17,7 @@ from qwenvl_ft.errors import DataError
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+ENCLOSED_VIDEO = VISION_START + VIDEO_PAD + VISION_END
 CONTROL = (TURN, TURN_END, "<|endoftext|>", VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
 """Control tokens, which only the chat template may write. In a record's text they would open a turn or a medium."""
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import Qwen3VLProcessor
 
 from qwenvl_ft.data.conversation import Image, Message, Source, Text
-from qwenvl_ft.data.encode.draft import CONTROL, TURN, TURN_END, VIDEO_PAD, VISION_END, VISION_START
+from qwenvl_ft.data.encode.draft import CONTROL, ENCLOSED_VIDEO, TURN, TURN_END, VIDEO_PAD
 from qwenvl_ft.data.media.refused import no_videos
 from qwenvl_ft.data.media.video import Clip
 from qwenvl_ft.errors import DataError, one_line
@@ -119,12 +119,12 @@ def write_times(text: str, clips: list[Clip], processor: Any, source: Source) ->
         return text
     if not isinstance(processor, Qwen3VLProcessor):
         raise no_videos(source, processor)
-    pieces = text.replace(VISION_START + VIDEO_PAD + VISION_END, VIDEO_PAD).split(VIDEO_PAD)
+    pieces = text.replace(ENCLOSED_VIDEO, VIDEO_PAD).split(VIDEO_PAD)
     if len(pieces) != len(clips) + 1:
         raise DataError(f"{source}: {len(clips)} videos, but the chat template renders {len(pieces) - 1}.")
     written, step = [pieces[0]], processor.video_processor.temporal_patch_size
     for clip, piece in zip(clips, pieces[1:], strict=True):
-        written += [f"<{seconds:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for seconds in clip.times(step)]
+        written += [f"<{seconds:.1f} seconds>{ENCLOSED_VIDEO}" for seconds in clip.times(step)]
         written.append(piece)
     return "".join(written)
 
